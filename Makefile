@@ -1,0 +1,38 @@
+# make demo: set up, compile flux2-nano, draw four pictures.   make test: set up, run the tests.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.done
+
+.PHONY: setup demo test lint check clean
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml runtime/pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("fluxc needs Python 3.11 or later, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./runtime -e ".[test,lint]"
+	touch $(SETUP)
+
+demo: setup
+	$(BIN)/fluxc build recipes/flux2-nano.yaml
+	$(BIN)/fluxrt generate artifacts/flux2-nano-nvfp4 --seed 7 --out artifacts/demo.png \
+	  --prompt "a large red circle at the left on a white background" \
+	  --prompt "a small yellow triangle at the top right on a blue background" \
+	  --prompt "a large green cross at the center on a black background" \
+	  --prompt "a small white ring at the bottom left on a purple background"
+	@echo "The four pictures are artifacts/demo-0.png to demo-3.png; the report is artifacts/flux2-nano-nvfp4/report/index.html"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf artifacts/flux2-nano-nvfp4 artifacts/.fluxc artifacts/demo-*.png

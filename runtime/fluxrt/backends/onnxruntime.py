@@ -1,0 +1,58 @@
+"""Runs a bundle's graphs with ONNX Runtime on the CPU; weights are mapped from the component's one weights file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fluxrt.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+    from fluxrt.bundle import Bundle, Target
+
+
+class OnnxRuntimeBackend:
+    """Sessions are made when a graph first runs and kept for the life of the backend."""
+
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None = None) -> None:
+        self._bundle = bundle
+        self._target = target
+        self._threads = threads
+        self._sessions: dict[str, Any] = {}
+
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run `graph`; raises BackendError when it is missing, does not load, or an input is missing."""
+        if graph not in self._target.graphs:
+            raise BackendError(f"{self._bundle.root}: target {self._target.name!r} has no graph {graph!r}")
+        described = self._target.graphs[graph]
+        missing = [port.name for port in described.inputs if port.name not in inputs]
+        if missing:
+            raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
+        session = self._session(graph)
+        names = [port.name for port in described.outputs]
+        results = session.run(names, {port.name: inputs[port.name] for port in described.inputs})
+        return dict(zip(names, results, strict=True))
+
+    def _session(self, graph: str) -> Any:
+        if graph not in self._sessions:
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            if self._threads:
+                options.intra_op_num_threads = self._threads
+            path = self._bundle.checked_file(self._target.graphs[graph].file)
+            self._bundle.path(self._target.graphs[graph].weights)
+            try:
+                self._sessions[graph] = onnxruntime.InferenceSession(
+                    str(path), options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # onnxruntime's exceptions share no base class
+                raise BackendError(
+                    f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}; "
+                    "the bundle names the version it was built with under provenance.tools"
+                ) from error
+        return self._sessions[graph]

@@ -1,0 +1,261 @@
+"""The bundle's manifest, `bundle.json`: its types, writing it, opening a bundle, and checking its files.
+
+Opening reads the manifest alone and checks the format version, the manifest's own digest, that every path stays inside
+the bundle, and the size of every file. Hashes are checked by `verify_files`, and by `checked_file` for whatever is
+about to be executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+
+from fluxrt.errors import BundleError
+
+FORMAT = "fluxc-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size in bytes and SHA-256 of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One input or output of a graph; a dimension is a number, or the name of what it counts."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph file and what goes in and out of it; `weights` is the file its initializers point into."""
+
+    file: str
+    weights: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One way of running the bundle: the kind of engine, how activations are treated, and its graphs by name."""
+
+    name: str
+    kind: str
+    activations: str
+    graphs: dict[str, Graph]
+
+
+class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One Linear of a component: shape [out, in], format, the rule that decided it, and its fusion group if any."""
+
+    component: str
+    name: str
+    shape: tuple[int, int]
+    format: str
+    rule: str
+    group: str | None
+    bytes_before: int
+    bytes_after: int
+
+
+class Prompting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a prompt becomes tokens: `prefix + prompt + suffix`, encoded, padded with `pad_id` to `length`."""
+
+    tokenizer: str
+    prefix: str
+    suffix: str
+    length: int
+    pad_id: int
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the step loop needs: sizes in pixels [height, width], pixels a token, channels, schedule and defaults."""
+
+    sizes: tuple[tuple[int, int], ...]
+    pixels_per_token: int
+    latent_channels: int
+    schedule: str
+    steps: int
+    guidance: float
+    guidance_branches: bool
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the bundle came from. `built_at` is the one field outside the manifest's digest."""
+
+    source: str
+    checkpoint: dict[str, dict[str, str]]
+    tools: dict[str, str]
+    built_at: str
+
+
+class Picture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A picture drawn at build time, and the request that drew it."""
+
+    file: str
+    target: str
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    size: tuple[int, int]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything `bundle.json` says; docs/bundle-format.md explains it field by field."""
+
+    format: str
+    format_version: int
+    name: str
+    digest: str
+    family: str
+    recipe: dict[str, Any]
+    provenance: Provenance
+    components: dict[str, str]
+    precision: tuple[Layer, ...]
+    prompting: Prompting
+    sampling: Sampling
+    targets: tuple[Target, ...]
+    fidelity: dict[str, Any]
+    pictures: tuple[Picture, ...]
+    files: dict[str, File]
+
+
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    def path(self, name: str) -> Path:
+        """The path of file `name`; the manifest must list it."""
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"{self.root}: the manifest refers to {name!r} but does not list it under files; rebuild the bundle"
+            )
+        return self.root / name
+
+    def checked_file(self, name: str) -> Path:
+        """The path of file `name` after its SHA-256 matched the manifest; for whatever will be executed."""
+        path = self.path(name)
+        if sha256_file(path) != self.manifest.files[name].sha256:
+            raise BundleError(
+                f"{path}: its SHA-256 is not the one in {MANIFEST}, so it will not be run; "
+                "copy the bundle again from where it was built, or rebuild it"
+            )
+        return path
+
+    def target(self, name: str | None) -> Target:
+        """The target called `name`, or the first one; BundleError lists those there are."""
+        targets = self.manifest.targets
+        for target in targets:
+            if name is None or target.name == name:
+                return target
+        known = ", ".join(t.name for t in targets) or "none"
+        raise BundleError(f"{self.root}: no target {name!r} in this bundle; it has: {known}")
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal text, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """SHA-256 of the manifest's canonical JSON without its own digest and without `provenance.built_at`."""
+    plain = msgspec.to_builtins(manifest)
+    plain.pop("digest")
+    plain["provenance"].pop("built_at")
+    return hashlib.sha256(msgspec.json.encode(plain, order="deterministic")).hexdigest()
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """`manifest` as readable JSON with its digest filled in."""
+    sealed = msgspec.structs.replace(manifest, digest=manifest_digest(manifest))
+    return msgspec.json.format(msgspec.json.encode(sealed, order="deterministic"), indent=1) + b"\n"
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Read and check `path/bundle.json` and the sizes of the files it lists; nothing else is read.
+
+    Raises BundleError naming the file and what to do.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise BundleError(f"{root}: no such bundle folder; `fluxc build RECIPE` makes one")
+    manifest_path = root / MANIFEST
+    try:
+        raw = manifest_path.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{root}: there is no {MANIFEST}, so this is not a fluxc bundle") from None
+    _check_format(manifest_path, raw)
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{manifest_path}: not a valid manifest: {error}; rebuild the bundle") from error
+    if manifest_digest(manifest) != manifest.digest:
+        raise BundleError(f"{manifest_path}: it was altered after the build (its digest does not match); rebuild")
+    for name, file in manifest.files.items():
+        _check_file(root, name, file)
+    return Bundle(root, manifest)
+
+
+def verify_files(bundle: Bundle) -> None:
+    """Check the SHA-256 of every file in the manifest and that no other file lies in the bundle.
+
+    Raises BundleError naming every damaged or foreign file.
+    """
+    damaged = [name for name, file in bundle.manifest.files.items() if sha256_file(bundle.root / name) != file.sha256]
+    known = {MANIFEST, *bundle.manifest.files}
+    present = {p.relative_to(bundle.root).as_posix() for p in bundle.root.rglob("*") if not p.is_dir()}
+    foreign = sorted(present - known)
+    problems = [f"altered: {', '.join(sorted(damaged))}"] if damaged else []
+    problems += [f"not listed in the manifest: {', '.join(foreign)}"] if foreign else []
+    if problems:
+        raise BundleError(f"{bundle.root}: {'; '.join(problems)}; copy the bundle again or rebuild it")
+
+
+def _check_format(path: Path, raw: bytes) -> None:
+    class Head(msgspec.Struct):
+        format: str = ""
+        format_version: int = 0
+
+    try:
+        head = msgspec.json.decode(raw, type=Head)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{path}: not readable as JSON: {error}; rebuild the bundle") from error
+    if head.format != FORMAT:
+        raise BundleError(f"{path}: its format is {head.format!r}, not {FORMAT!r}; this is not a fluxc bundle")
+    if head.format_version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: it has bundle format {head.format_version}, this fluxrt reads format {FORMAT_VERSION}; "
+            "install the matching fluxrt, or rebuild the bundle"
+        )
+
+
+def _check_file(root: Path, name: str, file: File) -> None:
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or pure.as_posix() != name:
+        raise BundleError(f"{root / MANIFEST}: the path {name!r} leaves the bundle or is not plain; refused")
+    path = root / name
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise BundleError(f"{path}: listed in {MANIFEST} but missing; copy the bundle again or rebuild it") from None
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"{path}: a link that leaves the bundle; refused")
+    if stat.st_size != file.size:
+        raise BundleError(
+            f"{path}: {stat.st_size} bytes, but {MANIFEST} says {file.size}; it is truncated or altered, "
+            "copy the bundle again or rebuild it"
+        )

@@ -1,0 +1,49 @@
+"""Turns prompts into token ids with the chat template that was rendered when the bundle was compiled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fluxrt.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    from fluxrt.bundle import Bundle
+
+
+class PromptEncoder:
+    """Holds the bundle's tokenizer and template."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        from tokenizers import Tokenizer
+
+        self._prompting = bundle.manifest.prompting
+        self._tokenizer: Tokenizer = Tokenizer.from_file(str(bundle.checked_file(self._prompting.tokenizer)))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def encode(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids, attention_mask), int64 [prompts, length]; a prompt that does not fit is a RequestError."""
+        import numpy as np
+
+        spec = self._prompting
+        ids = np.full((len(prompts), spec.length), spec.pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        frame = len(self._tokenizer.encode(spec.prefix + spec.suffix).ids)
+        for row, prompt in enumerate(prompts):
+            tokens = self._tokenizer.encode(spec.prefix + prompt + spec.suffix).ids
+            if len(tokens) > spec.length:
+                raise RequestError(
+                    f"the prompt {_shorten(prompt)!r} is {len(tokens)} tokens long with its chat template "
+                    f"({frame} tokens), but this bundle was compiled for {spec.length}; "
+                    "shorten it, or rebuild with a larger text.length in the recipe"
+                )
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        return ids, mask
+
+
+def _shorten(text: str, limit: int = 48) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
