@@ -1,0 +1,3 @@
+"""fluxc compiles FLUX.2 checkpoints into bundles: quantized weights, graphs, and the evidence that the pictures are right."""
+
+__version__ = "0.1.0"

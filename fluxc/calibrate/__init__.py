@@ -1,0 +1,1 @@
+"""Calibration: one pass of the model over the prompts, recording the largest input of every Linear."""

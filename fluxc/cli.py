@@ -1,0 +1,111 @@
+"""The command line: parse, call, print. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+import fluxc
+from fluxc.errors import FluxError
+
+BUILD_STAGES = ("calibrate", "weights", "graphs", "targets", "fidelity", "bundle")
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn a FluxError into one paragraph on stderr and its exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except FluxError as error:
+            click.echo(f"fluxc: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("fluxc: interrupted; finished stages are kept, run the command again to go on", err=True)
+            sys.exit(130)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fluxc.__version__, prog_name="fluxc")
+def main() -> None:
+    """Compile FLUX.2 checkpoints into bundles that a thin runtime draws with."""
+
+
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+set_option = click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a recipe field.")
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+@main.command()
+@recipe_argument
+@set_option
+@click.option("--out", type=click.Path(path_type=Path), help="Bundle folder (default: artifacts/NAME).")
+@click.option("--only", type=click.Choice(BUILD_STAGES), help="Stop after this stage; its result is kept for later.")
+@reports_errors
+def build(recipe: Path, changes: tuple[str, ...], out: Path | None, only: str | None) -> None:
+    """Compile RECIPE into a bundle."""
+    from fluxc.build import build as run
+    from fluxc.progress import StageProgress
+    from fluxc.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes)
+    folder = out or Path("artifacts") / loaded.recipe.name
+    built = run(loaded, folder, StageProgress(), None if only == "bundle" else only)
+    click.echo(f"{built}" if built else f"stage {only} is done; run without --only to make the bundle")
+
+
+@main.command()
+@recipe_argument
+@set_option
+@click.option("--layers/--no-layers", default=True, help="List every layer, or the summary alone.")
+@reports_errors
+def plan(recipe: Path, changes: tuple[str, ...], layers: bool) -> None:
+    """Show what building RECIPE would do: precision of every layer and why, sizes, targets. Writes nothing."""
+    from fluxc.describe import print_plan
+    from fluxc.recipe import load_recipe
+
+    print_plan(load_recipe(recipe, changes), layers)
+
+
+@main.command()
+@bundle_argument
+@reports_errors
+def inspect(bundle: Path) -> None:
+    """Show what BUNDLE holds, from its manifest."""
+    from fluxc.describe import print_bundle
+    from fluxrt.bundle import open_bundle
+
+    print_bundle(open_bundle(bundle))
+
+
+@main.command()
+@bundle_argument
+@click.option("--target", help="Draw with this target alone (default: with every one).")
+@reports_errors
+def verify(bundle: Path, target: str | None) -> None:
+    """Check every file's size and SHA-256, then draw a recorded picture again and compare."""
+    from fluxc.verify import verify_bundle
+
+    for line in verify_bundle(bundle, target):
+        click.echo(line)
+
+
+@main.command()
+@reports_errors
+def doctor() -> None:
+    """Show what this machine can build and run, and what to install for the rest."""
+    from fluxc.describe import print_doctor
+
+    print_doctor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Writes the small files of a bundle's component folders: configs, tokenizer, scheduler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fluxc.checkpoint.source import Checkpoint, Component
+from fluxc.errors import CheckpointError
+from fluxc.quantize.formats import BLOCK
+from fluxc.quantize.plan import LayerPlan
+
+WEIGHTS_FILE = {
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
+MACHINE_FIELDS = ("_name_or_path",)
+
+
+def small_files(component: Component) -> list[Path]:
+    """A component's files other than weights and their index."""
+    return [
+        file
+        for file in component.files
+        if file.suffix in (".json", ".txt", ".jinja", ".model") and not file.name.endswith(".safetensors.index.json")
+    ]
+
+
+def write_small_files(
+    checkpoint: Checkpoint, folder: Path, plans: dict[str, list[LayerPlan]], kept_text_layers: int
+) -> None:
+    """Copy configs, tokenizer and scheduler into `folder`, saying in the configs what was quantized and pruned."""
+    _write_json(folder / "model_index.json", _without_machine(checkpoint.index))
+    for name, component in checkpoint.components.items():
+        target = folder / name
+        target.mkdir()
+        for file in small_files(component):
+            (target / file.name).write_bytes(file.read_bytes())
+        if name not in WEIGHTS_FILE:
+            continue
+        config = _without_machine(component.config)
+        if name == "text_encoder":
+            config["num_hidden_layers"] = kept_text_layers
+            if config.get("layer_types"):
+                config["layer_types"] = config["layer_types"][:kept_text_layers]
+            # Prompts are encoded without the language-model head, which is not stored; tied, it needs no tensor.
+            config["tie_word_embeddings"] = True
+        quantization = quantization_config(plans.get(name, []))
+        if quantization:
+            config["quantization_config"] = quantization
+        _write_json(target / "config.json", config)
+
+
+def quantization_config(plan: list[LayerPlan]) -> dict[str, Any] | None:
+    """ModelOpt's `quantization_config` for a plan: its algorithm, the layers left in bf16, formats by layer when mixed."""
+    formats = {entry.format for entry in plan} - {"bf16"}
+    if not formats:
+        return None
+    algorithms = {"nvfp4": "NVFP4", "fp8": "FP8"}
+    schemes = {
+        "nvfp4": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK},
+        "fp8": {"dynamic": False, "num_bits": 8, "type": "float"},
+    }
+    config: dict[str, Any] = {
+        "config_groups": {
+            f"group_{number}": {
+                "input_activations": schemes[format],
+                "weights": schemes[format],
+                "targets": ["Linear"] if len(formats) == 1 else [e.layer.name for e in plan if e.format == format],
+            }
+            for number, format in enumerate(sorted(formats))
+        },
+        "ignore": [entry.layer.name for entry in plan if entry.format == "bf16"],
+        "quant_algo": algorithms[next(iter(formats))] if len(formats) == 1 else "MIXED_PRECISION",
+        "producer": {"name": "fluxc"},
+        "quant_method": "modelopt",
+    }
+    if len(formats) > 1:
+        config["quantized_layers"] = {
+            entry.layer.name: {"quant_algo": algorithms[entry.format]} for entry in plan if entry.format != "bf16"
+        }
+    return config
+
+
+def render_template(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[str, str, int]:
+    """(prefix, suffix, pad id) of the tokenizer's chat template around one user message.
+
+    Raises CheckpointError when the template does more to the message than to surround it, since the runtime could not
+    repeat that without the template engine.
+    """
+    from transformers import AutoTokenizer
+
+    folder = checkpoint.components["tokenizer"].folder
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def render(message: str) -> str:
+        messages = [{"role": "user", "content": message}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+
+    marker = "\u2063fluxc-prompt\u2063"
+    prefix, found, suffix = render(marker).partition(marker)
+    probes = ("", "a cat", " two  spaces ", "line\nbreak", "<|im_end|>", "Ünïcödé 猫")
+    if not found or any(render(probe) != prefix + probe + suffix for probe in probes):
+        raise CheckpointError(
+            f"{folder}: the chat template changes the message it is given, so it cannot be rendered once at compile time"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.padding_side != "right":
+        raise CheckpointError(f"{folder}: the tokenizer must have a pad token and pad on the right")
+    return prefix, suffix, int(tokenizer.pad_token_id)
+
+
+def _without_machine(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in MACHINE_FIELDS}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,136 @@
+"""Compares a bundle's targets with diffusers, stage by stage on the same input, on held-out prompts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fluxc.errors import BuildError
+from fluxc.fidelity.metrics import cosine, psnr, relative_error, significant, ssim
+from fluxc.fidelity.trace import Trace
+from fluxrt.bundle import Bundle
+from fluxrt.pipeline import Pipeline
+from fluxrt.schedule import SCHEDULES
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A recorded picture with the final latents [1, S, C] of its step loop and the seed its noise came from."""
+
+    trace: Trace
+    final: np.ndarray
+    seed: int
+
+
+def compare_target(
+    bundle: Bundle,
+    target: str,
+    references: list[Reference],
+    *,
+    size: tuple[int, int],
+    steps: int,
+    guidance: float,
+    on_picture: Callable[[], None],
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """(figures, pictures fp32 [height, width, 3]) of one target.
+
+    Every stage gets diffusers' own input: tokens, embeddings, the latents of each step, the final latents. Only `image` is
+    end to end. Figures are the worst over prompts (and steps); `image_psnr_db` and `image_ssim` also as means.
+    """
+    pipeline = Pipeline(bundle, target=target)
+    grid = pipeline.grid(size)
+    rows: list[dict[str, Any]] = []
+    pictures = []
+    for reference in references:
+        trace = reference.trace
+        _check_tokens(pipeline, trace)
+        _check_sigmas(pipeline, trace, grid, steps)
+        text = pipeline.encode_text(trace.prompt, guidance)
+        reference_text = np.concatenate(trace.text)
+        state = pipeline.begin(trace.latents[0], reference_text, grid, guidance)
+        state["sigma"] = np.array(trace.sigmas[0], dtype=np.float32)
+        prologue = pipeline.backend.run("prologue", state)
+        velocities = [
+            _velocity(pipeline, latents, reference_text, grid, guidance, sigma)
+            for latents, sigma in zip(trace.latents, trace.sigmas, strict=True)
+        ]
+        decoded = pipeline.decode(reference.final, grid)[0]
+        picture = _draw(pipeline, text, grid, guidance, trace, steps)
+        pictures.append(picture)
+        pairs = list(zip(velocities, trace.velocities, strict=True))
+        rows.append(
+            {
+                "prompt": trace.prompt,
+                "seed": reference.seed,
+                "text_error": relative_error(text, reference_text),
+                "prologue_error": max(_prologue_error(prologue[k], v) for k, v in trace.prologue.items()),
+                "step_error": [relative_error(ours, theirs) for ours, theirs in pairs],
+                "step_cosine": [cosine(ours, theirs) for ours, theirs in pairs],
+                "decode_error": relative_error(decoded, trace.image),
+                "image_psnr_db": psnr(picture, trace.image),
+                "image_ssim": ssim(picture, trace.image),
+            }
+        )
+        on_picture()
+    return _summary(rows), pictures
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def rounded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [significant(v, 6) for v in value]
+        return significant(value) if isinstance(value, float) else value
+
+    psnrs, ssims = [row["image_psnr_db"] for row in rows], [row["image_ssim"] for row in rows]
+    return {
+        "text_error": significant(max(row["text_error"] for row in rows)),
+        "prologue_error": significant(max(row["prologue_error"] for row in rows)),
+        "step_error": significant(max(max(row["step_error"]) for row in rows)),
+        "step_cosine": significant(min(min(row["step_cosine"]) for row in rows), 6),
+        "decode_error": significant(max(row["decode_error"] for row in rows)),
+        "image_psnr_db": significant(float(np.mean(psnrs))),
+        "image_psnr_db_worst": significant(min(psnrs)),
+        "image_ssim": significant(float(np.mean(ssims))),
+        "prompts": [{key: rounded(value) for key, value in row.items()} for row in rows],
+    }
+
+
+def _check_tokens(pipeline: Pipeline, trace: Trace) -> None:
+    for prompt, theirs in zip((trace.prompt, ""), trace.input_ids, strict=False):
+        ours, _ = pipeline.tokenize([prompt])
+        if not np.array_equal(ours, theirs):
+            raise BuildError(f"the runtime tokenizes {prompt!r} as {ours.tolist()}, diffusers as {theirs.tolist()}")
+
+
+def _check_sigmas(pipeline: Pipeline, trace: Trace, grid: tuple[int, int], steps: int) -> None:
+    ours = SCHEDULES[pipeline.bundle.manifest.sampling.schedule](grid[0] * grid[1], steps)[:-1]
+    if len(ours) != len(trace.sigmas) or not np.allclose(ours, trace.sigmas, rtol=1e-5, atol=0):
+        raise BuildError(f"the runtime's schedule {ours} is not diffusers' {trace.sigmas}")
+
+
+def _prologue_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    # The runtime stacks the guidance branches; diffusers runs them one after the other, the conditional one first.
+    return relative_error(ours[:1] if ours.ndim == 3 else ours, theirs)
+
+
+def _velocity(
+    pipeline: Pipeline, latents: np.ndarray, text: np.ndarray, grid: tuple[int, int], guidance: float, sigma: float
+) -> np.ndarray:
+    """The guided velocity at `latents`: what an Euler step of length one adds."""
+    state = pipeline.begin(latents, text, grid, guidance)
+    pipeline.step(state, sigma, sigma + 1.0)
+    return state["latents"] - latents
+
+
+def _draw(
+    pipeline: Pipeline, text: np.ndarray, grid: tuple[int, int], guidance: float, trace: Trace, steps: int
+) -> np.ndarray:
+    sigmas = SCHEDULES[pipeline.bundle.manifest.sampling.schedule](grid[0] * grid[1], steps)
+    state = pipeline.begin(trace.latents[0], text, grid, guidance)
+    for sigma, next_sigma in itertools.pairwise(sigmas):
+        pipeline.step(state, sigma, next_sigma)
+    return pipeline.decode(state["latents"], grid)[0]

@@ -1,0 +1,34 @@
+"""Gates: the worst result a recipe allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fluxc.errors import GateError
+from fluxc.recipe import Gates
+
+
+def check_gates(gates: Gates, layer_snr_db: dict[str, float], targets: dict[str, dict[str, Any]]) -> None:
+    """Raise GateError naming every figure that misses its gate.
+
+    `layer_snr_db` holds every quantized layer's weight SNR, `targets` each target's figures (see compare_target).
+    """
+    misses = []
+    if gates.layer_snr_db is not None:
+        low = {name: snr for name, snr in layer_snr_db.items() if snr < gates.layer_snr_db}
+        if low:
+            worst = sorted(low, key=lambda name: low[name])[:4]
+            listed = ", ".join(f"{name} {low[name]:.2f} dB" for name in worst)
+            misses.append(f"{len(low)} layers under layer_snr_db {gates.layer_snr_db}: {listed}")
+    for field in ("step_cosine", "image_psnr_db"):
+        gate = getattr(gates, field)
+        if gate is None:
+            continue
+        for name, figures in targets.items():
+            if figures[field] < gate:
+                misses.append(f"target {name}: {field} {figures[field]} under {gate}")
+    if misses:
+        raise GateError(
+            f"gates: {'; '.join(misses)}. No bundle was written; keep more layers in higher precision, "
+            "or lower the gate in the recipe if this loss is acceptable"
+        )

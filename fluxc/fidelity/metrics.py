@@ -1,0 +1,49 @@
+"""Measures of difference between two arrays, and between two pictures."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
+    """|ours - reference| / |reference|, Euclidean norms over all elements, in float64."""
+    difference = np.linalg.norm(ours.astype(np.float64).ravel() - reference.astype(np.float64).ravel())
+    return float(difference) / max(float(np.linalg.norm(reference.astype(np.float64).ravel())), 1e-30)
+
+
+def cosine(ours: np.ndarray, reference: np.ndarray) -> float:
+    """Cosine of the angle between two arrays seen as vectors, in float64."""
+    a, b = ours.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
+    return float(a @ b) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30)
+
+
+def psnr(ours: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in 0..1; at most 120, which identical pictures get."""
+    from skimage.metrics import mean_squared_error
+
+    error = mean_squared_error(reference.astype(np.float64), ours.astype(np.float64))
+    return 120.0 if error < 1e-12 else -10 * math.log10(error)
+
+
+def ssim(ours: np.ndarray, reference: np.ndarray) -> float:
+    """Structural similarity of pictures [height, width, 3] in 0..1 (Wang et al. 2004, Gaussian window)."""
+    from skimage.metrics import structural_similarity
+
+    return float(
+        structural_similarity(
+            reference,
+            ours,
+            channel_axis=2,
+            data_range=1.0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
+
+
+def significant(value: float, digits: int = 4) -> float:
+    """`value` rounded to `digits` significant digits, so that reports do not differ in the last bit of a float."""
+    return float(f"{value:.{digits}g}")

@@ -1,0 +1,90 @@
+"""The fidelity stage: diffusers draws the held-out prompts, every target is compared with it, the report is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fluxc.fidelity.compare import Reference, compare_target
+from fluxc.fidelity.report import write_report
+from fluxc.fidelity.trace import record, tokens_of_final
+from fluxc.progress import Report
+from fluxc.recipe import Recipe
+from fluxc.reference import load_pipeline
+from fluxc.stages import Source
+from fluxrt.bundle import Bundle
+
+
+def measure(
+    folder: Path,
+    source: Source,
+    recipe: Recipe,
+    bundle: Bundle,
+    prompts: list[str],
+    layers: list[dict[str, Any]],
+    report: Report,
+) -> None:
+    """Write report/ (report.json, index.html, pictures) and pictures.json, the recorded requests, into `folder`."""
+    size, steps, guidance = recipe.sizes[0], recipe.sampling.steps, recipe.sampling.guidance
+    total = len(prompts) * (1 + len(recipe.targets))
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        report(done, total)
+
+    branches = 2 if source.guidance_branches and guidance > 1.0 else 1
+    pipeline = load_pipeline(source.checkpoint, getattr(torch, recipe.fidelity.reference))
+    references = []
+    for number, prompt in enumerate(prompts):
+        seed = recipe.fidelity.seed + number
+        trace = record(
+            pipeline,
+            source.checkpoint,
+            prompt,
+            guidance,
+            branches,
+            size=size,
+            steps=steps,
+            seed=seed,
+            text_length=recipe.text.length,
+            text_layers=source.family.text_layers,
+        )
+        references.append(Reference(trace, tokens_of_final(trace, pipeline.vae), seed))
+        advance()
+    del pipeline
+
+    figures: dict[str, Any] = {
+        "name": recipe.name,
+        "reference": f"diffusers {source.checkpoint.pipeline_class} in {recipe.fidelity.reference}",
+        "steps": steps,
+        "guidance": guidance,
+        "size": list(size),
+        "targets": {},
+        "layers": layers,
+    }
+    pictures: dict[str, list[np.ndarray]] = {"reference": [r.trace.image for r in references]}
+    for target in recipe.targets:
+        figures["targets"][target.name], pictures[target.name] = compare_target(
+            bundle, target.name, references, size=size, steps=steps, guidance=guidance, on_picture=advance
+        )
+    write_report(folder / "report", figures, pictures)
+    recorded = [
+        {
+            "file": f"report/pictures/{target.name}-{number}.png",
+            "target": target.name,
+            "prompt": reference.trace.prompt,
+            "seed": reference.seed,
+            "steps": steps,
+            "guidance": guidance,
+            "size": size,
+        }
+        for target in recipe.targets
+        for number, reference in enumerate(references)
+    ]
+    (folder / "pictures.json").write_text(json.dumps(recorded))

@@ -1,0 +1,56 @@
+"""Binds a lowered graph's weight inputs to the component's weights file: external initializers at their byte offset.
+
+ONNX external data may point into any file, a safetensors file too: `location`, `offset`, `length`. Packed NVFP4 values
+[out, in/2] uint8 read as FLOAT4E2M1 [out, in], low nibble first, which is ONNX's own packing.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto
+
+from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.errors import BuildError
+
+ONNX_TYPES = {
+    "F32": TensorProto.FLOAT,
+    "F16": TensorProto.FLOAT16,
+    "BF16": TensorProto.BFLOAT16,
+    "F8_E4M3": TensorProto.FLOAT8E4M3FN,
+    "I64": TensorProto.INT64,
+}
+
+
+def bind(model: onnx.ModelProto, arguments: set[str], weights: dict[str, TensorRef], location: str) -> set[str]:
+    """Turn every input of `model` outside `arguments` into an external initializer, in place.
+
+    `weights` describes the weights file, `location` is its path from the graph's folder. Returns the tensors bound.
+    Raises BuildError for an input the file does not hold.
+    """
+    graph = model.graph
+    bound = [value.name for value in graph.input if value.name not in arguments]
+    kept = [value for value in graph.input if value.name in arguments]
+    missing = [name for name in bound if name not in weights]
+    if missing:
+        raise BuildError(f"the graph needs {', '.join(missing[:4])}, which {location} does not hold")
+    for name in bound:
+        graph.initializer.append(_external(weights[name], location))
+    inputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    return set(bound)
+
+
+def _external(ref: TensorRef, location: str) -> TensorProto:
+    tensor = TensorProto(name=ref.name, data_location=TensorProto.EXTERNAL)
+    if ref.dtype == "U8" and len(ref.shape) == 2:
+        tensor.data_type = TensorProto.FLOAT4E2M1
+        tensor.dims.extend((ref.shape[0], ref.shape[1] * 2))
+    elif ref.dtype in ONNX_TYPES:
+        tensor.data_type = ONNX_TYPES[ref.dtype]
+        tensor.dims.extend(ref.shape)
+    else:
+        raise BuildError(f"tensor {ref.name!r} has dtype {ref.dtype}, which no graph can hold")
+    for key, value in (("location", location), ("offset", str(ref.offset)), ("length", str(ref.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor

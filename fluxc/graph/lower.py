@@ -1,0 +1,208 @@
+"""Lowers neutral graphs for ONNX Runtime: each `fluxc::Linear` becomes the form its layer's format needs.
+
+1. bf16: Cast to fp32, Transpose, MatMul (the first two are folded when a session is made).
+2. fp8: DequantizeLinear of the E4M3 weight, then as above.
+3. nvfp4: block scales by DequantizeLinear, values by com.microsoft::GatherBlockQuantized, which ONNX Runtime does not fold,
+   so weights stay 4-bit in memory; then Transpose and MatMul.
+4. With activations "nvfp4", inputs of nvfp4 layers pass `fluxc::NVFP4FakeQuantize`, and inputs of fp8 layers an E4M3
+   QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer.
+5. Every other weight is cast to fp32 if it is stored in 16 bits.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto, helper
+
+from fluxc.errors import BuildError
+from fluxc.graph import LINEAR_DOMAIN, OPSET
+from fluxc.graph.trace import make_model
+from fluxc.quantize.formats import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_TINY
+from fluxc.quantize.plan import LayerPlan
+
+HALF = {"BF16", "F16"}
+
+
+def lower(
+    model: onnx.ModelProto, arguments: set[str], stored: dict[str, str], plan: dict[str, LayerPlan], activations: str
+) -> onnx.ModelProto:
+    """Lower `model`, whose inputs other than `arguments` are weights.
+
+    `stored` gives each tensor's dtype in the weights file, `plan` each planned Linear by layer name; a Linear without a plan
+    is bf16. The result's weight inputs are tensors of the weights file.
+    """
+    graph = onnx.GraphProto(name="fluxc")
+    graph.input.extend(value for value in model.graph.input if value.name in arguments)
+    graph.output.extend(model.graph.output)
+    graph.initializer.extend(model.graph.initializer)
+    build = _Lowering(graph, stored, plan, activations)
+    weights = {value.name for value in model.graph.input} - arguments
+    for node in model.graph.node:
+        if node.domain == LINEAR_DOMAIN and node.op_type == "Linear":
+            build.linear(node.input[0], node.input[1], node.output[0])
+            continue
+        inputs = [build.full(name) if name in weights else name for name in node.input]
+        copy = graph.node.add()
+        copy.CopyFrom(node)
+        copy.input[:] = inputs
+    lowered = make_model(graph)
+    if build.uses_fake_quantize:
+        lowered.functions.append(fake_quantize_function())
+    return lowered
+
+
+def fake_quantize_function() -> onnx.FunctionProto:
+    """`fluxc::NVFP4FakeQuantize(x, input_scale)` in standard operators; the arithmetic of quantize.nvfp4.fake_quantize."""
+
+    def constant(name: str, value: float | list[int]) -> onnx.NodeProto:
+        if isinstance(value, list):
+            tensor = helper.make_tensor(name, TensorProto.INT64, [len(value)], value)
+        else:
+            tensor = helper.make_tensor(name, TensorProto.FLOAT, [], [value])
+        return helper.make_node("Constant", [], [name], value=tensor)
+
+    node = helper.make_node
+    nodes = [
+        constant("block_shape", [-1, BLOCK]),
+        constant("last", [-1]),
+        constant("six", E2M1_MAX),
+        constant("tiny", E4M3_TINY),
+        constant("huge", E4M3_MAX),
+        constant("half", 0.5),
+        constant("one", 1.0),
+        constant("two", 2.0),
+        constant("four", 4.0),
+        node("Shape", ["x"], ["shape"]),
+        node("Reshape", ["x", "block_shape"], ["blocks"]),
+        node("Abs", ["blocks"], ["magnitude"]),
+        node("ReduceMax", ["magnitude", "last"], ["amax"], keepdims=1),
+        node("Div", ["amax", "six"], ["amax_6"]),
+        node("Div", ["amax_6", "input_scale"], ["exact"]),
+        node("Clip", ["exact", "tiny", "huge"], ["clipped"]),
+        node("Cast", ["clipped"], ["e4m3"], to=TensorProto.FLOAT8E4M3FN),
+        node("Cast", ["e4m3"], ["block_scale"], to=TensorProto.FLOAT),
+        node("Mul", ["block_scale", "input_scale"], ["scale"]),
+        node("Div", ["magnitude", "scale"], ["scaled"]),
+        node("Min", ["scaled", "six"], ["bounded"]),
+        node("Less", ["bounded", "two"], ["under_two"]),
+        node("Less", ["bounded", "four"], ["under_four"]),
+        node("Where", ["under_four", "one", "two"], ["coarse"]),
+        node("Where", ["under_two", "half", "coarse"], ["step"]),
+        node("Div", ["bounded", "step"], ["steps"]),
+        node("Round", ["steps"], ["whole"]),
+        node("Mul", ["whole", "step"], ["rounded"]),
+        node("Mul", ["rounded", "scale"], ["restored"]),
+        node("Sign", ["blocks"], ["sign"]),
+        node("Mul", ["sign", "restored"], ["signed"]),
+        node("Reshape", ["signed", "shape"], ["y"]),
+    ]
+    return helper.make_function(
+        LINEAR_DOMAIN, "NVFP4FakeQuantize", ["x", "input_scale"], ["y"], nodes, [helper.make_opsetid("", OPSET)]
+    )
+
+
+class _Lowering:
+    """Adds lowered nodes to a graph, each shared part once."""
+
+    def __init__(
+        self, graph: onnx.GraphProto, stored: dict[str, str], plan: dict[str, LayerPlan], activations: str
+    ) -> None:
+        self._graph = graph
+        self._stored = stored
+        self._plan = plan
+        self._activations = activations
+        self._made: dict[tuple[str, ...], str] = {}
+        self.uses_fake_quantize = False
+
+    def weight(self, name: str) -> str:
+        """A tensor of the weights file as a graph input; binding gives it its type and place."""
+        if ("weight", name) not in self._made:
+            if name not in self._stored:
+                raise BuildError(f"the graph needs tensor {name!r}, which the weights file does not hold")
+            self._graph.input.append(onnx.ValueInfoProto(name=name))
+            self._made["weight", name] = name
+        return name
+
+    def full(self, name: str) -> str:
+        """The tensor `name` in fp32."""
+        source = self.weight(name)
+        if self._stored[name] not in HALF:
+            return source
+        return self._once(("full", name), "Cast", [source], f"{name}/fp32", to=TensorProto.FLOAT)
+
+    def linear(self, x: str, weight: str, output: str) -> None:
+        """y = x @ weight.T with `weight` in its planned format."""
+        layer = weight.removesuffix(".weight")
+        planned = self._plan.get(layer)
+        if planned is None or planned.format == "bf16":
+            dense = self.full(weight)
+        elif planned.format == "fp8":
+            scale = self.weight(f"{layer}.weight_scale")
+            dense = self._once(("dq", layer), "DequantizeLinear", [self.weight(weight), scale], f"{weight}/fp32")
+            x = self._rounded_fp8(x, planned)
+        else:
+            dense = self._nvfp4(weight, layer, planned.layer.out_features)
+            x = self._rounded_nvfp4(x, planned)
+        transposed = self._once(("transposed", weight), "Transpose", [dense], f"{weight}/transposed", perm=[1, 0])
+        self._graph.node.append(helper.make_node("MatMul", [x, transposed], [output]))
+
+    def _nvfp4(self, weight: str, layer: str, rows: int) -> str:
+        scales = self._once(
+            ("scales", layer),
+            "DequantizeLinear",
+            [self.weight(f"{layer}.weight_scale"), self.weight(f"{layer}.weight_scale_2")],
+            f"{layer}/block_scales",
+        )
+        every_row = self._once(
+            ("rows", str(rows)),
+            "Range",
+            [self._scalar(0), self._scalar(rows), self._scalar(1)],
+            f"rows/{rows}",
+        )
+        return self._once(
+            ("dq", layer),
+            "GatherBlockQuantized",
+            [self.weight(weight), every_row, scales],
+            f"{weight}/fp32",
+            domain="com.microsoft",
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def _rounded_nvfp4(self, x: str, planned: LayerPlan) -> str:
+        if self._activations == "none":
+            return x
+        self.uses_fake_quantize = True
+        scale = self.weight(f"{planned.layer.name}.input_scale")
+        key = ("rounded", x, planned.layer.group or planned.layer.name)
+        return self._once(key, "NVFP4FakeQuantize", [x, scale], f"{planned.layer.name}/input", domain=LINEAR_DOMAIN)
+
+    def _rounded_fp8(self, x: str, planned: LayerPlan) -> str:
+        if self._activations == "none":
+            return x
+        layer, scale = planned.layer.name, self.weight(f"{planned.layer.name}.input_scale")
+        key = planned.layer.group or layer
+        zero = self._zero_e4m3()
+        codes = self._once(("q", x, key), "QuantizeLinear", [x, scale, zero], f"{layer}/input_e4m3")
+        return self._once(("dq", x, key), "DequantizeLinear", [codes, scale], f"{layer}/input")
+
+    def _zero_e4m3(self) -> str:
+        if ("zero",) not in self._made:
+            zero = helper.make_tensor("zero_e4m3", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+            self._graph.initializer.append(zero)
+            self._made["zero",] = zero.name
+        return "zero_e4m3"
+
+    def _scalar(self, value: int) -> str:
+        name = f"scalar/{value}"
+        if ("scalar", name) not in self._made:
+            self._graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [], [value]))
+            self._made["scalar", name] = name
+        return name
+
+    def _once(self, key: tuple[str, ...], op: str, inputs: list[str], output: str, **attributes) -> str:
+        if key not in self._made:
+            self._graph.node.append(helper.make_node(op, inputs, [output], **attributes))
+            self._made[key] = output
+        return self._made[key]

@@ -1,0 +1,157 @@
+"""The torch modules that are traced: thin wrappers that cut diffusers' model where the step is cut.
+
+Attribute names repeat the checkpoint's, so parameter names in a trace are tensor names in the weights file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Prologue(nn.Module):
+    """latents [1, S, C], text [B, L, T], sigma () -> hidden, text_hidden, modulation, rope.
+
+    hidden [B, S, D], text_hidden [B, L, D], temb [1, D], modulation_* [1, 6D or 3D], rope_cos and rope_sin [L + S, head_dim].
+    `columns` () int64 is the number of token columns; `guidance` () enters where the model embeds it.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.time_guidance_embed = transformer.time_guidance_embed
+        self.double_stream_modulation_img = transformer.double_stream_modulation_img
+        self.double_stream_modulation_txt = transformer.double_stream_modulation_txt
+        self.single_stream_modulation = transformer.single_stream_modulation
+        self.x_embedder = transformer.x_embedder
+        self.context_embedder = transformer.context_embedder
+        self.pos_embed = transformer.pos_embed
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        text: torch.Tensor,
+        sigma: torch.Tensor,
+        columns: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        temb = self.time_guidance_embed(
+            sigma.reshape(1) * 1000, None if guidance is None else guidance.reshape(1) * 1000
+        )
+        hidden = self.x_embedder(latents).expand(text.shape[0], -1, -1)
+        index = torch.arange(latents.shape[1], device=latents.device)
+        nothing = torch.zeros_like(index)
+        image_ids = torch.stack([nothing, index // columns, index % columns, nothing], dim=1)
+        place = torch.arange(text.shape[1], device=latents.device)
+        zero = torch.zeros_like(place)
+        text_ids = torch.stack([zero, zero, zero, place], dim=1)
+        rope_cos, rope_sin = self.pos_embed(torch.cat([text_ids, image_ids]))
+        return (
+            hidden,
+            self.context_embedder(text),
+            temb,
+            self.double_stream_modulation_img(temb),
+            self.double_stream_modulation_txt(temb),
+            self.single_stream_modulation(temb),
+            rope_cos,
+            rope_sin,
+        )
+
+
+class DoubleBlock(nn.Module):
+    """One double-stream block: image and text tokens keep their own weights and meet in attention."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden, text_hidden, modulation_img, modulation_txt, rope_cos, rope_sin):
+        text_hidden, hidden = self.block(
+            hidden, text_hidden, modulation_img, modulation_txt, image_rotary_emb=(rope_cos, rope_sin)
+        )
+        return hidden, text_hidden
+
+
+class SingleBlock(nn.Module):
+    """One single-stream block on [text tokens, image tokens]."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, joined, modulation_single, rope_cos, rope_sin):
+        return self.block(joined, None, modulation_single, image_rotary_emb=(rope_cos, rope_sin))
+
+
+class Epilogue(nn.Module):
+    """latents, hidden, residual, temb, sigma, next_sigma -> next_latents: output layers, guidance, Euler step.
+
+    With two branches (conditional, empty prompt) the velocities are combined by `guidance`; with one, that is the identity.
+    """
+
+    def __init__(self, transformer: Any, guidance_branches: bool) -> None:
+        super().__init__()
+        self.norm_out = transformer.norm_out
+        self.proj_out = transformer.proj_out
+        self.guidance_branches = guidance_branches
+
+    def forward(self, latents, hidden, residual, temb, sigma, next_sigma, guidance=None):
+        velocity = self.proj_out(self.norm_out(hidden + residual, temb))
+        if self.guidance_branches:
+            conditional, empty = velocity[:1], velocity[-1:]
+            velocity = empty + guidance * (conditional - empty)
+        return latents + (next_sigma - sigma) * velocity
+
+
+class TextStem(nn.Module):
+    """input_ids, attention_mask int64 [B, L] -> hidden [B, L, D], attends bool [B, 1, L, L], cos and sin [1, L, head_dim].
+
+    A token attends to itself and to earlier tokens that are not padding.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        # Nested as in the checkpoint, so that the embedding keeps its name, model.embed_tokens.weight.
+        self.model = nn.ModuleDict({"embed_tokens": model.embed_tokens, "rotary_emb": model.rotary_emb})
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden = self.model["embed_tokens"](input_ids)
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        causal = place[:, None] >= place[None, :]
+        attends = causal[None, None] & attention_mask.bool()[:, None, None, :]
+        cos, sin = self.model["rotary_emb"](hidden, place[None])
+        return hidden, attends, cos, sin
+
+
+class TextLayer(nn.Module):
+    """One decoder layer: hidden, attends, cos, sin -> hidden."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden, attends, cos, sin):
+        output = self.layer(hidden, attention_mask=attends, position_embeddings=(cos, sin))
+        return output[0] if isinstance(output, tuple) else output
+
+
+class VaeDecoder(nn.Module):
+    """latents [1, rows, columns, C] (as the step loop leaves them) -> image [1, height, width, 3] in 0..1."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.bn = vae.bn
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+        self.eps = vae.config.batch_norm_eps
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        std = torch.sqrt(self.bn.running_var + self.eps)
+        latents = (latents * std + self.bn.running_mean).permute(0, 3, 1, 2)
+        batch, channels, rows, columns = latents.shape
+        latents = latents.reshape(batch, channels // 4, 2, 2, rows, columns).permute(0, 1, 4, 2, 5, 3)
+        latents = latents.reshape(batch, channels // 4, rows * 2, columns * 2)
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return (self.decoder(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)

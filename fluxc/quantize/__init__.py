@@ -1,0 +1,1 @@
+"""Number formats, the precision plan, and the writer of quantized weights."""

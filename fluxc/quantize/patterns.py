@@ -1,0 +1,45 @@
+"""Matching layer names: a glob over the whole name, or a regular expression after `re:`."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+
+from fluxc.errors import RecipeError, nearest
+
+
+def matching(pattern: str, names: Iterable[str], field: str) -> list[str]:
+    """The `names` that `pattern` matches as a whole, in order.
+
+    Raises RecipeError naming `field` when it matches nothing (with near matches) or is not a valid expression.
+    """
+    names = list(names)
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise RecipeError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
+        found = [name for name in names if expression.fullmatch(name)]
+    else:
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        raise RecipeError(
+            f"{field}: the pattern {pattern!r} matches no layer{_suggest(pattern, names)}. "
+            "Patterns match a layer's whole name; `fluxc plan` lists the names"
+        )
+    return found
+
+
+def _suggest(pattern: str, names: list[str]) -> str:
+    """Near matches among whole names, their last parts, and names with block numbers starred."""
+    bare = pattern.removeprefix("re:").strip("*").rstrip(".")
+    starred = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    inside = [name for name in starred if bare and bare in name]
+    if inside:
+        return f"; did you mean {', '.join(repr(n) for n in inside[:3])}?"
+    candidates = {name.split("*.", 1)[-1]: f"*{name.split('*.', 1)[-1]}" if "*." in name else name for name in starred}
+    clause = nearest(bare.replace("*.", ""), candidates)
+    for short, full in candidates.items():
+        clause = clause.replace(repr(short), repr(full))
+    return clause

@@ -1,0 +1,88 @@
+"""The precision plan: every Linear with its format and the rule that decided it.
+
+1. A layer that a `keep` pattern matches stays bf16.
+2. Otherwise the first of `rules` that matches decides.
+3. Otherwise `default` does.
+4. A decision for one member of a fusion group holds for the whole group (keep before rules, earlier rules before later),
+   and the rule says that it was widened.
+5. A pattern that matches no layer is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fluxc.checkpoint.flux2 import Linear
+from fluxc.errors import RecipeError
+from fluxc.quantize.formats import BLOCK, stored_bytes
+from fluxc.quantize.patterns import matching
+from fluxc.recipe import ComponentPrecision
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One Linear, its format, and why."""
+
+    component: str
+    layer: Linear
+    format: str
+    rule: str
+
+    @property
+    def parameters(self) -> int:
+        return self.layer.out_features * self.layer.in_features
+
+    @property
+    def bytes_after(self) -> int:
+        return stored_bytes(self.format, self.parameters)
+
+
+def precision_plan(component: str, layers: list[Linear], precision: ComponentPrecision) -> list[LayerPlan]:
+    """The plan of one component, in the order of `layers`.
+
+    Raises RecipeError for a pattern that matches nothing and for a format a layer's shape cannot have.
+    """
+    field = f"precision.{component}"
+    names = [layer.name for layer in layers]
+    decisions: list[tuple[str, str, set[str]]] = [
+        ("bf16", f"keep {pattern!r}", set(matching(pattern, names, f"{field}.keep[{i}]")))
+        for i, pattern in enumerate(precision.keep)
+    ]
+    decisions += [
+        (rule.format, f"rule {rule.match!r}", set(matching(rule.match, names, f"{field}.rules[{i}].match")))
+        for i, rule in enumerate(precision.rules)
+    ]
+    members: dict[str, list[str]] = {}
+    for layer in layers:
+        members.setdefault(layer.group or layer.name, []).append(layer.name)
+    plan = []
+    for layer in layers:
+        group = members[layer.group or layer.name]
+        chosen: str = precision.default
+        rule = "default"
+        for wanted, label, matched in decisions:
+            if matched.intersection(group):
+                chosen = wanted
+                rule = label if layer.name in matched else f"{label}, widened to the fusion group"
+                break
+        if chosen == "nvfp4" and layer.in_features % BLOCK:
+            raise RecipeError(
+                f"{field}: {layer.name} has {layer.in_features} inputs, not a multiple of {BLOCK}, so it cannot be "
+                f"nvfp4; add {layer.name!r} to {field}.keep"
+            )
+        plan.append(LayerPlan(component, layer, chosen, rule))
+    return plan
+
+
+def summary_by_format(plan: list[LayerPlan]) -> dict[str, tuple[int, int, int, int]]:
+    """For each format in the plan: (layers, parameters, bytes in bf16, bytes after)."""
+    table: dict[str, tuple[int, int, int, int]] = {}
+    for entry in plan:
+        layers, parameters, before, after = table.get(entry.format, (0, 0, 0, 0))
+        table[entry.format] = (
+            layers + 1,
+            parameters + entry.parameters,
+            before + 2 * entry.parameters,
+            after + entry.bytes_after,
+        )
+    return table

@@ -1,0 +1,235 @@
+"""The recipe: its types, reading it from YAML, changing fields from the command line, errors that name the field."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import yaml
+
+from fluxc.errors import RecipeError, nearest
+
+Format = Literal["nvfp4", "fp8", "bf16"]
+Size = tuple[int, int]
+
+
+class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The checkpoint: a diffusers folder (relative to the recipe) or a hub id, with an optional revision."""
+
+    source: str
+    revision: str | None = None
+
+
+class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tokens a prompt is padded to, chat template included."""
+
+    length: int = 512
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the runtime uses when a request does not say."""
+
+    steps: int = 50
+    guidance: float = 4.0
+
+
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The prompts whose activations are measured: a text file, one prompt a line, relative to the recipe."""
+
+    prompts: str
+    steps: int | None = None
+    guidance: float | None = None
+    size: Size | None = None
+    seed: int = 0
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Layers that match get this format."""
+
+    match: str
+    format: Format
+
+
+class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Formats of one component's Linears: `keep` stays bf16, then the first matching rule, then the default."""
+
+    default: Format = "bf16"
+    keep: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+
+
+class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Formats by component; the VAE is never quantized."""
+
+    transformer: ComponentPrecision = ComponentPrecision(default="nvfp4")
+    text_encoder: ComponentPrecision = ComponentPrecision()
+
+
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to compile for. `activations: nvfp4` rounds the inputs of NVFP4 layers as an FP4 GPU does."""
+
+    kind: Literal["onnxruntime"]
+    activations: Literal["none", "nvfp4"] = "none"
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.activations == "none" else f"{self.kind}-{self.activations}"
+
+
+class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The held-out prompts every target is compared with diffusers on, and the dtype diffusers computes them in."""
+
+    prompts: str
+    seed: int = 1000
+    reference: Literal["float32", "bfloat16"] = "float32"
+
+
+class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The worst result a build may have; a field left out is not checked.
+
+    `layer_snr_db`: every quantized weight against bf16. `step_cosine`: every step's velocity against diffusers, both fed
+    diffusers' latents. `image_psnr_db`: the mean over the held-out prompts of the finished pictures.
+    """
+
+    layer_snr_db: float | None = None
+    step_cosine: float | None = None
+    image_psnr_db: float | None = None
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole recipe; docs/recipe.md explains it field by field."""
+
+    name: str
+    model: Model
+    sizes: tuple[Size, ...]
+    calibration: Calibration
+    fidelity: Fidelity
+    targets: tuple[Target, ...]
+    text: Text = Text()
+    sampling: Sampling = Sampling()
+    precision: Precision = Precision()
+    gates: Gates = Gates()
+
+
+class LoadedRecipe(msgspec.Struct, frozen=True):
+    """A recipe with the folder its relative paths start from."""
+
+    recipe: Recipe
+    folder: Path
+
+    def prompts(self, field: str, file: str) -> list[str]:
+        """The lines of a prompt file, without empty ones and `#` comments; RecipeError names `field`."""
+        path = self.folder / file
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{field}: cannot read {path}: {error}") from error
+        prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not prompts:
+            raise RecipeError(f"{field}: {path} holds no prompts; write one a line")
+        return prompts
+
+
+def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe:
+    """Read `path`, apply `changes` ("a.b=value", the value in YAML), and check every field.
+
+    Raises RecipeError naming the file, the field and, for a misspelt one, the nearest valid field.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of fields; see recipes/flux2-nano.yaml")
+    for change in changes:
+        _apply_change(data, change)
+    _check_fields(data, Recipe, "", str(path))
+    try:
+        recipe = msgspec.convert(data, Recipe, strict=True)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"{path}: {str(error).replace('$.', '')}") from error
+    _check_values(recipe, path)
+    return LoadedRecipe(recipe, path.resolve().parent)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; this loader refuses them."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.YAMLError(f"the field {key!r} appears twice (line {key_node.start_mark.line + 1})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _apply_change(data: dict[str, Any], change: str) -> None:
+    where, equals, value = change.partition("=")
+    if not equals or not where:
+        raise RecipeError(f"--set {change}: write it as field.sub_field=value")
+    try:
+        parsed = yaml.load(value, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {change}: the value is not valid YAML: {error}") from error
+    *parents, last = where.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {change}: {parent!r} is not a mapping, so it has no fields to set")
+    data[last] = parsed
+
+
+def _check_fields(data: Any, kind: Any, where: str, file: str) -> None:
+    """Refuse unknown fields with the nearest valid one, which msgspec's own error does not offer."""
+    fields = {f.encode_name: f.type for f in msgspec.structs.fields(kind)}
+    if not isinstance(data, dict):
+        return
+    for key, value in data.items():
+        if key not in fields:
+            place = f"{where}{key}"
+            raise RecipeError(
+                f"{file}: unknown field {place!r}{nearest(str(key), fields)} The fields here are: {', '.join(fields)}."
+            )
+        for inner in _structs_in(fields[key]):
+            for item in value if isinstance(value, list) else [value]:
+                _check_fields(item, inner, f"{where}{key}.", file)
+
+
+def _structs_in(kind: Any) -> list[Any]:
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return [kind]
+    return [found for part in getattr(kind, "__args__", ()) for found in _structs_in(part)]
+
+
+def _check_values(recipe: Recipe, path: Path) -> None:
+    def refuse(field: str, why: str) -> None:
+        raise RecipeError(f"{path}: {field}: {why}")
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.name):
+        refuse("name", f"{recipe.name!r} becomes a folder name; use letters, digits, '.', '_' and '-'")
+    if not recipe.sizes:
+        refuse("sizes", "give at least one [height, width]")
+    if len(set(recipe.sizes)) != len(recipe.sizes):
+        refuse("sizes", "a size appears twice")
+    if recipe.calibration.size and recipe.calibration.size not in recipe.sizes:
+        refuse("calibration.size", f"{list(recipe.calibration.size)} is not one of sizes")
+    if recipe.text.length < 1:
+        refuse("text.length", f"must be at least 1, got {recipe.text.length}")
+    for field, steps in (("sampling.steps", recipe.sampling.steps), ("calibration.steps", recipe.calibration.steps)):
+        if steps is not None and steps < 1:
+            refuse(field, f"must be at least 1, got {steps}")
+    if not recipe.targets:
+        refuse("targets", "give at least one, for example {kind: onnxruntime}")
+    names = [target.name for target in recipe.targets]
+    for name in names:
+        if names.count(name) > 1:
+            refuse("targets", f"{name!r} appears twice")

@@ -1,0 +1,233 @@
+"""The stages of a build: each a plain function from what came before to a folder of results, cached by what it read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxc.cache import StageCache, tool_versions
+from fluxc.checkpoint.flux2 import (
+    Family,
+    Linear,
+    check_sizes,
+    family_of,
+    kept_text_layers,
+    pixels_per_token,
+    text_linears,
+    text_tensors,
+    transformer_linears,
+    transformer_tensors,
+    uses_guidance_branches,
+)
+from fluxc.checkpoint.safetensors_file import read_header
+from fluxc.checkpoint.source import WEIGHTED, Checkpoint, check_tensors, open_checkpoint
+from fluxc.components import WEIGHTS_FILE, small_files
+from fluxc.progress import Report
+from fluxc.quantize.plan import LayerPlan, precision_plan
+from fluxc.recipe import LoadedRecipe, Recipe, Target
+
+UNUSED = {
+    "vae": ("encoder.", "quant_conv.", "bn.num_batches_tracked"),
+    "text_encoder": ("model.norm.",),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint, what family it is, and the plan for its Linears."""
+
+    checkpoint: Checkpoint
+    family: Family
+    guidance_branches: bool
+    text_layers_kept: int
+    plans: dict[str, list[LayerPlan]]
+
+    @property
+    def unused(self) -> dict[str, tuple[str, ...]]:
+        """Name prefixes of tensors that no graph needs, by component."""
+        extra = f"model.layers.{self.text_layers_kept - 1}."
+        return {**UNUSED, "text_encoder": (*UNUSED["text_encoder"], extra)}
+
+
+def read_source(loaded: LoadedRecipe) -> Source:
+    """Open and check the checkpoint, and resolve the precision of every Linear. Reads headers and configs only."""
+    recipe = loaded.recipe
+    checkpoint = open_checkpoint(recipe.model.source, recipe.model.revision, loaded.folder)
+    family = family_of(checkpoint)
+    transformer, encoder = checkpoint.components["transformer"], checkpoint.components["text_encoder"]
+    check_tensors(transformer, transformer_tensors(transformer.config))
+    kept = kept_text_layers(family, encoder.config)
+    every_layer = text_tensors(encoder.config, encoder.config["num_hidden_layers"])
+    check_tensors(encoder, every_layer, ignored=("lm_head.",))
+    check_sizes(checkpoint, recipe.sizes)
+    layers: dict[str, list[Linear]] = {
+        "transformer": transformer_linears(transformer.config),
+        "text_encoder": text_linears(encoder.config, family.text_layers[-1]),
+    }
+    plans = {name: precision_plan(name, layers[name], getattr(recipe.precision, name)) for name in layers}
+    return Source(checkpoint, family, uses_guidance_branches(checkpoint), kept, plans)
+
+
+def checkpoint_digests(checkpoint: Checkpoint, cache: StageCache) -> dict[str, dict[str, str]]:
+    """{component: {file: SHA-256}} of everything a build reads from the checkpoint."""
+    digests = {"": {"model_index.json": cache.file_digest(checkpoint.root / "model_index.json")}}
+    for name, component in checkpoint.components.items():
+        files = small_files(component) + (component.weight_files if name in WEIGHTED else [])
+        digests[name] = {file.name: cache.file_digest(file) for file in files}
+    return digests
+
+
+def calibration_request(loaded: LoadedRecipe) -> dict[str, Any]:
+    """What the calibration pass is asked to do, with the prompts themselves."""
+    recipe = loaded.recipe
+    calibration, sampling = recipe.calibration, recipe.sampling
+    return {
+        "prompts": loaded.prompts("calibration.prompts", calibration.prompts),
+        "steps": calibration.steps or sampling.steps,
+        "guidance": sampling.guidance if calibration.guidance is None else calibration.guidance,
+        "size": list(calibration.size or recipe.sizes[0]),
+        "seed": calibration.seed,
+        "text_length": recipe.text.length,
+    }
+
+
+def run_calibration(cache: StageCache, loaded: LoadedRecipe, source: Source, digests: dict[str, Any]) -> Path:
+    """calibration.json: {component: {layer: largest input magnitude}}."""
+    request = calibration_request(loaded)
+
+    def work(folder: Path, report: Report) -> None:
+        from fluxc.calibrate.run import calibrate
+
+        rest = {key: value for key, value in request.items() if key not in ("prompts", "size")}
+        measured = calibrate(
+            source.checkpoint,
+            request["prompts"],
+            size=tuple(request["size"]),
+            text_layers=source.family.text_layers,
+            on_progress=report,
+            **rest,
+        )
+        (folder / "calibration.json").write_text(json.dumps(measured, indent=1))
+
+    return cache.run("calibration", "calibrate", [digests, request], work)
+
+
+def run_weights(
+    cache: StageCache, component: str, source: Source, digests: dict[str, Any], calibration: Path | None
+) -> Path:
+    """The component's weights file, and layers.json: format and SNR of every quantized layer."""
+    plan = source.plans.get(component, [])
+    measured: dict[str, float] = {}
+    if calibration and any(entry.format != "bf16" for entry in plan):
+        measured = json.loads((calibration / "calibration.json").read_text())[component]
+    formats = [[entry.layer.name, entry.format, entry.layer.group] for entry in plan]
+    tensors = source.checkpoint.components[component].tensors
+    if component == "text_encoder":
+        kept = text_tensors(source.checkpoint.components[component].config, source.text_layers_kept)
+        tensors = {name: tensors[name] for name in kept}
+
+    def work(folder: Path, report: Report) -> None:
+        from fluxc.quantize.writer import write_weights
+
+        written = write_weights(folder / WEIGHTS_FILE[component], tensors, plan, measured, report)
+        layers = [{"name": r.name, "format": r.format, "snr_db": round(r.snr_db, 3)} for r in written]
+        (folder / "layers.json").write_text(json.dumps(layers))
+
+    inputs = [component, digests[component], formats, measured, list(tensors)]
+    return cache.run(f"weights-{component}", f"write {component} weights", inputs, work)
+
+
+def run_trace(cache: StageCache, component: str, loaded: LoadedRecipe, source: Source) -> Path:
+    """The component's neutral graphs as .onnx files."""
+    config = source.checkpoint.components[component].config
+    length, family = loaded.recipe.text.length, source.family
+
+    def work(folder: Path, report: Report) -> None:
+        from fluxc.graph import compose, trace
+
+        if component == "transformer":
+            pieces = trace.trace_transformer(config, length, source.guidance_branches)
+            body = compose.compose_body(pieces, config["num_layers"], config["num_single_layers"], length)
+            graphs = {"prologue": pieces["prologue"], "body": body, "epilogue": pieces["epilogue"]}
+        elif component == "text_encoder":
+            pieces = trace.trace_text_encoder(config, length, family)
+            graphs = {"text_encoder": compose.compose_text_encoder(pieces, family.text_layers)}
+        else:
+            decoder, expected = trace.trace_vae_decoder(config)
+            check_tensors(source.checkpoint.components["vae"], expected, ignored=("bn.num_batches_tracked",))
+            graphs = {"vae_decoder": decoder}
+        for name, model in graphs.items():
+            (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+
+    names = list(source.checkpoint.components[component].tensors) if component == "vae" else []
+    inputs = [component, config, length, source.guidance_branches, list(family.text_layers), names]
+    return cache.run(f"trace-{component}", f"trace {component}", inputs, work)
+
+
+def run_target(
+    cache: StageCache, target: Target, source: Source, traces: dict[str, Path], weights: dict[str, Path]
+) -> Path:
+    """The target's graphs below component folders, and target.json: its manifest entry."""
+    headers = {
+        name: [[t.name, t.dtype, list(t.shape), t.offset] for t in read_header(folder / WEIGHTS_FILE[name]).values()]
+        for name, folder in weights.items()
+    }
+    formats = {name: [[e.layer.name, e.format, e.layer.group] for e in plan] for name, plan in source.plans.items()}
+
+    def work(folder: Path, report: Report) -> None:
+        import msgspec
+        import onnx
+
+        from fluxc.targets import onnxruntime as target_module
+
+        neutral = {file.stem: onnx.load(file) for path in traces.values() for file in sorted(path.glob("*.onnx"))}
+        refs = {name: read_header(path / WEIGHTS_FILE[name]) for name, path in weights.items()}
+        built = target_module.build_graphs(neutral, refs, source.plans, target.activations, source.unused)
+        for name, path in weights.items():
+            (folder / name).mkdir()
+            (folder / name / WEIGHTS_FILE[name]).hardlink_to(path / WEIGHTS_FILE[name])
+        for graph in built.values():
+            (folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
+        target_module.check_loads(folder, [graph.entry.file for graph in built.values()])
+        for name in weights:
+            (folder / name / WEIGHTS_FILE[name]).unlink()
+        entries = {name: msgspec.to_builtins(graph.entry) for name, graph in built.items()}
+        (folder / "target.json").write_text(json.dumps(entries))
+
+    inputs = [[path.name for path in traces.values()], headers, formats, target.kind, target.activations]
+    return cache.run(f"target-{target.name}", f"build {target.name} graphs", inputs, work)
+
+
+def run_prompting(cache: StageCache, recipe: Recipe, source: Source, digests: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's `prompting`: the chat template rendered around a prompt, the length, the pad token."""
+
+    def work(folder: Path, report: Report) -> None:
+        from fluxc.components import render_template
+
+        prefix, suffix, pad = render_template(source.checkpoint, source.family.template_options)
+        (folder / "template.json").write_text(json.dumps({"prefix": prefix, "suffix": suffix, "pad_id": pad}))
+
+    inputs = [digests["tokenizer"], source.family.template_options]
+    folder = cache.run("template", "render chat template", inputs, work)
+    rendered = json.loads((folder / "template.json").read_text())
+    return {"tokenizer": "tokenizer/tokenizer.json", "length": recipe.text.length, **rendered}
+
+
+def sampling_entry(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """The manifest's `sampling`."""
+    return {
+        "sizes": recipe.sizes,
+        "pixels_per_token": pixels_per_token(source.checkpoint),
+        "latent_channels": source.checkpoint.components["transformer"].config["in_channels"],
+        "schedule": "flux2-flow-match",
+        "steps": recipe.sampling.steps,
+        "guidance": recipe.sampling.guidance,
+        "guidance_branches": source.guidance_branches,
+    }
+
+
+def provenance_tools() -> dict[str, str]:
+    """Versions of everything the bundle's bytes depend on."""
+    return dict(sorted(tool_versions().items()))

@@ -1,0 +1,1 @@
+"""Targets: one module a kind, each turning neutral graphs and weights files into what one engine runs."""

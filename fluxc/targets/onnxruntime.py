@@ -1,0 +1,102 @@
+"""The `onnxruntime` target: five graphs in standard and com.microsoft operators, bound to the components' weights files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.components import WEIGHTS_FILE
+from fluxc.errors import BuildError
+from fluxc.graph.bind import bind
+from fluxc.graph.lower import lower
+from fluxc.quantize.plan import LayerPlan
+from fluxrt.bundle import Graph, Port
+
+COMPONENT_OF = {
+    "text_encoder": "text_encoder",
+    "prologue": "transformer",
+    "body": "transformer",
+    "epilogue": "transformer",
+    "vae_decoder": "vae",
+}
+ARGUMENTS = {
+    "text_encoder": {"input_ids", "attention_mask"},
+    "prologue": {"latents", "text", "sigma", "columns", "guidance"},
+    "body": {"hidden", "text_hidden", "modulation_img", "modulation_txt", "modulation_single", "rope_cos", "rope_sin"},
+    "epilogue": {"latents", "hidden", "residual", "temb", "sigma", "next_sigma", "guidance"},
+    "vae_decoder": {"latents"},
+}
+DTYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.INT64: "int64",
+}
+
+
+@dataclass(frozen=True)
+class BuiltGraph:
+    """A graph file's bytes-to-be and its manifest entry."""
+
+    model: onnx.ModelProto
+    entry: Graph
+
+
+def build_graphs(
+    neutral: dict[str, onnx.ModelProto],
+    weights: dict[str, dict[str, TensorRef]],
+    plans: dict[str, list[LayerPlan]],
+    activations: str,
+    unused: dict[str, tuple[str, ...]],
+) -> dict[str, BuiltGraph]:
+    """Lower and bind the five graphs.
+
+    `weights` describes each component's written weights file, `unused` the name prefixes no graph needs. Raises BuildError
+    naming tensors that no graph uses, so that nothing is dropped in silence.
+    """
+    built, bound = {}, {component: set[str]() for component in weights}
+    for name, model in neutral.items():
+        component = COMPONENT_OF[name]
+        stored = {tensor: ref.dtype for tensor, ref in weights[component].items()}
+        planned = {entry.layer.name: entry for entry in plans.get(component, [])}
+        lowered = lower(model, ARGUMENTS[name], stored, planned, activations)
+        bound[component] |= bind(lowered, ARGUMENTS[name], weights[component], WEIGHTS_FILE[component])
+        entry = Graph(
+            file=f"{component}/{name}.onnx",
+            weights=f"{component}/{WEIGHTS_FILE[component]}",
+            inputs=tuple(_port(value) for value in lowered.graph.input),
+            outputs=tuple(_port(value) for value in lowered.graph.output),
+        )
+        built[name] = BuiltGraph(lowered, entry)
+    for component, tensors in weights.items():
+        ignored = unused.get(component, ())
+        if activations == "none":
+            ignored += tuple(t for t in tensors if t.endswith(".input_scale"))
+        stray = [t for t in tensors if t not in bound[component] and not t.startswith(ignored or ("\0",))]
+        if stray:
+            raise BuildError(
+                f"{component}: no graph uses {', '.join(stray[:4])}{' and more' if len(stray) > 4 else ''}; "
+                "weights that are stored but never computed with mean the graphs are wrong"
+            )
+    return built
+
+
+def check_loads(folder: Path, files: list[str]) -> None:
+    """Make a session of every graph; BuildError with ONNX Runtime's own words if one does not load."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for file in files:
+        try:
+            onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise BuildError(f"{file}: ONNX Runtime {onnxruntime.__version__} does not load it: {error}") from error
+
+
+def _port(value: onnx.ValueInfoProto) -> Port:
+    tensor = value.type.tensor_type
+    shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+    return Port(value.name, DTYPES[tensor.elem_type], shape)

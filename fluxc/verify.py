@@ -1,0 +1,53 @@
+"""`fluxc verify`: every file's hash, then a picture drawn again against the recorded one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fluxc.errors import BuildError
+from fluxc.fidelity.metrics import psnr
+from fluxrt.bundle import open_bundle, verify_files
+from fluxrt.pipeline import Pipeline
+
+LEAST_PSNR_DB = 40.0
+
+
+def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
+    """Yield a line for each check that passed; raises BundleError or BuildError at the first that does not.
+
+    Pictures are compared as 8-bit PNGs. Another CPU may round differently, so they must agree to 40 dB, not to the bit.
+    """
+    bundle = open_bundle(path)
+    verify_files(bundle)
+    yield f"files: {len(bundle.manifest.files)} match their SHA-256"
+    if target is not None:
+        bundle.target(target)
+    for entry in bundle.manifest.targets:
+        if target not in (None, entry.name):
+            continue
+        recorded = next((p for p in bundle.manifest.pictures if p.target == entry.name), None)
+        if recorded is None:
+            yield f"target {entry.name}: no picture was recorded"
+            continue
+        result = Pipeline(bundle, target=entry.name)(
+            recorded.prompt,
+            seed=recorded.seed,
+            steps=recorded.steps,
+            guidance=recorded.guidance,
+            size=recorded.size,
+        )
+        with Image.open(bundle.path(recorded.file)) as image:
+            expected = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+        agreement = psnr(np.asarray(result.images[0], dtype=np.float64) / 255, expected)
+        if agreement < LEAST_PSNR_DB:
+            raise BuildError(
+                f"{path}: target {entry.name} draws {recorded.prompt!r} at only {agreement:.1f} dB of the picture recorded "
+                f"in {recorded.file} (at least {LEAST_PSNR_DB:.0f} dB is expected on any machine); do not serve with it: "
+                "check the runtime's version against provenance.tools, or rebuild"
+            )
+        exact = "identical" if agreement == 120.0 else f"{agreement:.1f} dB"
+        yield f"target {entry.name}: the recorded picture is drawn again ({exact})"
