@@ -1,0 +1,94 @@
+"""Shared fixtures: the repository's recipe and checkpoint, and bundles that are compiled once a session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from fluxc.build import build
+from fluxc.progress import StageProgress
+from fluxc.recipe import LoadedRecipe, load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+NANO = ROOT / "models" / "flux2-nano"
+RECIPE = ROOT / "recipes" / "flux2-nano.yaml"
+sys.path.insert(0, str(NANO))
+
+QUICK = (
+    "calibration.prompts=../tests/data/two-prompts.txt",
+    "fidelity.prompts=../tests/data/two-prompts.txt",
+    "sampling.steps=3",
+    "gates={}",
+)
+
+
+class RecordingProgress(StageProgress):
+    """Remembers which stages were found in the cache and which did work."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True))
+        self.ran: list[str] = []
+        self.found: list[str] = []
+
+    def stage(self, title: str):
+        self.ran.append(title)
+        return super().stage(title)
+
+    def cached(self, title: str) -> None:
+        self.found.append(title)
+
+
+def compile_into(out: Path, *changes: str, progress: StageProgress | None = None) -> Path:
+    built = build(load_recipe(RECIPE, changes), out, progress or RecordingProgress())
+    assert built is not None
+    return built
+
+
+def copy_checkpoint(target: Path) -> Path:
+    """flux2-nano's own files, to be damaged."""
+    shutil.copytree(NANO, target, ignore=shutil.ignore_patterns(".work", "*.py", "__pycache__", "*.md"))
+    return target
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose builds share one stage cache."""
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture(scope="session")
+def nano_bundle(workshop: Path) -> Path:
+    """recipes/flux2-nano.yaml, compiled as it stands."""
+    return compile_into(workshop / "nano")
+
+
+@pytest.fixture(scope="session")
+def quick_bundle(workshop: Path) -> Path:
+    """flux2-nano with two prompts and three steps."""
+    return compile_into(workshop / "quick", *QUICK)
+
+
+@pytest.fixture(scope="session")
+def exact_bundle(workshop: Path) -> Path:
+    """flux2-nano with every layer left in bf16."""
+    return compile_into(
+        workshop / "exact", "precision.transformer={default: bf16}", "targets=[{kind: onnxruntime}]", "gates={}"
+    )
+
+
+@pytest.fixture
+def quick_copy(quick_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the quick bundle, to be damaged."""
+    return Path(shutil.copytree(quick_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def recipe() -> LoadedRecipe:
+    return load_recipe(RECIPE)

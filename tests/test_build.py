@@ -1,0 +1,272 @@
+"""fluxc build: the same input gives the same bytes, the cache repeats only what changed, a killed build goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import QUICK, RECIPE, RecordingProgress, compile_into
+from fluxc.errors import BuildError, GateError
+from fluxrt.bundle import open_bundle
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    """Every file's bytes; of the manifest, all but the time it was built."""
+    files = {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
+    manifest = json.loads(files["bundle.json"])
+    assert manifest["provenance"].pop("built_at")
+    files["bundle.json"] = json.dumps(manifest, sort_keys=True).encode()
+    return files
+
+
+def test_two_builds_from_clean_give_the_same_bytes(quick_bundle: Path, tmp_path: Path) -> None:
+    again = compile_into(tmp_path / "quick", *QUICK)
+    first, second = contents(quick_bundle), contents(again)
+    assert sorted(first) == sorted(second)
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_nothing_runs_when_nothing_changed(quick_bundle: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in quick_bundle.rglob("*")}
+    progress = RecordingProgress()
+    compile_into(quick_bundle, *QUICK, progress=progress)
+    assert progress.ran == ["hash checkpoint"]
+    assert {p: p.stat().st_mtime_ns for p in quick_bundle.rglob("*")} == before
+
+
+def test_a_cached_build_never_imports_torch(quick_bundle: Path) -> None:
+    code = (
+        "import sys\n"
+        "from fluxc.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "assert not {'torch', 'diffusers', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
+    )
+    arguments = ["build", str(RECIPE), "--out", str(quick_bundle), *(a for c in QUICK for a in ("--set", c))]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=120)
+
+
+def test_a_changed_keep_list_repeats_only_what_depends_on_it(quick_bundle: Path, workshop: Path) -> None:
+    progress = RecordingProgress()
+    outside = "x_embedder, context_embedder, 'time_guidance_embed*', '*modulation*', 'norm_out*', proj_out"
+    keep = f"precision.transformer.keep=[{outside}, '*.ff_context.linear_out']"
+    compile_into(workshop / "kept", *QUICK, keep, progress=progress)
+    assert progress.ran == [
+        "hash checkpoint",
+        "write transformer weights",
+        "build onnxruntime graphs",
+        "build onnxruntime-nvfp4 graphs",
+        "compare with diffusers",
+    ]
+    before, after = contents(quick_bundle), contents(workshop / "kept")
+    unchanged = [n for n in before if n.split("/")[0] in ("text_encoder", "vae", "tokenizer", "scheduler")]
+    assert all(before[name] == after[name] for name in unchanged)
+
+
+def test_a_damaged_stage_result_is_made_again(quick_bundle: Path, tmp_path: Path) -> None:
+    out = compile_into(tmp_path / "mine", *QUICK)
+    expected = contents(out)
+    target = out / "vae" / "diffusion_pytorch_model.safetensors"
+    with target.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    progress = RecordingProgress()
+    compile_into(out, *QUICK, progress=progress)
+    assert "write vae weights" in progress.ran
+    assert contents(out) == expected
+
+
+KILLED_IN = [".calibration-", ".weights-transformer-", ".trace-transformer-", ".trace-vae-", ".target-", ".fidelity-"]
+
+
+def test_killed_at_every_stage_ends_with_the_same_bytes(quick_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    cache = tmp_path / ".fluxc"
+    command = [sys.executable, "-m", "fluxc.cli", "build", str(RECIPE), "--out", str(out)]
+    command += [a for c in QUICK for a in ("--set", c)]
+    killed = []
+    for stage in KILLED_IN:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None:
+            if any(cache.glob(f"{stage}*")):
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                killed.append(stage)
+                break
+            time.sleep(0.002)
+        assert not out.exists(), stage
+    assert len(killed) >= 4, killed
+    progress = RecordingProgress()
+    compile_into(out, *QUICK, progress=progress)
+    assert "calibrate" in progress.found
+    assert contents(out) == contents(quick_bundle)
+    assert [p for p in cache.iterdir() if p.is_dir() and p.name.startswith(".")] == []
+
+
+def test_quantized_tensors_equal_modelopt_bit_for_bit(nano_bundle: Path) -> None:
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    from conftest import NANO
+
+    ours = load_file(nano_bundle / "transformer" / "diffusion_pytorch_model.safetensors")
+    source = load_file(NANO / "transformer" / "diffusion_pytorch_model.safetensors")
+    layers = [layer for layer in open_bundle(nano_bundle).manifest.precision if layer.component == "transformer"]
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group or layer.name, []).append(layer.name)
+    quantized = [layer for layer in layers if layer.format == "nvfp4"]
+    assert len(quantized) == 36
+    for layer in quantized:
+        members = groups[layer.group or layer.name]
+        shared = torch.cat([source[f"{name}.weight"].flatten() for name in members])
+        scale = NVFP4QTensor.get_weights_scaling_factor_2(shared)
+        weight = source[f"{layer.name}.weight"]
+        packed, scales, _ = NVFP4QTensor.quantize(weight, 16, weights_scaling_factor_2=scale)
+        assert torch.equal(ours[f"{layer.name}.weight"], packed._quantized_data), layer.name
+        assert torch.equal(ours[f"{layer.name}.weight_scale"].view(torch.uint8), scales.view(torch.uint8))
+        assert torch.equal(ours[f"{layer.name}.weight_scale_2"], scale)
+        assert ours[f"{layer.name}.input_scale"].dtype == torch.float32
+    kept = [layer.name for layer in layers if layer.format == "bf16"]
+    assert all(torch.equal(ours[f"{name}.weight"], source[f"{name}.weight"]) for name in kept)
+
+
+def test_input_scales_equal_modelopts_own_calibration(quick_bundle: Path) -> None:
+    """modelopt calibrates the same pipeline on the same prompts; its input_scale is ours, the fusion group's largest."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    from conftest import NANO, ROOT
+    from fluxc.checkpoint.source import open_checkpoint
+    from fluxc.reference import draw, load_pipeline
+
+    checkpoint = open_checkpoint(str(NANO), None, ROOT)
+    pipeline = load_pipeline(checkpoint, torch.bfloat16)
+    prompts = [p for p in (ROOT / "tests/data/two-prompts.txt").read_text().splitlines() if not p.startswith("#")]
+
+    def forward(_: torch.nn.Module) -> None:
+        for number, prompt in enumerate(prompts):
+            draw(
+                pipeline,
+                checkpoint,
+                prompt,
+                size=(64, 64),
+                steps=3,
+                guidance=2.5,
+                seed=number,
+                text_length=32,
+                text_layers=(9, 18, 27),
+            )
+
+    mtq.quantize(pipeline.transformer, mtq.NVFP4_DEFAULT_CFG, forward)
+    ours = load_file(quick_bundle / "transformer" / "diffusion_pytorch_model.safetensors")
+    layers = [
+        x for x in open_bundle(quick_bundle).manifest.precision if x.component == "transformer" and x.format == "nvfp4"
+    ]
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group or layer.name, []).append(layer.name)
+    for layer in layers:
+        theirs = [
+            NVFP4QTensor.get_activation_scaling_factor(pipeline.transformer.get_submodule(name).input_quantizer)
+            for name in groups[layer.group or layer.name]
+        ]
+        assert ours[f"{layer.name}.input_scale"].item() == max(t.item() for t in theirs), layer.name
+
+
+def test_fusion_groups_share_scales_and_lie_side_by_side(nano_bundle: Path) -> None:
+    from fluxc.checkpoint.safetensors_file import read_header
+
+    path = nano_bundle / "transformer" / "diffusion_pytorch_model.safetensors"
+    refs, tensors = read_header(path), load_file(path)
+    block = "transformer_blocks.0.attn"
+    for members in (["to_q", "to_k", "to_v"], ["add_q_proj", "add_k_proj", "add_v_proj"]):
+        for name in ("weight_scale_2", "input_scale"):
+            assert len({tensors[f"{block}.{member}.{name}"].item() for member in members}) == 1
+        for name in ("weight", "weight_scale"):
+            parts = [refs[f"{block}.{member}.{name}"] for member in members]
+            assert all(b.offset == a.offset + a.nbytes for a, b in pairwise(parts))
+
+
+def test_diffusers_and_onnx_read_the_bundle_to_the_same_values(nano_bundle: Path) -> None:
+    from diffusers.quantizers.bfl.utils import dequantize_nvfp4
+
+    from test_nvfp4 import onnx_dequantize
+
+    tensors = load_file(nano_bundle / "transformer" / "diffusion_pytorch_model.safetensors")
+    for layer in ("transformer_blocks.1.ff.linear_out", "single_transformer_blocks.3.attn.to_qkv_mlp_proj"):
+        parts = [tensors[f"{layer}.{name}"] for name in ("weight", "weight_scale", "weight_scale_2")]
+        by_diffusers = dequantize_nvfp4(*parts)
+        assert (onnx_dequantize(*parts) == by_diffusers.numpy()).all()
+
+
+def test_weights_stay_4_bit_in_the_session(nano_bundle: Path, tmp_path: Path) -> None:
+    """After ONNX Runtime's own optimization the FP4 initializers are still there and none was unfolded to fp32."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(nano_bundle.parent / "optimized.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(
+        str(nano_bundle / "transformer" / "body.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    model = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    kinds = [i.data_type for i in model.graph.initializer if len(i.dims) == 2 and i.dims[1] >= 128]
+    assert kinds.count(onnx.TensorProto.FLOAT4E2M1) == 36
+    assert onnx.TensorProto.FLOAT not in kinds
+
+
+def test_mixed_formats_build_and_draw(workshop: Path) -> None:
+    import fluxrt
+
+    out = compile_into(
+        workshop / "mixed",
+        *QUICK,
+        "precision.transformer.rules=[{match: '*.ff_context.linear_out', format: fp8}]",
+        "precision.text_encoder.default=fp8",
+    )
+    manifest = open_bundle(out).manifest
+    formats = {(layer.component, layer.format) for layer in manifest.precision}
+    assert {("transformer", "fp8"), ("transformer", "nvfp4"), ("text_encoder", "fp8")} <= formats
+    config = json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]
+    assert config["quant_algo"] == "MIXED_PRECISION"
+    for target in manifest.targets:
+        assert manifest.fidelity["targets"][target.name]["step_cosine"] > 0.9
+        assert fluxrt.load(out, target=target.name)("a large red circle at the left on a white background").images
+
+
+def test_a_missed_gate_fails_naming_figures_and_writes_no_bundle(workshop: Path) -> None:
+    out = workshop / "gated"
+    with pytest.raises(GateError, match=r"layer_snr_db 90.*dB.*step_cosine .* under 0\.999999") as raised:
+        compile_into(out, *QUICK[:-1], "gates={layer_snr_db: 90, step_cosine: 0.999999}")
+    assert raised.value.exit_code == 1
+    assert not out.exists()
+
+
+def test_a_folder_that_is_not_a_bundle_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "work.txt").write_text("keep me")
+    with pytest.raises(BuildError, match="exists and is not a bundle"):
+        compile_into(out, *QUICK)
+    assert (out / "work.txt").read_text() == "keep me"
+
+
+def test_two_builds_in_one_folder_do_not_mix(tmp_path: Path) -> None:
+    from fluxc.build import _locked
+
+    with _locked(tmp_path / ".fluxc"), pytest.raises(BuildError, match="another fluxc build is using"):
+        compile_into(tmp_path / "out", *QUICK)

@@ -1,0 +1,158 @@
+"""Opening and verifying bundles: everything damaged, altered or foreign is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import fluxrt
+from fluxc.errors import BuildError
+from fluxc.verify import verify_bundle
+from fluxrt import BundleError
+from fluxrt.bundle import Manifest, encode_manifest, manifest_digest, open_bundle, verify_files
+
+
+def edit_manifest(bundle: Path, edit) -> None:
+    path = bundle / "bundle.json"
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def reseal(bundle: Path, edit) -> None:
+    """Change the manifest and make its digest right again, as a careful forger would."""
+    import msgspec
+
+    edit_manifest(bundle, edit)
+    manifest = msgspec.json.decode((bundle / "bundle.json").read_bytes(), type=Manifest)
+    (bundle / "bundle.json").write_bytes(encode_manifest(manifest))
+
+
+def test_a_whole_bundle_verifies_and_draws_its_picture_again(quick_bundle: Path) -> None:
+    lines = list(verify_bundle(quick_bundle))
+    assert "match their SHA-256" in lines[0]
+    assert [line for line in lines[1:] if "drawn again" in line] == lines[1:]
+    assert len(lines) == 3
+
+
+def test_a_changed_byte_is_found_and_named(quick_copy: Path) -> None:
+    path = quick_copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    fluxrt.load(quick_copy)
+    with pytest.raises(BundleError, match=r"altered: transformer/diffusion_pytorch_model\.safetensors"):
+        verify_files(open_bundle(quick_copy))
+
+
+def test_a_changed_graph_is_not_run(quick_copy: Path) -> None:
+    path = quick_copy / "transformer" / "body.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        BundleError, match=r"body\.onnx: its SHA-256 is not the one in bundle\.json, so it will not be run"
+    ):
+        fluxrt.load(quick_copy)("a large red circle at the left on a white background", steps=1)
+
+
+def test_a_truncated_file_is_named_on_opening(quick_copy: Path) -> None:
+    path = quick_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"vae/diffusion_pytorch_model\.safetensors: .* truncated or altered"):
+        open_bundle(quick_copy)
+
+
+def test_a_missing_file_is_named_on_opening(quick_copy: Path) -> None:
+    (quick_copy / "transformer" / "body.onnx").unlink()
+    with pytest.raises(BundleError, match=r"body\.onnx: listed in bundle\.json but missing"):
+        open_bundle(quick_copy)
+
+
+def test_a_file_nobody_listed_is_found(quick_copy: Path) -> None:
+    (quick_copy / "transformer" / "extra.safetensors").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"not listed in the manifest: transformer/extra\.safetensors"):
+        verify_files(open_bundle(quick_copy))
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "a//b", "./a", "a\\b", ""])
+def test_a_path_that_leaves_the_bundle_is_refused(quick_copy: Path, name: str) -> None:
+    reseal(quick_copy, lambda m: m["files"].update({name: {"size": 1, "sha256": "0" * 64}}))
+    with pytest.raises(BundleError, match="leaves the bundle or is not plain; refused"):
+        open_bundle(quick_copy)
+
+
+def test_a_link_that_leaves_the_bundle_is_refused(quick_copy: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    path = quick_copy / "model_index.json"
+    secret.write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(secret)
+    with pytest.raises(BundleError, match=r"model_index\.json: a link that leaves the bundle"):
+        open_bundle(quick_copy)
+
+
+def test_an_edited_manifest_is_refused(quick_copy: Path) -> None:
+    edit_manifest(quick_copy, lambda m: m["sampling"].update(guidance=9.0))
+    with pytest.raises(BundleError, match="altered after the build"):
+        open_bundle(quick_copy)
+
+
+def test_another_format_version_names_both(quick_copy: Path) -> None:
+    edit_manifest(quick_copy, lambda m: m.update(format_version=99))
+    with pytest.raises(BundleError, match="bundle format 99, this fluxrt reads format 1"):
+        open_bundle(quick_copy)
+
+
+def test_an_unknown_manifest_field_is_refused(quick_copy: Path) -> None:
+    edit_manifest(quick_copy, lambda m: m.update(surprise=1))
+    with pytest.raises(BundleError, match="unknown field `surprise`"):
+        open_bundle(quick_copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": "other"}', b"\xff\xfe"])
+def test_a_manifest_that_is_none_is_refused(quick_copy: Path, content: bytes) -> None:
+    (quick_copy / "bundle.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"bundle\.json"):
+        open_bundle(quick_copy)
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not a fluxc bundle"):
+        open_bundle(tmp_path)
+    with pytest.raises(BundleError, match="no such bundle folder"):
+        open_bundle(tmp_path / "none")
+
+
+def test_the_build_time_is_outside_the_digest_and_everything_else_inside(quick_bundle: Path) -> None:
+    import msgspec
+
+    manifest = open_bundle(quick_bundle).manifest
+    later = msgspec.structs.replace(manifest.provenance, built_at="later")
+    assert manifest_digest(msgspec.structs.replace(manifest, provenance=later)) == manifest.digest
+    for field in manifest.__struct_fields__:
+        if field in ("digest", "provenance"):
+            continue
+        value = getattr(manifest, field)
+        empty = 0 if isinstance(value, int) else type(value)() if isinstance(value, (str, dict, tuple)) else None
+        if empty is not None:
+            assert manifest_digest(msgspec.structs.replace(manifest, **{field: empty})) != manifest.digest, field
+
+
+def test_a_picture_that_is_drawn_otherwise_fails_verification(quick_copy: Path) -> None:
+    """Weights that are wrong but sealed: hashes cannot find them, the picture does."""
+    from fluxrt.bundle import sha256_file
+
+    weights = quick_copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    tail = len(data) // 2
+    swapped = bytes((b >> 4 | b << 4) & 255 for b in data[tail : tail + 400_000])
+    data[tail : tail + 400_000] = swapped
+    weights.write_bytes(data)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    reseal(quick_copy, lambda m: m["files"][name].update(sha256=sha256_file(weights)))
+    verify_files(open_bundle(quick_copy))
+    with pytest.raises(BuildError, match="do not serve with it"):
+        list(verify_bundle(quick_copy))

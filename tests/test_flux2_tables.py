@@ -1,0 +1,84 @@
+"""The tables of layers and tensors against diffusers' and transformers' own models, for the whole family."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from conftest import NANO
+from fluxc.checkpoint.flux2 import text_linears, text_tensors, transformer_linears, transformer_tensors
+
+DEV = {
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "num_attention_heads": 48,
+    "attention_head_dim": 128,
+    "joint_attention_dim": 15360,
+    "in_channels": 128,
+    "mlp_ratio": 3.0,
+    "guidance_embeds": True,
+}
+KLEIN_9B = {
+    **DEV,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+    "guidance_embeds": False,
+}
+KLEIN_4B = {
+    **KLEIN_9B,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+}
+NANO_CONFIG = {
+    key: value
+    for key, value in json.loads((NANO / "transformer" / "config.json").read_text()).items()
+    if not key.startswith("_")
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [(DEV, 32.22e9), (KLEIN_9B, 9.08e9), (KLEIN_4B, 3.88e9), (NANO_CONFIG, 2.46e6)],
+    ids=["dev", "klein-9B", "klein-4B", "nano"],
+)
+def test_transformer_table_equals_diffusers(config: dict[str, object], parameters: float) -> None:
+    from diffusers import Flux2Transformer2DModel
+
+    with torch.device("meta"):
+        model = Flux2Transformer2DModel.from_config(config)
+    theirs = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert transformer_tensors(config) == theirs
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {layer.name for layer in transformer_linears(config)} == linears
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=2e-3)
+
+
+def test_dev_has_203_linears() -> None:
+    assert len(transformer_linears(DEV)) == 203
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_text_encoder_table_equals_transformers(tied: bool) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = {
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "tie_word_embeddings": tied,
+    }
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**config))
+    theirs = {name: tuple(v.shape) for name, v in model.state_dict().items() if name != "lm_head.weight"}
+    assert text_tensors(config, 3) == theirs
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    assert {layer.name for layer in text_linears(config, 3)} == linears

@@ -1,0 +1,158 @@
+"""Every stage against diffusers on the same input: as the report of each build records it, and on random models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from fluxc.fidelity.metrics import relative_error
+from fluxc.graph.compose import compose_body
+from fluxc.graph.lower import lower
+from fluxc.graph.trace import trace_transformer
+from fluxc.targets.onnxruntime import ARGUMENTS
+from fluxrt.schedule import flow_match_sigmas
+
+
+def report(bundle: Path) -> dict[str, Any]:
+    return json.loads((bundle / "report" / "report.json").read_text())["targets"]
+
+
+def test_in_full_precision_every_stage_equals_diffusers(exact_bundle: Path) -> None:
+    figures = report(exact_bundle)["onnxruntime"]
+    for stage in ("text_error", "prologue_error", "step_error", "decode_error"):
+        assert figures[stage] <= 1e-3, stage
+    assert figures["image_psnr_db_worst"] >= 50
+    assert len(figures["prompts"]) == 8
+    assert all(len(prompt["step_error"]) == 24 for prompt in figures["prompts"])
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-nvfp4"])
+def test_with_nvfp4_every_steps_velocity_keeps_its_direction(nano_bundle: Path, target: str) -> None:
+    figures = report(nano_bundle)[target]
+    assert figures["step_cosine"] >= 0.98
+    assert all(len(prompt["step_cosine"]) == 24 for prompt in figures["prompts"])
+    for stage in ("text_error", "prologue_error", "decode_error"):
+        assert figures[stage] <= 1e-3, stage
+
+
+def test_rounding_activations_changes_the_result(nano_bundle: Path) -> None:
+    figures = report(nano_bundle)
+    assert figures["onnxruntime-nvfp4"]["step_error"] > figures["onnxruntime"]["step_error"]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (256, 512), (1024, 1024), (2048, 2048)])
+@pytest.mark.parametrize("steps", [1, 4, 24, 50])
+def test_schedule_equals_diffusers(size: tuple[int, int], steps: int) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    tokens = size[0] // 16 * (size[1] // 16)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    even = np.linspace(1.0, 1 / steps, steps)
+    scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
+    np.testing.assert_allclose(flow_match_sigmas(tokens, steps), scheduler.sigmas.numpy(), rtol=2e-6)
+
+
+SMALL = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 48,
+    "timestep_guidance_channels": 32,
+    "axes_dims_rope": [8, 8, 8, 8],
+    "mlp_ratio": 3.0,
+    "rope_theta": 2000,
+    "eps": 1e-6,
+}
+
+
+@pytest.mark.parametrize(("embedded", "branches", "grid"), [(True, 1, (3, 5)), (False, 2, (4, 4)), (False, 1, (7, 3))])
+def test_a_step_of_a_random_model_equals_diffusers(embedded: bool, branches: int, grid: tuple[int, int]) -> None:
+    """dev's embedded guidance, klein's two branches, one branch; sizes whose rows and columns differ."""
+    from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    config = {**SMALL, "guidance_embeds": embedded}
+    model = Flux2Transformer2DModel.from_config(config).eval()
+    length, tokens = 7, grid[0] * grid[1]
+    pieces = trace_transformer(config, length, guidance_branches=not embedded)
+    neutral = {
+        "prologue": pieces["prologue"],
+        "body": compose_body(pieces, 2, 2, length),
+        "epilogue": pieces["epilogue"],
+    }
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+
+    latents, text = torch.randn(1, tokens, 16), torch.randn(branches, length, 48)
+    sigma, next_sigma, guidance = 0.7, 0.4, 3.0
+    with torch.no_grad():
+        velocities = model(
+            hidden_states=latents.expand(branches, -1, -1),
+            encoder_hidden_states=text,
+            timestep=torch.full((branches,), sigma),
+            guidance=torch.full((branches,), guidance) if embedded else None,
+            img_ids=Flux2KleinPipeline._prepare_latent_ids(torch.empty(1, 16, *grid)),
+            txt_ids=Flux2KleinPipeline._prepare_text_ids(text),
+            return_dict=False,
+        )[0]
+    velocity = velocities[:1]
+    if branches == 2:
+        velocity = velocities[1:] + guidance * (velocities[:1] - velocities[1:])
+    expected = latents + (next_sigma - sigma) * velocity
+
+    state = {
+        "latents": latents.numpy(),
+        "text": text.numpy(),
+        "columns": np.array(grid[1]),
+        "sigma": np.array(sigma, dtype=np.float32),
+        "next_sigma": np.array(next_sigma, dtype=np.float32),
+        "guidance": np.array(guidance, dtype=np.float32),
+    }
+    for name, model_proto in neutral.items():
+        state.update(run(model_proto, name, weights, state))
+    assert relative_error(state["next_latents"], expected.numpy()) < 1e-5
+
+
+def run(
+    neutral: onnx.ModelProto, name: str, weights: dict[str, np.ndarray], state: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Run a neutral graph with fp32 weights held in the graph."""
+    lowered = lower(neutral, ARGUMENTS[name], dict.fromkeys(weights, "F32"), {}, "none")
+    wanted = [value.name for value in lowered.graph.input]
+    for weight in [w for w in wanted if w not in ARGUMENTS[name]]:
+        lowered.graph.initializer.append(onnx.numpy_helper.from_array(weights[weight], weight))
+    kept = [value for value in lowered.graph.input if value.name in ARGUMENTS[name]]
+    inputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
+    del lowered.graph.input[:]
+    lowered.graph.input.extend(inputs)
+    session = onnxruntime.InferenceSession(lowered.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    feeds = {value.name: state[value.name] for value in session.get_inputs()}
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def test_the_bundles_text_encoder_loads_in_transformers_and_encodes_alike(nano_bundle: Path) -> None:
+    """The bundle is a diffusers folder: an unmodified loader must get the embeddings the pipeline takes."""
+    from transformers import Qwen3ForCausalLM
+
+    import fluxrt
+
+    encoder = Qwen3ForCausalLM.from_pretrained(nano_bundle / "text_encoder", dtype=torch.float32)
+    pipeline = fluxrt.load(nano_bundle)
+    prompt = "a small blue ring at the top on a white background"
+    ids, mask = pipeline.tokenize([prompt])
+    with torch.no_grad():
+        states = encoder(
+            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), output_hidden_states=True
+        ).hidden_states
+    expected = torch.cat([states[k] for k in (9, 18, 27)], dim=-1).numpy()
+    assert relative_error(pipeline.encode_text(prompt, 1.0), expected) < 1e-5

@@ -1,0 +1,92 @@
+"""The precision plan: keep, rules, default, fusion groups, patterns that match nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluxc.checkpoint.flux2 import Linear, transformer_linears
+from fluxc.errors import RecipeError
+from fluxc.quantize.plan import LayerPlan, precision_plan
+from fluxc.recipe import ComponentPrecision, Rule
+
+KLEIN_4B = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "joint_attention_dim": 7680,
+    "in_channels": 128,
+    "mlp_ratio": 3.0,
+    "guidance_embeds": False,
+}
+
+
+def plan_of(**precision: object) -> dict[str, LayerPlan]:
+    plan = precision_plan("transformer", transformer_linears(KLEIN_4B), ComponentPrecision(**precision))  # type: ignore[arg-type]
+    return {entry.layer.name: entry for entry in plan}
+
+
+def test_default_applies_to_every_layer() -> None:
+    assert {entry.format for entry in plan_of(default="nvfp4").values()} == {"nvfp4"}
+
+
+def test_keep_wins_over_rules_and_first_rule_wins() -> None:
+    plan = plan_of(
+        default="nvfp4",
+        keep=("*.0.ff.linear_out",),
+        rules=(Rule(match="*.ff.linear_out", format="fp8"), Rule(match="*.ff.*", format="bf16")),
+    )
+    assert plan["transformer_blocks.0.ff.linear_out"].format == "bf16"
+    assert plan["transformer_blocks.1.ff.linear_out"].format == "fp8"
+    assert plan["transformer_blocks.1.ff.linear_in"].format == "bf16"
+    assert plan["transformer_blocks.1.ff_context.linear_in"].format == "nvfp4"
+    assert plan["transformer_blocks.1.ff.linear_out"].rule == "rule '*.ff.linear_out'"
+
+
+def test_a_rule_for_one_member_holds_for_the_fusion_group_and_says_so() -> None:
+    plan = plan_of(default="nvfp4", keep=("transformer_blocks.0.attn.to_q",))
+    assert [plan[f"transformer_blocks.0.attn.to_{part}"].format for part in "qkv"] == ["bf16"] * 3
+    assert "widened" not in plan["transformer_blocks.0.attn.to_q"].rule
+    assert "widened to the fusion group" in plan["transformer_blocks.0.attn.to_k"].rule
+    assert plan["transformer_blocks.1.attn.to_q"].format == "nvfp4"
+
+
+def test_regular_expressions_match_whole_names() -> None:
+    plan = plan_of(default="nvfp4", keep=(r"re:transformer_blocks\.[01]\.attn\.to_out\.0",))
+    kept = [name for name, entry in plan.items() if entry.format == "bf16"]
+    assert kept == ["transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.attn.to_out.0"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "suggestion"),
+    [
+        ("x_embeder", "x_embedder"),
+        ("*to_added_qkv*", None),
+        ("norm_out", "norm_out.linear"),
+        ("*.atn.to_out.0", "attn.to_out.0"),
+        ("re:single.*to_qkv_mlp", "to_qkv_mlp_proj"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error_with_near_matches(pattern: str, suggestion: str | None) -> None:
+    with pytest.raises(RecipeError, match="matches no layer") as raised:
+        plan_of(default="nvfp4", keep=(pattern,))
+    assert pattern in str(raised.value)
+    assert "precision.transformer.keep[0]" in str(raised.value)
+    if suggestion:
+        assert suggestion in str(raised.value)
+
+
+def test_a_bad_regular_expression_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="not a regular expression"):
+        plan_of(keep=("re:(",))
+
+
+def test_a_layer_whose_width_does_not_fit_the_block_is_an_error_that_says_what_to_keep() -> None:
+    with pytest.raises(RecipeError, match=r"odd has 24 inputs.*add 'odd' to precision\.transformer\.keep"):
+        precision_plan("transformer", [Linear("odd", 8, 24)], ComponentPrecision(default="nvfp4"))
+
+
+def test_bytes_of_each_format() -> None:
+    layer = Linear("layer", 64, 32)
+    after = {f: LayerPlan("transformer", layer, f, "").bytes_after for f in ("nvfp4", "fp8", "bf16")}
+    assert after == {"nvfp4": 64 * 16 + 64 * 2 + 8, "fp8": 64 * 32 + 8, "bf16": 64 * 32 * 2}

@@ -1,0 +1,90 @@
+"""Reading recipes: errors name the file, the field and the nearest valid one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conftest import RECIPE, ROOT
+from fluxc.errors import RecipeError
+from fluxc.recipe import load_recipe
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_in_the_repository_loads(path: Path) -> None:
+    loaded = load_recipe(path)
+    assert loaded.prompts("calibration.prompts", loaded.recipe.calibration.prompts)
+    assert loaded.prompts("fidelity.prompts", loaded.recipe.fidelity.prompts)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("precison={}", r"unknown field 'precison'; did you mean 'precision'"),
+        ("precision.transformer.kep=[a]", r"unknown field 'precision\.transformer\.kep'; did you mean 'keep'"),
+        ("targets=[{kind: onnxruntime, activation: none}]", r"'targets\.activation'; did you mean 'activations'"),
+        (
+            "precision.transformer.rules=[{mtch: a, format: fp8}]",
+            r"'precision\.transformer\.rules\.mtch'; did you mean 'match'",
+        ),
+        ("precision.transformer.default=int4", r"Invalid enum value 'int4' - at `precision\.transformer\.default`"),
+        ("sampling.steps=many", r"Expected `int`, got `str` - at `sampling\.steps`"),
+        ("sampling.steps=0", r"sampling\.steps: must be at least 1"),
+        ("sizes=[]", r"sizes: give at least one"),
+        ("sizes=[[64]]", r"at `sizes\[0\]`"),
+        ("calibration.size=[32, 32]", r"calibration\.size: \[32, 32\] is not one of sizes"),
+        ("targets=[]", r"targets: give at least one"),
+        ("targets=[{kind: onnxruntime}, {kind: onnxruntime}]", r"targets: 'onnxruntime' appears twice"),
+        ("name=a/b", r"name: 'a/b' becomes a folder name"),
+        ("nonsense", r"write it as field\.sub_field=value"),
+        ("name.first=a", r"'name' is not a mapping"),
+    ],
+)
+def test_a_wrong_field_is_named(change: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected) as raised:
+        load_recipe(RECIPE, (change,))
+    assert raised.value.exit_code == 2
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: a\n")
+    with pytest.raises(RecipeError, match="missing required field `model`"):
+        load_recipe(path)
+
+
+def test_a_field_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: a\nname: b\n")
+    with pytest.raises(RecipeError, match="'name' appears twice"):
+        load_recipe(path)
+
+
+def test_a_file_that_is_not_yaml_or_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load_recipe(path)
+    path.write_text("a: [")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(path)
+    path.write_text("- a")
+    with pytest.raises(RecipeError, match="a recipe is a mapping"):
+        load_recipe(path)
+
+
+def test_prompt_files_must_hold_prompts(tmp_path: Path) -> None:
+    loaded = load_recipe(RECIPE, (f"calibration.prompts={tmp_path / 'none.txt'}",))
+    with pytest.raises(RecipeError, match=r"calibration\.prompts: cannot read"):
+        loaded.prompts("calibration.prompts", loaded.recipe.calibration.prompts)
+    (tmp_path / "none.txt").write_text("# only a comment\n\n")
+    with pytest.raises(RecipeError, match="holds no prompts"):
+        loaded.prompts("calibration.prompts", loaded.recipe.calibration.prompts)
+
+
+def test_changes_replace_fields() -> None:
+    loaded = load_recipe(RECIPE, ("sampling.steps=7", "precision.text_encoder.default=fp8"))
+    assert loaded.recipe.sampling.steps == 7
+    assert loaded.recipe.precision.text_encoder.default == "fp8"
