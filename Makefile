@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.done
+# PIP_CONSTRAINT also reaches the build environments of packages, which -c does not.
+PIP_INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup demo test lint check clean
 
@@ -11,8 +13,8 @@ setup: $(SETUP)
 $(SETUP): pyproject.toml runtime/pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("fluxc needs Python 3.11 or later, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./runtime -e ".[test,lint]"
+	$(PIP_INSTALL) torch==2.13.0
+	$(PIP_INSTALL) -e ./runtime -e ".[test,lint]"
 	touch $(SETUP)
 
 demo: setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,15 +17,13 @@ from typing import Any
 import msgspec
 
 from fluxc import stages
-from fluxc.cache import StageCache
+from fluxc.cache import SEAL, StageCache
 from fluxc.components import WEIGHTS_FILE, write_small_files
 from fluxc.errors import BuildError
 from fluxc.fidelity.gates import check_gates
 from fluxc.progress import Report, StageProgress
 from fluxc.recipe import LoadedRecipe
 from fluxrt import bundle as format
-
-STAGES = ("calibrate", "weights", "graphs", "targets", "fidelity", "bundle")
 
 
 def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | None = None) -> Path | None:
@@ -42,6 +41,13 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         held_out = loaded.prompts("fidelity.prompts", recipe.fidelity.prompts)
         with progress.stage("hash checkpoint"):
             digests = stages.checkpoint_digests(source.checkpoint, cache)
+        # Tracing needs no weights and finds what does not fit before the long stages begin; the VAE is the quickest.
+        traces = {
+            name: stages.run_trace(cache, name, loaded, source) for name in ("vae", "text_encoder", "transformer")
+        }
+        prompting = stages.run_prompting(cache, recipe, source, digests)
+        if only == "graphs":
+            return None
         quantizes = any(entry.format != "bf16" for plan in source.plans.values() for entry in plan)
         calibration = None
         if quantizes or only == "calibrate":
@@ -51,10 +57,6 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         weights = {name: stages.run_weights(cache, name, source, digests, calibration) for name in WEIGHTS_FILE}
         if only == "weights":
             return None
-        traces = {name: stages.run_trace(cache, name, loaded, source) for name in WEIGHTS_FILE}
-        prompting = stages.run_prompting(cache, recipe, source, digests)
-        if only == "graphs":
-            return None
         targets = {t.name: stages.run_target(cache, t, source, traces, weights) for t in recipe.targets}
         if only == "targets":
             return None
@@ -63,7 +65,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         try:
             write_small_files(source.checkpoint, staging, source.plans, source.text_layers_kept)
             for name, folder in weights.items():
-                _link(folder / WEIGHTS_FILE[name], staging / name / WEIGHTS_FILE[name])
+                _take_weights(folder / WEIGHTS_FILE[name], staging / name / WEIGHTS_FILE[name], cache.root, out)
             entries = _place_targets(loaded, targets, staging)
             manifest = format.Manifest(
                 format=format.FORMAT,
@@ -94,8 +96,9 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             if only == "fidelity":
                 return None
             for file in sorted(p for p in fidelity.rglob("*") if p.is_file()):
-                if file.name != "pictures.json":
-                    _link(file, staging / file.relative_to(fidelity))
+                if file.name not in ("pictures.json", SEAL):
+                    (staging / file.relative_to(fidelity)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, staging / file.relative_to(fidelity))
             summary = {
                 name: {key: value for key, value in target.items() if key != "prompts"}
                 for name, target in figures["targets"].items()
@@ -107,7 +110,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
                 pictures=tuple(msgspec.convert(p, format.Picture) for p in pictures),
                 files=_files(staging, cache),
             )
-            if _is_current(out, manifest):
+            if _is_current(out, manifest, cache):
+                _leave_weights(weights, out)
                 progress.cached(f"bundle {out.name}")
                 return out
             now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -117,6 +121,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             staging.chmod(0o755)
             _sync(staging)
             _replace(staging, out)
+            _leave_weights(weights, out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         cache.prune()
@@ -135,7 +140,7 @@ def _place_targets(loaded: LoadedRecipe, targets: dict[str, Path], staging: Path
             if (staging / file).exists() and (staging / file).read_bytes() != content:
                 file = f"{graph.file.removesuffix('.onnx')}.{target.name}.onnx"
             if not (staging / file).exists():
-                _link(folder / graph.file, staging / file)
+                shutil.copyfile(folder / graph.file, staging / file)
             graphs[name] = msgspec.structs.replace(graph, file=file)
         entries.append(format.Target(target.name, target.kind, target.activations, graphs))
     return tuple(entries)
@@ -202,23 +207,42 @@ def _files(root: Path, cache: StageCache) -> dict[str, format.File]:
     }
 
 
-def _is_current(out: Path, manifest: format.Manifest) -> bool:
+def _is_current(out: Path, manifest: format.Manifest, cache: StageCache) -> bool:
     """Whether the bundle at `out` is already what this build makes, and undamaged."""
     try:
-        existing = format.open_bundle(out)
-        format.verify_files(existing)
+        existing = format.open_bundle(out).manifest
     except format.BundleError:
         return False
-    return existing.manifest.digest == format.manifest_digest(manifest)
+    return existing.digest == format.manifest_digest(manifest) and _files(out, cache) == existing.files
 
 
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system cannot link."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
+def _take_weights(cached: Path, target: Path, cache_root: Path, out: Path) -> None:
+    """Put a weights file into the bundle being made, without copying where it need not be shared.
+
+    A file in the cache, or in the bundle that is about to be replaced, is linked: the other name goes away in the end. A
+    file that another bundle owns is copied, because onnx refuses to load external data with several hard links.
+    """
+    source = cached.resolve()
+    ours = source.is_relative_to(out.resolve())
+    if ours or (source.is_relative_to(cache_root) and source.stat().st_nlink == 1):
+        try:
+            target.hardlink_to(source)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP):
+                raise
+    shutil.copyfile(source, target)
+
+
+def _leave_weights(weights: dict[str, Path], out: Path) -> None:
+    """Let the finished bundle own its weights: in the cache, a symbolic link to them takes the file's place."""
+    for name, folder in weights.items():
+        cached, owned = folder / WEIGHTS_FILE[name], out.resolve() / name / WEIGHTS_FILE[name]
+        if not cached.is_symlink() and cached.samefile(owned):
+            link = cached.with_name(f".{cached.name}.link")
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(owned, cached.parent))
+            link.replace(cached)
 
 
 def _sync(folder: Path) -> None:

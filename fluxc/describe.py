@@ -12,7 +12,7 @@ from rich.table import Table
 from fluxc.components import WEIGHTS_FILE
 from fluxc.quantize.plan import LayerPlan, summary_by_format
 from fluxc.recipe import LoadedRecipe
-from fluxc.stages import Source, read_source
+from fluxc.stages import Source, kept_tensors, read_source
 from fluxrt.bundle import Bundle
 
 
@@ -159,23 +159,13 @@ def _component_table(source: Source) -> Table:
     for name in WEIGHTS_FILE:
         tensors = source.checkpoint.components[name].tensors
         before = sum(ref.nbytes for ref in tensors.values())
-        kept = stages_tensors(source, name)
+        kept = kept_tensors(source, name)
         planned = {f"{entry.layer.name}.weight": entry for entry in source.plans.get(name, [])}
         after = sum(
             planned[t].bytes_after if t in planned and planned[t].format != "bf16" else tensors[t].nbytes for t in kept
         )
         table.add_row(name, f"{before:,}", f"{after:,}")
     return table
-
-
-def stages_tensors(source: Source, component: str) -> list[str]:
-    """Names of the tensors a bundle keeps of `component`."""
-    from fluxc.checkpoint.flux2 import text_tensors
-
-    component_source = source.checkpoint.components[component]
-    if component == "text_encoder":
-        return list(text_tensors(component_source.config, source.text_layers_kept))
-    return list(component_source.tensors)
 
 
 def _console() -> Console:

@@ -21,7 +21,7 @@ from fluxc.checkpoint.flux2 import (
     transformer_tensors,
     uses_guidance_branches,
 )
-from fluxc.checkpoint.safetensors_file import read_header
+from fluxc.checkpoint.safetensors_file import TensorRef, read_header
 from fluxc.checkpoint.source import WEIGHTED, Checkpoint, check_tensors, open_checkpoint
 from fluxc.components import WEIGHTS_FILE, small_files
 from fluxc.progress import Report
@@ -68,6 +68,14 @@ def read_source(loaded: LoadedRecipe) -> Source:
     }
     plans = {name: precision_plan(name, layers[name], getattr(recipe.precision, name)) for name in layers}
     return Source(checkpoint, family, uses_guidance_branches(checkpoint), kept, plans)
+
+
+def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
+    """The tensors a bundle stores of `component`: all, but of the text encoder only the layers that are needed."""
+    part = source.checkpoint.components[component]
+    if component != "text_encoder":
+        return part.tensors
+    return {name: part.tensors[name] for name in text_tensors(part.config, source.text_layers_kept)}
 
 
 def checkpoint_digests(checkpoint: Checkpoint, cache: StageCache) -> dict[str, dict[str, str]]:
@@ -123,10 +131,7 @@ def run_weights(
     if calibration and any(entry.format != "bf16" for entry in plan):
         measured = json.loads((calibration / "calibration.json").read_text())[component]
     formats = [[entry.layer.name, entry.format, entry.layer.group] for entry in plan]
-    tensors = source.checkpoint.components[component].tensors
-    if component == "text_encoder":
-        kept = text_tensors(source.checkpoint.components[component].config, source.text_layers_kept)
-        tensors = {name: tensors[name] for name in kept}
+    tensors = kept_tensors(source, component)
 
     def work(folder: Path, report: Report) -> None:
         from fluxc.quantize.writer import write_weights
@@ -187,7 +192,7 @@ def run_target(
         built = target_module.build_graphs(neutral, refs, source.plans, target.activations, source.unused)
         for name, path in weights.items():
             (folder / name).mkdir()
-            (folder / name / WEIGHTS_FILE[name]).hardlink_to(path / WEIGHTS_FILE[name])
+            (folder / name / WEIGHTS_FILE[name]).hardlink_to((path / WEIGHTS_FILE[name]).resolve())
         for graph in built.values():
             (folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
         target_module.check_loads(folder, [graph.entry.file for graph in built.values()])

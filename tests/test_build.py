@@ -73,6 +73,30 @@ def test_a_changed_keep_list_repeats_only_what_depends_on_it(quick_bundle: Path,
     assert all(before[name] == after[name] for name in unchanged)
 
 
+def test_a_bundle_owns_its_weights_and_onnx_loads_its_graphs(quick_bundle: Path, workshop: Path) -> None:
+    """onnx refuses external data with several hard links, so two bundles from one cache must not share a file."""
+    import onnx
+
+    other = compile_into(workshop / "other", *QUICK)
+    for bundle in (quick_bundle, other):
+        assert {p.stat().st_nlink for p in bundle.rglob("*") if p.is_file()} == {1}
+        assert not [p for p in bundle.rglob("*") if p.is_symlink()]
+        model = onnx.load(bundle / "transformer" / "body.onnx")
+        assert all(len(i.raw_data) for i in model.graph.initializer if i.name.endswith(".weight"))
+    assert contents(other) == contents(quick_bundle)
+
+
+def test_a_deleted_bundle_comes_back_the_same(quick_bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    out = compile_into(tmp_path / "mine", *QUICK)
+    shutil.rmtree(out)
+    progress = RecordingProgress()
+    compile_into(out, *QUICK, progress=progress)
+    assert progress.ran == ["hash checkpoint"] + [f"write {c} weights" for c in ("transformer", "text_encoder", "vae")]
+    assert contents(out) == contents(quick_bundle)
+
+
 def test_a_damaged_stage_result_is_made_again(quick_bundle: Path, tmp_path: Path) -> None:
     out = compile_into(tmp_path / "mine", *QUICK)
     expected = contents(out)
@@ -88,7 +112,7 @@ def test_a_damaged_stage_result_is_made_again(quick_bundle: Path, tmp_path: Path
     assert contents(out) == expected
 
 
-KILLED_IN = [".calibration-", ".weights-transformer-", ".trace-transformer-", ".trace-vae-", ".target-", ".fidelity-"]
+KILLED_IN = [".trace-vae-", ".trace-transformer-", ".calibration-", ".weights-", ".target-", ".fidelity-", ".bundle-"]
 
 
 def test_killed_at_every_stage_ends_with_the_same_bytes(quick_bundle: Path, tmp_path: Path) -> None:

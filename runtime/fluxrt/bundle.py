@@ -130,6 +130,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, File]
 
 
+class _Head(msgspec.Struct):
+    """The two fields every format version has."""
+
+    format: str = ""
+    format_version: int = 0
+
+
 class Bundle:
     """An opened bundle: its folder and its manifest."""
 
@@ -226,12 +233,8 @@ def verify_files(bundle: Bundle) -> None:
 
 
 def _check_format(path: Path, raw: bytes) -> None:
-    class Head(msgspec.Struct):
-        format: str = ""
-        format_version: int = 0
-
     try:
-        head = msgspec.json.decode(raw, type=Head)
+        head = msgspec.json.decode(raw, type=_Head)
     except msgspec.MsgspecError as error:
         raise BundleError(f"{path}: not readable as JSON: {error}; rebuild the bundle") from error
     if head.format != FORMAT:
