@@ -29,7 +29,7 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
     console.print(_component_table(source))
     table = Table("target", "what it will do", title="targets", title_justify="left")
     for target in recipe.targets:
-        weights = "NVFP4 weights stay 4-bit in memory; matrix products in fp32"
+        weights = f"NVFP4 weights {target.weights_in_memory} in memory; matrix products in fp32"
         inputs = (
             "activations in full precision"
             if target.activations == "none"

@@ -68,14 +68,20 @@ class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What to compile for. `activations: nvfp4` rounds the inputs of NVFP4 layers as an FP4 GPU does."""
+    """What to compile for. `activations: nvfp4` rounds the inputs of quantized layers as an FP4 GPU does;
+    `weights_in_memory: 4-bit` halves the memory of NVFP4 weights at run time, and takes longer.
+    """
 
     kind: Literal["onnxruntime"]
     activations: Literal["none", "nvfp4"] = "none"
+    weights_in_memory: Literal["8-bit", "4-bit"] = "8-bit"
 
     @property
     def name(self) -> str:
-        return self.kind if self.activations == "none" else f"{self.kind}-{self.activations}"
+        parts: list[str] = [self.kind]
+        parts += [self.activations] if self.activations != "none" else []
+        parts += [self.weights_in_memory] if self.weights_in_memory != "8-bit" else []
+        return "-".join(parts)
 
 
 class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

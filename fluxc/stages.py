@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fluxc.cache import StageCache, tool_versions
 from fluxc.checkpoint.flux2 import (
     Family,
@@ -182,14 +184,15 @@ def run_target(
     formats = {name: [[e.layer.name, e.format, e.layer.group] for e in plan] for name, plan in source.plans.items()}
 
     def work(folder: Path, report: Report) -> None:
-        import msgspec
         import onnx
 
         from fluxc.targets import onnxruntime as target_module
 
         neutral = {file.stem: onnx.load(file) for path in traces.values() for file in sorted(path.glob("*.onnx"))}
         refs = {name: read_header(path / WEIGHTS_FILE[name]) for name, path in weights.items()}
-        built = target_module.build_graphs(neutral, refs, source.plans, target.activations, source.unused)
+        built = target_module.build_graphs(
+            neutral, refs, source.plans, target.activations, target.weights_in_memory, source.unused
+        )
         for name, path in weights.items():
             (folder / name).mkdir()
             (folder / name / WEIGHTS_FILE[name]).hardlink_to((path / WEIGHTS_FILE[name]).resolve())
@@ -201,7 +204,7 @@ def run_target(
         entries = {name: msgspec.to_builtins(graph.entry) for name, graph in built.items()}
         (folder / "target.json").write_text(json.dumps(entries))
 
-    inputs = [[path.name for path in traces.values()], headers, formats, target.kind, target.activations]
+    inputs = [[path.name for path in traces.values()], headers, formats, msgspec.to_builtins(target)]
     return cache.run(f"target-{target.name}", f"build {target.name} graphs", inputs, work)
 
 

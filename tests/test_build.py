@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -75,8 +77,6 @@ def test_a_changed_keep_list_repeats_only_what_depends_on_it(quick_bundle: Path,
 
 def test_a_bundle_owns_its_weights_and_onnx_loads_its_graphs(quick_bundle: Path, workshop: Path) -> None:
     """onnx refuses external data with several hard links, so two bundles from one cache must not share a file."""
-    import onnx
-
     other = compile_into(workshop / "other", *QUICK)
     for bundle in (quick_bundle, other):
         assert {p.stat().st_nlink for p in bundle.rglob("*") if p.is_file()} == {1}
@@ -187,7 +187,7 @@ def test_input_scales_equal_modelopts_own_calibration(quick_bundle: Path) -> Non
                 prompt,
                 size=(64, 64),
                 steps=3,
-                guidance=2.5,
+                guidance=1.5,
                 seed=number,
                 text_length=32,
                 text_layers=(9, 18, 27),
@@ -235,22 +235,36 @@ def test_diffusers_and_onnx_read_the_bundle_to_the_same_values(nano_bundle: Path
         assert (onnx_dequantize(*parts) == by_diffusers.numpy()).all()
 
 
-def test_weights_stay_4_bit_in_the_session(nano_bundle: Path, tmp_path: Path) -> None:
-    """After ONNX Runtime's own optimization the FP4 initializers are still there and none was unfolded to fp32."""
-    import onnx
+@pytest.mark.parametrize(
+    ("target", "kind"), [("onnxruntime", onnx.TensorProto.UINT8), ("onnxruntime-4-bit", onnx.TensorProto.FLOAT4E2M1)]
+)
+def test_weights_stay_quantized_in_the_session(four_bit_bundle: Path, tmp_path: Path, target: str, kind: int) -> None:
+    """After ONNX Runtime's own optimization all 36 weights are there in 8 or 4 bits, and none was unfolded to fp32."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(nano_bundle.parent / "optimized.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(
-        str(nano_bundle / "transformer" / "body.onnx"), options, providers=["CPUExecutionProvider"]
-    )
+    file = open_bundle(four_bit_bundle).target(target).graphs["body"].file
+    onnxruntime.InferenceSession(str(four_bit_bundle / file), options, providers=["CPUExecutionProvider"])
     model = onnx.load(options.optimized_model_filepath, load_external_data=False)
-    kinds = [i.data_type for i in model.graph.initializer if len(i.dims) == 2 and i.dims[1] >= 128]
-    assert kinds.count(onnx.TensorProto.FLOAT4E2M1) == 36
-    assert onnx.TensorProto.FLOAT not in kinds
+    large = [i.data_type for i in model.graph.initializer if math.prod(i.dims) >= 128 * 64]
+    assert large.count(kind) == 36
+    assert onnx.TensorProto.FLOAT not in large
+
+
+def test_both_ways_of_holding_weights_compute_the_same(four_bit_bundle: Path) -> None:
+    figures = open_bundle(four_bit_bundle).manifest.fidelity["targets"]
+    eight, four = figures["onnxruntime"], figures["onnxruntime-4-bit"]
+    assert four["step_cosine"] == pytest.approx(eight["step_cosine"], abs=1e-5)
+    assert four["image_psnr_db"] == pytest.approx(eight["image_psnr_db"], rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def four_bit_bundle(workshop: Path) -> Path:
+    targets = "targets=[{kind: onnxruntime}, {kind: onnxruntime, weights_in_memory: 4-bit}]"
+    return compile_into(workshop / "four-bit", *QUICK, targets)
 
 
 def test_mixed_formats_build_and_draw(workshop: Path) -> None:

@@ -1,7 +1,8 @@
 """Binds a lowered graph's weight inputs to the component's weights file: external initializers at their byte offset.
 
 ONNX external data may point into any file, a safetensors file too: `location`, `offset`, `length`. Packed NVFP4 values
-[out, in/2] uint8 read as FLOAT4E2M1 [out, in], low nibble first, which is ONNX's own packing.
+[out, in/2] uint8 also read as FLOAT4E2M1 [out, in], low nibble first, which is ONNX's own packing: an input declared with that
+type gets it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ ONNX_TYPES = {
     "F16": TensorProto.FLOAT16,
     "BF16": TensorProto.BFLOAT16,
     "F8_E4M3": TensorProto.FLOAT8E4M3FN,
+    "U8": TensorProto.UINT8,
     "I64": TensorProto.INT64,
 }
 
@@ -28,22 +30,23 @@ def bind(model: onnx.ModelProto, arguments: set[str], weights: dict[str, TensorR
     Raises BuildError for an input the file does not hold.
     """
     graph = model.graph
-    bound = [value.name for value in graph.input if value.name not in arguments]
+    declared = {v.name: v.type.tensor_type.elem_type for v in graph.input if v.name not in arguments}
+    bound = list(declared)
     kept = [value for value in graph.input if value.name in arguments]
     missing = [name for name in bound if name not in weights]
     if missing:
         raise BuildError(f"the graph needs {', '.join(missing[:4])}, which {location} does not hold")
     for name in bound:
-        graph.initializer.append(_external(weights[name], location))
+        graph.initializer.append(_external(weights[name], declared[name], location))
     inputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
     del graph.input[:]
     graph.input.extend(inputs)
     return set(bound)
 
 
-def _external(ref: TensorRef, location: str) -> TensorProto:
+def _external(ref: TensorRef, declared: int, location: str) -> TensorProto:
     tensor = TensorProto(name=ref.name, data_location=TensorProto.EXTERNAL)
-    if ref.dtype == "U8" and len(ref.shape) == 2:
+    if declared == TensorProto.FLOAT4E2M1:
         tensor.data_type = TensorProto.FLOAT4E2M1
         tensor.dims.extend((ref.shape[0], ref.shape[1] * 2))
     elif ref.dtype in ONNX_TYPES:

@@ -2,11 +2,13 @@
 
 1. bf16: Cast to fp32, Transpose, MatMul (the first two are folded when a session is made).
 2. fp8: DequantizeLinear of the E4M3 weight, then as above.
-3. nvfp4: block scales by DequantizeLinear, values by com.microsoft::GatherBlockQuantized, which ONNX Runtime does not fold,
-   so weights stay 4-bit in memory; then Transpose and MatMul.
-4. With activations "nvfp4", inputs of nvfp4 layers pass `fluxc::NVFP4FakeQuantize`, and inputs of fp8 layers an E4M3
+3. nvfp4, weights 8-bit in memory: com.microsoft::MatMulNBits. Twice an E2M1 value is an integer of at most 12, so codes
+   + 128 with half the block scale are exact; a table turns the packed bytes into them, folded when a session is made.
+4. nvfp4, weights 4-bit in memory: com.microsoft::GatherBlockQuantized, which ONNX Runtime does not fold, unfolds them at
+   every use; then Transpose and MatMul. Half the memory of 3, and slower.
+5. With activations "nvfp4", inputs of nvfp4 layers pass `fluxc::NVFP4FakeQuantize`, and inputs of fp8 layers an E4M3
    QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer.
-5. Every other weight is cast to fp32 if it is stored in 16 bits.
+6. Every other weight is cast to fp32 if it is stored in 16 bits.
 """
 
 from __future__ import annotations
@@ -17,14 +19,19 @@ from onnx import TensorProto, helper
 from fluxc.errors import BuildError
 from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.trace import make_model
-from fluxc.quantize.formats import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_TINY
+from fluxc.quantize.formats import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
 from fluxc.quantize.plan import LayerPlan
 
 HALF = {"BF16", "F16"}
 
 
 def lower(
-    model: onnx.ModelProto, arguments: set[str], stored: dict[str, str], plan: dict[str, LayerPlan], activations: str
+    model: onnx.ModelProto,
+    arguments: set[str],
+    stored: dict[str, str],
+    plan: dict[str, LayerPlan],
+    activations: str = "none",
+    weights_in_memory: str = "8-bit",
 ) -> onnx.ModelProto:
     """Lower `model`, whose inputs other than `arguments` are weights.
 
@@ -35,7 +42,7 @@ def lower(
     graph.input.extend(value for value in model.graph.input if value.name in arguments)
     graph.output.extend(model.graph.output)
     graph.initializer.extend(model.graph.initializer)
-    build = _Lowering(graph, stored, plan, activations)
+    build = _Lowering(graph, stored, plan, activations, weights_in_memory)
     weights = {value.name for value in model.graph.input} - arguments
     for node in model.graph.node:
         if node.domain == LINEAR_DOMAIN and node.op_type == "Linear":
@@ -105,21 +112,28 @@ class _Lowering:
     """Adds lowered nodes to a graph, each shared part once."""
 
     def __init__(
-        self, graph: onnx.GraphProto, stored: dict[str, str], plan: dict[str, LayerPlan], activations: str
+        self,
+        graph: onnx.GraphProto,
+        stored: dict[str, str],
+        plan: dict[str, LayerPlan],
+        activations: str,
+        weights_in_memory: str,
     ) -> None:
         self._graph = graph
         self._stored = stored
         self._plan = plan
         self._activations = activations
+        self._four_bit = weights_in_memory == "4-bit"
         self._made: dict[tuple[str, ...], str] = {}
         self.uses_fake_quantize = False
 
-    def weight(self, name: str) -> str:
-        """A tensor of the weights file as a graph input; binding gives it its type and place."""
+    def weight(self, name: str, kind: int = TensorProto.UNDEFINED) -> str:
+        """A tensor of the weights file as a graph input; binding gives it its place, and its type where `kind` is not given."""
         if ("weight", name) not in self._made:
             if name not in self._stored:
                 raise BuildError(f"the graph needs tensor {name!r}, which the weights file does not hold")
-            self._graph.input.append(onnx.ValueInfoProto(name=name))
+            value = self._graph.input.add(name=name)
+            value.type.tensor_type.elem_type = kind
             self._made["weight", name] = name
         return name
 
@@ -141,28 +155,60 @@ class _Lowering:
             dense = self._once(("dq", layer), "DequantizeLinear", [self.weight(weight), scale], f"{weight}/fp32")
             x = self._rounded_fp8(x, planned)
         else:
-            dense = self._nvfp4(weight, layer, planned.layer.out_features)
             x = self._rounded_nvfp4(x, planned)
+            if not self._four_bit:
+                self._nvfp4_product(x, weight, planned, output)
+                return
+            dense = self._nvfp4(weight, layer, planned.layer.out_features)
         transposed = self._once(("transposed", weight), "Transpose", [dense], f"{weight}/transposed", perm=[1, 0])
         self._graph.node.append(helper.make_node("MatMul", [x, transposed], [output]))
 
-    def _nvfp4(self, weight: str, layer: str, rows: int) -> str:
-        scales = self._once(
-            ("scales", layer),
-            "DequantizeLinear",
-            [self.weight(f"{layer}.weight_scale"), self.weight(f"{layer}.weight_scale_2")],
-            f"{layer}/block_scales",
+    def _nvfp4_product(self, x: str, weight: str, planned: LayerPlan, output: str) -> None:
+        layer, rows, columns = planned.layer.name, planned.layer.out_features, planned.layer.in_features
+        half_scales = self._once(
+            ("half_scales", layer),
+            "Mul",
+            [self._block_scales(layer), self._constant("half", TensorProto.FLOAT, [], [0.5])],
+            f"{layer}/half_block_scales",
         )
+        packed = self.weight(weight, TensorProto.UINT8)
+        index = self._once(("index", layer), "Cast", [packed], f"{weight}/index", to=TensorProto.INT32)
+        doubled = [int(2 * value) + 128 for value in E2M1_VALUES]
+        pairs = [doubled[nibble] for byte in range(256) for nibble in (byte & 15, byte >> 4)]
+        table = self._constant("nibble_pairs", TensorProto.UINT8, [256, 2], pairs)
+        codes = self._once(("codes", layer), "Gather", [table, index], f"{weight}/pairs", axis=0)
+        shape = self._constant(f"blocks/{rows}/{columns}", TensorProto.INT64, [3], [rows, columns // BLOCK, BLOCK])
+        blocks = self._once(("blocks", layer), "Reshape", [codes, shape], f"{weight}/blocks")
+        self._graph.node.append(
+            helper.make_node(
+                "MatMulNBits",
+                [x, blocks, half_scales],
+                [output],
+                domain="com.microsoft",
+                K=columns,
+                N=rows,
+                bits=8,
+                block_size=BLOCK,
+                accuracy_level=0,
+            )
+        )
+
+    def _block_scales(self, layer: str) -> str:
+        names = [self.weight(f"{layer}.weight_scale"), self.weight(f"{layer}.weight_scale_2")]
+        return self._once(("scales", layer), "DequantizeLinear", names, f"{layer}/block_scales")
+
+    def _nvfp4(self, weight: str, layer: str, rows: int) -> str:
+        scales = self._block_scales(layer)
         every_row = self._once(
             ("rows", str(rows)),
             "Range",
-            [self._scalar(0), self._scalar(rows), self._scalar(1)],
+            [self._constant(f"scalar/{value}", TensorProto.INT64, [], [value]) for value in (0, rows, 1)],
             f"rows/{rows}",
         )
         return self._once(
             ("dq", layer),
             "GatherBlockQuantized",
-            [self.weight(weight), every_row, scales],
+            [self.weight(weight, TensorProto.FLOAT4E2M1), every_row, scales],
             f"{weight}/fp32",
             domain="com.microsoft",
             block_size=BLOCK,
@@ -194,11 +240,10 @@ class _Lowering:
             self._made["zero",] = zero.name
         return "zero_e4m3"
 
-    def _scalar(self, value: int) -> str:
-        name = f"scalar/{value}"
-        if ("scalar", name) not in self._made:
-            self._graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [], [value]))
-            self._made["scalar", name] = name
+    def _constant(self, name: str, kind: int, shape: list[int], values: list[int] | list[float]) -> str:
+        if ("constant", name) not in self._made:
+            self._graph.initializer.append(helper.make_tensor(name, kind, shape, values))
+            self._made["constant", name] = name
         return name
 
     def _once(self, key: tuple[str, ...], op: str, inputs: list[str], output: str, **attributes) -> str:

@@ -49,6 +49,7 @@ def build_graphs(
     weights: dict[str, dict[str, TensorRef]],
     plans: dict[str, list[LayerPlan]],
     activations: str,
+    weights_in_memory: str,
     unused: dict[str, tuple[str, ...]],
 ) -> dict[str, BuiltGraph]:
     """Lower and bind the five graphs.
@@ -61,7 +62,7 @@ def build_graphs(
         component = COMPONENT_OF[name]
         stored = {tensor: ref.dtype for tensor, ref in weights[component].items()}
         planned = {entry.layer.name: entry for entry in plans.get(component, [])}
-        lowered = lower(model, ARGUMENTS[name], stored, planned, activations)
+        lowered = lower(model, ARGUMENTS[name], stored, planned, activations, weights_in_memory)
         bound[component] |= bind(lowered, ARGUMENTS[name], weights[component], WEIGHTS_FILE[component])
         entry = Graph(
             file=f"{component}/{name}.onnx",

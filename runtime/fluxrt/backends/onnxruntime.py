@@ -42,6 +42,7 @@ class OnnxRuntimeBackend:
 
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             if self._threads:
                 options.intra_op_num_threads = self._threads
             path = self._bundle.checked_file(self._target.graphs[graph].file)
