@@ -18,8 +18,10 @@ def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """diffusers' pipeline for `checkpoint`, unmodified, with its weights in `dtype`; progress bars off."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import diffusers
+    import transformers
 
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline_class = getattr(diffusers, checkpoint.pipeline_class)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import venv
@@ -129,7 +130,7 @@ def test_generate_writes_png_files(quick_bundle: Path, tmp_path: Path, capsys: p
     [
         (["--size", "128x128"], "was not compiled"),
         (["--prompt", "red " * 40], "tokens long"),
-        (["--out", "picture.jpg"], "end in .png"),
+        (["--out", "picture.jpg"], "ends in .png"),
         (["--out", "no/such/folder/a.png"], "does not exist"),
         (["--steps", "0"], "at least 1"),
     ],
@@ -151,8 +152,9 @@ def test_generate_on_a_damaged_bundle_exits_with_1(quick_copy: Path, tmp_path: P
     assert main(["generate", str(quick_copy), "--prompt", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
 
 
-def run_python(code: str, *arguments: str, python: str = sys.executable) -> str:
-    result = subprocess.run([python, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+def run_python(code: str, *arguments: str, python: str = sys.executable, folder: Path | None = None) -> str:
+    command = [python, "-c", code, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -181,16 +183,20 @@ def test_it_draws_in_an_environment_without_torch_diffusers_transformers_and_onn
     folder = tmp_path / "venv"
     venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
+    # Built from a copy: a build leaves files beside its source.
+    source = shutil.copytree(
+        ROOT / "runtime", tmp_path / "runtime", ignore=shutil.ignore_patterns("build", "*.egg-info")
+    )
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run(
-        [*install, "-c", str(ROOT / "constraints.txt"), str(ROOT / "runtime")],
+        [*install, "-c", str(ROOT / "constraints.txt"), str(source)],
         check=True,
         capture_output=True,
         timeout=600,
     )
     absent = "torch diffusers transformers onnx onnxscript modelopt safetensors fluxc"
     code = f"import importlib.util as u; print([m for m in '{absent}'.split() if u.find_spec(m)])"
-    assert run_python(code, python=python).strip() == "[]"
+    assert run_python(code, python=python, folder=tmp_path).strip() == "[]"
     out = tmp_path / "picture.png"
     command = [str(folder / "bin" / "fluxrt"), "generate", str(quick_bundle), "--prompt", PROMPT, "--seed", "3"]
     subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=300)

@@ -14,7 +14,10 @@ from fluxrt.pipeline import to_image
 
 
 def write_report(folder: Path, figures: dict[str, Any], pictures: dict[str, list[np.ndarray]]) -> None:
-    """Write report.json, index.html and pictures/ below `folder`; `pictures` maps a column's name to its pictures."""
+    """Write report.json, index.html and pictures/ below `folder`.
+
+    `pictures` maps the reference and each target to its pictures, fp32 [height, width, 3] in 0..1, in the prompts' order.
+    """
     import jinja2
 
     (folder / "pictures").mkdir(parents=True)
@@ -57,20 +60,19 @@ def write_report(folder: Path, figures: dict[str, Any], pictures: dict[str, list
     )
 
 
-def contact_sheet(columns: dict[str, list[np.ndarray]], least_side: int = 160) -> Image.Image:
-    """A picture with one column a name and one row a prompt; small pictures are enlarged by whole factors."""
-    images = {name: [to_image(picture) for picture in pictures] for name, pictures in columns.items()}
+def contact_sheet(rows: dict[str, list[np.ndarray]], least_side: int = 128) -> Image.Image:
+    """A picture with one row a name and one column a prompt; small pictures are enlarged by whole factors."""
+    images = {name: [to_image(picture) for picture in pictures] for name, pictures in rows.items()}
     width, height = next(iter(images.values()))[0].size
     factor = max(1, -(-least_side // width))
-    width, height, gap, head = width * factor, height * factor, 8, 22
-    rows = max(len(column) for column in images.values())
-    sheet = Image.new("RGB", (len(images) * (width + gap) + gap, rows * (height + gap) + gap + head), "white")
+    width, height, gap, head = width * factor, height * factor, 8, 20
+    columns = max(len(row) for row in images.values())
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(images) * (height + gap + head) + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, (name, pictures) in enumerate(images.items()):
-        x = gap + column * (width + gap)
-        draw.text((x, 5), name, fill="black")
-        for row, picture in enumerate(pictures):
-            sheet.paste(
-                picture.resize((width, height), Image.Resampling.NEAREST), (x, head + gap + row * (height + gap))
-            )
+    for row, (name, pictures) in enumerate(images.items()):
+        y = gap + row * (height + gap + head)
+        draw.text((gap, y), name, fill="black")
+        for column, picture in enumerate(pictures):
+            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (gap + column * (width + gap), y + head))
     return sheet

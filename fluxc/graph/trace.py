@@ -190,7 +190,8 @@ def trace(
             ir_model.graph.initializers.pop(name)
         elif constants and name in constants:
             value.const_value = onnx_ir.tensor(constants[name].numpy(), name=name)
-    optimizer.optimize(ir_model)
+    with _quiet():
+        optimizer.optimize(ir_model)
     model = onnx_ir.to_proto(ir_model)
     _check(model, tuple(inputs), outputs)
     _name_dimensions(model, inputs)
