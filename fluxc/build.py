@@ -39,8 +39,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
     with _locked(cache.root):
         source = stages.read_source(loaded)
         held_out = loaded.prompts("fidelity.prompts", recipe.fidelity.prompts)
-        with progress.stage("hash checkpoint"):
-            digests = stages.checkpoint_digests(source.checkpoint, cache)
+        with progress.stage("hash checkpoint") as report:
+            digests = stages.checkpoint_digests(source.checkpoint, cache, report)
         # Tracing needs no weights and finds what does not fit before the long stages begin; the VAE is the quickest.
         traces = {
             name: stages.run_trace(cache, name, loaded, source) for name in ("vae", "text_encoder", "transformer")
@@ -183,7 +183,7 @@ def _precision(source: stages.Source) -> tuple[format.Layer, ...]:
             format=entry.format,
             rule=entry.rule,
             group=entry.layer.group,
-            bytes_before=2 * entry.parameters,
+            bytes_before=entry.source_bytes,
             bytes_after=entry.bytes_after,
         )
         for plan in source.plans.values()

@@ -54,7 +54,9 @@ def print_bundle(bundle: Bundle) -> None:
     console.print(
         f"sizes {sizes}; text {manifest.prompting.length} tokens; {sampling.steps} steps; guidance {sampling.guidance}"
     )
-    table = Table("component", "format", "layers", "bytes in bf16", "bytes", title="precision", title_justify="left")
+    table = Table(
+        "component", "format", "layers", "bytes before", "bytes after", title="precision", title_justify="left"
+    )
     totals: dict[tuple[str, str], list[int]] = {}
     for layer in manifest.precision:
         row = totals.setdefault((layer.component, layer.format), [0, 0, 0])
@@ -107,7 +109,14 @@ def print_doctor() -> None:
 def _layer_table(component: str, plan: list[LayerPlan]) -> Table:
     """Layers of the same kind, format and rule in one row, with their block numbers as ranges."""
     table = Table(
-        "layer", "out x in", "format", "decided by", "bytes in bf16", "bytes", title=component, title_justify="left"
+        "layer",
+        "out x in",
+        "format",
+        "decided by",
+        "bytes before",
+        "bytes after",
+        title=component,
+        title_justify="left",
     )
     rows: dict[tuple[str, str, str, str], list[LayerPlan]] = {}
     for entry in plan:
@@ -117,7 +126,7 @@ def _layer_table(component: str, plan: list[LayerPlan]) -> Table:
     for (kind, shape, format, rule), entries in rows.items():
         numbers = [int(m[1]) for e in entries if (m := re.search(r"\.(\d+)\.", e.layer.name)) and "{}" in kind]
         name = kind.replace("{}", _ranges(numbers)) if numbers else kind
-        before, after = 2 * sum(e.parameters for e in entries), sum(e.bytes_after for e in entries)
+        before, after = sum(e.source_bytes for e in entries), sum(e.bytes_after for e in entries)
         table.add_row(name, shape, format, rule, f"{before:,}", f"{after:,}")
     return table
 
@@ -139,15 +148,15 @@ def _format_table(component: str, plan: list[LayerPlan]) -> Table:
         "layers",
         "parameters",
         "share",
-        "bytes in bf16",
-        "bytes",
+        "bytes before",
+        "bytes after",
         title=f"{component} Linears",
         title_justify="left",
     )
     total = sum(entry.parameters for entry in plan)
     for format, (layers, parameters, before, after) in sorted(summary_by_format(plan).items()):
         table.add_row(format, str(layers), f"{parameters:,}", f"{parameters / total:.2%}", f"{before:,}", f"{after:,}")
-    before, after = 2 * total, sum(entry.bytes_after for entry in plan)
+    before, after = sum(entry.source_bytes for entry in plan), sum(entry.bytes_after for entry in plan)
     table.add_row("all", str(len(plan)), f"{total:,}", "100%", f"{before:,}", f"{after:,} ({after / before - 1:+.0%})")
     return table
 

@@ -68,7 +68,11 @@ def read_source(loaded: LoadedRecipe) -> Source:
         "transformer": transformer_linears(transformer.config),
         "text_encoder": text_linears(encoder.config, family.text_layers[-1]),
     }
-    plans = {name: precision_plan(name, layers[name], getattr(recipe.precision, name)) for name in layers}
+    plans = {}
+    for name, linears in layers.items():
+        tensors = checkpoint.components[name].tensors
+        source_bytes = {layer.name: tensors[f"{layer.name}.weight"].nbytes for layer in linears}
+        plans[name] = precision_plan(name, linears, getattr(recipe.precision, name), source_bytes)
     return Source(checkpoint, family, uses_guidance_branches(checkpoint), kept, plans)
 
 
@@ -80,12 +84,20 @@ def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
     return {name: part.tensors[name] for name in text_tensors(part.config, source.text_layers_kept)}
 
 
-def checkpoint_digests(checkpoint: Checkpoint, cache: StageCache) -> dict[str, dict[str, str]]:
-    """{component: {file: SHA-256}} of everything a build reads from the checkpoint."""
-    digests = {"": {"model_index.json": cache.file_digest(checkpoint.root / "model_index.json")}}
+def checkpoint_digests(checkpoint: Checkpoint, cache: StageCache, report: Report) -> dict[str, dict[str, str]]:
+    """{component: {file: SHA-256}} of everything a build reads from the checkpoint; `report` counts bytes."""
+    files = {"": [checkpoint.root / "model_index.json"]}
     for name, component in checkpoint.components.items():
-        files = small_files(component) + (component.weight_files if name in WEIGHTED else [])
-        digests[name] = {file.name: cache.file_digest(file) for file in files}
+        files[name] = small_files(component) + (component.weight_files if name in WEIGHTED else [])
+    total = sum(file.stat().st_size for group in files.values() for file in group)
+    done = 0
+    digests: dict[str, dict[str, str]] = {}
+    for name, group in files.items():
+        digests[name] = {}
+        for file in group:
+            digests[name][file.name] = cache.file_digest(file)
+            done += file.stat().st_size
+            report(done, total)
     return digests
 
 

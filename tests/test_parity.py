@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from conftest import QUICK, compile_into, copy_checkpoint
 from fluxc.fidelity.metrics import relative_error
 from fluxc.graph.compose import compose_body
 from fluxc.graph.lower import lower
@@ -156,3 +157,28 @@ def test_the_bundles_text_encoder_loads_in_transformers_and_encodes_alike(nano_b
         ).hidden_states
     expected = torch.cat([states[k] for k in (9, 18, 27)], dim=-1).numpy()
     assert relative_error(pipeline.encode_text(prompt, 1.0), expected) < 1e-5
+
+
+def test_a_distilled_checkpoint_runs_one_branch_and_other_sizes_match_too(tmp_path: Path) -> None:
+    """klein's distilled models ignore guidance; a size whose rows and columns differ is compared with diffusers."""
+    import fluxrt
+
+    checkpoint = copy_checkpoint(tmp_path / "distilled")
+    index = checkpoint / "model_index.json"
+    index.write_text(index.read_text().replace('"is_distilled": false', '"is_distilled": true'))
+    bundle = compile_into(
+        tmp_path / "out",
+        *QUICK,
+        f"model.source={checkpoint}",
+        "precision.transformer={default: bf16}",
+        "targets=[{kind: onnxruntime}]",
+        "sizes=[[32, 96], [64, 64]]",
+        "sampling.guidance=4.0",
+    )
+    figures = report(bundle)["onnxruntime"]
+    assert max(figures["step_error"], figures["decode_error"], figures["prologue_error"]) <= 1e-3
+    assert figures["image_psnr_db_worst"] >= 50
+    pipeline = fluxrt.load(bundle)
+    assert not pipeline.bundle.manifest.sampling.guidance_branches
+    assert pipeline.encode_text("a", 4.0).shape[0] == 1
+    assert [pipeline("a", size=size, steps=1).images[0].size for size in ((32, 96), (64, 64))] == [(96, 32), (64, 64)]

@@ -88,5 +88,13 @@ def test_a_layer_whose_width_does_not_fit_the_block_is_an_error_that_says_what_t
 
 def test_bytes_of_each_format() -> None:
     layer = Linear("layer", 64, 32)
-    after = {f: LayerPlan("transformer", layer, f, "").bytes_after for f in ("nvfp4", "fp8", "bf16")}
+    after = {
+        f: precision_plan("transformer", [layer], ComponentPrecision(default=f))[0].bytes_after  # type: ignore[arg-type]
+        for f in ("nvfp4", "fp8", "bf16")
+    }
     assert after == {"nvfp4": 64 * 16 + 64 * 2 + 8, "fp8": 64 * 32 + 8, "bf16": 64 * 32 * 2}
+
+
+def test_a_kept_layer_counts_as_it_lies_in_the_checkpoint() -> None:
+    plan = precision_plan("transformer", [Linear("layer", 64, 32)], ComponentPrecision(), {"layer": 64 * 32 * 4})
+    assert (plan[0].source_bytes, plan[0].bytes_after) == (64 * 32 * 4, 64 * 32 * 4)

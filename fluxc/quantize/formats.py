@@ -10,9 +10,9 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 
 
 def stored_bytes(format: str, parameters: int) -> int:
-    """Bytes of a Linear's tensors in the weights file: values, scales, and its FP32 scalars."""
+    """Bytes of a quantized Linear's tensors in the weights file: values, scales, and its FP32 scalars."""
     if format == "nvfp4":
         return parameters // 2 + parameters // BLOCK + 8
     if format == "fp8":
         return parameters + 8
-    return 2 * parameters
+    raise ValueError(f"{format!r} is not a quantized format")

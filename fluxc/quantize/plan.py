@@ -27,6 +27,7 @@ class LayerPlan:
     layer: Linear
     format: str
     rule: str
+    source_bytes: int
 
     @property
     def parameters(self) -> int:
@@ -34,11 +35,14 @@ class LayerPlan:
 
     @property
     def bytes_after(self) -> int:
-        return stored_bytes(self.format, self.parameters)
+        """Bytes of the layer's tensors in the bundle; a layer that is kept is copied as it lies in the checkpoint."""
+        return self.source_bytes if self.format == "bf16" else stored_bytes(self.format, self.parameters)
 
 
-def precision_plan(component: str, layers: list[Linear], precision: ComponentPrecision) -> list[LayerPlan]:
-    """The plan of one component, in the order of `layers`.
+def precision_plan(
+    component: str, layers: list[Linear], precision: ComponentPrecision, source_bytes: dict[str, int] | None = None
+) -> list[LayerPlan]:
+    """The plan of one component, in the order of `layers`; `source_bytes` holds their bytes in the checkpoint (else bf16).
 
     Raises RecipeError for a pattern that matches nothing and for a format a layer's shape cannot have.
     """
@@ -70,19 +74,20 @@ def precision_plan(component: str, layers: list[Linear], precision: ComponentPre
                 f"{field}: {layer.name} has {layer.in_features} inputs, not a multiple of {BLOCK}, so it cannot be "
                 f"nvfp4; add {layer.name!r} to {field}.keep"
             )
-        plan.append(LayerPlan(component, layer, chosen, rule))
+        bf16_bytes = 2 * layer.out_features * layer.in_features
+        plan.append(LayerPlan(component, layer, chosen, rule, (source_bytes or {}).get(layer.name, bf16_bytes)))
     return plan
 
 
 def summary_by_format(plan: list[LayerPlan]) -> dict[str, tuple[int, int, int, int]]:
-    """For each format in the plan: (layers, parameters, bytes in bf16, bytes after)."""
+    """For each format in the plan: (layers, parameters, bytes in the checkpoint, bytes in the bundle)."""
     table: dict[str, tuple[int, int, int, int]] = {}
     for entry in plan:
         layers, parameters, before, after = table.get(entry.format, (0, 0, 0, 0))
         table[entry.format] = (
             layers + 1,
             parameters + entry.parameters,
-            before + 2 * entry.parameters,
+            before + entry.source_bytes,
             after + entry.bytes_after,
         )
     return table

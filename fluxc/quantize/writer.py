@@ -23,7 +23,7 @@ from fluxc.quantize import fp8, nvfp4
 from fluxc.quantize.formats import BLOCK
 from fluxc.quantize.plan import LayerPlan
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
