@@ -220,18 +220,21 @@ class _Lowering:
         if self._activations == "none":
             return x
         self.uses_fake_quantize = True
-        scale = self.weight(f"{planned.layer.name}.input_scale")
-        key = ("rounded", x, planned.layer.group or planned.layer.name)
-        return self._once(key, "NVFP4FakeQuantize", [x, scale], f"{planned.layer.name}/input", domain=LINEAR_DOMAIN)
+        layer, key = planned.layer.name, ("rounded", x, planned.layer.group or planned.layer.name)
+        if key in self._made:
+            return self._made[key]
+        scale = self.weight(f"{layer}.input_scale")
+        return self._once(key, "NVFP4FakeQuantize", [x, scale], f"{layer}/input", domain=LINEAR_DOMAIN)
 
     def _rounded_fp8(self, x: str, planned: LayerPlan) -> str:
         if self._activations == "none":
             return x
-        layer, scale = planned.layer.name, self.weight(f"{planned.layer.name}.input_scale")
-        key = planned.layer.group or layer
-        zero = self._zero_e4m3()
-        codes = self._once(("q", x, key), "QuantizeLinear", [x, scale, zero], f"{layer}/input_e4m3")
-        return self._once(("dq", x, key), "DequantizeLinear", [codes, scale], f"{layer}/input")
+        layer, key = planned.layer.name, ("rounded", x, planned.layer.group or planned.layer.name)
+        if key in self._made:
+            return self._made[key]
+        scale, zero = self.weight(f"{layer}.input_scale"), self._zero_e4m3()
+        codes = self._once(("codes", *key), "QuantizeLinear", [x, scale, zero], f"{layer}/input_e4m3")
+        return self._once(key, "DequantizeLinear", [codes, scale], f"{layer}/input")
 
     def _zero_e4m3(self) -> str:
         if ("zero",) not in self._made:

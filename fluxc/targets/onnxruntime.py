@@ -73,15 +73,25 @@ def build_graphs(
         built[name] = BuiltGraph(lowered, entry)
     for component, tensors in weights.items():
         ignored = unused.get(component, ())
-        if activations == "none":
-            ignored += tuple(t for t in tensors if t.endswith(".input_scale"))
-        stray = [t for t in tensors if t not in bound[component] and not t.startswith(ignored or ("\0",))]
+        spare = _spare_input_scales(plans.get(component, []), bound[component], activations)
+        unbound = [t for t in tensors if t not in bound[component] and t not in spare]
+        stray = [t for t in unbound if not t.startswith(ignored or ("\0",))]
         if stray:
             raise BuildError(
                 f"{component}: no graph uses {', '.join(stray[:4])}{' and more' if len(stray) > 4 else ''}; "
                 "weights that are stored but never computed with mean the graphs are wrong"
             )
     return built
+
+
+def _spare_input_scales(plan: list[LayerPlan], bound: set[str], activations: str) -> set[str]:
+    """The input scales a graph rightly leaves alone: all of them when activations are not rounded, else those of fusion
+    group members whose common input is rounded with another member's, equal, scale."""
+    scales = {f"{entry.layer.name}.input_scale": entry.layer.group for entry in plan}
+    if activations == "none":
+        return set(scales)
+    rounded = {group for name, group in scales.items() if group and name in bound}
+    return {name for name, group in scales.items() if group in rounded}
 
 
 def check_loads(folder: Path, files: list[str]) -> None:

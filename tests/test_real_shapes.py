@@ -1,0 +1,58 @@
+"""The graphs of the published models, from their configs alone: no weights, every tensor used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
+from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.graph.bind import bind
+from fluxc.graph.compose import compose_body
+from fluxc.graph.lower import lower
+from fluxc.graph.trace import trace_transformer
+from fluxc.quantize.plan import precision_plan
+from fluxc.recipe import ComponentPrecision
+from fluxc.targets.onnxruntime import ARGUMENTS
+from test_flux2_tables import DEV, KLEIN_4B
+
+KEEP = ("x_embedder", "context_embedder", "time_guidance_embed*", "*modulation*", "norm_out*", "proj_out")
+
+
+@pytest.mark.parametrize(("config", "products"), [(KLEIN_4B, 100), (DEV, 192)], ids=["klein-4B", "dev"])
+def test_every_tensor_of_a_published_model_is_bound_once(config: dict[str, Any], products: int) -> None:
+    full = {**config, "axes_dims_rope": [32] * 4, "rope_theta": 2000, "eps": 1e-6, "timestep_guidance_channels": 256}
+    pieces = trace_transformer(full, 512, guidance_branches=not config["guidance_embeds"])
+    body = compose_body(pieces, config["num_layers"], config["num_single_layers"], 512)
+    layers = transformer_linears(full)
+    plan = {e.layer.name: e for e in precision_plan("transformer", layers, ComponentPrecision("nvfp4", KEEP))}
+    quantized = [name for name, entry in plan.items() if entry.format == "nvfp4"]
+    assert len(quantized) == products
+
+    refs = {name: reference(name, "BF16", shape) for name, shape in transformer_tensors(full).items()}
+    for name in quantized:
+        rows, columns = refs[f"{name}.weight"].shape
+        refs[f"{name}.weight"] = reference(f"{name}.weight", "U8", (rows, columns // 2))
+        refs[f"{name}.weight_scale"] = reference(f"{name}.weight_scale", "F8_E4M3", (rows, columns // 16))
+        refs[f"{name}.weight_scale_2"] = reference(f"{name}.weight_scale_2", "F32", ())
+        refs[f"{name}.input_scale"] = reference(f"{name}.input_scale", "F32", ())
+    bound: list[str] = []
+    for graph, neutral in {"prologue": pieces["prologue"], "body": body, "epilogue": pieces["epilogue"]}.items():
+        lowered = lower(neutral, ARGUMENTS[graph], {n: r.dtype for n, r in refs.items()}, plan, "nvfp4")
+        bound += bind(lowered, ARGUMENTS[graph], refs, "weights.safetensors")
+        assert len(lowered.SerializeToString()) < 4_000_000
+        if graph == "body":
+            assert sum(node.op_type == "MatMulNBits" for node in lowered.graph.node) == products
+    # A fusion group rounds its common input once, with one of the members' equal input scales.
+    shared = {
+        f"{entry.layer.name}.input_scale"
+        for entry in plan.values()
+        if entry.layer.group and not entry.layer.name.endswith(("to_q", "add_q_proj"))
+    }
+    assert sorted(bound) == sorted(set(refs) - shared)
+
+
+def reference(name: str, dtype: str, shape: tuple[int, ...]) -> TensorRef:
+    return TensorRef(name, dtype, shape, Path("weights.safetensors"), 0, 0)
