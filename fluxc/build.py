@@ -46,6 +46,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             name: stages.run_trace(cache, name, loaded, source) for name in ("vae", "text_encoder", "transformer")
         }
         prompting = stages.run_prompting(cache, recipe, source, digests)
+        stages.check_prompts(loaded, source, prompting)
         if only == "graphs":
             return None
         quantizes = any(entry.format != "bf16" for plan in source.plans.values() for entry in plan)
@@ -82,7 +83,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
                 ),
                 components={name: f"{name}/{file}" for name, file in WEIGHTS_FILE.items()},
                 precision=_precision(source),
-                prompting=msgspec.convert(prompting, format.Prompting),
+                prompting=prompting,
                 sampling=msgspec.convert(stages.sampling_entry(recipe, source), format.Sampling),
                 targets=entries,
                 fidelity={},

@@ -93,6 +93,8 @@ def render_template(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[st
     from transformers import AutoTokenizer
 
     folder = checkpoint.components["tokenizer"].folder
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder}: there is no tokenizer.json, which the runtime tokenizes with")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def render(message: str) -> str:

@@ -26,9 +26,12 @@ from fluxc.checkpoint.flux2 import (
 from fluxc.checkpoint.safetensors_file import TensorRef, read_header
 from fluxc.checkpoint.source import WEIGHTED, Checkpoint, check_tensors, open_checkpoint
 from fluxc.components import WEIGHTS_FILE, small_files
+from fluxc.errors import RecipeError
 from fluxc.progress import Report
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.recipe import LoadedRecipe, Recipe, Target
+from fluxrt.bundle import Prompting
+from fluxrt.errors import RequestError
 
 UNUSED = {
     "vae": ("encoder.", "quant_conv.", "bn.num_batches_tracked"),
@@ -220,7 +223,7 @@ def run_target(
     return cache.run(f"target-{target.name}", f"build {target.name} graphs", inputs, work)
 
 
-def run_prompting(cache: StageCache, recipe: Recipe, source: Source, digests: dict[str, Any]) -> dict[str, Any]:
+def run_prompting(cache: StageCache, recipe: Recipe, source: Source, digests: dict[str, Any]) -> Prompting:
     """The manifest's `prompting`: the chat template rendered around a prompt, the length, the pad token."""
 
     def work(folder: Path, report: Report) -> None:
@@ -232,7 +235,20 @@ def run_prompting(cache: StageCache, recipe: Recipe, source: Source, digests: di
     inputs = [digests["tokenizer"], source.family.template_options]
     folder = cache.run("template", "render chat template", inputs, work)
     rendered = json.loads((folder / "template.json").read_text())
-    return {"tokenizer": "tokenizer/tokenizer.json", "length": recipe.text.length, **rendered}
+    return Prompting(tokenizer="tokenizer/tokenizer.json", length=recipe.text.length, **rendered)
+
+
+def check_prompts(loaded: LoadedRecipe, source: Source, prompting: Prompting) -> None:
+    """Refuse prompts of the recipe that are longer than the compiled text; diffusers would cut them without a word."""
+    from fluxrt.prompt import PromptEncoder
+
+    encoder = PromptEncoder(prompting, source.checkpoint.components["tokenizer"].folder / "tokenizer.json")
+    for field in ("calibration", "fidelity"):
+        prompts = loaded.prompts(f"{field}.prompts", getattr(loaded.recipe, field).prompts)
+        try:
+            encoder.encode(prompts)
+        except RequestError as error:
+            raise RecipeError(f"{field}.prompts: {error}") from error
 
 
 def sampling_entry(recipe: Recipe, source: Source) -> dict[str, Any]:

@@ -12,13 +12,17 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import QUICK, RECIPE, RecordingProgress, compile_into
-from fluxc.errors import BuildError, GateError
+from fluxc.errors import BuildError, GateError, RecipeError
+from fluxc.fidelity.compare import _check_finite
+from fluxc.fidelity.gates import check_gates
+from fluxc.recipe import Gates
 from fluxrt.bundle import open_bundle
 
 
@@ -292,6 +296,28 @@ def test_a_missed_gate_fails_naming_figures_and_writes_no_bundle(workshop: Path)
         compile_into(out, *QUICK[:-1], "gates={layer_snr_db: 90, step_cosine: 0.999999}")
     assert raised.value.exit_code == 1
     assert not out.exists()
+
+
+def test_a_figure_that_is_nan_misses_its_gate() -> None:
+    figures = {"target": {"step_cosine": float("nan"), "image_psnr_db": 50.0}}
+    with pytest.raises(GateError, match=r"step_cosine nan under 0\.9"):
+        check_gates(Gates(step_cosine=0.9, image_psnr_db=20), {}, figures)
+    with pytest.raises(GateError, match="layer nan dB"):
+        check_gates(Gates(layer_snr_db=15), {"layer": float("nan")}, {})
+    check_gates(Gates(step_cosine=0.9), {}, {"target": {"step_cosine": 0.9}})
+
+
+def test_a_target_that_computes_nan_is_named() -> None:
+    with pytest.raises(BuildError, match=r"target t: the velocities for 'a' hold NaN or infinity \(entry 1 of 2\)"):
+        _check_finite("t", "velocities", "a", [np.zeros(2), np.array([0, np.nan])])
+
+
+@pytest.mark.parametrize("field", ["calibration", "fidelity"])
+def test_a_prompt_too_long_to_compile_is_named_not_cut(tmp_path: Path, field: str) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n" + "a red circle " * 20 + "\n")
+    with pytest.raises(RecipeError, match=rf"{field}\.prompts: the prompt 'a red circle a red .*compiled for 32"):
+        compile_into(tmp_path / "out", *QUICK, f"{field}.prompts={prompts}")
 
 
 def test_a_folder_that_is_not_a_bundle_is_not_replaced(tmp_path: Path) -> None:

@@ -102,6 +102,13 @@ def test_wrong_requests_are_refused(pipeline: fluxrt.Pipeline, quick_bundle: Pat
         fluxrt.load(quick_bundle, target="tpu")
 
 
+def test_a_picture_that_is_not_finite_is_refused() -> None:
+    from fluxrt.pipeline import to_image
+
+    with pytest.raises(fluxrt.BackendError, match="NaN or infinity"):
+        to_image(np.full((2, 2, 3), np.nan, dtype=np.float32))
+
+
 def test_generate_writes_png_files(quick_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "picture.png"
     assert main(["generate", str(quick_bundle), "--prompt", PROMPT, "--seed", "3", "--out", str(out)]) == 0

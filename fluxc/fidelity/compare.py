@@ -62,6 +62,8 @@ def compare_target(
         picture = _draw(pipeline, text, grid, guidance, trace, steps)
         pictures.append(picture)
         pairs = list(zip(velocities, trace.velocities, strict=True))
+        for what, values in (("velocities", velocities), ("decoded latents", [decoded]), ("picture", [picture])):
+            _check_finite(target, what, trace.prompt, values)
         rows.append(
             {
                 "prompt": trace.prompt,
@@ -97,6 +99,15 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "image_ssim": significant(float(np.mean(ssims))),
         "prompts": [{key: rounded(value) for key, value in row.items()} for row in rows],
     }
+
+
+def _check_finite(target: str, what: str, prompt: str, values: list[np.ndarray]) -> None:
+    bad = [number for number, value in enumerate(values) if not np.isfinite(value).all()]
+    if bad:
+        raise BuildError(
+            f"target {target}: the {what} for {prompt!r} hold NaN or infinity (entry {bad[0]} of {len(values)}); "
+            "the checkpoint, its calibration or the target's graphs are wrong, no bundle was written"
+        )
 
 
 def _check_tokens(pipeline: Pipeline, trace: Trace) -> None:

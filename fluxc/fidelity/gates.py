@@ -13,9 +13,10 @@ def check_gates(gates: Gates, layer_snr_db: dict[str, float], targets: dict[str,
 
     `layer_snr_db` holds every quantized layer's weight SNR, `targets` each target's figures (see compare_target).
     """
+    # Written as "not at least", so that a NaN misses its gate.
     misses = []
     if gates.layer_snr_db is not None:
-        low = {name: snr for name, snr in layer_snr_db.items() if snr < gates.layer_snr_db}
+        low = {name: snr for name, snr in layer_snr_db.items() if not snr >= gates.layer_snr_db}
         if low:
             worst = sorted(low, key=lambda name: low[name])[:4]
             listed = ", ".join(f"{name} {low[name]:.2f} dB" for name in worst)
@@ -25,7 +26,7 @@ def check_gates(gates: Gates, layer_snr_db: dict[str, float], targets: dict[str,
         if gate is None:
             continue
         for name, figures in targets.items():
-            if figures[field] < gate:
+            if not figures[field] >= gate:
                 misses.append(f"target {name}: {field} {figures[field]} under {gate}")
     if misses:
         raise GateError(

@@ -1,6 +1,6 @@
 """Trains flux2-nano from nothing and writes it beside this file in diffusers format.
 
-    python models/flux2-nano/train.py            # about 80 minutes on 2 cores; run it again to resume
+    python models/flux2-nano/train.py            # about an hour on 2 cores; run it again to resume
 
 Four stages, each seeded and check-pointed in `.work/` (delete that folder to start over):
 1. tokenizer     byte-level BPE over the captions, Qwen2's pre-tokenizer

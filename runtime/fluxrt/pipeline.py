@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fluxrt.backends import Backend, make_backend
-from fluxrt.errors import RequestError
+from fluxrt.errors import BackendError, RequestError
 from fluxrt.prompt import PromptEncoder
 from fluxrt.schedule import SCHEDULES
 
@@ -114,7 +114,8 @@ class Pipeline:
     def tokenize(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, attention_mask), int64 [prompts, text length]."""
         if self._encoder is None:
-            self._encoder = PromptEncoder(self.bundle)
+            prompting = self.bundle.manifest.prompting
+            self._encoder = PromptEncoder(prompting, self.bundle.checked_file(prompting.tokenizer))
         return self._encoder.encode(prompts)
 
     def encode_text(self, prompt: str, guidance: float) -> np.ndarray:
@@ -162,7 +163,13 @@ def starting_noise(seed: int, tokens: int, channels: int) -> np.ndarray:
 
 
 def to_image(pixels: np.ndarray) -> Image:
-    """An 8-bit RGB picture from fp32 [height, width, 3] in 0..1."""
+    """An 8-bit RGB picture from fp32 [height, width, 3] in 0..1; a NaN is a BackendError, never a black pixel."""
+    import numpy as np
     from PIL import Image
 
+    if not np.isfinite(pixels).all():
+        raise BackendError(
+            "the drawn picture holds NaN or infinity, so it is not shown; "
+            "check the bundle with `fluxc verify`, and the guidance and steps of the request"
+        )
     return Image.fromarray((pixels * 255).round().astype("uint8"))

@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING
 from fluxrt.errors import RequestError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from tokenizers import Tokenizer
 
-    from fluxrt.bundle import Bundle
+    from fluxrt.bundle import Prompting
 
 
 class PromptEncoder:
-    """Holds the bundle's tokenizer and template."""
+    """Holds a tokenizer and the rendered template."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, prompting: Prompting, tokenizer_file: Path) -> None:
         from tokenizers import Tokenizer
 
-        self._prompting = bundle.manifest.prompting
-        self._tokenizer: Tokenizer = Tokenizer.from_file(str(bundle.checked_file(self._prompting.tokenizer)))
+        self._prompting = prompting
+        self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_file))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
