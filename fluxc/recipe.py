@@ -203,7 +203,7 @@ def _check_fields(data: Any, kind: Any, where: str, file: str) -> None:
         if key not in fields:
             place = f"{where}{key}"
             raise RecipeError(
-                f"{file}: unknown field {place!r}{nearest(str(key), fields)} The fields here are: {', '.join(fields)}."
+                f"{file}: unknown field {place!r}{nearest(str(key), fields) or '.'} The fields here are: {', '.join(fields)}."
             )
         for inner in _structs_in(fields[key]):
             for item in value if isinstance(value, list) else [value]:

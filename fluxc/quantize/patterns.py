@@ -25,7 +25,7 @@ def matching(pattern: str, names: Iterable[str], field: str) -> list[str]:
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if not found:
         raise RecipeError(
-            f"{field}: the pattern {pattern!r} matches no layer{_suggest(pattern, names)}. "
+            f"{field}: the pattern {pattern!r} matches no layer{_suggest(pattern, names) or '.'} "
             "Patterns match a layer's whole name; `fluxc plan` lists the names"
         )
     return found
