@@ -130,7 +130,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
 
 
 def _place_targets(loaded: LoadedRecipe, targets: dict[str, Path], staging: Path) -> tuple[format.Target, ...]:
-    """Link every target's graphs into the bundle; targets whose graph is the same to the byte share one file."""
+    """Copy every target's graphs into the bundle; targets whose graph is the same to the byte share one file."""
     entries = []
     for target in loaded.recipe.targets:
         folder = targets[target.name]

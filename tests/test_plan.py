@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import pytest
 
 from fluxc.checkpoint.flux2 import Linear, transformer_linears
 from fluxc.errors import RecipeError
 from fluxc.quantize.plan import LayerPlan, precision_plan
-from fluxc.recipe import ComponentPrecision, Rule
+from fluxc.recipe import ComponentPrecision, Format, Rule
 
 KLEIN_4B = {
     "num_layers": 5,
@@ -21,8 +23,8 @@ KLEIN_4B = {
 }
 
 
-def plan_of(**precision: object) -> dict[str, LayerPlan]:
-    plan = precision_plan("transformer", transformer_linears(KLEIN_4B), ComponentPrecision(**precision))  # type: ignore[arg-type]
+def plan_of(**precision: Any) -> dict[str, LayerPlan]:
+    plan = precision_plan("transformer", transformer_linears(KLEIN_4B), ComponentPrecision(**precision))
     return {entry.layer.name: entry for entry in plan}
 
 
@@ -89,8 +91,8 @@ def test_a_layer_whose_width_does_not_fit_the_block_is_an_error_that_says_what_t
 def test_bytes_of_each_format() -> None:
     layer = Linear("layer", 64, 32)
     after = {
-        f: precision_plan("transformer", [layer], ComponentPrecision(default=f))[0].bytes_after  # type: ignore[arg-type]
-        for f in ("nvfp4", "fp8", "bf16")
+        f: precision_plan("transformer", [layer], ComponentPrecision(default=f))[0].bytes_after
+        for f in get_args(Format)
     }
     assert after == {"nvfp4": 64 * 16 + 64 * 2 + 8, "fp8": 64 * 32 + 8, "bf16": 64 * 32 * 2}
 

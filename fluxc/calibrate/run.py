@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +28,9 @@ class AmaxObserver:
     def _hook(self, name: str) -> Callable[[nn.Module, Any], None]:
         def record(_: nn.Module, inputs: Any) -> None:
             seen = inputs[0].detach().abs().amax().item()
-            # max() would drop a NaN; keep it, so that it is reported.
-            if not seen <= self.amax.get(name, 0.0):
-                self.amax[name] = seen
+            known = self.amax.get(name, 0.0)
+            # max() may drop a NaN; once seen it stays, so that it is reported.
+            self.amax[name] = known if math.isnan(known) or known >= seen else seen
 
         return record
 

@@ -120,8 +120,10 @@ def _layout(tensors: dict[str, TensorRef], quantized: dict[str, LayerPlan], orde
 def _write_header(file, entries: list[_Entry]) -> dict[str, int]:
     """Write the header, padded so that the data starts on a multiple of 64 bytes; returns file offsets by tensor name."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    positions: dict[str, int] = {}
     position = 0
     for entry in entries:
+        positions[entry.name] = position
         header[entry.name] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
@@ -133,7 +135,7 @@ def _write_header(file, entries: list[_Entry]) -> dict[str, int]:
     file.write(len(text).to_bytes(8, "little") + text)
     start = 8 + len(text)
     file.truncate(start + position)
-    return {name: start + h["data_offsets"][0] for name, h in header.items() if name != "__metadata__"}  # type: ignore[index]
+    return {name: start + offset for name, offset in positions.items()}
 
 
 def _write_quantized(

@@ -7,7 +7,7 @@ Four stages, each seeded and check-pointed in `.work/` (delete that folder to st
 2. text encoder  a Qwen3 of 28 layers, width 32, trained to predict captions and to keep what they say
 3. vae           AutoencoderKLFlux2, L1 + MSE + a light KL, 4x down, 8 latent channels
 4. transformer   Flux2Transformer2DModel, flow matching on the VAE's latents, EMA weights
-Only the weights kept in bfloat16 are saved, as the published checkpoints are.
+Weights are saved in bfloat16, as the published checkpoints are.
 """
 
 from __future__ import annotations
