@@ -10,6 +10,7 @@ import msgspec
 import yaml
 
 from fluxc.errors import RecipeError, nearest
+from fluxc.quantize.presets import find_preset
 
 Format = Literal["nvfp4", "fp8", "bf16"]
 Size = tuple[int, int]
@@ -53,10 +54,13 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Formats of one component's Linears: `keep` stays bf16, then the first matching rule, then the default."""
+    """Formats of one component's Linears: `keep` stays bf16, then the first matching rule, then what `preset` keeps in
+    bf16, then the default.
+    """
 
     default: Format = "bf16"
     keep: tuple[str, ...] = ()
+    preset: str | None = None
     rules: tuple[Rule, ...] = ()
 
 
@@ -233,6 +237,10 @@ def _check_values(recipe: Recipe, path: Path) -> None:
     for field, steps in (("sampling.steps", recipe.sampling.steps), ("calibration.steps", recipe.calibration.steps)):
         if steps is not None and steps < 1:
             refuse(field, f"must be at least 1, got {steps}")
+    for component in ("transformer", "text_encoder"):
+        preset = getattr(recipe.precision, component).preset
+        if preset is not None:
+            find_preset(preset, component, f"{path}: precision.{component}.preset")
     if not recipe.targets:
         refuse("targets", "give at least one, for example {kind: onnxruntime}")
     names = [target.name for target in recipe.targets]

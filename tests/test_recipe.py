@@ -31,6 +31,14 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
             r"'precision\.transformer\.rules\.mtch'; did you mean 'match'",
         ),
         ("precision.transformer.default=int4", r"Invalid enum value 'int4' - at `precision\.transformer\.default`"),
+        (
+            "precision.transformer.preset=nvidia_blog",
+            r"precision\.transformer\.preset: there is no preset 'nvidia_blog'; did you mean 'nvidia-blog'\?.*trtllm-auto",
+        ),
+        (
+            "precision.text_encoder.preset=nvidia-blog",
+            r"precision\.text_encoder\.preset: .*'nvidia-blog' names layers of the transformer, not of the text_encoder",
+        ),
         ("sampling.steps=many", r"Expected `int`, got `str` - at `sampling\.steps`"),
         ("sampling.steps=0", r"sampling\.steps: must be at least 1"),
         ("sizes=[]", r"sizes: give at least one"),

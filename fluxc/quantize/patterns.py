@@ -15,20 +15,24 @@ def matching(pattern: str, names: Iterable[str], field: str) -> list[str]:
     Raises RecipeError naming `field` when it matches nothing (with near matches) or is not a valid expression.
     """
     names = list(names)
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise RecipeError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
-        found = [name for name in names if expression.fullmatch(name)]
-    else:
-        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    found = matched(pattern, names, field)
     if not found:
         raise RecipeError(
             f"{field}: the pattern {pattern!r} matches no layer{_suggest(pattern, names) or '.'} "
             "Patterns match a layer's whole name; `fluxc plan` lists the names"
         )
     return found
+
+
+def matched(pattern: str, names: Iterable[str], field: str) -> list[str]:
+    """As `matching`, but a pattern that matches nothing gives an empty list."""
+    if not pattern.startswith("re:"):
+        return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    try:
+        expression = re.compile(pattern[3:])
+    except re.error as error:
+        raise RecipeError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
+    return [name for name in names if expression.fullmatch(name)]
 
 
 def _suggest(pattern: str, names: list[str]) -> str:

@@ -2,10 +2,11 @@
 
 1. A layer that a `keep` pattern matches stays bf16.
 2. Otherwise the first of `rules` that matches decides.
-3. Otherwise `default` does.
-4. A decision for one member of a fusion group holds for the whole group (keep before rules, earlier rules before later),
-   and the rule says that it was widened.
-5. A pattern that matches no layer is an error.
+3. Otherwise a layer that `preset` keeps stays bf16.
+4. Otherwise `default` does.
+5. A decision for one member of a fusion group holds for the whole group (in the order above, earlier before later), and the
+   rule says that it was widened.
+6. A pattern that matches no layer is an error.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from fluxc.checkpoint.flux2 import Linear
 from fluxc.errors import RecipeError
 from fluxc.quantize.formats import BLOCK, stored_bytes
 from fluxc.quantize.patterns import matching
+from fluxc.quantize.presets import find_preset, kept_by
 from fluxc.recipe import ComponentPrecision
+
+WIDENED = ", widened to the fusion group"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One Linear, its format, and why."""
+    """One Linear, its format, and why; `widened` when the rule matched another member of its fusion group."""
 
     component: str
     layer: Linear
     format: str
     rule: str
     source_bytes: int
+    widened: bool = False
 
     @property
     def parameters(self) -> int:
@@ -56,6 +61,12 @@ def precision_plan(
         (rule.format, f"rule {rule.match!r}", set(matching(rule.match, names, f"{field}.rules[{i}].match")))
         for i, rule in enumerate(precision.rules)
     ]
+    if precision.preset is not None:
+        preset = find_preset(precision.preset, component, f"{field}.preset")
+        decisions += [
+            ("bf16", f"preset {preset.name}: {pattern!r}", kept)
+            for pattern, kept in kept_by(preset, layers, f"{field}.preset")
+        ]
     members: dict[str, list[str]] = {}
     for layer in layers:
         members.setdefault(layer.group or layer.name, []).append(layer.name)
@@ -64,10 +75,12 @@ def precision_plan(
         group = members[layer.group or layer.name]
         chosen: str = precision.default
         rule = "default"
+        widened = False
         for wanted, label, matched in decisions:
             if matched.intersection(group):
                 chosen = wanted
-                rule = label if layer.name in matched else f"{label}, widened to the fusion group"
+                widened = layer.name not in matched
+                rule = f"{label}{WIDENED}" if widened else label
                 break
         if chosen == "nvfp4" and layer.in_features % BLOCK:
             raise RecipeError(
@@ -75,7 +88,8 @@ def precision_plan(
                 f"nvfp4; add {layer.name!r} to {field}.keep"
             )
         bf16_bytes = 2 * layer.out_features * layer.in_features
-        plan.append(LayerPlan(component, layer, chosen, rule, (source_bytes or {}).get(layer.name, bf16_bytes)))
+        in_source = (source_bytes or {}).get(layer.name, bf16_bytes)
+        plan.append(LayerPlan(component, layer, chosen, rule, in_source, widened))
     return plan
 
 

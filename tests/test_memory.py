@@ -1,0 +1,56 @@
+"""Weights in memory: the prediction against the bytes the writer writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conftest import NANO
+from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
+from fluxc.checkpoint.safetensors_file import read_header
+from fluxc.quantize.memory import weights_memory
+from fluxc.quantize.plan import precision_plan
+from fluxc.quantize.writer import write_weights
+from fluxc.recipe import ComponentPrecision, Rule
+from test_flux2_tables import DEV, NANO_CONFIG
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        ComponentPrecision(default="bf16"),
+        ComponentPrecision(default="fp8"),
+        ComponentPrecision(default="nvfp4", preset="trtllm-auto", rules=(Rule(match="*.ff_context.*", format="fp8"),)),
+    ],
+    ids=["bf16", "fp8", "mixed"],
+)
+def test_predicted_bytes_equal_what_is_written(precision: ComponentPrecision, tmp_path: Path) -> None:
+    tensors = read_header(NANO / "transformer" / "diffusion_pytorch_model.safetensors")
+    plan = precision_plan("transformer", transformer_linears(NANO_CONFIG), precision)
+    memory = weights_memory({name: ref.shape for name, ref in tensors.items()}, plan)
+    path = tmp_path / "weights.safetensors"
+    write_weights(path, tensors, plan, {entry.layer.name: 1.0 for entry in plan})
+    written = sum(ref.nbytes for ref in read_header(path).values())
+    assert written == memory.planned
+    if precision.default == "bf16":
+        assert written == memory.bf16 == sum(ref.nbytes for ref in tensors.values())
+    if precision.default == "fp8":
+        assert written == memory.fp8
+
+
+def test_dev_in_bf16_fp8_and_nvfp4() -> None:
+    """60.0 GiB in bf16 is the published checkpoint's size; FP8 halves it, NVFP4's 4.5 bits take 4.5/16 of it."""
+    plan = precision_plan("transformer", transformer_linears(DEV), ComponentPrecision(default="nvfp4"))
+    memory = weights_memory(transformer_tensors(DEV), plan)
+    assert memory.bf16 / 2**30 == pytest.approx(60.0, abs=0.05)
+    assert memory.fp8_change == pytest.approx(-0.5, abs=1e-4)
+    assert memory.planned_change == pytest.approx(4.5 / 16 - 1, abs=1e-4)
+
+
+def test_unquantized_tensors_count_as_the_checkpoint_stores_them() -> None:
+    plan = precision_plan("transformer", transformer_linears(NANO_CONFIG), ComponentPrecision(default="bf16"))
+    shapes = transformer_tensors(NANO_CONFIG)
+    in_float32 = {name: 4 * shape[0] * (shape[1] if len(shape) > 1 else 1) for name, shape in shapes.items()}
+    memory = weights_memory(shapes, plan, in_float32)
+    assert memory.planned == 2 * memory.bf16
