@@ -66,13 +66,21 @@ def build(recipe: Path, changes: tuple[str, ...], out: Path | None, only: str | 
 @recipe_argument
 @set_option
 @click.option("--layers/--no-layers", default=True, help="List every layer, or the summary alone.")
+@click.option("--presets", is_flag=True, help="Compare the presets on this checkpoint instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 @reports_errors
-def plan(recipe: Path, changes: tuple[str, ...], layers: bool) -> None:
-    """Show what building RECIPE would do: precision of every layer and why, sizes, targets. Writes nothing."""
-    from fluxc.describe import print_plan
+def plan(recipe: Path, changes: tuple[str, ...], layers: bool, presets: bool, as_json: bool) -> None:
+    """Show what building RECIPE would do: precision of every layer and why, sizes, memory, targets. Writes nothing."""
+    from fluxc.describe import print_plan, print_plan_json, print_presets
     from fluxc.recipe import load_recipe
 
-    print_plan(load_recipe(recipe, changes), layers)
+    loaded = load_recipe(recipe, changes)
+    if as_json:
+        print_plan_json(loaded, presets)
+    elif presets:
+        print_presets(loaded)
+    else:
+        print_plan(loaded, layers)
 
 
 @main.command()

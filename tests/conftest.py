@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import sys
@@ -55,6 +57,19 @@ def copy_checkpoint(target: Path) -> Path:
     """flux2-nano's own files, to be damaged."""
     shutil.copytree(NANO, target, ignore=shutil.ignore_patterns(".work", "*.py", "__pycache__", "*.md"))
     return target
+
+
+def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of bf16 tensors whose data is a hole: its size and header are real, and it takes no disk."""
+    header, position = {}, 0
+    for name, shape in shapes.items():
+        end = position + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    encoded = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + position)
 
 
 @pytest.fixture(scope="session")

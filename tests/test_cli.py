@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from conftest import NANO, QUICK, RECIPE
+from conftest import NANO, QUICK, RECIPE, copy_checkpoint, write_hollow
+from fluxc.checkpoint.flux2 import text_tensors, transformer_tensors
 from fluxc.cli import main
+from fluxc.quantize.presets import PRESETS
+from test_flux2_tables import KLEIN_4B
+
+QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 
 
 def invoke(*arguments: object) -> Result:
@@ -37,6 +52,96 @@ def test_plan_totals_equal_what_a_build_writes(nano_bundle: Path) -> None:
         (nano_bundle / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()[:8], "little"
     )
     assert f"{weights - header - 8:,}" in invoke("plan", RECIPE, "--no-layers").output
+
+
+@pytest.fixture(scope="module")
+def klein_4b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with klein-4B's configs and headers, and flux2-nano's VAE; the large weights are holes."""
+    root = copy_checkpoint(tmp_path_factory.mktemp("klein") / "klein-4B")
+    parts: list[tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] = [
+        ("transformer", "diffusion_pytorch_model.safetensors", KLEIN_4B, transformer_tensors(KLEIN_4B)),
+        ("text_encoder", "model.safetensors", QWEN3_4B, text_tensors(QWEN3_4B, 36)),
+    ]
+    for name, weights, config, shapes in parts:
+        (root / name / "config.json").write_text(json.dumps(config))
+        write_hollow(root / name / weights, shapes)
+    return root
+
+
+def plan_json(*arguments: object) -> Any:
+    result = invoke("plan", RECIPE, "--json", *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def test_plan_shows_memory_against_bf16_and_fp8(klein_4b: Path) -> None:
+    preset = "precision.transformer={default: nvfp4, preset: modelopt-flux2}"
+    encoder = "precision.text_encoder.default=fp8"
+    arguments = ("--set", f"model.source={klein_4b}", "--set", preset, "--set", encoder)
+    result = invoke("plan", RECIPE, "--no-layers", *arguments)
+    assert result.exit_code == 0, result.output
+    rows = {
+        line.split("│")[1].strip(): line for line in result.output.splitlines() if "GiB" not in line and "│" in line
+    }
+    # klein-4B has 3.88e9 parameters; docs/recipe.md gives 2.29 GiB for this preset.
+    for expected in ("7.22", "3.61 (-50.0%)", "2.29 (-68.3%)"):
+        assert expected in result.output
+    assert "weights in memory, GiB" in result.output
+    assert "all" in rows
+    assert "preset modelopt-flux2: '*time_text_embed*' names no layer here" in result.output
+
+
+def test_plan_as_json_says_what_the_tables_say(klein_4b: Path) -> None:
+    plan = plan_json(
+        "--set",
+        f"model.source={klein_4b}",
+        "--set",
+        "precision.transformer={default: nvfp4, preset: nvidia-blog, rules: [{match: '*.0.attn.to_q', format: fp8}]}",
+    )
+    layers = {layer["name"]: layer for layer in plan["precision"]}
+    assert plan["presets"] == {"transformer": "nvidia-blog", "text_encoder": None}
+    assert layers["x_embedder"]["rule"] == "preset nvidia-blog: '*embedder*'"
+    assert layers["x_embedder"]["shape"] == [3072, 128]
+    assert layers["transformer_blocks.0.attn.to_k"]["format"] == "fp8"
+    assert plan["widened"] == {
+        "transformer_blocks.0.attn.to_qkv": {
+            "follow": ["transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"],
+            "rule": "rule '*.0.attn.to_q', widened to the fusion group",
+        }
+    }
+    formats = plan["formats"]["transformer"]
+    assert sum(entry["share"] for entry in formats.values()) == pytest.approx(1)
+    assert sum(entry["layers"] for entry in formats.values()) == 109
+    weights = plan["weights_bytes"]
+    # 27 of 36 layers are run and one more is kept, with the embedding.
+    assert weights["text_encoder"]["bf16"] == 2 * (
+        151936 * 2560 + 28 * (2560 * (2 * 4096 + 2 * 1024 + 3 * 9728 + 2) + 256) + 2560
+    )
+    assert weights["all"]["planned"] == sum(weights[name]["planned"] for name in ("transformer", "text_encoder", "vae"))
+
+
+def test_plan_lists_groups_that_were_widened() -> None:
+    result = invoke(
+        "plan", RECIPE, "--no-layers", "--set", "precision.transformer.rules=[{match: '*.to_q', format: fp8}]"
+    )
+    assert "widened to the whole fusion group" in result.output
+    line = next(line for line in result.output.splitlines() if "transformer_blocks.0-1.attn.to_qkv" in line)
+    assert "to_k, to_v" in line
+    assert "rule '*.to_q'" in line
+    assert "widened" not in invoke("plan", RECIPE, "--no-layers").output
+
+
+def test_plan_compares_the_presets_on_the_checkpoint(klein_4b: Path) -> None:
+    result = invoke("plan", RECIPE, "--presets", "--set", f"model.source={klein_4b}")
+    assert result.exit_code == 0, result.output
+    for name, preset in PRESETS.items():
+        assert name in result.output
+        assert preset.source in result.output
+    for expected in ("9.90%", "2.54", "5.03%", "2.29", "0.28%", "2.05", "(this recipe)", "(all FP8)", "3.61"):
+        assert expected in result.output
+    compared = plan_json("--presets", "--set", f"model.source={klein_4b}")
+    assert [row["name"] for row in compared] == list(PRESETS)
+    assert compared[0]["share"] == pytest.approx(0.0990, abs=5e-5)
 
 
 def test_plan_refuses_a_pattern_that_matches_nothing() -> None:
