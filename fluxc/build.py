@@ -18,7 +18,7 @@ import msgspec
 
 from fluxc import stages
 from fluxc.cache import SEAL, StageCache
-from fluxc.components import WEIGHTS_FILE, write_small_files
+from fluxc.components import WEIGHTS_FILE, weights_entry, weights_files, write_small_files
 from fluxc.errors import BuildError
 from fluxc.fidelity.gates import check_gates
 from fluxc.progress import Report, StageProgress
@@ -55,7 +55,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             calibration = stages.run_calibration(cache, loaded, source, digests)
         if only == "calibrate":
             return None
-        weights = {name: stages.run_weights(cache, name, source, digests, calibration) for name in WEIGHTS_FILE}
+        weights = {name: stages.run_weights(cache, name, recipe, source, digests, calibration) for name in WEIGHTS_FILE}
         if only == "weights":
             return None
         targets = {t.name: stages.run_target(cache, t, source, traces, weights) for t in recipe.targets}
@@ -66,7 +66,10 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         try:
             write_small_files(source.checkpoint, staging, source.plans, source.text_layers_kept)
             for name, folder in weights.items():
-                _take_weights(folder / WEIGHTS_FILE[name], staging / name / WEIGHTS_FILE[name], cache.root, out)
+                for file in weights_files(folder, name):
+                    _take_weights(file, staging / name / file.name, cache.root, out)
+                if (index := folder / weights_entry(folder, name)) not in weights_files(folder, name):
+                    shutil.copyfile(index, staging / name / index.name)
             entries = _place_targets(loaded, targets, staging)
             manifest = format.Manifest(
                 format=format.FORMAT,
@@ -81,7 +84,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
                     tools=stages.provenance_tools(),
                     built_at="",
                 ),
-                components={name: f"{name}/{file}" for name, file in WEIGHTS_FILE.items()},
+                components={name: f"{name}/{weights_entry(folder, name)}" for name, folder in weights.items()},
                 precision=_precision(source),
                 prompting=prompting,
                 sampling=msgspec.convert(stages.sampling_entry(recipe, source), format.Sampling),
@@ -238,12 +241,13 @@ def _take_weights(cached: Path, target: Path, cache_root: Path, out: Path) -> No
 def _leave_weights(weights: dict[str, Path], out: Path) -> None:
     """Let the finished bundle own its weights: in the cache, a symbolic link to them takes the file's place."""
     for name, folder in weights.items():
-        cached, owned = folder / WEIGHTS_FILE[name], out.resolve() / name / WEIGHTS_FILE[name]
-        if not cached.is_symlink() and cached.samefile(owned):
-            link = cached.with_name(f".{cached.name}.link")
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(owned, cached.parent))
-            link.replace(cached)
+        for cached in weights_files(folder, name):
+            owned = out.resolve() / name / cached.name
+            if not cached.is_symlink() and cached.samefile(owned):
+                link = cached.with_name(f".{cached.name}.link")
+                link.unlink(missing_ok=True)
+                link.symlink_to(os.path.relpath(owned, cached.parent))
+                link.replace(cached)
 
 
 def _sync(folder: Path) -> None:

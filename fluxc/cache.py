@@ -31,6 +31,7 @@ TOOLS = (
     "onnx-ir",
     "onnxscript",
     "onnxruntime",
+    "numba",
     "numpy",
     "safetensors",
     "pillow",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fluxc.checkpoint.safetensors_file import TensorRef, read_header
 from fluxc.checkpoint.source import Checkpoint, Component
 from fluxc.errors import CheckpointError
 from fluxc.quantize.formats import BLOCK
@@ -16,7 +17,27 @@ WEIGHTS_FILE = {
     "text_encoder": "model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
 }
+INDEX = ".index.json"
 MACHINE_FIELDS = ("_name_or_path",)
+
+
+def weights_entry(folder: Path, component: str) -> str:
+    """The name of a component's weights in `folder`: its one file, or the index when it is split."""
+    name = WEIGHTS_FILE[component]
+    return name + INDEX if (folder / (name + INDEX)).exists() else name
+
+
+def weights_files(folder: Path, component: str) -> list[Path]:
+    """The component's safetensors files in `folder`, in order, without the index."""
+    entry = folder / weights_entry(folder, component)
+    if not entry.name.endswith(INDEX):
+        return [entry]
+    return [folder / name for name in sorted(set(json.loads(entry.read_text())["weight_map"].values()))]
+
+
+def weights_tensors(folder: Path, component: str) -> dict[str, TensorRef]:
+    """Every tensor of the component's weights in `folder`, by name."""
+    return {name: ref for file in weights_files(folder, component) for name, ref in read_header(file).items()}
 
 
 def small_files(component: Component) -> list[Path]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Report = Callable[[int, int], None]
+
+class Report(Protocol):
+    """Called with what is done, of how much, and a few words that are shown beside the bar."""
+
+    def __call__(self, done: int, total: int, detail: str = "") -> None: ...
 
 
 class StageProgress:
@@ -22,7 +27,7 @@ class StageProgress:
     def stage(self, title: str) -> Iterator[Report]:
         """Show `title` while the body runs; the body may call the yielded `report(done, total)`."""
         if not self._console.is_terminal:
-            yield lambda done, total: None
+            yield lambda done, total, detail="": None
             return
         began = time.perf_counter()
         with Progress(
@@ -31,11 +36,12 @@ class StageProgress:
             BarColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
             console=self._console,
             transient=True,
         ) as progress:
-            task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+            task = progress.add_task(title, total=None, detail="")
+            yield lambda done, total, detail="": progress.update(task, completed=done, total=total, detail=detail)
         self._console.print(f"[green]done[/]   {title}  [dim]{time.perf_counter() - began:.1f} s[/]")
 
     def cached(self, title: str) -> None:

@@ -10,6 +10,7 @@ import msgspec
 import yaml
 
 from fluxc.errors import RecipeError, nearest
+from fluxc.quantize.formats import Scales
 from fluxc.quantize.presets import find_preset
 
 Format = Literal["nvfp4", "fp8", "bf16"]
@@ -55,13 +56,14 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Formats of one component's Linears: `keep` stays bf16, then the first matching rule, then what `preset` keeps in
-    bf16, then the default.
+    bf16, then the default. `scales` says how the block scales of NVFP4 weights are chosen.
     """
 
     default: Format = "bf16"
     keep: tuple[str, ...] = ()
     preset: str | None = None
     rules: tuple[Rule, ...] = ()
+    scales: Scales = "max"
 
 
 class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +88,12 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parts += [self.activations] if self.activations != "none" else []
         parts += [self.weights_in_memory] if self.weights_in_memory != "8-bit" else []
         return "-".join(parts)
+
+
+class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How weights are filed: a component larger than `shard_gib` is split into several files with an index."""
+
+    shard_gib: float | None = None
 
 
 class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,6 +128,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: Text = Text()
     sampling: Sampling = Sampling()
     precision: Precision = Precision()
+    weights: Weights = Weights()
     gates: Gates = Gates()
 
 
@@ -241,6 +250,8 @@ def _check_values(recipe: Recipe, path: Path) -> None:
         preset = getattr(recipe.precision, component).preset
         if preset is not None:
             find_preset(preset, component, f"{path}: precision.{component}.preset")
+    if recipe.weights.shard_gib is not None and not recipe.weights.shard_gib > 0:
+        refuse("weights.shard_gib", f"must be positive, got {recipe.weights.shard_gib}")
     if not recipe.targets:
         refuse("targets", "give at least one, for example {kind: onnxruntime}")
     names = [target.name for target in recipe.targets]

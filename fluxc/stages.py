@@ -23,11 +23,12 @@ from fluxc.checkpoint.flux2 import (
     transformer_tensors,
     uses_guidance_branches,
 )
-from fluxc.checkpoint.safetensors_file import TensorRef, read_header
+from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.checkpoint.source import WEIGHTED, Checkpoint, check_tensors, open_checkpoint
-from fluxc.components import WEIGHTS_FILE, small_files
+from fluxc.components import WEIGHTS_FILE, small_files, weights_entry, weights_files, weights_tensors
 from fluxc.errors import RecipeError
 from fluxc.progress import Report
+from fluxc.quantize.formats import Scales
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.recipe import LoadedRecipe, Recipe, Target
 from fluxrt.bundle import Prompting
@@ -140,10 +141,18 @@ def run_calibration(cache: StageCache, loaded: LoadedRecipe, source: Source, dig
 
 
 def run_weights(
-    cache: StageCache, component: str, source: Source, digests: dict[str, Any], calibration: Path | None
+    cache: StageCache,
+    component: str,
+    recipe: Recipe,
+    source: Source,
+    digests: dict[str, Any],
+    calibration: Path | None,
 ) -> Path:
-    """The component's weights file, and layers.json: format and SNR of every quantized layer."""
+    """The component's weights, and layers.json: format and errors of every quantized layer."""
     plan = source.plans.get(component, [])
+    precision = getattr(recipe.precision, component, None)
+    scales: Scales = precision.scales if precision and any(entry.format == "nvfp4" for entry in plan) else "max"
+    shard_bytes = None if recipe.weights.shard_gib is None else int(recipe.weights.shard_gib * 2**30)
     measured: dict[str, float] = {}
     if calibration and any(entry.format != "bf16" for entry in plan):
         measured = json.loads((calibration / "calibration.json").read_text())[component]
@@ -153,11 +162,22 @@ def run_weights(
     def work(folder: Path, report: Report) -> None:
         from fluxc.quantize.writer import write_weights
 
-        written = write_weights(folder / WEIGHTS_FILE[component], tensors, plan, measured, report)
-        layers = [{"name": r.name, "format": r.format, "snr_db": round(r.snr_db, 3)} for r in written]
+        written = write_weights(
+            folder / WEIGHTS_FILE[component],
+            tensors,
+            plan,
+            measured,
+            scales=scales,
+            shard_bytes=shard_bytes,
+            on_progress=report,
+        )
+        layers = [
+            {"name": r.name, "format": r.format, "scales": scales, "snr_db": r.snr_db, "output_snr_db": r.output_snr_db}
+            for r in written
+        ]
         (folder / "layers.json").write_text(json.dumps(layers))
 
-    inputs = [component, digests[component], formats, measured, list(tensors)]
+    inputs = [component, digests[component], formats, measured, list(tensors), scales, shard_bytes]
     return cache.run(f"weights-{component}", f"write {component} weights", inputs, work)
 
 
@@ -193,7 +213,7 @@ def run_target(
 ) -> Path:
     """The target's graphs below component folders, and target.json: its manifest entry."""
     headers = {
-        name: [[t.name, t.dtype, list(t.shape), t.offset] for t in read_header(folder / WEIGHTS_FILE[name]).values()]
+        name: [[t.name, t.dtype, list(t.shape), t.file.name, t.offset] for t in weights_tensors(folder, name).values()]
         for name, folder in weights.items()
     }
     formats = {name: [[e.layer.name, e.format, e.layer.group] for e in plan] for name, plan in source.plans.items()}
@@ -204,20 +224,24 @@ def run_target(
         from fluxc.targets import onnxruntime as target_module
 
         neutral = {file.stem: onnx.load(file) for path in traces.values() for file in sorted(path.glob("*.onnx"))}
-        refs = {name: read_header(path / WEIGHTS_FILE[name]) for name, path in weights.items()}
+        refs = {name: weights_tensors(path, name) for name, path in weights.items()}
+        entries = {name: weights_entry(path, name) for name, path in weights.items()}
         built = target_module.build_graphs(
-            neutral, refs, source.plans, target.activations, target.weights_in_memory, source.unused
+            neutral, refs, entries, source.plans, target.activations, target.weights_in_memory, source.unused
         )
+        links = []
         for name, path in weights.items():
             (folder / name).mkdir()
-            (folder / name / WEIGHTS_FILE[name]).hardlink_to((path / WEIGHTS_FILE[name]).resolve())
+            for file in weights_files(path, name):
+                links.append(folder / name / file.name)
+                links[-1].hardlink_to(file.resolve())
         for graph in built.values():
             (folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
         target_module.check_loads(folder, [graph.entry.file for graph in built.values()])
-        for name in weights:
-            (folder / name / WEIGHTS_FILE[name]).unlink()
-        entries = {name: msgspec.to_builtins(graph.entry) for name, graph in built.items()}
-        (folder / "target.json").write_text(json.dumps(entries))
+        for link in links:
+            link.unlink()
+        graphs = {name: msgspec.to_builtins(graph.entry) for name, graph in built.items()}
+        (folder / "target.json").write_text(json.dumps(graphs))
 
     inputs = [[path.name for path in traces.values()], headers, formats, msgspec.to_builtins(target)]
     return cache.run(f"target-{target.name}", f"build {target.name} graphs", inputs, work)

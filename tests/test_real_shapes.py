@@ -41,7 +41,7 @@ def test_every_tensor_of_a_published_model_is_bound_once(config: dict[str, Any],
     bound: list[str] = []
     for graph, neutral in {"prologue": pieces["prologue"], "body": body, "epilogue": pieces["epilogue"]}.items():
         lowered = lower(neutral, ARGUMENTS[graph], {n: r.dtype for n, r in refs.items()}, plan, "nvfp4")
-        bound += bind(lowered, ARGUMENTS[graph], refs, "weights.safetensors")
+        bound += bind(lowered, ARGUMENTS[graph], refs)
         assert len(lowered.SerializeToString()) < 4_000_000
         if graph == "body":
             assert sum(node.op_type == "MatMulNBits" for node in lowered.graph.node) == products

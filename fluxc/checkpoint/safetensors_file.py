@@ -46,11 +46,11 @@ class TensorRef:
     nbytes: int
 
     def bytes_view(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Bytes `start:stop` of the tensor as a read-only uint8 memory map."""
+        """Bytes `start:stop` of the tensor as a private uint8 memory map: writing to it does not reach the file."""
         stop = self.nbytes if stop is None else stop
         if stop == start:
             return np.empty(0, dtype=np.uint8)
-        return np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset + start, shape=(stop - start,))
+        return np.memmap(self.file, dtype=np.uint8, mode="c", offset=self.offset + start, shape=(stop - start,))
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:

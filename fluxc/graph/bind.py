@@ -1,4 +1,4 @@
-"""Binds a lowered graph's weight inputs to the component's weights file: external initializers at their byte offset.
+"""Binds a lowered graph's weight inputs to the component's weights files: external initializers at their byte offset.
 
 ONNX external data may point into any file, a safetensors file too: `location`, `offset`, `length`. Packed NVFP4 values
 [out, in/2] uint8 also read as FLOAT4E2M1 [out, in], low nibble first, which is ONNX's own packing: an input declared with that
@@ -23,11 +23,11 @@ ONNX_TYPES = {
 }
 
 
-def bind(model: onnx.ModelProto, arguments: set[str], weights: dict[str, TensorRef], location: str) -> set[str]:
+def bind(model: onnx.ModelProto, arguments: set[str], weights: dict[str, TensorRef]) -> set[str]:
     """Turn every input of `model` outside `arguments` into an external initializer, in place.
 
-    `weights` describes the weights file, `location` is its path from the graph's folder. Returns the tensors bound.
-    Raises BuildError for an input the file does not hold.
+    `weights` describes the tensors of the weights files, which lie beside the graph. Returns the tensors bound. Raises
+    BuildError for an input that no file holds.
     """
     graph = model.graph
     declared = {v.name: v.type.tensor_type.elem_type for v in graph.input if v.name not in arguments}
@@ -35,16 +35,16 @@ def bind(model: onnx.ModelProto, arguments: set[str], weights: dict[str, TensorR
     kept = [value for value in graph.input if value.name in arguments]
     missing = [name for name in bound if name not in weights]
     if missing:
-        raise BuildError(f"the graph needs {', '.join(missing[:4])}, which {location} does not hold")
+        raise BuildError(f"the graph needs {', '.join(missing[:4])}, which the weights files do not hold")
     for name in bound:
-        graph.initializer.append(_external(weights[name], declared[name], location))
+        graph.initializer.append(_external(weights[name], declared[name]))
     inputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
     del graph.input[:]
     graph.input.extend(inputs)
     return set(bound)
 
 
-def _external(ref: TensorRef, declared: int, location: str) -> TensorProto:
+def _external(ref: TensorRef, declared: int) -> TensorProto:
     tensor = TensorProto(name=ref.name, data_location=TensorProto.EXTERNAL)
     if declared == TensorProto.FLOAT4E2M1:
         tensor.data_type = TensorProto.FLOAT4E2M1
@@ -54,6 +54,6 @@ def _external(ref: TensorRef, declared: int, location: str) -> TensorProto:
         tensor.dims.extend(ref.shape)
     else:
         raise BuildError(f"tensor {ref.name!r} has dtype {ref.dtype}, which no graph can hold")
-    for key, value in (("location", location), ("offset", str(ref.offset)), ("length", str(ref.nbytes))):
+    for key, value in (("location", ref.file.name), ("offset", str(ref.offset)), ("length", str(ref.nbytes))):
         tensor.external_data.add(key=key, value=value)
     return tensor

@@ -25,7 +25,11 @@ WIDENED = ", widened to the fusion group"
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One Linear, its format, and why; `widened` when the rule matched another member of its fusion group."""
+    """One Linear, its format, and why.
+
+    `widened`: the rule matched another member of its fusion group. `quantized_in_source`: the checkpoint holds it in this
+    format already, and its tensors are copied.
+    """
 
     component: str
     layer: Linear
@@ -33,6 +37,7 @@ class LayerPlan:
     rule: str
     source_bytes: int
     widened: bool = False
+    quantized_in_source: bool = False
 
     @property
     def parameters(self) -> int:
@@ -41,7 +46,8 @@ class LayerPlan:
     @property
     def bytes_after(self) -> int:
         """Bytes of the layer's tensors in the bundle; a layer that is kept is copied as it lies in the checkpoint."""
-        return self.source_bytes if self.format == "bf16" else stored_bytes(self.format, self.parameters)
+        copied = self.format == "bf16" or self.quantized_in_source
+        return self.source_bytes if copied else stored_bytes(self.format, self.parameters)
 
 
 def precision_plan(

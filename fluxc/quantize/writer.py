@@ -1,8 +1,12 @@
-"""Writes a component's one weights file: quantized Linears in ModelOpt layout, everything else byte for byte.
+"""Writes a component's weights: quantized Linears in ModelOpt layout, everything else byte for byte.
 
-The header is written first, then every tensor in place, in row chunks, so memory follows the chunk and never the
-checkpoint. The file appears by rename when complete. Order: FP32 scalars, copied tensors, quantized values, block scales;
-inside each, forward order, so that the members of a fusion group lie side by side.
+1. Headers are written first, then every tensor in place, in row chunks read by memory map, so memory follows the chunk and
+   never the checkpoint, however many files it has.
+2. A fusion group is read twice: for its largest magnitude, then to be quantized; the second time it is in the page cache.
+3. Order inside a file: FP32 scalars, copied tensors, quantized values, block scales; inside each, forward order, so that
+   the members of a fusion group lie side by side. With `shard_bytes`, files are filled in forward order and a group is never
+   parted.
+4. Files are synchronised and appear by rename when all are complete; an index comes last.
 """
 
 from __future__ import annotations
@@ -10,30 +14,39 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fluxc.checkpoint.safetensors_file import ITEM_BITS, TensorRef
 from fluxc.errors import BuildError, CheckpointError
-from fluxc.quantize import fp8, nvfp4
-from fluxc.quantize.formats import BLOCK
+from fluxc.progress import Report
+from fluxc.quantize import cpu
+from fluxc.quantize.formats import BLOCK, E2M1_MAX, E4M3_MAX, Scales
 from fluxc.quantize.plan import LayerPlan
 
 CHUNK_BYTES = 16 << 20
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Each output row is one more sample of the error, so a few inputs are enough to know it well.
+INPUT_ROWS = 16
+
+Rows = Callable[[str], np.ndarray | None]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How well a quantized weight reproduces the original: signal-to-noise ratio in dB, 10 log10(|w|^2 / |w - q|^2)."""
+    """How well a quantized layer reproduces the original, as signal-to-noise ratios in dB.
+
+    `snr_db`: 10 log10(|W|^2 / |W - Q|^2). `output_snr_db`: the same of x W^T over calibration's sampled inputs x, kept in
+    full precision; None without them.
+    """
 
     name: str
     format: str
     snr_db: float
+    output_snr_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,48 +61,165 @@ class _Entry:
         return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
 
 
+@dataclass
+class _Sums:
+    """Energies of a layer's weight and output, and of their errors."""
+
+    weight: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    output: np.ndarray = field(default_factory=lambda: np.zeros(2))
+
+    @staticmethod
+    def decibels(sums: np.ndarray) -> float:
+        signal, noise = sums
+        return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf
+
+
+class _File:
+    """A safetensors file being written: header first, then tensors at their places, in any order."""
+
+    def __init__(self, path: Path, entries: list[_Entry]) -> None:
+        self.path = path
+        self.names = [entry.name for entry in entries]
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        self._offsets = {}
+        for entry in entries:
+            self._offsets[entry.name] = position
+            end = position + entry.nbytes
+            header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [position, end]}
+            position = end
+        self.data_bytes = position
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        self._start = 8 + len(text)
+        os.ftruncate(self._descriptor, self._start + position)
+        self._write_at(0, np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
+
+    def write(self, name: str, offset: int, data: np.ndarray) -> None:
+        """Write `data` at `offset` bytes into tensor `name`."""
+        self._write_at(self._start + self._offsets[name] + offset, data)
+
+    def sync(self) -> None:
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _write_at(self, position: int, data: np.ndarray) -> None:
+        rest = np.ascontiguousarray(data).data.cast("B")
+        while rest:
+            written = os.pwrite(self._descriptor, rest, position)
+            rest, position = rest[written:], position + written
+
+
 def write_weights(
     path: Path,
     tensors: dict[str, TensorRef],
     plan: list[LayerPlan],
     input_amax: dict[str, float],
-    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    scales: Scales = "max",
+    input_rows: Rows | None = None,
+    shard_bytes: int | None = None,
+    on_progress: Report | None = None,
 ) -> list[LayerReport]:
     """Write `path` from the checkpoint's `tensors` under `plan`; `input_amax` holds each layer's largest input magnitude.
 
-    Returns one report a quantized layer. `on_progress(done, total)` counts source bytes. Raises CheckpointError naming
-    tensor and position of a NaN or infinity; the file does not appear unless it is complete.
+    `scales` says how NVFP4 block scales are chosen (see cpu.nvfp4_scales), `input_rows` gives sampled inputs fp32 [rows, in]
+    of a layer for its output error. When the tensors exceed `shard_bytes`, NAME-0000i-of-0000n.safetensors and
+    NAME.safetensors.index.json are written in place of `path`. Returns one report a quantized layer. `on_progress` counts
+    source bytes. Raises CheckpointError naming tensor and position of a NaN or infinity; no file appears unless all are
+    complete.
     """
-    quantized = {f"{entry.layer.name}.weight": entry for entry in plan if entry.format != "bf16"}
-    group_amax = _weight_amax(tensors, quantized)
+    quantized = {f"{e.layer.name}.weight": e for e in plan if e.format != "bf16" and not e.quantized_in_source}
     input_scale_amax = _group_input_amax(quantized, input_amax)
-    order = [*(f"{entry.layer.name}.weight" for entry in plan)]
-    order += [name for name in tensors if name not in set(order)]
-    entries = _layout(tensors, quantized, order)
-    total = sum(tensors[name].nbytes for name in order)
-    reports, done = [], 0
-    partial = path.with_name(f".{path.name}.partial")
+    units = _units(tensors, plan)
+    shards = _shards(units, tensors, quantized, shard_bytes)
+    names = _file_names(path.name, len(shards))
+    progress = _Progress(sum(ref.nbytes for ref in tensors.values()), len(tensors), on_progress)
+    reports: list[LayerReport] = []
+    partial = {name: path.with_name(f".{name}.partial") for name in names}
+    files: list[_File] = []
     try:
-        with partial.open("wb") as file:
-            offsets = _write_header(file, entries)
-            for name in order:
-                ref = tensors[name]
-                if name in quantized:
-                    entry = quantized[name]
-                    group = entry.layer.group or entry.layer.name
-                    scales = (group_amax[group], input_scale_amax[group])
-                    reports.append(_write_quantized(file, offsets, ref, entry, *scales))
-                else:
-                    _copy(file, offsets[name], ref)
-                done += ref.nbytes
-                if on_progress:
-                    on_progress(done, total)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        for name, shard in zip(names, shards, strict=True):
+            file = _File(partial[name], _layout(tensors, quantized, [t for unit in shard for t in unit]))
+            files.append(file)
+            for unit in shard:
+                members = [t for t in unit if t in quantized]
+                if members:
+                    refs = [(tensors[t], quantized[t]) for t in members]
+                    reports += _write_group(file, refs, input_scale_amax, scales, input_rows, progress)
+                for tensor in (t for t in unit if t not in quantized):
+                    _copy(file, tensors[tensor], progress)
+            file.sync()
+        if len(files) > 1:
+            index = {
+                "metadata": {"total_size": sum(file.data_bytes for file in files)},
+                "weight_map": {t: name for name, file in zip(names, files, strict=True) for t in sorted(file.names)},
+            }
+            (path.with_name(f".{path.name}.index.partial")).write_text(json.dumps(index, indent=1) + "\n")
+        for name in names:
+            partial[name].replace(path.with_name(name))
+        if len(files) > 1:
+            path.with_name(f".{path.name}.index.partial").replace(path.with_name(f"{path.name}.index.json"))
     finally:
-        partial.unlink(missing_ok=True)
+        for file in files:
+            file.close()
+        for leftover in (*partial.values(), path.with_name(f".{path.name}.index.partial")):
+            leftover.unlink(missing_ok=True)
     return reports
+
+
+class _Progress:
+    """Counts bytes and tensors, and says how fast they go by."""
+
+    def __init__(self, total: int, tensors: int, report: Report | None) -> None:
+        self._total, self._tensors, self._report = total, tensors, report
+        self._done = self._finished = 0
+        self._began = time.perf_counter()
+
+    def add(self, nbytes: int, finished: int = 0) -> None:
+        self._done += nbytes
+        self._finished += finished
+        if self._report:
+            rate = self._done / max(time.perf_counter() - self._began, 1e-9) / 1e9
+            self._report(self._done, self._total, f"{self._finished}/{self._tensors} tensors, {rate:.2f} GB/s")
+
+
+def _units(tensors: dict[str, TensorRef], plan: list[LayerPlan]) -> list[list[str]]:
+    """The tensors in the order they are written, those that must stay together in one list: a fusion group's, or one alone."""
+    groups: dict[str, list[str]] = {}
+    for entry in plan:
+        layer = entry.layer.name
+        parts = (
+            ("input_scale", "weight_scale_2", "weight_scale", "weight") if entry.quantized_in_source else ("weight",)
+        )
+        groups.setdefault(entry.layer.group or layer, []).extend(
+            f"{layer}.{part}" for part in parts if f"{layer}.{part}" in tensors
+        )
+    planned = {name for unit in groups.values() for name in unit}
+    return [*groups.values(), *([name] for name in tensors if name not in planned)]
+
+
+def _shards(
+    units: list[list[str]], tensors: dict[str, TensorRef], quantized: dict[str, LayerPlan], limit: int | None
+) -> list[list[list[str]]]:
+    shards: list[list[list[str]]] = [[]]
+    size = 0
+    for unit in units:
+        nbytes = sum(entry.nbytes for entry in _layout(tensors, quantized, unit))
+        if limit is not None and shards[-1] and size + nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(unit)
+        size += nbytes
+    return shards
+
+
+def _file_names(name: str, count: int) -> list[str]:
+    stem = name.removesuffix(".safetensors")
+    return [name] if count == 1 else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
 
 
 def _layout(tensors: dict[str, TensorRef], quantized: dict[str, LayerPlan], order: list[str]) -> list[_Entry]:
@@ -117,66 +247,67 @@ def _layout(tensors: dict[str, TensorRef], quantized: dict[str, LayerPlan], orde
     return sorted(entries, key=lambda entry: entry.rank)
 
 
-def _write_header(file, entries: list[_Entry]) -> dict[str, int]:
-    """Write the header, padded so that the data starts on a multiple of 64 bytes; returns file offsets by tensor name."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    positions: dict[str, int] = {}
-    position = 0
-    for entry in entries:
-        positions[entry.name] = position
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [position, position + entry.nbytes],
-        }
-        position += entry.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    file.write(len(text).to_bytes(8, "little") + text)
-    start = 8 + len(text)
-    file.truncate(start + position)
-    return {name: start + offset for name, offset in positions.items()}
-
-
-def _write_quantized(
-    file, offsets: dict[str, int], ref: TensorRef, entry: LayerPlan, amax: float, input_amax: float
-) -> LayerReport:
-    layer, weight_amax = entry.layer.name, torch.tensor(amax)
-    module = nvfp4 if entry.format == "nvfp4" else fp8
-    scale = module.tensor_scale(weight_amax)
-    signal = noise = 0.0
-    for first, weight in _row_chunks(ref):
-        if entry.format == "nvfp4":
-            codes, scales = nvfp4.quantize(weight, scale)
-            restored = nvfp4.dequantize(codes, scales, scale)
-            width = scales.shape[1]
-            _write_at(file, offsets[f"{layer}.weight_scale"] + first * width, scales.view(torch.uint8).numpy())
-        else:
-            codes = fp8.quantize(weight, scale)
-            restored = fp8.dequantize(codes, scale)
-        _write_at(file, offsets[f"{layer}.weight"] + first * codes.shape[1], codes.view(torch.uint8).numpy())
-        exact = weight.double()
-        signal += exact.square().sum().item()
-        noise += (exact - restored.double()).square().sum().item()
-    _write_at(
-        file, offsets[f"{layer}.{'weight_scale_2' if entry.format == 'nvfp4' else 'weight_scale'}"], scale.numpy()
+def _write_group(
+    file: _File,
+    members: list[tuple[TensorRef, LayerPlan]],
+    input_amax: dict[str, float],
+    scales: Scales,
+    input_rows: Rows | None,
+    progress: _Progress,
+) -> list[LayerReport]:
+    """Quantize the Linears of one fusion group under their joint tensor scale."""
+    amaxes = [_amax_by_chunk(ref, planned.format, progress) for ref, planned in members]
+    amax = max(
+        cpu.largest(chunk, ref.dtype) for (ref, _), chunks in zip(members, amaxes, strict=True) for chunk in chunks
     )
-    _write_at(file, offsets[f"{layer}.input_scale"], module.tensor_scale(torch.tensor(input_amax)).numpy())
-    snr = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf
-    return LayerReport(layer, entry.format, snr)
+    entry = members[0][1]
+    if entry.format == "nvfp4":
+        scale = cpu.joint_tensor_scale([(_patterns(ref), ref.dtype) for ref, _ in members], amax, scales)
+    else:
+        scale = np.float32(amax) / np.float32(E4M3_MAX) if amax > 0 else np.float32(1)
+    largest_input = np.float32(input_amax[entry.layer.group or entry.layer.name])
+    input_scale = largest_input / np.float32(E4M3_MAX * (E2M1_MAX if entry.format == "nvfp4" else 1))
+    scalar = "weight_scale_2" if entry.format == "nvfp4" else "weight_scale"
+    reports = []
+    for (ref, planned), chunks in zip(members, amaxes, strict=True):
+        layer = planned.layer.name
+        rows = input_rows(layer) if input_rows else None
+        rows = None if rows is None else rows[:: max(1, len(rows) // INPUT_ROWS)][:INPUT_ROWS]
+        sums = _Sums()
+        for (first, patterns), chunk_amax in zip(_row_chunks(ref), chunks, strict=True):
+            if entry.format == "nvfp4":
+                codes, block_scales = quantized = cpu.nvfp4(patterns, ref.dtype, chunk_amax, scale, scales)
+                file.write(f"{layer}.weight_scale", first * block_scales.shape[1], block_scales)
+                sums.weight += cpu.nvfp4_error(patterns, ref.dtype, quantized, scale)
+                restored = None if rows is None else cpu.nvfp4_values(quantized, scale)
+            else:
+                codes = cpu.fp8(patterns, ref.dtype, scale.reshape(1))
+                restored = cpu.fp8_values(codes, scale.reshape(1))
+                sums.weight += cpu.squared_sums(cpu.values(patterns, ref.dtype), restored)
+            file.write(f"{layer}.weight", first * codes.shape[1], codes)
+            if rows is not None:
+                exact = cpu.values(patterns, ref.dtype)
+                sums.output += [np.square(rows @ w.T, dtype=np.float64).sum() for w in (exact, exact - restored)]
+            progress.add(patterns.nbytes // 2)
+        file.write(f"{layer}.{scalar}", 0, scale.reshape(1))
+        file.write(f"{layer}.input_scale", 0, input_scale.reshape(1))
+        progress.add(ref.nbytes - 2 * (ref.nbytes // 2), finished=1)
+        output = None if rows is None else _Sums.decibels(sums.output)
+        reports.append(LayerReport(layer, planned.format, _Sums.decibels(sums.weight), output))
+    return reports
 
 
-def _weight_amax(tensors: dict[str, TensorRef], quantized: dict[str, LayerPlan]) -> dict[str, float]:
-    """Largest magnitude of each fusion group's weights (of the layer alone where it has no group)."""
-    found: dict[str, float] = {}
-    for name, entry in quantized.items():
-        group = entry.layer.group or entry.layer.name
-        for first, weight in _row_chunks(tensors[name]):
-            amax = weight.abs().amax().item()
-            if not math.isfinite(amax):
-                row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
-                raise _not_finite(tensors[name], [first + row, column])
-            found[group] = max(found.get(group, 0.0), amax)
+def _amax_by_chunk(ref: TensorRef, format: str, progress: _Progress) -> list[np.ndarray]:
+    """The largest magnitudes, as patterns, of every block (nvfp4) or row (fp8), a chunk at a time."""
+    measure = cpu.block_amax if format == "nvfp4" else cpu.row_amax
+    found = []
+    for first, patterns in _row_chunks(ref):
+        try:
+            found.append(measure(patterns, ref.dtype))
+        except cpu.NotFiniteError as error:
+            row, *rest = error.position
+            raise _not_finite(ref, (first + row, *rest)) from None
+        progress.add(patterns.nbytes - patterns.nbytes // 2)
     return found
 
 
@@ -197,40 +328,47 @@ def _group_input_amax(quantized: dict[str, LayerPlan], input_amax: dict[str, flo
     return found
 
 
-def _row_chunks(ref: TensorRef) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows of the matrix `ref`) in its own floating dtype, at most CHUNK_BYTES each."""
-    if ref.dtype not in FLOATS:
+def _patterns(ref: TensorRef, first: int = 0, last: int | None = None) -> np.ndarray:
+    """Rows first:last of the matrix `ref` as bit patterns, a memory map unless the file holds them unaligned."""
+    if ref.dtype not in cpu.PATTERNS:
         raise CheckpointError(
             f"{ref.file}: tensor {ref.name!r} is {ref.dtype}; only bf16, fp16 and fp32 can be quantized"
         )
+    last = ref.shape[0] if last is None else last
+    row_bytes = ref.nbytes // ref.shape[0]
+    view = ref.bytes_view(first * row_bytes, last * row_bytes)
+    dtype = cpu.PATTERNS[ref.dtype]
+    if view.ctypes.data % dtype.itemsize:
+        view = view.copy()
+    return np.asarray(view).view(dtype).reshape(last - first, *ref.shape[1:])
+
+
+def _row_chunks(ref: TensorRef) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, bit patterns of the rows of the matrix `ref`), at most CHUNK_BYTES each."""
     rows = ref.shape[0]
-    row_bytes = ref.nbytes // rows
-    step = max(1, CHUNK_BYTES // row_bytes)
+    step = max(1, CHUNK_BYTES // (ref.nbytes // rows))
     for first in range(0, rows, step):
-        last = min(rows, first + step)
-        raw = np.array(ref.bytes_view(first * row_bytes, last * row_bytes))
-        yield first, torch.from_numpy(raw).view(FLOATS[ref.dtype]).reshape(last - first, *ref.shape[1:])
+        yield first, _patterns(ref, first, min(rows, first + step))
 
 
-def _copy(file, offset: int, ref: TensorRef) -> None:
+def _copy(file: _File, ref: TensorRef, progress: _Progress) -> None:
     for start in range(0, ref.nbytes, CHUNK_BYTES):
-        data = np.array(ref.bytes_view(start, min(ref.nbytes, start + CHUNK_BYTES)))
-        if ref.dtype in FLOATS:
-            finite = torch.isfinite(torch.from_numpy(data).view(FLOATS[ref.dtype]))
-            if not finite.all():
-                at = start * 8 // ITEM_BITS[ref.dtype] + int((~finite).nonzero()[0])
-                position = [int(i) for i in np.unravel_index(at, ref.shape)]
-                raise _not_finite(ref, position)
-        _write_at(file, offset + start, data)
+        data = ref.bytes_view(start, min(ref.nbytes, start + CHUNK_BYTES))
+        if ref.dtype in cpu.PATTERNS:
+            dtype = cpu.PATTERNS[ref.dtype]
+            bad = cpu.first_non_finite(
+                (data if data.ctypes.data % dtype.itemsize == 0 else data.copy()).view(dtype), ref.dtype
+            )
+            if bad:
+                at = start // dtype.itemsize + bad[0]
+                raise _not_finite(ref, tuple(int(i) for i in np.unravel_index(at, ref.shape)))
+        file.write(ref.name, start, data)
+        progress.add(len(data))
+    progress.add(0, finished=1)
 
 
-def _not_finite(ref: TensorRef, position: list[int]) -> CheckpointError:
+def _not_finite(ref: TensorRef, position: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
-        f"{ref.file}: tensor {ref.name!r} is not finite (NaN or infinity) at {position}; "
+        f"{ref.file}: tensor {ref.name!r} is not finite (NaN or infinity) at {list(position)}; "
         "the checkpoint is damaged, use it as published"
     )
-
-
-def _write_at(file, offset: int, data: np.ndarray) -> None:
-    file.seek(offset)
-    file.write(np.ascontiguousarray(data).tobytes())

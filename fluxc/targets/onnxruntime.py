@@ -9,7 +9,6 @@ import onnx
 from onnx import TensorProto
 
 from fluxc.checkpoint.safetensors_file import TensorRef
-from fluxc.components import WEIGHTS_FILE
 from fluxc.errors import BuildError
 from fluxc.graph.bind import bind
 from fluxc.graph.lower import lower
@@ -47,6 +46,7 @@ class BuiltGraph:
 def build_graphs(
     neutral: dict[str, onnx.ModelProto],
     weights: dict[str, dict[str, TensorRef]],
+    entries: dict[str, str],
     plans: dict[str, list[LayerPlan]],
     activations: str,
     weights_in_memory: str,
@@ -54,8 +54,8 @@ def build_graphs(
 ) -> dict[str, BuiltGraph]:
     """Lower and bind the five graphs.
 
-    `weights` describes each component's written weights file, `unused` the name prefixes no graph needs. Raises BuildError
-    naming tensors that no graph uses, so that nothing is dropped in silence.
+    `weights` describes each component's written tensors, `entries` names its weights file or index, `unused` the name
+    prefixes no graph needs. Raises BuildError naming tensors that no graph uses, so that nothing is dropped in silence.
     """
     built, bound = {}, {component: set[str]() for component in weights}
     for name, model in neutral.items():
@@ -63,10 +63,10 @@ def build_graphs(
         stored = {tensor: ref.dtype for tensor, ref in weights[component].items()}
         planned = {entry.layer.name: entry for entry in plans.get(component, [])}
         lowered = lower(model, ARGUMENTS[name], stored, planned, activations, weights_in_memory)
-        bound[component] |= bind(lowered, ARGUMENTS[name], weights[component], WEIGHTS_FILE[component])
+        bound[component] |= bind(lowered, ARGUMENTS[name], weights[component])
         entry = Graph(
             file=f"{component}/{name}.onnx",
-            weights=f"{component}/{WEIGHTS_FILE[component]}",
+            weights=f"{component}/{entries[component]}",
             inputs=tuple(_port(value) for value in lowered.graph.input),
             outputs=tuple(_port(value) for value in lowered.graph.output),
         )
