@@ -65,6 +65,23 @@ def build(recipe: Path, changes: tuple[str, ...], out: Path | None, only: str | 
 @main.command()
 @recipe_argument
 @set_option
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The calibration file to write.")
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", help="Where the model runs.")
+@reports_errors
+def calibrate(recipe: Path, changes: tuple[str, ...], out: Path, device: str) -> None:
+    """Run RECIPE's model over its calibration prompts; a build elsewhere takes the file as `calibration.file`."""
+    from fluxc.calibrate.summary import print_calibration
+    from fluxc.calibrate.verb import calibrate_to_file
+    from fluxc.progress import StageProgress
+    from fluxc.recipe import load_recipe
+
+    print_calibration(calibrate_to_file(load_recipe(recipe, changes), out, device, StageProgress()))
+    click.echo(f"{out}")
+
+
+@main.command()
+@recipe_argument
+@set_option
 @click.option("--layers/--no-layers", default=True, help="List every layer, or the summary alone.")
 @click.option("--presets", is_flag=True, help="Compare the presets on this checkpoint instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")

@@ -38,13 +38,20 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The prompts whose activations are measured: a text file, one prompt a line, relative to the recipe."""
+    """The prompts whose activations are measured: a text file, one prompt a line, relative to the recipe.
+
+    `amax` says which magnitude an input_scale stands for. `file` is a calibration made by `fluxc calibrate`, used in place
+    of running the model.
+    """
 
     prompts: str
     steps: int | None = None
     guidance: float | None = None
     size: Size | None = None
     seed: int = 0
+    amax: Literal["max", "percentile", "mse"] = "max"
+    percentile: float = 99.99
+    file: str | None = None
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -241,6 +248,8 @@ def _check_values(recipe: Recipe, path: Path) -> None:
         refuse("sizes", "a size appears twice")
     if recipe.calibration.size and recipe.calibration.size not in recipe.sizes:
         refuse("calibration.size", f"{list(recipe.calibration.size)} is not one of sizes")
+    if not 0 < recipe.calibration.percentile <= 100:
+        refuse("calibration.percentile", f"must be more than 0 and at most 100, got {recipe.calibration.percentile}")
     if recipe.text.length < 1:
         refuse("text.length", f"must be at least 1, got {recipe.text.length}")
     for field, steps in (("sampling.steps", recipe.sampling.steps), ("calibration.steps", recipe.calibration.steps)):

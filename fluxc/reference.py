@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,27 @@ from fluxc.checkpoint.source import Checkpoint
 from fluxrt.pipeline import starting_noise
 
 
-def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """diffusers' pipeline for `checkpoint`, unmodified, with its weights in `dtype`; progress bars off."""
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn: (height, width) in pixels, steps, guidance scale, seed, and how prompts are encoded."""
+
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    seed: int
+    text_length: int
+    text_layers: tuple[int, ...]
+
+    def of_prompt(self, number: int) -> Drawing:
+        """The same for prompt `number` of a list: each has its own noise."""
+        return replace(self, seed=self.seed + number)
+
+
+def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, **components: Any) -> Any:
+    """diffusers' pipeline for `checkpoint`, unmodified, with its weights in `dtype`; progress bars off.
+
+    `components` are taken in place of those of the checkpoint.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import diffusers
     import transformers
@@ -25,7 +45,9 @@ def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
-        pipeline = pipeline_class.from_pretrained(checkpoint.root, torch_dtype=dtype, local_files_only=True)
+        pipeline = pipeline_class.from_pretrained(
+            checkpoint.root, torch_dtype=dtype, local_files_only=True, **components
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -48,29 +70,19 @@ def spread(latents: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
     return tokens.reshape(1, *grid, latents.shape[-1]).permute(0, 3, 1, 2).contiguous()
 
 
-def draw(
-    pipeline: Any,
-    checkpoint: Checkpoint,
-    prompt: str,
-    *,
-    size: tuple[int, int],
-    steps: int,
-    guidance: float,
-    seed: int,
-    text_length: int,
-    text_layers: tuple[int, ...],
-) -> np.ndarray:
+def draw(pipeline: Any, checkpoint: Checkpoint, prompt: str, drawing: Drawing) -> np.ndarray:
     """One picture drawn by diffusers from the runtime's noise: fp32 [height, width, 3] in 0..1."""
-    latents = spread(noise_for(checkpoint, size, seed), grid_of(checkpoint, size))
+    size = drawing.size
+    latents = spread(noise_for(checkpoint, size, drawing.seed), grid_of(checkpoint, size))
     result = pipeline(
         prompt=prompt,
         height=size[0],
         width=size[1],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
+        num_inference_steps=drawing.steps,
+        guidance_scale=drawing.guidance,
         latents=latents.to(pipeline.transformer.dtype),
-        max_sequence_length=text_length,
-        text_encoder_out_layers=text_layers,
+        max_sequence_length=drawing.text_length,
+        text_encoder_out_layers=drawing.text_layers,
         output_type="np",
     )
     return result.images[0]

@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
-from fluxc.cache import StageCache, tool_versions
+from fluxc.cache import StageCache, key_of, tool_versions
+from fluxc.calibrate.amax import input_amax
+from fluxc.calibrate.file import CHECKPOINT_PARTS, Origin, check_origin, read_calibration, write_calibration
 from fluxc.checkpoint.flux2 import (
     Family,
     Linear,
@@ -34,6 +36,7 @@ from fluxc.recipe import LoadedRecipe, Recipe, Target
 from fluxrt.bundle import Prompting
 from fluxrt.errors import RequestError
 
+CALIBRATION = "calibration.safetensors"
 UNUSED = {
     "vae": ("encoder.", "quant_conv.", "bn.num_batches_tracked"),
     "text_encoder": ("model.norm.",),
@@ -119,25 +122,56 @@ def calibration_request(loaded: LoadedRecipe) -> dict[str, Any]:
     }
 
 
-def run_calibration(cache: StageCache, loaded: LoadedRecipe, source: Source, digests: dict[str, Any]) -> Path:
-    """calibration.json: {component: {layer: largest input magnitude}}."""
-    request = calibration_request(loaded)
+def run_calibration(
+    cache: StageCache, loaded: LoadedRecipe, source: Source, digests: dict[str, Any], device: str = "auto"
+) -> Path:
+    """The calibration file: the recipe's own if it names one, after checking that it fits, else made on this machine."""
+    if loaded.recipe.calibration.file:
+        return _given_calibration(loaded, digests)
 
     def work(folder: Path, report: Report) -> None:
-        from fluxc.calibrate.run import calibrate
+        progress = cache.root / "progress" / "calibration"
+        make_calibration(loaded, source, digests, folder / CALIBRATION, progress, device, report)
 
-        rest = {key: value for key, value in request.items() if key not in ("prompts", "size")}
-        measured = calibrate(
-            source.checkpoint,
-            request["prompts"],
-            size=tuple(request["size"]),
-            text_layers=source.family.text_layers,
-            on_progress=report,
-            **rest,
-        )
-        (folder / "calibration.json").write_text(json.dumps(measured, indent=1))
+    inputs = [{part: digests[part] for part in CHECKPOINT_PARTS}, calibration_request(loaded)]
+    return cache.run("calibration", "calibrate", inputs, work) / CALIBRATION
 
-    return cache.run("calibration", "calibrate", [digests, request], work)
+
+def make_calibration(
+    loaded: LoadedRecipe,
+    source: Source,
+    digests: dict[str, Any],
+    path: Path,
+    progress: Path,
+    device: str,
+    report: Report,
+) -> None:
+    """Run the model over the calibration prompts and write `path`; finished prompts are kept below `progress`-KEY meanwhile."""
+    from fluxc.calibrate.placement import find_placement
+    from fluxc.calibrate.run import calibrate
+    from fluxc.reference import Drawing
+
+    request = calibration_request(loaded)
+    placement = find_placement(source.checkpoint, device)
+    checkpoint = {part: digests[part] for part in CHECKPOINT_PARTS}
+    origin = Origin(checkpoint, request, str(placement), tool_versions())
+    drawing = Drawing(
+        size=tuple(request["size"]),
+        steps=request["steps"],
+        guidance=request["guidance"],
+        seed=request["seed"],
+        text_length=request["text_length"],
+        text_layers=source.family.text_layers,
+    )
+    work = progress.with_name(f"{progress.name}-{key_of(origin.__dict__)}")
+    records = calibrate(source.checkpoint, request["prompts"], drawing, origin, placement, work, report)
+    write_calibration(path, origin, records)
+
+
+def _given_calibration(loaded: LoadedRecipe, digests: dict[str, Any]) -> Path:
+    path = loaded.folder / str(loaded.recipe.calibration.file)
+    check_origin(read_calibration(path), digests, calibration_request(loaded))
+    return path
 
 
 def run_weights(
@@ -153,21 +187,26 @@ def run_weights(
     precision = getattr(recipe.precision, component, None)
     scales: Scales = precision.scales if precision and any(entry.format == "nvfp4" for entry in plan) else "max"
     shard_bytes = None if recipe.weights.shard_gib is None else int(recipe.weights.shard_gib * 2**30)
-    measured: dict[str, float] = {}
-    if calibration and any(entry.format != "bf16" for entry in plan):
-        measured = json.loads((calibration / "calibration.json").read_text())[component]
+    quantizes = any(entry.format != "bf16" and not entry.quantized_in_source for entry in plan)
+    measured_by = (
+        [cache.file_digest(calibration), recipe.calibration.amax, recipe.calibration.percentile]
+        if calibration and quantizes
+        else []
+    )
     formats = [[entry.layer.name, entry.format, entry.layer.group] for entry in plan]
     tensors = kept_tensors(source, component)
 
     def work(folder: Path, report: Report) -> None:
         from fluxc.quantize.writer import write_weights
 
+        records = read_calibration(calibration).records[component] if calibration and quantizes else {}
         written = write_weights(
             folder / WEIGHTS_FILE[component],
             tensors,
             plan,
-            measured,
+            input_amax(records, plan, recipe.calibration),
             scales=scales,
+            input_rows=lambda layer: records[layer].rows,
             shard_bytes=shard_bytes,
             on_progress=report,
         )
@@ -177,7 +216,7 @@ def run_weights(
         ]
         (folder / "layers.json").write_text(json.dumps(layers))
 
-    inputs = [component, digests[component], formats, measured, list(tensors), scales, shard_bytes]
+    inputs = [component, digests[component], formats, measured_by, list(tensors), scales, shard_bytes]
     return cache.run(f"weights-{component}", f"write {component} weights", inputs, work)
 
 

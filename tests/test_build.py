@@ -177,7 +177,7 @@ def test_input_scales_equal_modelopts_own_calibration(quick_bundle: Path) -> Non
 
     from conftest import NANO, ROOT
     from fluxc.checkpoint.source import open_checkpoint
-    from fluxc.reference import draw, load_pipeline
+    from fluxc.reference import Drawing, draw, load_pipeline
 
     checkpoint = open_checkpoint(str(NANO), None, ROOT)
     pipeline = load_pipeline(checkpoint, torch.bfloat16)
@@ -185,17 +185,7 @@ def test_input_scales_equal_modelopts_own_calibration(quick_bundle: Path) -> Non
 
     def forward(_: torch.nn.Module) -> None:
         for number, prompt in enumerate(prompts):
-            draw(
-                pipeline,
-                checkpoint,
-                prompt,
-                size=(64, 64),
-                steps=3,
-                guidance=1.5,
-                seed=number,
-                text_length=32,
-                text_layers=(9, 18, 27),
-            )
+            draw(pipeline, checkpoint, prompt, Drawing((64, 64), 3, 1.5, number, 32, (9, 18, 27)))
 
     mtq.quantize(pipeline.transformer, mtq.NVFP4_DEFAULT_CFG, forward)
     ours = load_file(quick_bundle / "transformer" / "diffusion_pytorch_model.safetensors")

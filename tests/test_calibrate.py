@@ -1,32 +1,313 @@
-"""Calibration's observer: the largest input of every Linear, and what it must not lose."""
+"""Calibration: what is recorded of every Linear's inputs, how records become input scales, the file, and resuming."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
-from fluxc.calibrate.run import AmaxObserver
+from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
+from fluxc import stages
+from fluxc.calibrate import run
+from fluxc.calibrate.amax import input_amax, least_error, percentile
+from fluxc.calibrate.file import CHECKPOINT_PARTS, Origin, Records, check_origin, read_calibration, write_calibration
+from fluxc.calibrate.observe import Observer
+from fluxc.calibrate.placement import Placement, choose
+from fluxc.calibrate.records import BINS, ROWS, LayerInputs, bin_edges, merge
+from fluxc.calibrate.run import calibrate
+from fluxc.calibrate.summary import outliers
+from fluxc.calibrate.verb import calibrate_to_file
+from fluxc.checkpoint.flux2 import Linear
+from fluxc.checkpoint.source import open_checkpoint
+from fluxc.errors import BuildError, CheckpointError, RecipeError
+from fluxc.quantize import fp8, nvfp4
+from fluxc.quantize.plan import LayerPlan
+from fluxc.recipe import Calibration, load_recipe
+from fluxc.reference import Drawing
+from fluxrt.bundle import open_bundle
+
+DRAWING = Drawing((64, 64), 2, 1.5, 0, 32, (9, 18, 27))
+PROMPTS = ["a small red ring at the top on a blue background", "a large green cross at the left on a black background"]
 
 
-def observe(*inputs: float) -> AmaxObserver:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    observer = AmaxObserver(model)
-    for value in inputs:
-        model(torch.tensor([[0.0, value]]))
+def observe(*inputs: torch.Tensor) -> LayerInputs:
+    model = torch.nn.Sequential(torch.nn.Linear(inputs[0].shape[-1], 2))
+    observer = Observer(model)
+    for x in inputs:
+        model(x)
+    records = observer.take()
     observer.remove()
-    model(torch.tensor([[0.0, 1e6]]))
-    return observer
+    model(torch.full_like(inputs[0], 1e6))
+    assert observer.take() == {}
+    return records["0"]
+
+
+def row(*values: float) -> torch.Tensor:
+    return torch.tensor([values], dtype=torch.float32)
 
 
 def test_the_largest_magnitude_is_kept_until_the_observer_is_removed() -> None:
-    assert observe(1.0, -3.0, 2.0).amax == {"0": 3.0}
+    assert observe(row(0, 1), row(0, -3), row(0, 2)).amax == 3.0
 
 
-def test_a_nan_is_never_lost_whenever_it_was_seen() -> None:
-    for inputs in ((math.nan, 1.0), (1.0, math.nan), (1.0, math.nan, 2.0)):
-        assert math.isnan(observe(*inputs).amax["0"])
+@pytest.mark.parametrize("inputs", [(math.nan, 1.0), (1.0, math.nan), (1.0, math.nan, 2.0)])
+def test_a_nan_is_never_lost_whenever_it_was_seen(inputs: tuple[float, ...]) -> None:
+    record = observe(*(row(0, value) for value in inputs))
+    assert math.isnan(record.amax)
+    assert math.isnan(merge([observe(row(0, 1)), record, observe(row(0, 2))]).amax)
 
 
 def test_an_input_that_is_always_zero_is_recorded() -> None:
-    assert observe(0.0).amax == {"0": 0.0}
+    record = observe(row(0, 0))
+    assert (record.amax, record.histogram[0], record.histogram.sum()) == (0.0, 2, 2)
+
+
+def test_records_equal_numpys_own_counts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [(torch.randn(3, 7, 32, generator=generator) * 5).bfloat16().float() for _ in range(3)]
+    record = observe(*inputs)
+    every = torch.cat([x.reshape(-1, 32) for x in inputs]).numpy()
+    counts, _ = np.histogram(np.abs(every), bins=[*bin_edges()[:-1][: BINS - 64], np.inf])
+    assert np.array_equal(record.histogram[: len(counts)], counts)
+    assert np.array_equal(record.channel_amax, np.abs(every).max(0))
+    assert record.tokens == len(every)
+    np.testing.assert_allclose(record.mean_square, np.mean(every.astype(np.float64) ** 2, 0), rtol=1e-6)
+    assert all(any(np.array_equal(sample, x) for x in every) for sample in record.rows)
+
+
+def test_merged_records_equal_one_record_of_everything() -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(40, 16, generator=generator) for _ in range(30)]
+    merged, whole = merge([observe(x) for x in inputs]), observe(*inputs)
+    assert (merged.amax, merged.tokens) == (whole.amax, whole.tokens)
+    assert np.array_equal(merged.histogram, whole.histogram)
+    assert np.array_equal(merged.channel_amax, whole.channel_amax)
+    np.testing.assert_allclose(merged.square_sum, whole.square_sum)
+    assert len(merged.rows) == min(ROWS, 30)
+
+
+def record_of(values: np.ndarray) -> LayerInputs:
+    return observe(torch.from_numpy(values.astype(np.float32)))
+
+
+@pytest.mark.parametrize("percent", [50, 99, 99.9, 99.99, 100])
+def test_percentile_is_numpys_to_the_width_of_a_bin(percent: float) -> None:
+    values = np.random.default_rng(0).standard_normal((400, 256))
+    exact = np.percentile(np.abs(values), percent)
+    assert exact * (1 - 2**-8) <= percentile(record_of(values), percent) <= exact * (1 + 2**-4)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+def test_least_error_is_the_best_of_its_candidates_on_data_the_sample_shows_whole(format: str) -> None:
+    values = np.random.default_rng(1).standard_t(2, (4, 64)).astype(np.float32)
+    record = record_of(values)
+    record = LayerInputs(**{**record.__dict__, "rows": values})
+    x, module = torch.from_numpy(values), nvfp4 if format == "nvfp4" else fp8
+    errors = {}
+    for step in range(17):
+        amax = record.amax * 2.0 ** (-step / 4)
+        scale = module.tensor_scale(torch.tensor(amax))
+        errors[amax] = (module.fake_quantize(x, scale) - x).double().square().sum().item()
+    assert least_error([record], format) == min(errors, key=errors.__getitem__)
+
+
+def test_least_error_clips_a_lone_outlier_that_would_cost_fp8_its_precision() -> None:
+    values = np.random.default_rng(2).standard_normal((4000, 64)) * 1e-3
+    values[0, 0] = 20.0
+    record = record_of(values)
+    assert least_error([record], "fp8") == record.amax
+    values[0, 0] = 5.0
+    values[:, 1] *= 1000
+    record = record_of(values)
+    assert record.amax / 16 < least_error([record], "nvfp4") <= record.amax
+
+
+def test_members_of_a_fusion_group_share_their_largest_input() -> None:
+    plan = [LayerPlan("transformer", Linear(name, 16, 16, "qkv"), "nvfp4", "default", 0) for name in ("q", "k", "v")]
+    plan.append(LayerPlan("transformer", Linear("out", 16, 16), "bf16", "keep", 0))
+    records = {name: record_of(np.full((2, 16), value)) for name, value in zip("qkv", (1, 4, 2), strict=True)}
+    for method in ("max", "percentile", "mse"):
+        found = input_amax(records, plan, Calibration("prompts", amax=method))
+        assert set(found) == {"q", "k", "v"}
+        assert len(set(found.values())) == 1
+    assert input_amax(records, plan, Calibration("prompts")) == {"q": 4.0, "k": 4.0, "v": 4.0}
+
+
+def test_outliers_are_named_with_their_channels() -> None:
+    plain = np.random.default_rng(3).standard_normal((400, 32))
+    peaked = plain.copy()
+    peaked[5, 7] = 300.0
+    found = outliers({"plain": record_of(plain), "peaked": record_of(peaked)})
+    assert (found[0][0], found[0][1], found[0][3]) == ("peaked", 300.0, [7])
+    assert found[0][2] > 50 > found[1][2]
+
+
+def digests() -> dict[str, dict[str, str]]:
+    return {part: {"file": f"hash of {part}"} for part in CHECKPOINT_PARTS}
+
+
+def origin(**request: object) -> Origin:
+    return Origin(digests(), {"prompts": ["a"], "steps": 3, **request}, "cpu", {"torch": "1"})
+
+
+def written(path: Path) -> Path:
+    write_calibration(path, origin(), {"transformer": {"layer": record_of(np.eye(16))}})
+    return path
+
+
+def test_a_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    records: Records = {"transformer": {"b.weird": record_of(np.eye(16)), "a": record_of(np.full((3, 32), -2.5))}}
+    write_calibration(tmp_path / "one", origin(), records)
+    write_calibration(tmp_path / "two", origin(), records)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    read = read_calibration(tmp_path / "one")
+    assert read.origin == origin()
+    for name, record in records["transformer"].items():
+        back = read.records["transformer"][name]
+        assert (back.amax, back.tokens) == (record.amax, record.tokens)
+        for field in ("histogram", "square_sum", "channel_amax", "rows"):
+            assert np.array_equal(getattr(back, field), getattr(record, field)), field
+
+
+def test_a_layer_that_saw_nan_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="transformer layer 'layer' hold NaN"):
+        write_calibration(tmp_path / "file", origin(), {"transformer": {"layer": observe(row(0, math.nan))}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "file")
+    (tmp_path / "short").write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"short: truncated"):
+        read_calibration(tmp_path / "short")
+    save_file({"weight": np.zeros(4)}, tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=r"weights: not a calibration file; `fluxc calibrate"):
+        read_calibration(tmp_path / "weights")
+    save_file(
+        load_file(path), tmp_path / "newer", {"fluxc": json.dumps({"format": "fluxc-calibration", "format_version": 9})}
+    )
+    with pytest.raises(BuildError, match="calibration format 9, this fluxc reads 1"):
+        read_calibration(tmp_path / "newer")
+
+
+def test_a_file_of_another_checkpoint_or_request_is_refused_by_name(tmp_path: Path) -> None:
+    file = read_calibration(written(tmp_path / "file"))
+    check_origin(file, {**digests(), "vae": {"file": "another"}}, {"prompts": ["a"], "steps": 3})
+    with pytest.raises(BuildError, match=r"another checkpoint: transformer/file is a different file"):
+        check_origin(file, {**digests(), "transformer": {"file": "another"}}, {"prompts": ["a"], "steps": 3})
+    with pytest.raises(BuildError, match=r"other steps \(3 there, 4 in the recipe\)"):
+        check_origin(file, digests(), {"prompts": ["a"], "steps": 4})
+    with pytest.raises(BuildError, match="made with other prompts; calibrate again"):
+        check_origin(file, digests(), {"prompts": ["b"], "steps": 3})
+
+
+WHOLE = Placement("cpu", "whole")
+
+
+def run_calibration(work: Path, placement: Placement = WHOLE) -> Records:
+    return calibrate(open_checkpoint(str(NANO), None, NANO), PROMPTS, DRAWING, origin(), placement, work)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("whole")
+    write_calibration(folder / "file", origin(), run_calibration(folder / "work"))
+    assert [p.name for p in folder.iterdir()] == ["file"]
+    return (folder / "file").read_bytes()
+
+
+def test_an_interrupted_calibration_goes_on_and_gives_the_same_bytes(
+    whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    draw = run.draw
+
+    def interrupted(pipeline, checkpoint, prompt, drawing):
+        if prompt == PROMPTS[1] and drawn == [PROMPTS[0]]:
+            drawn.append("interrupted")
+            raise KeyboardInterrupt
+        drawn.append(prompt)
+        return draw(pipeline, checkpoint, prompt, drawing)
+
+    monkeypatch.setattr(run, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_calibration(tmp_path / "work")
+    write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work"))
+    assert drawn == [PROMPTS[0], "interrupted", PROMPTS[1]]
+    assert (tmp_path / "file").read_bytes() == whole
+
+
+def test_a_model_larger_than_memory_is_read_layer_by_layer_with_the_same_result(whole: bytes, tmp_path: Path) -> None:
+    write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work", Placement("cpu", "layer")))
+    assert (tmp_path / "file").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host", "expected"),
+    [
+        (None, 100, Placement("cpu", "whole")),
+        (None, 30, Placement("cpu", "layer")),
+        (100, 10, Placement("cuda", "whole")),
+        (30, 100, Placement("cuda", "component")),
+        (30, 30, Placement("cuda", "layer")),
+        (10, 100, Placement("cuda", "layer")),
+    ],
+)
+def test_the_model_is_placed_whole_by_component_or_by_layer(gpu: int | None, host: int, expected: Placement) -> None:
+    assert choose({"transformer": 20, "text_encoder": 15, "vae": 1}, gpu, host) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_refused(recipe, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="sees no CUDA GPU"):
+        calibrate_to_file(recipe, tmp_path / "file", "cuda", RecordingProgress())
+
+
+def test_a_build_takes_a_given_file_in_place_of_running_the_model(quick_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "nano.calibration"
+    calibrate_to_file(load_recipe(RECIPE, QUICK), path, "auto", RecordingProgress())
+    again = calibrate_to_file(load_recipe(RECIPE, QUICK), path, "auto", RecordingProgress())
+    assert set(again.records) == {"transformer", "text_encoder"}
+    progress = RecordingProgress()
+    given = compile_into(tmp_path / "given", *QUICK, f"calibration.file={path}", progress=progress)
+    assert "calibrate" not in progress.ran + progress.found
+    for component, file in open_bundle(quick_bundle).manifest.components.items():
+        assert (given / file).read_bytes() == (quick_bundle / file).read_bytes(), component
+    with pytest.raises(BuildError, match="made with other seed"):
+        compile_into(tmp_path / "given", *QUICK, f"calibration.file={path}", "calibration.seed=5")
+
+
+def test_out_that_is_no_calibration_file_is_not_overwritten(recipe, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(BuildError, match="exists and is not a calibration file"):
+        calibrate_to_file(recipe, tmp_path / "notes", "auto", RecordingProgress())
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_another_amax_method_does_not_calibrate_again(quick_bundle: Path, workshop: Path) -> None:
+    progress = RecordingProgress()
+    other = compile_into(workshop / "percentile", *QUICK, "calibration.amax=percentile", progress=progress)
+    assert "calibrate" in progress.found
+    assert "write transformer weights" in progress.ran
+    from safetensors.torch import load_file as load
+
+    before, after = (load(b / open_bundle(b).manifest.components["transformer"]) for b in (quick_bundle, other))
+    scales = [name for name in before if name.endswith("input_scale")]
+    assert all(after[name] <= before[name] for name in scales)
+    assert any(after[name] < before[name] for name in scales)
+    assert all(torch.equal(before[name], after[name]) for name in before if name not in scales)
+
+
+def test_a_percentile_out_of_range_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"calibration\.percentile: must be more than 0"):
+        load_recipe(RECIPE, ("calibration.percentile=0",))
+
+
+def test_calibration_depends_on_everything_but_the_vae() -> None:
+    assert set(CHECKPOINT_PARTS) == {"", "transformer", "text_encoder", "tokenizer", "scheduler"}
+    assert stages.CALIBRATION.endswith(".safetensors")

@@ -11,7 +11,7 @@ import torch
 import fluxrt
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.recipe import LoadedRecipe
-from fluxc.reference import draw, load_pipeline
+from fluxc.reference import Drawing, draw, load_pipeline
 from oracle import follows, read
 from pictures import render, split_specs
 
@@ -32,19 +32,10 @@ def reference_agreement(recipe_of_module: LoadedRecipe) -> float:
     sampling = recipe_of_module.recipe.sampling
     checkpoint = open_checkpoint(recipe_of_module.recipe.model.source, None, recipe_of_module.folder)
     pipeline = load_pipeline(checkpoint, torch.bfloat16)
+    drawing = Drawing((64, 64), sampling.steps, sampling.guidance, 0, recipe_of_module.recipe.text.length, (9, 18, 27))
     right = 0
     for number, spec in enumerate(UNSEEN):
-        picture = draw(
-            pipeline,
-            checkpoint,
-            spec.caption(number % 3),
-            size=(64, 64),
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            seed=number,
-            text_length=recipe_of_module.recipe.text.length,
-            text_layers=(9, 18, 27),
-        )
+        picture = draw(pipeline, checkpoint, spec.caption(number % 3), drawing.of_prompt(number))
         right += follows(picture, spec)
     return right / len(UNSEEN)
 

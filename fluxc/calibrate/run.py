@@ -1,81 +1,58 @@
-"""Runs diffusers' pipeline over the calibration prompts and records the largest input magnitude of every Linear."""
+"""Runs diffusers' pipeline over the calibration prompts and records the inputs of every Linear, resumable per prompt."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import shutil
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
+from fluxc.calibrate.file import Origin, Records, read_calibration, write_calibration
+from fluxc.calibrate.observe import Observer
+from fluxc.calibrate.placement import Placement, place
+from fluxc.calibrate.records import merge
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.errors import BuildError
-from fluxc.reference import draw, load_pipeline
+from fluxc.progress import Report
+from fluxc.reference import Drawing, draw
 
-
-class AmaxObserver:
-    """Forward pre-hooks on every Linear of a module; `amax` holds the largest |input| by module name."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.amax: dict[str, float] = {}
-        self._handles = [
-            child.register_forward_pre_hook(self._hook(name))
-            for name, child in module.named_modules()
-            if isinstance(child, nn.Linear)
-        ]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def record(_: nn.Module, inputs: Any) -> None:
-            seen = inputs[0].detach().abs().amax().item()
-            known = self.amax.get(name, 0.0)
-            # max() may drop a NaN; once seen it stays, so that it is reported.
-            self.amax[name] = known if math.isnan(known) or known >= seen else seen
-
-        return record
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+OBSERVED = ("transformer", "text_encoder")
 
 
 def calibrate(
     checkpoint: Checkpoint,
     prompts: list[str],
-    *,
-    size: tuple[int, int],
-    steps: int,
-    guidance: float,
-    seed: int,
-    text_length: int,
-    text_layers: tuple[int, ...],
-    on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, dict[str, float]]:
-    """{component: {layer: amax}} over all prompts, steps and guidance branches, in bfloat16 as the model is served.
+    drawing: Drawing,
+    origin: Origin,
+    placement: Placement,
+    work: Path,
+    on_progress: Report | None = None,
+) -> Records:
+    """The records over all prompts, steps and guidance branches, in bfloat16 as the model is served.
 
-    Prompt i starts from the runtime's noise for `seed` + i.
+    Prompt i starts from the runtime's noise for `drawing.seed` + i. Each prompt's records are kept below `work` as soon as
+    they are complete, and a later call with the same `work` reads them; `work` is removed in the end.
     """
-    pipeline = load_pipeline(checkpoint, torch.bfloat16)
-    observers = {name: AmaxObserver(getattr(pipeline, name)) for name in ("transformer", "text_encoder")}
+    work.mkdir(parents=True, exist_ok=True)
+    pipeline: Any = None
+    observers: dict[str, Observer] = {}
     for number, prompt in enumerate(prompts):
-        picture = draw(
-            pipeline,
-            checkpoint,
-            prompt,
-            size=size,
-            steps=steps,
-            guidance=guidance,
-            seed=seed + number,
-            text_length=text_length,
-            text_layers=text_layers,
-        )
-        if picture.max() == picture.min():
-            raise BuildError(
-                f"calibration: the model draws one flat colour for {prompt!r}; "
-                "the checkpoint is damaged, or guidance and steps do not suit it"
-            )
+        kept = work / f"prompt-{number:05}.safetensors"
+        if not kept.exists():
+            if pipeline is None:
+                pipeline = place(checkpoint, placement)
+                observers = {name: Observer(getattr(pipeline, name)) for name in OBSERVED}
+            picture = draw(pipeline, checkpoint, prompt, drawing.of_prompt(number))
+            if picture.max() == picture.min():
+                raise BuildError(
+                    f"calibration: the model draws one flat colour for {prompt!r}; "
+                    "the checkpoint is damaged, or guidance and steps do not suit it"
+                )
+            write_calibration(kept, origin, {name: observer.take() for name, observer in observers.items()})
         if on_progress:
-            on_progress(number + 1, len(prompts))
-    for observer in observers.values():
-        observer.remove()
-    return {name: observer.amax for name, observer in observers.items()}
+            on_progress(number + 1, len(prompts), f"{number + 1}/{len(prompts)} prompts")
+    parts = [read_calibration(work / f"prompt-{number:05}.safetensors").records for number in range(len(prompts))]
+    records = {
+        name: {layer: merge([part[name][layer] for part in parts]) for layer in parts[0][name]} for name in OBSERVED
+    }
+    shutil.rmtree(work)
+    return records

@@ -14,7 +14,7 @@ from fluxc.fidelity.report import write_report
 from fluxc.fidelity.trace import record, tokens_of_final
 from fluxc.progress import Report
 from fluxc.recipe import Recipe
-from fluxc.reference import load_pipeline
+from fluxc.reference import Drawing, load_pipeline
 from fluxc.stages import Source
 from fluxrt.bundle import Bundle
 
@@ -41,21 +41,10 @@ def measure(
     branches = 2 if source.guidance_branches and guidance > 1.0 else 1
     pipeline = load_pipeline(source.checkpoint, getattr(torch, recipe.fidelity.reference))
     references = []
+    drawing = Drawing(size, steps, guidance, recipe.fidelity.seed, recipe.text.length, source.family.text_layers)
     for number, prompt in enumerate(prompts):
-        seed = recipe.fidelity.seed + number
-        trace = record(
-            pipeline,
-            source.checkpoint,
-            prompt,
-            guidance,
-            branches,
-            size=size,
-            steps=steps,
-            seed=seed,
-            text_length=recipe.text.length,
-            text_layers=source.family.text_layers,
-        )
-        references.append(Reference(trace, tokens_of_final(trace, pipeline.vae), seed))
+        trace = record(pipeline, source.checkpoint, prompt, branches, drawing.of_prompt(number))
+        references.append(Reference(trace, tokens_of_final(trace, pipeline.vae), drawing.seed + number))
         advance()
     del pipeline
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.reference import draw
+from fluxc.reference import Drawing, draw
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Trace:
     image: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
-def record(pipeline: Any, checkpoint: Checkpoint, prompt: str, guidance: float, branches: int, **request: Any) -> Trace:
-    """Draw `prompt` with diffusers (see reference.draw) while hooks record its stages."""
+def record(pipeline: Any, checkpoint: Checkpoint, prompt: str, branches: int, drawing: Drawing) -> Trace:
+    """Draw `prompt` with diffusers while hooks record its stages."""
     trace = Trace(prompt)
     model, passes = pipeline.transformer, []
 
@@ -67,13 +67,13 @@ def record(pipeline: Any, checkpoint: Checkpoint, prompt: str, guidance: float, 
     ]
     try:
         with torch.no_grad():
-            trace.image = draw(pipeline, checkpoint, prompt, guidance=guidance, **request)
+            trace.image = draw(pipeline, checkpoint, prompt, drawing)
     finally:
         for handle in handles:
             handle.remove()
     for step in range(len(trace.latents)):
         conditional, *empty = passes[step * branches : (step + 1) * branches]
-        trace.velocities.append(empty[0] + guidance * (conditional - empty[0]) if empty else conditional)
+        trace.velocities.append(empty[0] + drawing.guidance * (conditional - empty[0]) if empty else conditional)
     return trace
 
 

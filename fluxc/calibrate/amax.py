@@ -1,0 +1,72 @@
+"""Which largest input magnitude an `input_scale` stands for: the largest seen, a percentile, or the one of least error."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fluxc.calibrate.records import LayerInputs, bin_edges, merge
+from fluxc.quantize.formats import E4M3_MAX
+from fluxc.quantize.plan import LayerPlan
+from fluxc.recipe import Calibration
+
+CANDIDATES = 17
+
+
+def input_amax(records: dict[str, LayerInputs], plan: list[LayerPlan], calibration: Calibration) -> dict[str, float]:
+    """{layer: amax} for the quantized layers of `plan`; members of a fusion group share one.
+
+    `max`: the largest magnitude seen. `percentile`: the smallest bin edge that `calibration.percentile` percent of the
+    magnitudes do not exceed. `mse`: see least_error. Layers that calibration never saw are left out.
+    """
+    groups: dict[str, list[LayerPlan]] = {}
+    for entry in plan:
+        if entry.format != "bf16" and not entry.quantized_in_source and entry.layer.name in records:
+            groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
+    found: dict[str, float] = {}
+    for members in groups.values():
+        inputs = [records[entry.layer.name] for entry in members]
+        if calibration.amax == "max":
+            amax = max(record.amax for record in inputs)
+        elif calibration.amax == "percentile":
+            amax = max(percentile(record, calibration.percentile) for record in inputs)
+        else:
+            amax = least_error(inputs, members[0].format)
+        found |= {entry.layer.name: amax for entry in members}
+    return found
+
+
+def percentile(record: LayerInputs, percent: float) -> float:
+    """The smallest bin edge that at least `percent` percent of the magnitudes lie below; at most the largest seen."""
+    counts = np.cumsum(record.histogram)
+    bin_ = int(np.searchsorted(counts, counts[-1] * percent / 100))
+    return float(min(bin_edges()[bin_ + 1], record.amax))
+
+
+def least_error(inputs: list[LayerInputs], format: str) -> float:
+    """The candidate amax * 2^(-k/4), k = 0..16, under which rounding the inputs of a fusion group costs least.
+
+    The cost is the squared error of the sampled rows as the layer's format rounds them, brought to the size of the whole
+    pass, plus, from the histogram, what saturation would cost magnitudes larger than any in the sample.
+    """
+    import torch
+
+    from fluxc.quantize import fp8, nvfp4
+
+    record = merge(inputs)
+    rows = torch.from_numpy(record.rows)
+    share = record.histogram.sum() / max(rows.numel(), 1)
+    edges = bin_edges()[:-1]
+    unseen = (edges > rows.abs().max().item()) & (record.histogram > 0)
+    magnitudes, counts = edges[unseen], record.histogram[unseen]
+    best, least = record.amax, np.inf
+    for step in range(CANDIDATES):
+        amax = record.amax * 2.0 ** (-step / 4)
+        module = nvfp4 if format == "nvfp4" else fp8
+        scale = module.tensor_scale(torch.tensor(amax))
+        sampled = (module.fake_quantize(rows, scale) - rows).double().square().sum().item()
+        # Half an E4M3 step above amax still rounds down to it.
+        over = np.maximum(magnitudes - amax * (1 + 16 / E4M3_MAX), 0)
+        cost = sampled * share + float((counts * over**2).sum())
+        if cost < least:
+            best, least = amax, cost
+    return float(best)
