@@ -15,9 +15,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-# Ties go to the even code: a midpoint above an odd code is already reached when met, the others must be exceeded.
-MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
-REACHED = np.array([False, True, False, True, False, True, False])
+# What a quotient must exceed to get the next E2M1 code, and last to have a sign at all. Ties go to the even code, so a
+# midpoint above an odd code need only be reached.
+MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 0.0], np.float32)
+REACHED = np.array([False, True, False, True, False, True, False, False])
+# Up to here an fp32 quotient underflows to zero.
+UNDERFLOW = 2.0**-150
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 
@@ -36,23 +39,23 @@ def _patterns_near(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def threshold_table(scales: np.ndarray, dtype: str) -> np.ndarray:
-    """For each of `scales` fp32 [n], the largest pattern whose code is still i, for i = 0..6: [n, 8] of the pattern's type.
+    """For each of `scales` fp32 [n], the largest pattern whose code is still i, for i = 0..6, and the largest whose quotient
+    is zero, and with it the sign: [n, 8] of the pattern's type.
 
     An element has code i or less when round-to-nearest-even(w / scale) on the E2M1 grid does, the quotient rounded to fp32
     first, as ModelOpt computes it. Each threshold is bisected on that very division, around midpoint * scale.
     """
     unsigned = np.uint32 if dtype == "F32" else np.uint16
     with np.errstate(over="ignore"):
-        guess = _patterns_near(scales[:, None] * MIDPOINTS, dtype).astype(np.int64)
+        bounds = np.where(MIDPOINTS > 0, MIDPOINTS.astype(np.float64), UNDERFLOW)
+        guess = _patterns_near((scales[:, None] * bounds).astype(np.float32), dtype).astype(np.int64)
         low, high = np.maximum(guess - 2, -1), np.minimum(guess + 2, INFINITY[dtype])
         while (high - low > 1).any():
             middle = (low + high) // 2
             quotient = values_of(middle.astype(unsigned), dtype) / scales[:, None]
             above = np.where(REACHED, quotient >= MIDPOINTS, quotient > MIDPOINTS)
             low, high = np.where(above, low, middle), np.where(above, middle, high)
-    table = np.zeros((len(scales), 8), unsigned)
-    table[:, :7] = np.maximum(low, 0)
-    return table
+    return np.maximum(low, 0).astype(unsigned)
 
 
 def _vector(element: ir.Type) -> ir.VectorType:
@@ -99,7 +102,7 @@ def _largest_pattern(typing, weights, at):
 
 @intrinsic
 def _store_codes(typing, weights, at, table, row, codes, to):
-    """Encode sixteen elements of `weights` from `at` on under thresholds table[row : row + 7] into eight bytes of `codes`."""
+    """Encode sixteen elements of `weights` from `at` on under thresholds table[row : row + 8] into eight bytes of `codes`."""
 
     def generate(context, builder, signature, arguments):
         weights, at, table, row, codes, to = arguments
@@ -107,14 +110,16 @@ def _store_codes(typing, weights, at, table, row, codes, to):
         width = element.width
         thresholds = context.make_array(signature.args[2])(context, builder, table).data
         code = _constant(element, 0)
-        for i in range(7):
+
+        def above(i: int) -> ir.Value:
             index = builder.add(row, ir.Constant(ir.IntType(64), i))
             limit = _splat(builder, builder.load(builder.gep(thresholds, [index]), align=width // 8))
-            above = builder.icmp_signed(">", magnitude, limit)
-            code = builder.sub(code, builder.sext(above, _vector(element)))
+            return builder.icmp_signed(">", magnitude, limit)
+
+        for i in range(7):
+            code = builder.sub(code, builder.sext(above(i), _vector(element)))
         sign = builder.and_(builder.lshr(patterns, _constant(element, width - 4)), _constant(element, 8))
-        zero = builder.icmp_unsigned("==", magnitude, _constant(element, 0))
-        code = builder.or_(code, builder.select(zero, _constant(element, 0), sign))
+        code = builder.or_(code, builder.select(above(7), sign, _constant(element, 0)))
         double = ir.IntType(2 * width)
         pairs = builder.bitcast(code, ir.VectorType(double, LANES // 2))
         pairs = builder.or_(pairs, builder.lshr(pairs, _constant(double, width - 4, LANES // 2)))

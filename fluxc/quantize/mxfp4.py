@@ -49,7 +49,7 @@ def quantize_by_torch(weight: torch.Tensor) -> Quantized:
     scaled = torch.ldexp(torch.ldexp(blocks, power // 2), power - power // 2)
     rounded = round_to_e2m1(scaled.abs())
     code = torch.where(rounded < 2, rounded * 2, torch.where(rounded < 4, rounded + 2, rounded / 2 + 4))
-    code = (code.to(torch.uint8) | ((blocks < 0).to(torch.uint8) << 3)).reshape(rows, columns)
+    code = (code.to(torch.uint8) | ((scaled < 0).to(torch.uint8) << 3)).reshape(rows, columns)
     return Quantized((code[:, 1::2] << 4) | code[:, 0::2], scales.to(torch.uint8))
 
 

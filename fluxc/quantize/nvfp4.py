@@ -85,7 +85,7 @@ def quantize_by_torch(weight: torch.Tensor, scale: torch.Tensor | None = None, s
     rounded = round_to_e2m1(scaled.abs())
     # 0 .5 1 1.5 | 2 3 | 4 6 have codes 0 1 2 3 | 4 5 | 6 7
     code = torch.where(rounded < 2, rounded * 2, torch.where(rounded < 4, rounded + 2, rounded / 2 + 4))
-    code = code.to(torch.uint8) | ((blocks < 0).to(torch.uint8) << 3)
+    code = code.to(torch.uint8) | ((scaled < 0).to(torch.uint8) << 3)
     code = code.reshape(rows, columns)
     return Quantized((code[:, 1::2] << 4) | code[:, 0::2], chosen, scale)
 
