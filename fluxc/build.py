@@ -55,6 +55,10 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             calibration = stages.run_calibration(cache, loaded, source, digests)
         if only == "calibrate":
             return None
+        sensitivity = None
+        if recipe.precision.transformer.keep == "auto" and calibration:
+            sensitivity = stages.run_sensitivity(cache, loaded, source, digests, calibration)
+            source = stages.with_auto(loaded, source, sensitivity)
         weights = {name: stages.run_weights(cache, name, recipe, source, digests, calibration) for name in WEIGHTS_FILE}
         if only == "weights":
             return None
@@ -103,6 +107,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
                 if file.name not in ("pictures.json", SEAL):
                     (staging / file.relative_to(fidelity)).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, staging / file.relative_to(fidelity))
+            if sensitivity:
+                shutil.copyfile(sensitivity, staging / "report" / sensitivity.name)
             summary = {
                 name: {key: value for key, value in target.items() if key != "prompts"}
                 for name, target in figures["targets"].items()

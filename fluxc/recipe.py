@@ -61,13 +61,27 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Format
 
 
+class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `keep: auto` may spend, one of the two.
+
+    `share`: of the Linears' parameters, besides what rules and preset keep. `error`: the relative error of the velocity
+    that is allowed (root of the mean |v - reference|^2 / |reference|^2); as few parameters as reach it are kept.
+    """
+
+    share: float | None = None
+    error: float | None = None
+
+
 class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Formats of one component's Linears: `keep` stays bf16, then the first matching rule, then what `preset` keeps in
-    bf16, then the default. `scales` says how the block scales of NVFP4 weights are chosen.
+    bf16, then the default.
+
+    `keep: auto` measures what should stay, under `budget`. `scales` says how NVFP4 block scales are chosen.
     """
 
     default: Format = "bf16"
-    keep: tuple[str, ...] = ()
+    keep: tuple[str, ...] | Literal["auto"] = ()
+    budget: Budget | None = None
     preset: str | None = None
     rules: tuple[Rule, ...] = ()
     scales: Scales = "max"
@@ -95,6 +109,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parts += [self.activations] if self.activations != "none" else []
         parts += [self.weights_in_memory] if self.weights_in_memory != "8-bit" else []
         return "-".join(parts)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs of quantized layers are rounded to the weights' format."""
+        return self.activations != "none"
 
 
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -259,6 +278,16 @@ def _check_values(recipe: Recipe, path: Path) -> None:
         preset = getattr(recipe.precision, component).preset
         if preset is not None:
             find_preset(preset, component, f"{path}: precision.{component}.preset")
+    text, transformer = recipe.precision.text_encoder, recipe.precision.transformer
+    if text.keep == "auto" or text.budget:
+        refuse("precision.text_encoder.keep", "auto measures the transformer; list the text encoder's layers to keep")
+    budget = transformer.budget
+    if (transformer.keep == "auto") != (budget is not None):
+        refuse("precision.transformer.budget", "goes with `keep: auto`, which needs it: {share: 0.03} or {error: 0.05}")
+    if budget is not None:
+        given = [value for value in (budget.share, budget.error) if value is not None]
+        if len(given) != 1 or not 0 < given[0] < 1:
+            refuse("precision.transformer.budget", "give either share or error, more than 0 and less than 1")
     if recipe.weights.shard_gib is not None and not recipe.weights.shard_gib > 0:
         refuse("weights.shard_gib", f"must be positive, got {recipe.weights.shard_gib}")
     if not recipe.targets:

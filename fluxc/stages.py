@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -36,7 +36,11 @@ from fluxc.recipe import LoadedRecipe, Recipe, Target
 from fluxrt.bundle import Prompting
 from fluxrt.errors import RequestError
 
+if TYPE_CHECKING:
+    from fluxc.reference import Drawing
+
 CALIBRATION = "calibration.safetensors"
+SENSITIVITY = "sensitivity.json"
 UNUSED = {
     "vae": ("encoder.", "quant_conv.", "bn.num_batches_tracked"),
     "text_encoder": ("model.norm.",),
@@ -75,12 +79,16 @@ def read_source(loaded: LoadedRecipe) -> Source:
         "transformer": transformer_linears(transformer.config),
         "text_encoder": text_linears(encoder.config, family.text_layers[-1]),
     }
-    plans = {}
-    for name, linears in layers.items():
-        tensors = checkpoint.components[name].tensors
-        source_bytes = {layer.name: tensors[f"{layer.name}.weight"].nbytes for layer in linears}
-        plans[name] = precision_plan(name, linears, getattr(recipe.precision, name), source_bytes)
+    plans = {name: _plan(recipe, checkpoint, name, linears) for name, linears in layers.items()}
     return Source(checkpoint, family, uses_guidance_branches(checkpoint), kept, plans)
+
+
+def _plan(
+    recipe: Recipe, checkpoint: Checkpoint, component: str, layers: list[Linear], auto: dict[str, str] | None = None
+) -> list[LayerPlan]:
+    tensors = checkpoint.components[component].tensors
+    source_bytes = {layer.name: tensors[f"{layer.name}.weight"].nbytes for layer in layers}
+    return precision_plan(component, layers, getattr(recipe.precision, component), source_bytes, auto)
 
 
 def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
@@ -149,13 +157,22 @@ def make_calibration(
     """Run the model over the calibration prompts and write `path`; finished prompts are kept below `progress`-KEY meanwhile."""
     from fluxc.calibrate.placement import find_placement
     from fluxc.calibrate.run import calibrate
-    from fluxc.reference import Drawing
 
     request = calibration_request(loaded)
     placement = find_placement(source.checkpoint, device)
     checkpoint = {part: digests[part] for part in CHECKPOINT_PARTS}
     origin = Origin(checkpoint, request, str(placement), tool_versions())
-    drawing = Drawing(
+    drawing = drawing_of(request, source)
+    work = progress.with_name(f"{progress.name}-{key_of(origin.__dict__)}")
+    records = calibrate(source.checkpoint, request["prompts"], drawing, origin, placement, work, report)
+    write_calibration(path, origin, records)
+
+
+def drawing_of(request: dict[str, Any], source: Source) -> Drawing:
+    """How diffusers draws what calibration_request asks for."""
+    from fluxc.reference import Drawing
+
+    return Drawing(
         size=tuple(request["size"]),
         steps=request["steps"],
         guidance=request["guidance"],
@@ -163,15 +180,67 @@ def make_calibration(
         text_length=request["text_length"],
         text_layers=source.family.text_layers,
     )
-    work = progress.with_name(f"{progress.name}-{key_of(origin.__dict__)}")
-    records = calibrate(source.checkpoint, request["prompts"], drawing, origin, placement, work, report)
-    write_calibration(path, origin, records)
 
 
 def _given_calibration(loaded: LoadedRecipe, digests: dict[str, Any]) -> Path:
     path = loaded.folder / str(loaded.recipe.calibration.file)
     check_origin(read_calibration(path), digests, calibration_request(loaded))
     return path
+
+
+def run_sensitivity(
+    cache: StageCache, loaded: LoadedRecipe, source: Source, digests: dict[str, Any], calibration: Path
+) -> Path:
+    """sensitivity.json: what `keep: auto` measured and chose."""
+    recipe = loaded.recipe
+    precision, plan = recipe.precision.transformer, source.plans["transformer"]
+    request = calibration_request(loaded)
+    round_inputs = any(target.rounds_inputs for target in recipe.targets)
+
+    def work(folder: Path, report: Report) -> None:
+        import torch
+
+        from fluxc.calibrate.sensitivity import measure
+
+        assert precision.budget is not None
+        records = read_calibration(calibration).records["transformer"]
+        measured = measure(
+            source.checkpoint,
+            request["prompts"],
+            drawing_of(request, source),
+            2 if source.guidance_branches and request["guidance"] > 1 else 1,
+            getattr(torch, recipe.fidelity.reference),
+            plan,
+            input_amax(records, plan, recipe.calibration),
+            precision.scales,
+            round_inputs,
+            precision.budget,
+            report,
+        )
+        (folder / SENSITIVITY).write_text(json.dumps(measured, indent=1) + "\n")
+
+    inputs = [
+        {part: digests[part] for part in CHECKPOINT_PARTS},
+        cache.file_digest(calibration),
+        request,
+        msgspec.to_builtins([precision, recipe.calibration, recipe.fidelity.reference]),
+        round_inputs,
+    ]
+    return cache.run("sensitivity", "measure sensitivity", inputs, work) / SENSITIVITY
+
+
+def with_auto(loaded: LoadedRecipe, source: Source, sensitivity: Path) -> Source:
+    """`source` with the transformer's plan as `keep: auto` decided it."""
+    ranking = json.loads(sensitivity.read_text())["ranking"]
+    chosen = {
+        layer: f"rank {rank}, alone {group['error_alone']:.4f}"
+        for rank, group in enumerate(ranking, start=1)
+        for layer in group["layers"]
+        if group["kept"]
+    }
+    layers = [entry.layer for entry in source.plans["transformer"]]
+    plan = _plan(loaded.recipe, source.checkpoint, "transformer", layers, chosen)
+    return replace(source, plans={**source.plans, "transformer": plan})
 
 
 def run_weights(

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.errors import CheckpointError
 from fluxc.quantize import kernels
 from fluxc.quantize.formats import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, MX_BLOCK, Scales
 
@@ -36,6 +38,24 @@ class NotFiniteError(ValueError):
     def __init__(self, position: tuple[int, ...]) -> None:
         super().__init__(f"not finite (NaN or infinity) at {list(position)}")
         self.position = position
+
+
+def patterns_in(ref: TensorRef, first: int = 0, last: int | None = None) -> np.ndarray:
+    """Rows first:last of the matrix `ref` in a checkpoint, a memory map unless the file holds them unaligned.
+
+    Raises CheckpointError if its dtype is not a floating one that can be quantized.
+    """
+    if ref.dtype not in PATTERNS:
+        raise CheckpointError(
+            f"{ref.file}: tensor {ref.name!r} is {ref.dtype}; only bf16, fp16 and fp32 can be quantized"
+        )
+    last = ref.shape[0] if last is None else last
+    row_bytes = ref.nbytes // ref.shape[0]
+    view = ref.bytes_view(first * row_bytes, last * row_bytes)
+    dtype = PATTERNS[ref.dtype]
+    if view.ctypes.data % dtype.itemsize:
+        view = view.copy()
+    return np.asarray(view).view(dtype).reshape(last - first, *ref.shape[1:])
 
 
 def block_amax(patterns: np.ndarray, dtype: str, block: int = BLOCK) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The precision plan: every Linear with its format and the rule that decided it.
 
-1. A layer that a `keep` pattern matches stays bf16.
+1. A layer that a `keep` pattern matches stays bf16, and so does one that `keep: auto` chose.
 2. Otherwise the first of `rules` that matches decides.
 3. Otherwise a layer that `preset` keeps stays bf16.
 4. Otherwise `default` does.
@@ -51,18 +51,24 @@ class LayerPlan:
 
 
 def precision_plan(
-    component: str, layers: list[Linear], precision: ComponentPrecision, source_bytes: dict[str, int] | None = None
+    component: str,
+    layers: list[Linear],
+    precision: ComponentPrecision,
+    source_bytes: dict[str, int] | None = None,
+    chosen_by_auto: dict[str, str] | None = None,
 ) -> list[LayerPlan]:
     """The plan of one component, in the order of `layers`; `source_bytes` holds their bytes in the checkpoint (else bf16).
 
+    `chosen_by_auto` is what `keep: auto` came to: layer to the reason; without it, the plan is that of keeping nothing.
     Raises RecipeError for a pattern that matches nothing and for a format a layer's shape cannot have.
     """
     field = f"precision.{component}"
     names = [layer.name for layer in layers]
     decisions: list[tuple[str, str, set[str]]] = [
         ("bf16", f"keep {pattern!r}", set(matching(pattern, names, f"{field}.keep[{i}]")))
-        for i, pattern in enumerate(precision.keep)
+        for i, pattern in enumerate(() if precision.keep == "auto" else precision.keep)
     ]
+    decisions += [("bf16", f"keep auto: {reason}", {name}) for name, reason in (chosen_by_auto or {}).items()]
     decisions += [
         (rule.format, f"rule {rule.match!r}", set(matching(rule.match, names, f"{field}.rules[{i}].match")))
         for i, rule in enumerate(precision.rules)

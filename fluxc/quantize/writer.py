@@ -262,7 +262,7 @@ def _write_group(
     )
     entry = members[0][1]
     if entry.format == "nvfp4":
-        scale = cpu.joint_tensor_scale([(_patterns(ref), ref.dtype) for ref, _ in members], amax, scales)
+        scale = cpu.joint_tensor_scale([(cpu.patterns_in(ref), ref.dtype) for ref, _ in members], amax, scales)
     else:
         scale = np.float32(amax) / np.float32(E4M3_MAX) if amax > 0 else np.float32(1)
     largest_input = np.float32(input_amax[entry.layer.group or entry.layer.name])
@@ -328,27 +328,12 @@ def _group_input_amax(quantized: dict[str, LayerPlan], input_amax: dict[str, flo
     return found
 
 
-def _patterns(ref: TensorRef, first: int = 0, last: int | None = None) -> np.ndarray:
-    """Rows first:last of the matrix `ref` as bit patterns, a memory map unless the file holds them unaligned."""
-    if ref.dtype not in cpu.PATTERNS:
-        raise CheckpointError(
-            f"{ref.file}: tensor {ref.name!r} is {ref.dtype}; only bf16, fp16 and fp32 can be quantized"
-        )
-    last = ref.shape[0] if last is None else last
-    row_bytes = ref.nbytes // ref.shape[0]
-    view = ref.bytes_view(first * row_bytes, last * row_bytes)
-    dtype = cpu.PATTERNS[ref.dtype]
-    if view.ctypes.data % dtype.itemsize:
-        view = view.copy()
-    return np.asarray(view).view(dtype).reshape(last - first, *ref.shape[1:])
-
-
 def _row_chunks(ref: TensorRef) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, bit patterns of the rows of the matrix `ref`), at most CHUNK_BYTES each."""
     rows = ref.shape[0]
     step = max(1, CHUNK_BYTES // (ref.nbytes // rows))
     for first in range(0, rows, step):
-        yield first, _patterns(ref, first, min(rows, first + step))
+        yield first, cpu.patterns_in(ref, first, min(rows, first + step))
 
 
 def _copy(file: _File, ref: TensorRef, progress: _Progress) -> None:

@@ -1,0 +1,271 @@
+"""Measures what quantizing each fusion group does to the model's output, and chooses what stays in bf16 under a budget.
+
+1. diffusers' pipeline draws a few calibration prompts; the transformer's inputs and outputs are kept at a few steps.
+2. Each fusion group alone is quantized as the weights stage would (and its inputs rounded, if a target rounds them), the
+   same inputs are run again, and the squared error of the guided velocity, relative to its energy, is the group's cost.
+3. Errors of different groups are nearly independent, so costs add up: what to keep is a knapsack, solved exactly.
+4. What was chosen is measured as a whole, beside quantizing everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.checkpoint.source import Checkpoint
+from fluxc.errors import BuildError
+from fluxc.progress import Report
+from fluxc.quantize import cpu, fp8, nvfp4
+from fluxc.quantize.formats import E2M1_MAX, E4M3_MAX, Scales
+from fluxc.quantize.plan import LayerPlan
+from fluxc.recipe import Budget
+from fluxc.reference import Drawing, draw, load_pipeline
+
+PROMPTS, STEPS = 4, 4
+SEARCHES = 8
+
+
+@dataclass(frozen=True)
+class State:
+    """One step of one picture: the transformer's arguments for each guidance branch, and the guided velocity it gave."""
+
+    arguments: list[dict[str, Any]]
+    velocity: torch.Tensor
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """A fusion group's layers, their parameters, and the relative squared error of the velocity when it alone is quantized."""
+
+    layers: tuple[str, ...]
+    parameters: int
+    cost: float
+
+
+def record_states(
+    pipeline: Any, checkpoint: Checkpoint, prompts: list[str], drawing: Drawing, branches: int
+) -> list[State]:
+    """STEPS evenly spaced steps of PROMPTS evenly spaced prompts."""
+    wanted = _evenly(drawing.steps, STEPS)
+    states: list[State] = []
+    for number in _evenly(len(prompts), PROMPTS):
+        calls: list[tuple[dict[str, Any], torch.Tensor]] = []
+
+        def keep(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any, calls: list = calls) -> None:
+            calls.append((dict(kwargs), output[0].detach().clone()))
+
+        handle = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                draw(pipeline, checkpoint, prompts[number], drawing.of_prompt(number))
+        finally:
+            handle.remove()
+        for step in wanted:
+            passes = calls[step * branches : (step + 1) * branches]
+            states.append(State([a for a, _ in passes], _guided([v for _, v in passes], drawing.guidance)))
+    return states
+
+
+def output_error(model: torch.nn.Module, states: list[State], guidance: float) -> float:
+    """Mean over `states` of |v - reference|^2 / |reference|^2, v being the guided velocity that `model` now gives."""
+    errors = []
+    with torch.no_grad():
+        for state in states:
+            velocity = _guided([model(**arguments)[0] for arguments in state.arguments], guidance)
+            reference = state.velocity.double()
+            errors.append(((velocity.double() - reference).square().sum() / reference.square().sum()).item())
+    return float(np.mean(errors))
+
+
+@contextmanager
+def quantized(
+    model: torch.nn.Module,
+    tensors: dict[str, TensorRef],
+    entries: list[LayerPlan],
+    input_amax: dict[str, float],
+    scales: Scales,
+    round_inputs: bool,
+) -> Iterator[None]:
+    """`model` with the Linears of `entries` computing as their planned format does; whole fusion groups only.
+
+    `tensors` are the checkpoint's: quantized from there, and restored from there.
+    """
+    groups: dict[str, list[LayerPlan]] = {}
+    for entry in entries:
+        groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
+    handles = []
+    try:
+        for members in groups.values():
+            refs = [tensors[f"{entry.layer.name}.weight"] for entry in members]
+            for entry, weight in zip(members, _rounded(refs, members[0].format, scales), strict=True):
+                module = model.get_submodule(entry.layer.name)
+                module.get_parameter("weight").data.copy_(torch.from_numpy(weight))
+                if round_inputs:
+                    handles.append(module.register_forward_pre_hook(_rounding(entry, input_amax)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for entry in entries:
+            ref = tensors[f"{entry.layer.name}.weight"]
+            exact = cpu.values(cpu.patterns_in(ref), ref.dtype)
+            model.get_submodule(entry.layer.name).get_parameter("weight").data.copy_(torch.from_numpy(exact))
+
+
+def choose(costs: list[GroupCost], parameters: int) -> list[int]:
+    """The groups of `costs` to keep, at most `parameters` in all, whose costs add up to the most: a 0/1 knapsack."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    if not costs or sum(group.parameters for group in costs) <= parameters:
+        return list(range(len(costs)))
+    gains = np.array([group.cost for group in costs])
+    sizes = np.array([group.parameters for group in costs], float)
+    # Scaled, because the solver's tolerances are absolute.
+    result = milp(
+        -gains / gains.max(initial=1e-30),
+        constraints=LinearConstraint(sizes / sizes.max(), ub=parameters / sizes.max()),
+        bounds=Bounds(0, 1),
+        integrality=np.ones(len(costs)),
+    )
+    if result.x is None:
+        raise BuildError(f"keep: auto: scipy found no choice of layers: {result.message}")
+    return [i for i, kept in enumerate(result.x) if kept > 0.5]
+
+
+def measure(
+    checkpoint: Checkpoint,
+    prompts: list[str],
+    drawing: Drawing,
+    branches: int,
+    dtype: torch.dtype,
+    plan: list[LayerPlan],
+    input_amax: dict[str, float],
+    scales: Scales,
+    round_inputs: bool,
+    budget: Budget,
+    on_progress: Report | None = None,
+) -> dict[str, Any]:
+    """What `sensitivity.json` holds: every group's cost, which are kept, and the errors measured as a whole.
+
+    `plan` is the plan without the choice: only its quantized layers are candidates. The model runs on the GPU if there is
+    one with room for it.
+    """
+    pipeline = load_pipeline(checkpoint, dtype)
+    device = _device(pipeline)
+    pipeline.to(device)
+    model, tensors = pipeline.transformer, checkpoint.components["transformer"].tensors
+    states = record_states(pipeline, checkpoint, prompts, drawing, branches)
+    groups: dict[str, list[LayerPlan]] = {}
+    for entry in plan:
+        if entry.format != "bf16" and not entry.quantized_in_source:
+            groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
+
+    def error(entries: list[LayerPlan]) -> float:
+        with quantized(model, tensors, entries, input_amax, scales, round_inputs):
+            return output_error(model, states, drawing.guidance)
+
+    costs = []
+    for number, members in enumerate(groups.values()):
+        layers = tuple(entry.layer.name for entry in members)
+        costs.append(GroupCost(layers, sum(entry.parameters for entry in members), error(members)))
+        if on_progress:
+            on_progress(number + 1, len(groups), f"{number + 1}/{len(groups)} groups")
+    every = [entry for members in groups.values() for entry in members]
+    total = sum(entry.parameters for entry in plan)
+
+    def error_without(kept: list[int]) -> float:
+        left = {name for i in kept for name in costs[i].layers}
+        return error([entry for entry in every if entry.layer.name not in left])
+
+    kept = _within(budget, costs, total, error_without)
+    ranked = sorted(range(len(costs)), key=lambda i: (-costs[i].cost / costs[i].parameters, costs[i].layers))
+    return {
+        "prompts": len(_evenly(len(prompts), PROMPTS)),
+        "steps": _evenly(drawing.steps, STEPS),
+        "inputs_rounded": round_inputs,
+        "share_kept": sum(costs[i].parameters for i in kept) / total,
+        "error_all_quantized": float(np.sqrt(error(every))),
+        "error": float(np.sqrt(error_without(kept))),
+        "ranking": [
+            {
+                "layers": list(costs[i].layers),
+                "parameters": costs[i].parameters,
+                "error_alone": float(np.sqrt(costs[i].cost)),
+                "kept": i in kept,
+            }
+            for i in ranked
+        ],
+    }
+
+
+def _within(budget: Budget, costs: list[GroupCost], total: int, error: Callable[[list[int]], float]) -> list[int]:
+    """What to keep: the best choice of at most `budget.share` of the parameters, or the smallest that meets `budget.error`."""
+    if budget.share is not None:
+        return choose(costs, int(budget.share * total))
+    allowed = float(budget.error or 0) ** 2
+    kept: list[int] = []
+    if error(kept) <= allowed:
+        return kept
+    low, high = 0.0, 1.0
+    kept = list(range(len(costs)))
+    for _ in range(SEARCHES):
+        middle = (low + high) / 2
+        candidate = choose(costs, int(middle * total))
+        if error(candidate) <= allowed:
+            kept, high = candidate, middle
+        else:
+            low = middle
+    return kept
+
+
+def _rounded(refs: list[TensorRef], format: str, scales: Scales) -> list[np.ndarray]:
+    """fp32 weights of one fusion group after a round trip through their format, as the writer stores them."""
+    members = [(cpu.patterns_in(ref), ref.dtype) for ref in refs]
+    amaxes = [cpu.block_amax(*m) if format == "nvfp4" else cpu.row_amax(*m) for m in members]
+    amax = max(cpu.largest(found, dtype) for found, (_, dtype) in zip(amaxes, members, strict=True))
+    if format == "fp8":
+        one = np.array([amax / np.float32(E4M3_MAX) if amax > 0 else 1], np.float32)
+        return [cpu.fp8_values(cpu.fp8(*member, one), one) for member in members]
+    scale = cpu.joint_tensor_scale(members, amax, scales)
+    return [
+        cpu.nvfp4_values(cpu.nvfp4(*member, found, scale, scales), scale)
+        for member, found in zip(members, amaxes, strict=True)
+    ]
+
+
+def _rounding(entry: LayerPlan, input_amax: dict[str, float]) -> Callable[[Any, Any], Any]:
+    module, largest = (nvfp4, E2M1_MAX * E4M3_MAX) if entry.format == "nvfp4" else (fp8, E4M3_MAX)
+    scale = torch.tensor(input_amax[entry.layer.name] / largest, dtype=torch.float32)
+
+    def rounded(_: Any, inputs: Any) -> Any:
+        x = inputs[0]
+        return (module.fake_quantize(x, scale.to(x.device)).to(x.dtype), *inputs[1:])
+
+    return rounded
+
+
+def _guided(velocities: list[torch.Tensor], guidance: float) -> torch.Tensor:
+    """The conditional velocity, or, with an unconditional second one, the two combined by classifier-free guidance."""
+    conditional, *empty = velocities
+    return empty[0] + guidance * (conditional - empty[0]) if empty else conditional
+
+
+def _evenly(count: int, wanted: int) -> list[int]:
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, wanted)).round()})
+
+
+def _device(pipeline: Any) -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    needed = sum(
+        tensor.nbytes
+        for name in ("transformer", "text_encoder", "vae")
+        for tensor in getattr(pipeline, name).parameters()
+    )
+    return "cuda" if needed < 0.7 * torch.cuda.mem_get_info()[0] else "cpu"
