@@ -97,7 +97,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
                 pictures=(),
                 files=_files(staging, cache),
             )
-            fidelity = _run_fidelity(cache, loaded, source, staging, manifest, weights, held_out)
+            fidelity = _run_fidelity(cache, loaded, source, staging, manifest, weights, sensitivity, held_out)
             figures = json.loads((fidelity / "report" / "report.json").read_text())
             snr = {layer["name"]: layer["snr_db"] for layer in figures["layers"]}
             check_gates(recipe.gates, snr, figures["targets"])
@@ -107,8 +107,6 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
                 if file.name not in ("pictures.json", SEAL):
                     (staging / file.relative_to(fidelity)).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, staging / file.relative_to(fidelity))
-            if sensitivity:
-                shutil.copyfile(sensitivity, staging / "report" / sensitivity.name)
             summary = {
                 name: {key: value for key, value in target.items() if key != "prompts"}
                 for name, target in figures["targets"].items()
@@ -163,16 +161,19 @@ def _run_fidelity(
     staging: Path,
     manifest: format.Manifest,
     weights: dict[str, Path],
+    sensitivity: Path | None,
     prompts: list[str],
 ) -> Path:
     """report/ and pictures.json: the bundle's targets against diffusers."""
     recipe = loaded.recipe
     layers = [layer for folder in weights.values() for layer in json.loads((folder / "layers.json").read_text())]
 
+    measured = json.loads(sensitivity.read_text()) if sensitivity else None
+
     def work(folder: Path, report: Report) -> None:
         from fluxc.fidelity.run import measure
 
-        measure(folder, source, recipe, format.Bundle(staging, manifest), prompts, layers, report)
+        measure(folder, source, recipe, format.Bundle(staging, manifest), prompts, layers, measured, report)
 
     inputs = [
         manifest.provenance.checkpoint,
@@ -180,6 +181,7 @@ def _run_fidelity(
         msgspec.to_builtins([manifest.targets, manifest.prompting, manifest.sampling, recipe.fidelity]),
         recipe.name,
         prompts,
+        measured,
     ]
     return cache.run("fidelity", "compare with diffusers", inputs, work)
 

@@ -21,7 +21,7 @@ from fluxc.plan_report import (
 )
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
-from fluxc.recipe import LoadedRecipe
+from fluxc.recipe import Budget, LoadedRecipe
 from fluxc.stages import Source, read_source
 from fluxrt.bundle import Bundle
 
@@ -40,6 +40,8 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
             console.print(_widened_table(plan))
         for sentence in lacking(loaded, component, plan):
             console.print(sentence)
+        if getattr(recipe.precision, component).keep == "auto":
+            console.print(_auto_sentence(recipe.precision.transformer.budget))
     console.print(_component_table(source))
     console.print(_memory_table(memory_by_component(source)))
     console.print(
@@ -59,6 +61,17 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
     sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
     branches = "two passes a step (guidance)" if source.guidance_branches else "one pass a step"
     console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
+
+
+def _auto_sentence(budget: Budget | None) -> str:
+    """What `keep: auto` leaves open until the model has run."""
+    assert budget is not None
+    limit = (
+        f"at most {budget.share:.2%} of the parameters"
+        if budget.share is not None
+        else f"as few parameters as bring the velocity's error to {budget.error}"
+    )
+    return f"keep: auto chooses during the build, from measurements, {limit} to stay bf16; the tables show none kept"
 
 
 def print_plan_json(loaded: LoadedRecipe, presets: bool) -> None:

@@ -233,7 +233,7 @@ def with_auto(loaded: LoadedRecipe, source: Source, sensitivity: Path) -> Source
     """`source` with the transformer's plan as `keep: auto` decided it."""
     ranking = json.loads(sensitivity.read_text())["ranking"]
     chosen = {
-        layer: f"rank {rank}, alone {group['error_alone']:.4f}"
+        layer: f"rank {rank}, error alone {group['error_alone']}"
         for rank, group in enumerate(ranking, start=1)
         for layer in group["layers"]
         if group["kept"]
@@ -280,7 +280,13 @@ def run_weights(
             on_progress=report,
         )
         layers = [
-            {"name": r.name, "format": r.format, "scales": scales, "snr_db": r.snr_db, "output_snr_db": r.output_snr_db}
+            {
+                "name": r.name,
+                "format": r.format,
+                "scales": scales if r.format == "nvfp4" else "max",
+                "snr_db": round(r.snr_db, 3),
+                "output_snr_db": None if r.output_snr_db is None else round(r.output_snr_db, 2),
+            }
             for r in written
         ]
         (folder / "layers.json").write_text(json.dumps(layers))

@@ -20,6 +20,7 @@ import torch
 from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.errors import BuildError
+from fluxc.fidelity.metrics import significant
 from fluxc.progress import Report
 from fluxc.quantize import cpu, fp8, nvfp4
 from fluxc.quantize.formats import E2M1_MAX, E4M3_MAX, Scales
@@ -190,18 +191,23 @@ def measure(
         "steps": _evenly(drawing.steps, STEPS),
         "inputs_rounded": round_inputs,
         "share_kept": sum(costs[i].parameters for i in kept) / total,
-        "error_all_quantized": float(np.sqrt(error(every))),
-        "error": float(np.sqrt(error_without(kept))),
+        "error_all_quantized": _root(error(every)),
+        "error": _root(error_without(kept)),
         "ranking": [
             {
                 "layers": list(costs[i].layers),
                 "parameters": costs[i].parameters,
-                "error_alone": float(np.sqrt(costs[i].cost)),
+                "error_alone": _root(costs[i].cost),
                 "kept": i in kept,
             }
             for i in ranked
         ],
     }
+
+
+def _root(squared: float) -> float:
+    """Four digits are what two machines agree on."""
+    return significant(float(np.sqrt(squared)))
 
 
 def _within(budget: Budget, costs: list[GroupCost], total: int, error: Callable[[list[int]], float]) -> list[int]:

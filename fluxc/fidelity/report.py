@@ -54,6 +54,7 @@ def write_report(folder: Path, figures: dict[str, Any], pictures: dict[str, list
             targets=targets,
             step_rows=step_rows,
             layers=figures["layers"],
+            sensitivity=figures["sensitivity"],
             sheet_width=min(sheet.width, 1400),
         ),
         encoding="utf-8",

@@ -26,9 +26,13 @@ def measure(
     bundle: Bundle,
     prompts: list[str],
     layers: list[dict[str, Any]],
+    sensitivity: dict[str, Any] | None,
     report: Report,
 ) -> None:
-    """Write report/ (report.json, index.html, pictures) and pictures.json, the recorded requests, into `folder`."""
+    """Write report/ (report.json, index.html, pictures) and pictures.json, the recorded requests, into `folder`.
+
+    `layers` are the quantized layers with their errors, `sensitivity` what `keep: auto` measured, for the report to show.
+    """
     size, steps, guidance = recipe.sizes[0], recipe.sampling.steps, recipe.sampling.guidance
     total = len(prompts) * (1 + len(recipe.targets))
     done = 0
@@ -56,6 +60,7 @@ def measure(
         "size": list(size),
         "targets": {},
         "layers": layers,
+        "sensitivity": sensitivity,
     }
     pictures: dict[str, list[np.ndarray]] = {"reference": [r.trace.image for r in references]}
     for target in recipe.targets:

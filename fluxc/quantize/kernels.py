@@ -109,17 +109,18 @@ def _store_codes(typing, weights, at, table, row, codes, to):
         patterns, magnitude, element = _load_magnitudes(context, builder, signature.args[0], weights, at)
         width = element.width
         thresholds = context.make_array(signature.args[2])(context, builder, table).data
-        code = _constant(element, 0)
 
         def above(i: int) -> ir.Value:
+            """-1 in the lanes that exceed threshold i."""
             index = builder.add(row, ir.Constant(ir.IntType(64), i))
             limit = _splat(builder, builder.load(builder.gep(thresholds, [index]), align=width // 8))
-            return builder.icmp_signed(">", magnitude, limit)
+            return builder.sext(builder.icmp_signed(">", magnitude, limit), _vector(element))
 
-        for i in range(7):
-            code = builder.sub(code, builder.sext(above(i), _vector(element)))
-        sign = builder.and_(builder.lshr(patterns, _constant(element, width - 4)), _constant(element, 8))
-        code = builder.or_(code, builder.select(above(7), sign, _constant(element, 0)))
+        exceeded = above(0)
+        for i in range(1, 7):
+            exceeded = builder.add(exceeded, above(i))
+        negative = builder.and_(builder.ashr(patterns, _constant(element, width - 1)), above(7))
+        code = builder.sub(builder.and_(negative, _constant(element, 8)), exceeded)
         double = ir.IntType(2 * width)
         pairs = builder.bitcast(code, ir.VectorType(double, LANES // 2))
         pairs = builder.or_(pairs, builder.lshr(pairs, _constant(double, width - 4, LANES // 2)))
