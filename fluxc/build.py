@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from typing import Any
 import msgspec
 
 from fluxc import stages
-from fluxc.cache import SEAL, StageCache
+from fluxc.cache import SEAL, StageCache, locked
 from fluxc.components import WEIGHTS_FILE, weights_entry, weights_files, write_small_files
 from fluxc.errors import BuildError
 from fluxc.fidelity.gates import check_gates
@@ -36,7 +33,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
     if out.exists() and not (out / format.MANIFEST).is_file():
         raise BuildError(f"{out}: exists and is not a bundle; give another --out, or move it away")
     cache = StageCache(out.resolve().parent / ".fluxc", progress)
-    with _locked(cache.root):
+    with locked(cache.root):
         source = stages.read_source(loaded)
         held_out = loaded.prompts("fidelity.prompts", recipe.fidelity.prompts)
         with progress.stage("hash checkpoint") as report:
@@ -282,20 +279,3 @@ def _replace(staging: Path, out: Path) -> None:
         raise
     if aside:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """One build at a time in a cache folder; what a killed build left there is removed first."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BuildError(
-                f"{root}: another fluxc build is using this folder; wait for it, or give another --out"
-            ) from None
-        for leftover in root.glob(".*-*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-        yield

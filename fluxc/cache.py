@@ -6,12 +6,14 @@ goes on where it stopped. The key covers fluxc's and fluxrt's own source and the
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -19,9 +21,11 @@ from typing import Any
 
 import fluxc
 import fluxrt
+from fluxc.errors import BuildError
 from fluxc.progress import Report, StageProgress
 
 SEAL = "stage.json"
+PROGRESS = "progress"
 TOOLS = (
     "torch",
     "diffusers",
@@ -88,7 +92,7 @@ class StageCache:
         return folder
 
     def prune(self, keep: int = 4) -> None:
-        """Remove all but the `keep` most recently used results of every stage."""
+        """Remove all but the `keep` most recently used results of every stage, and what unfinished ones kept."""
         by_stage: dict[str, list[Path]] = {}
         for folder in self.root.iterdir():
             if folder.is_dir() and not folder.name.startswith(".") and (folder / SEAL).is_file():
@@ -96,6 +100,9 @@ class StageCache:
         for folders in by_stage.values():
             for folder in sorted(folders, key=lambda path: path.stat().st_mtime_ns, reverse=True)[keep:]:
                 shutil.rmtree(folder)
+        unfinished = sorted((self.root / PROGRESS).glob("*-*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        for folder in unfinished[keep:]:
+            shutil.rmtree(folder)
 
     def _unchanged(self, folder: Path) -> bool:
         """Whether a result's files are what the stage wrote. A bundle shares them by hard link, so an edit there shows here."""
@@ -123,3 +130,20 @@ class StageCache:
         partial.write_text(digest)
         partial.replace(note)
         return digest
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """One build at a time in a cache folder; what a killed build left half written there is removed first."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BuildError(
+                f"{root}: another fluxc build is using this folder; wait for it, or give another --out"
+            ) from None
+        for leftover in root.glob(".*-*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+        yield

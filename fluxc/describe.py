@@ -176,7 +176,7 @@ def print_doctor() -> None:
     table.add_row("ONNX Runtime providers", "", providers)
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        table.add_row("GPU", "yes", f"{torch.cuda.get_device_name()}, SM{major}{minor}; calibration stays on the CPU")
+        table.add_row("GPU", "yes", f"{torch.cuda.get_device_name()}, SM{major}{minor}; calibration runs on it")
     else:
         table.add_row("GPU", "no", "not needed: calibration, compiling and the onnxruntime target use the CPU")
     console.print(table)

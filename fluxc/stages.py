@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fluxc.cache import StageCache, key_of, tool_versions
+from fluxc.cache import PROGRESS, StageCache, key_of, tool_versions
 from fluxc.calibrate.amax import input_amax
 from fluxc.calibrate.file import CHECKPOINT_PARTS, Origin, check_origin, read_calibration, write_calibration
 from fluxc.checkpoint.flux2 import (
@@ -138,7 +139,7 @@ def run_calibration(
         return _given_calibration(loaded, digests)
 
     def work(folder: Path, report: Report) -> None:
-        progress = cache.root / "progress" / "calibration"
+        progress = cache.root / PROGRESS / "calibration"
         make_calibration(loaded, source, digests, folder / CALIBRATION, progress, device, report)
 
     inputs = [{part: digests[part] for part in CHECKPOINT_PARTS}, calibration_request(loaded)]
@@ -164,8 +165,10 @@ def make_calibration(
     origin = Origin(checkpoint, request, str(placement), tool_versions())
     drawing = drawing_of(request, source)
     work = progress.with_name(f"{progress.name}-{key_of(origin.__dict__)}")
-    records = calibrate(source.checkpoint, request["prompts"], drawing, origin, placement, work, report)
+    branches = 2 if source.guidance_branches and drawing.guidance > 1.0 else 1
+    records = calibrate(source.checkpoint, request["prompts"], drawing, branches, origin, placement, work, report)
     write_calibration(path, origin, records)
+    shutil.rmtree(work)
 
 
 def drawing_of(request: dict[str, Any], source: Source) -> Drawing:

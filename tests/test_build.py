@@ -320,7 +320,7 @@ def test_a_folder_that_is_not_a_bundle_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_two_builds_in_one_folder_do_not_mix(tmp_path: Path) -> None:
-    from fluxc.build import _locked
+    from fluxc.cache import locked
 
-    with _locked(tmp_path / ".fluxc"), pytest.raises(BuildError, match="another fluxc build is using"):
+    with locked(tmp_path / ".fluxc"), pytest.raises(BuildError, match="another fluxc build is using"):
         compile_into(tmp_path / "out", *QUICK)

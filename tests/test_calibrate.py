@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +22,10 @@ from fluxc.calibrate import run
 from fluxc.calibrate.amax import input_amax, least_error, percentile
 from fluxc.calibrate.file import CHECKPOINT_PARTS, Origin, Records, check_origin, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer
-from fluxc.calibrate.placement import Placement, choose
+from fluxc.calibrate.placement import Placement, _available_memory, choose
 from fluxc.calibrate.records import BINS, ROWS, LayerInputs, bin_edges, merge
 from fluxc.calibrate.run import calibrate
+from fluxc.calibrate.sample import sample_points
 from fluxc.calibrate.summary import outliers
 from fluxc.calibrate.verb import calibrate_to_file
 from fluxc.checkpoint.flux2 import Linear
@@ -28,7 +34,7 @@ from fluxc.errors import BuildError, CheckpointError, RecipeError
 from fluxc.quantize import fp8, nvfp4
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe import Calibration, load_recipe
-from fluxc.reference import Drawing
+from fluxc.reference import Drawing, load_pipeline
 from fluxrt.bundle import open_bundle
 
 DRAWING = Drawing((64, 64), 2, 1.5, 0, 32, (9, 18, 27))
@@ -38,6 +44,7 @@ PROMPTS = ["a small red ring at the top on a blue background", "a large green cr
 def observe(*inputs: torch.Tensor) -> LayerInputs:
     model = torch.nn.Sequential(torch.nn.Linear(inputs[0].shape[-1], 2))
     observer = Observer(model)
+    observer.keep_rows(sample_points(0, 1, len(inputs)))
     for x in inputs:
         model(x)
     records = observer.take()
@@ -88,7 +95,8 @@ def test_merged_records_equal_one_record_of_everything() -> None:
     assert np.array_equal(merged.histogram, whole.histogram)
     assert np.array_equal(merged.channel_amax, whole.channel_amax)
     np.testing.assert_allclose(merged.square_sum, whole.square_sum)
-    assert len(merged.rows) == min(ROWS, 30)
+    assert len(merged.rows) == sum(len(observe(x).rows) for x in inputs)
+    assert len(whole.rows) == ROWS
 
 
 def record_of(values: np.ndarray) -> LayerInputs:
@@ -100,6 +108,71 @@ def test_percentile_is_numpys_to_the_width_of_a_bin(percent: float) -> None:
     values = np.random.default_rng(0).standard_normal((400, 256))
     exact = np.percentile(np.abs(values), percent)
     assert exact * (1 - 2**-8) <= percentile(record_of(values), percent) <= exact * (1 + 2**-4)
+
+
+def grid_error(values: np.ndarray, amax: float, format: str) -> float:
+    """Sum of squared errors by nearest-value search: E4M3 under one scale, or E2M1 under E4M3 block scales."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+    if format == "fp8":
+        return float((np.abs(np.abs(values)[..., None] - codes * (amax / 448)).min(-1) ** 2).sum())
+    input_scale, blocks = amax / 2688, np.abs(values).reshape(-1, 16)
+    wanted = np.minimum(blocks.max(-1) / 6 / input_scale, 448)
+    steps = codes[np.abs(wanted[:, None] - codes[None, 1:]).argmin(-1) + 1] * input_scale
+    grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]) * steps[:, None, None]
+    return float((np.abs(blocks[..., None] - grid).min(-1) ** 2).sum())
+
+
+@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
+def test_least_error_clips_one_value_to_put_all_others_on_a_code(format: str) -> None:
+    """The best of the candidates by grid search over every input, though the outlier is in no sampled row."""
+    values = np.full((256, 64), 2**-0.25)
+    values[17, 9] = 1
+    errors = [grid_error(values, 2 ** (-k / 4), format) for k in range(17)]
+    assert int(np.argmin(errors)) == 1
+    record = record_of(values)
+    assert record.rows.max() < 1
+    assert least_error([record], format) == pytest.approx(2**-0.25)
+
+
+def test_least_error_sees_outliers_that_no_sampled_row_holds() -> None:
+    values = np.full((256, 16), 0.01)
+    values[17, 3] = 50
+    record = record_of(values)
+    assert record.rows.max() < 1
+    assert least_error([record], "fp8") == least_error([record], "nvfp4") == 50
+
+
+def test_ranges_agree_with_modelopts_calibrators() -> None:
+    from modelopt.torch.quantization.calib import HistogramCalibrator, MaxCalibrator
+
+    values = torch.from_numpy(np.random.default_rng(4).standard_t(4, (256, 64)).astype(np.float32)).bfloat16().float()
+    record = observe(values)
+    by_max = MaxCalibrator(num_bits=8, axis=None, unsigned=False)
+    by_max.collect(values)
+    assert record.amax == by_max.compute_amax().item()
+    by_histogram = HistogramCalibrator(num_bits=8, axis=None, unsigned=False, num_bins=8192)
+    by_histogram.collect(values)
+    for percent in (99.0, 99.9):
+        theirs = by_histogram.compute_amax("percentile", percentile=percent).item()
+        assert percentile(record, percent) == pytest.approx(theirs, rel=1 / 32)
+
+
+def test_members_of_a_group_share_a_measurement_but_not_after_the_tensor_changed() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (torch.nn.Linear(2, 2) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> None:
+            self.q(x)
+            self.k(x)
+            self.v(x.mul_(2))
+
+    block = Block()
+    observer = Observer(block)
+    with torch.no_grad():
+        block(row(1, 3))
+    assert {name: record.amax for name, record in observer.take().items()} == {"q": 3.0, "k": 3.0, "v": 6.0}
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "fp8"])
@@ -210,15 +283,89 @@ WHOLE = Placement("cpu", "whole")
 
 
 def run_calibration(work: Path, placement: Placement = WHOLE) -> Records:
-    return calibrate(open_checkpoint(str(NANO), None, NANO), PROMPTS, DRAWING, origin(), placement, work)
+    return calibrate(open_checkpoint(str(NANO), None, NANO), PROMPTS, DRAWING, 2, origin(), placement, work)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("whole")
     write_calibration(folder / "file", origin(), run_calibration(folder / "work"))
-    assert [p.name for p in folder.iterdir()] == ["file"]
     return (folder / "file").read_bytes()
+
+
+def test_records_equal_raw_captures_and_rows_come_from_every_call(whole: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(whole)
+    records = read_calibration(tmp_path / "file").records["transformer"]
+    checkpoint = open_checkpoint(str(NANO), None, NANO)
+    pipeline = load_pipeline(checkpoint, torch.bfloat16)
+    captured: dict[str, list[np.ndarray]] = {
+        "single_transformer_blocks.3.attn.to_out": [],
+        "transformer_blocks.0.attn.to_k": [],
+    }
+    for name, seen in captured.items():
+        pipeline.transformer.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, -2).float().numpy())
+        )
+    for number, prompt in enumerate(PROMPTS):
+        run.draw(pipeline, checkpoint, prompt, DRAWING.of_prompt(number))
+    for name, seen in captured.items():
+        record, values = records[name], np.concatenate(seen)
+        assert (record.histogram.sum(), record.amax) == (values.size, np.abs(values).max())
+        np.testing.assert_allclose(record.mean_square, (values.astype(np.float64) ** 2).mean(0), rtol=1e-5)
+        calls = [{x.tobytes() for x in call} for call in seen]
+        assert len(calls) == len(PROMPTS) * DRAWING.steps * 2
+        found = [sum(x.tobytes() in call for x in record.rows) for call in calls]
+        assert min(found) >= ROWS // len(calls) - 1
+        assert len(record.rows) == ROWS
+        assert {x.tobytes() for x in record.rows} <= set.union(*calls)
+
+
+def test_the_text_encoders_rows_differ(whole: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(whole)
+    rows = read_calibration(tmp_path / "file").records["text_encoder"]["model.layers.20.mlp.down_proj"].rows
+    assert len(np.unique(rows, axis=0)) > ROWS // 2
+
+
+@pytest.mark.parametrize(("prompts", "calls"), [(1, 48), (2, 6), (16, 48), (16, 2), (64, 100), (100, 48)])
+def test_rows_are_spread_over_prompts_calls_and_tokens(prompts: int, calls: int) -> None:
+    points = [sample_points(prompt, prompts, calls) for prompt in range(prompts)]
+    of_prompt = [sum(map(len, found.values())) for found in points]
+    assert sum(of_prompt) == ROWS
+    assert max(of_prompt) - min(of_prompt) <= 1
+    seen = [call for found in points for call, tokens in found.items() for _ in tokens]
+    assert set(seen) <= set(range(calls))
+    quarters = np.histogram(seen, bins=min(4, calls), range=(0, calls))[0]
+    assert quarters.min() > 0.6 * ROWS / len(quarters)
+    assert 0.3 < sum(call % 2 for call in seen) / ROWS < 0.7
+    tokens = [token for found in points for positions in found.values() for token in positions]
+    assert np.histogram(tokens, bins=8, range=(0, 1))[0].min() >= ROWS // 8 - 3
+
+
+def test_calibrate_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    arguments = [a for change in QUICK for a in ("--set", change)]
+    for folder in ("killed", "undisturbed"):
+        (tmp_path / folder).mkdir()
+    command = [sys.executable, "-m", "fluxc.cli", "calibrate", str(RECIPE), *arguments, "--out"]
+    killed, undisturbed = (tmp_path / folder / "nano.safetensors" for folder in ("killed", "undisturbed"))
+    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(killed.parent.glob(".fluxc/progress/*/prompt-00000.safetensors")):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not killed.exists()
+    assert list(killed.parent.glob(".fluxc/progress/*/prompt-00000.safetensors"))
+    for path in (killed, undisturbed):
+        subprocess.run([*command, str(path)], check=True, capture_output=True)
+    assert killed.read_bytes() == undisturbed.read_bytes()
+    assert list((killed.parent / ".fluxc/progress").iterdir()) == []
+
+
+def test_a_prompts_records_that_were_cut_short_are_measured_again(whole: bytes, tmp_path: Path) -> None:
+    run_calibration(tmp_path / "work")
+    first = tmp_path / "work" / "prompt-00000.safetensors"
+    first.write_bytes(first.read_bytes()[:-8])
+    write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work"))
+    assert (tmp_path / "file").read_bytes() == whole
 
 
 def test_an_interrupted_calibration_goes_on_and_gives_the_same_bytes(
@@ -260,6 +407,19 @@ def test_a_model_larger_than_memory_is_read_layer_by_layer_with_the_same_result(
 )
 def test_the_model_is_placed_whole_by_component_or_by_layer(gpu: int | None, host: int, expected: Placement) -> None:
     assert choose({"transformer": 20, "text_encoder": 15, "vae": 1}, gpu, host) == expected
+
+
+def test_a_containers_limit_counts_as_memory_there_is(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       64000 kB\nMemAvailable:   48000 kB\n")
+    assert _available_memory(tmp_path) == 48000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("1000000\n")
+    assert _available_memory(tmp_path) == 48000 * 1024
+    (group / "memory.max").write_text("9000000\n")
+    assert _available_memory(tmp_path) == 8000000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

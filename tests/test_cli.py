@@ -178,6 +178,28 @@ def test_doctor_lists_what_is_there() -> None:
         assert expected in result.output
 
 
+def test_calibrate_prints_kinds_outliers_and_where_it_ran(tmp_path: Path) -> None:
+    from fluxc.calibrate.file import read_calibration
+
+    file = tmp_path / "nano.safetensors"
+    result = invoke("calibrate", RECIPE, "--out", file, *(a for c in QUICK for a in ("--set", c)))
+    assert result.exit_code == 0, result.output
+    for expected in (
+        "transformer outliers",
+        "text_encoder outliers",
+        "99.9%",
+        "2 prompts, 3 steps",
+        "cpu, the whole",
+        str(file),
+    ):
+        assert expected in result.output, expected
+    records = read_calibration(file).records["transformer"]
+    layer = "transformer_blocks.1.ff_context.linear_out"
+    row = next(line for line in result.output.splitlines() if layer in line)
+    assert f"{records[layer].amax:.4g}" in row
+    assert f" {records[layer].channel_amax.argmax()}" in row
+
+
 def test_build_stops_after_the_stage_it_was_asked_for(tmp_path: Path) -> None:
     result = invoke(
         "build", RECIPE, "--out", tmp_path / "out", "--only", "calibrate", *(a for c in QUICK for a in ("--set", c))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,31 +11,60 @@ from torch import nn
 
 from fluxc.calibrate.records import BINS, MANTISSA_BITS, LayerInputs
 
-ROWS_A_PROMPT = 4
+
+class _Totals(NamedTuple):
+    """`histogram` int64 [BINS], `square_sum` float64 [in], `channel_amax` float32 [in], on the input's device."""
+
+    histogram: torch.Tensor
+    square_sum: torch.Tensor
+    channel_amax: torch.Tensor
 
 
 class Observer:
     """Forward pre-hooks on every Linear of `module`; `take` gives the records since the last `take`."""
 
     def __init__(self, module: nn.Module) -> None:
+        self._points: dict[int, list[float]] = {}
         self._seen: dict[str, _Inputs] = {}
+        self._last: tuple[torch.Tensor, int, _Totals] | None = None
         self._handles = [
             child.register_forward_pre_hook(self._hook(name))
             for name, child in module.named_modules()
             if isinstance(child, nn.Linear)
         ]
 
+    def keep_rows(self, points: dict[int, list[float]]) -> None:
+        """Keep these rows of the following calls: {call: positions in 0..1 along its tokens} (sample.py)."""
+        self._points = points
+
     def _hook(self, name: str) -> Callable[[nn.Module, Any], None]:
         def record(_: nn.Module, inputs: Any) -> None:
             x = inputs[0].detach()
-            self._seen.setdefault(name, _Inputs(x.shape[-1], x.device)).add(x.reshape(-1, x.shape[-1]))
+            x = x.reshape(-1, x.shape[-1])
+            seen = self._seen.setdefault(name, _Inputs())
+            seen.add(x, self._totals(inputs[0], x), self._points.get(seen.calls, []))
 
         return record
+
+    def _totals(self, given: torch.Tensor, x: torch.Tensor) -> _Totals:
+        """Of `x` [tokens, in]. Members of a fusion group get one tensor, one after the other: it is measured once."""
+        if self._last and self._last[0] is given and self._last[1] == given._version:
+            return self._last[2]
+        # A NaN keeps its sign bit.
+        patterns = (x.bfloat16().view(torch.int16) & 0x7FFF) >> (7 - MANTISSA_BITS)
+        totals = _Totals(
+            torch.bincount(patterns.flatten(), minlength=BINS),
+            x.float().square().sum(0, dtype=torch.float64),
+            x.abs().amax(0).float(),
+        )
+        self._last = (given, given._version, totals)
+        return totals
 
     def take(self) -> dict[str, LayerInputs]:
         """The records by layer name; the next ones start from nothing."""
         records = {name: inputs.record() for name, inputs in self._seen.items()}
         self._seen.clear()
+        self._last = None
         return records
 
     def remove(self) -> None:
@@ -45,38 +73,32 @@ class Observer:
 
 
 class _Inputs:
-    """Running totals of one Linear's inputs, on the device they are computed on."""
+    """Running totals of one Linear's inputs. Nothing is read back from the device before `record`."""
 
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self._amax = 0.0
+    def __init__(self) -> None:
+        self.calls = 0
         self._tokens = 0
-        self._histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
-        self._squares = torch.zeros(channels, dtype=torch.float64, device=device)
-        self._channels = torch.zeros(channels, device=device)
+        self._totals: _Totals | None = None
         self._rows: list[torch.Tensor] = []
 
-    def add(self, x: torch.Tensor) -> None:
-        """`x` [tokens, channels], as the Linear gets it."""
-        magnitude = x.abs()
-        channels = magnitude.amax(0).float()
-        largest = channels.amax().item()
-        self._amax = self._amax if math.isnan(self._amax) or self._amax >= largest else largest
-        # A NaN keeps its sign bit.
-        patterns = (magnitude.bfloat16().view(torch.int16) & 0x7FFF) >> (7 - MANTISSA_BITS)
-        self._histogram += torch.bincount(patterns.flatten().int(), minlength=BINS)
-        self._squares += x.float().square().sum(0, dtype=torch.float64)
-        self._channels = torch.maximum(self._channels, channels)
-        # Another token at every call, so that the sample covers the picture and the prompt; the factor is prime.
-        self._rows.append(x[7919 * len(self._rows) % len(x)].bfloat16().cpu())
+    def add(self, x: torch.Tensor, totals: _Totals, positions: list[float]) -> None:
+        """`x` [tokens, in], as the Linear gets it, with its totals; the rows at `positions` are kept."""
+        self.calls += 1
         self._tokens += len(x)
+        if self._totals is None:
+            self._totals = _Totals(*(total.clone() for total in totals))
+        else:
+            self._totals.histogram.add_(totals.histogram)
+            self._totals.square_sum.add_(totals.square_sum)
+            # torch.maximum keeps a NaN, so one that was seen once is reported.
+            torch.maximum(self._totals.channel_amax, totals.channel_amax, out=self._totals.channel_amax)
+        if positions:
+            self._rows.append(x[sorted({int(position * len(x)) for position in positions})].bfloat16())
 
     def record(self) -> LayerInputs:
-        chosen = np.linspace(0, len(self._rows) - 1, min(ROWS_A_PROMPT, len(self._rows))).round().astype(int)
-        return LayerInputs(
-            self._amax,
-            self._tokens,
-            self._histogram.cpu().numpy(),
-            self._squares.cpu().numpy(),
-            self._channels.cpu().numpy(),
-            torch.stack([self._rows[i] for i in chosen]).float().numpy(),
+        assert self._totals is not None
+        histogram, square_sum, channel_amax = (total.cpu().numpy() for total in self._totals)
+        rows = (
+            torch.cat(self._rows).float().cpu().numpy() if self._rows else np.empty((0, len(channel_amax)), np.float32)
         )
+        return LayerInputs(float(channel_amax.max()), self._tokens, histogram, square_sum, channel_amax, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,18 @@ def place(checkpoint: Checkpoint, placement: Placement) -> Any:
     return pipeline
 
 
-def _available_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise BuildError("/proc/meminfo does not say how much memory is available")
+def _available_memory(system: Path = Path("/")) -> int:
+    """What this process can still take: MemAvailable, or less where its control group (cgroup v2) has a limit."""
+    meminfo = (system / "proc/meminfo").read_text()
+    found = re.search(r"^MemAvailable: +(\d+) kB$", meminfo, re.MULTILINE)
+    if found is None:
+        raise BuildError("/proc/meminfo does not say how much memory is available")
+    available, group = int(found[1]) * 1024, system / "sys/fs/cgroup"
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        return available
+    return min(available, limit - used)
 
 
 class _Files(Mapping[str, torch.Tensor]):

@@ -11,6 +11,7 @@ import numpy as np
 MANTISSA_BITS = 5
 BINS = 1 << (8 + MANTISSA_BITS)
 ROWS = 64
+"""Rows kept of a layer's inputs over a whole calibration."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,8 @@ class LayerInputs:
 
 
 def merge(records: list[LayerInputs]) -> LayerInputs:
-    """The record of all prompts, from one a prompt; of their rows, ROWS evenly chosen ones."""
+    """The record of all the passes that `records` are of; their rows follow one another."""
     amaxes = [record.amax for record in records]
-    rows = np.concatenate([record.rows for record in records])
-    chosen = np.linspace(0, len(rows) - 1, min(ROWS, len(rows))).round().astype(int)
     return LayerInputs(
         # max() may drop a NaN; it must be reported.
         amax=math.nan if any(map(math.isnan, amaxes)) else max(amaxes),
@@ -47,7 +46,7 @@ def merge(records: list[LayerInputs]) -> LayerInputs:
         histogram=np.sum([record.histogram for record in records], axis=0),
         square_sum=np.sum([record.square_sum for record in records], axis=0),
         channel_amax=np.max([record.channel_amax for record in records], axis=0),
-        rows=rows[chosen],
+        rows=np.concatenate([record.rows for record in records]),
     )
 
 

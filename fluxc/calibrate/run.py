@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ from fluxc.calibrate.file import Origin, Records, read_calibration, write_calibr
 from fluxc.calibrate.observe import Observer
 from fluxc.calibrate.placement import Placement, place
 from fluxc.calibrate.records import merge
+from fluxc.calibrate.sample import sample_points
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.errors import BuildError
+from fluxc.errors import BuildError, FluxError
 from fluxc.progress import Report
 from fluxc.reference import Drawing, draw
 
@@ -22,37 +22,51 @@ def calibrate(
     checkpoint: Checkpoint,
     prompts: list[str],
     drawing: Drawing,
+    branches: int,
     origin: Origin,
     placement: Placement,
     work: Path,
     on_progress: Report | None = None,
 ) -> Records:
-    """The records over all prompts, steps and guidance branches, in bfloat16 as the model is served.
+    """The records over all prompts, steps and `branches` guidance branches, in bfloat16 as the model is served.
 
     Prompt i starts from the runtime's noise for `drawing.seed` + i. Each prompt's records are kept below `work` as soon as
-    they are complete, and a later call with the same `work` reads them; `work` is removed in the end.
+    they are complete, and a later call with the same `work` reads them; the caller removes `work` once it has kept the result.
     """
     work.mkdir(parents=True, exist_ok=True)
+    kept = [work / f"prompt-{number:05}.safetensors" for number in range(len(prompts))]
+    calls = {"transformer": drawing.steps * branches, "text_encoder": branches}
     pipeline: Any = None
     observers: dict[str, Observer] = {}
     for number, prompt in enumerate(prompts):
-        kept = work / f"prompt-{number:05}.safetensors"
-        if not kept.exists():
+        if not _is_complete(kept[number]):
             if pipeline is None:
                 pipeline = place(checkpoint, placement)
                 observers = {name: Observer(getattr(pipeline, name)) for name in OBSERVED}
+            for name, observer in observers.items():
+                observer.keep_rows(sample_points(number, len(prompts), calls[name]))
             picture = draw(pipeline, checkpoint, prompt, drawing.of_prompt(number))
             if picture.max() == picture.min():
                 raise BuildError(
                     f"calibration: the model draws one flat colour for {prompt!r}; "
                     "the checkpoint is damaged, or guidance and steps do not suit it"
                 )
-            write_calibration(kept, origin, {name: observer.take() for name, observer in observers.items()})
+            write_calibration(kept[number], origin, {name: observer.take() for name, observer in observers.items()})
         if on_progress:
             on_progress(number + 1, len(prompts), f"{number + 1}/{len(prompts)} prompts")
-    parts = [read_calibration(work / f"prompt-{number:05}.safetensors").records for number in range(len(prompts))]
-    records = {
-        name: {layer: merge([part[name][layer] for part in parts]) for layer in parts[0][name]} for name in OBSERVED
-    }
-    shutil.rmtree(work)
+    records: Records = {name: {} for name in OBSERVED}
+    for path in kept:
+        of_prompt = read_calibration(path).records
+        for name, layers in records.items():
+            for layer, record in of_prompt[name].items():
+                layers[layer] = merge([layers[layer], record]) if layer in layers else record
     return records
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a prompt's records are there; one that a failing disk cut short is measured again."""
+    try:
+        read_calibration(path)
+    except FluxError:
+        return False
+    return True
