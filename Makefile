@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.done
+SETUP_TESTS := .venv/.done-tests
 # PIP_CONSTRAINT also reaches the build environments of packages, which -c does not.
 PIP_INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test lint check clean
+.PHONY: setup setup-tests demo test lint check clean
 
 setup: $(SETUP)
 
@@ -14,8 +15,15 @@ $(SETUP): pyproject.toml runtime/pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("fluxc needs Python 3.11 or later, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) torch==2.13.0
-	$(PIP_INSTALL) -e ./runtime -e ".[test,lint]"
+	$(PIP_INSTALL) -e ./runtime -e .
 	touch $(SETUP)
+
+# The witnesses of the tests stay out of the way of `make demo`: diffusers imports torchao wherever it is, with warnings.
+setup-tests: $(SETUP_TESTS)
+
+$(SETUP_TESTS): $(SETUP)
+	$(PIP_INSTALL) -e ./runtime -e ".[test,lint]"
+	touch $(SETUP_TESTS)
 
 demo: setup
 	$(BIN)/fluxc build recipes/flux2-nano.yaml
@@ -26,10 +34,10 @@ demo: setup
 	  --prompt "a small white ring at the bottom left on a purple background"
 	@echo "The four pictures are artifacts/demo-0.png to demo-3.png; the report is artifacts/flux2-nano-nvfp4/report/index.html"
 
-test: setup
+test: setup-tests
 	$(BIN)/python -m pytest
 
-lint: setup
+lint: setup-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -27,6 +27,7 @@ QUICK = (
     "calibration.prompts=../tests/data/two-prompts.txt",
     "fidelity.prompts=../tests/data/two-prompts.txt",
     "sampling.steps=3",
+    "precision.transformer.scales=max",
     "gates={}",
 )
 

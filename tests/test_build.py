@@ -143,14 +143,14 @@ def test_killed_at_every_stage_ends_with_the_same_bytes(quick_bundle: Path, tmp_
     assert [p for p in cache.iterdir() if p.is_dir() and p.name.startswith(".")] == []
 
 
-def test_quantized_tensors_equal_modelopt_bit_for_bit(nano_bundle: Path) -> None:
+def test_quantized_tensors_equal_modelopt_bit_for_bit(quick_bundle: Path) -> None:
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
     from conftest import NANO
 
-    ours = load_file(nano_bundle / "transformer" / "diffusion_pytorch_model.safetensors")
+    ours = load_file(quick_bundle / "transformer" / "diffusion_pytorch_model.safetensors")
     source = load_file(NANO / "transformer" / "diffusion_pytorch_model.safetensors")
-    layers = [layer for layer in open_bundle(nano_bundle).manifest.precision if layer.component == "transformer"]
+    layers = [layer for layer in open_bundle(quick_bundle).manifest.precision if layer.component == "transformer"]
     groups: dict[str, list[str]] = {}
     for layer in layers:
         groups.setdefault(layer.group or layer.name, []).append(layer.name)

@@ -1,0 +1,165 @@
+"""`keep: auto`: costs are measured on the model itself, the choice is the best under its budget, and it beats the presets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
+from fluxc.calibrate.sensitivity import GroupCost, choose, output_error, quantized, record_states
+from fluxc.checkpoint.flux2 import transformer_linears
+from fluxc.checkpoint.source import open_checkpoint
+from fluxc.errors import RecipeError
+from fluxc.quantize import nvfp4
+from fluxc.quantize.plan import precision_plan
+from fluxc.quantize.presets import PRESETS
+from fluxc.recipe import ComponentPrecision, load_recipe
+from fluxc.reference import Drawing, load_pipeline
+from fluxrt.bundle import open_bundle
+
+DRAWING = Drawing((64, 64), 3, 1.5, 0, 32, (9, 18, 27))
+PROMPTS = ["a small red ring at the top on a blue background", "a large green cross at the left on a black background"]
+
+
+def test_the_choice_is_the_best_one_within_the_budget() -> None:
+    generator = np.random.default_rng(0)
+    for budget in (0, 7, 20, 45, 1000):
+        costs = [GroupCost((str(i),), int(generator.integers(1, 20)), float(generator.random())) for i in range(9)]
+        every = [c for n in range(10) for c in itertools.combinations(range(9), n)]
+        allowed = [c for c in every if sum(costs[i].parameters for i in c) <= budget]
+        best = max(sum(costs[i].cost for i in c) for c in allowed)
+        chosen = choose(costs, budget)
+        assert sum(costs[i].parameters for i in chosen) <= budget
+        assert sum(costs[i].cost for i in chosen) == pytest.approx(best)
+
+
+def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:
+    checkpoint = open_checkpoint(str(NANO), None, NANO)
+    pipeline = load_pipeline(checkpoint, torch.float32)
+    model = pipeline.transformer
+    states = record_states(pipeline, checkpoint, PROMPTS, DRAWING, branches=2)
+    assert len(states) == 6
+    assert output_error(model, states, DRAWING.guidance) == 0
+    plan = precision_plan(
+        "transformer", transformer_linears(checkpoint.components["transformer"].config), ComponentPrecision("nvfp4")
+    )
+    group = [entry for entry in plan if entry.layer.group == "transformer_blocks.1.attn.to_qkv"]
+    assert len(group) == 3
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors = checkpoint.components["transformer"].tensors
+    errors = {}
+    for rounded in (False, True):
+        with quantized(model, tensors, group, {e.layer.name: 8.0 for e in group}, "max", rounded):
+            shared = torch.cat([before[f"{e.layer.name}.weight"].flatten() for e in group]).abs().amax()
+            for entry in group:
+                weight = before[f"{entry.layer.name}.weight"]
+                expected = nvfp4.dequantize(*nvfp4.quantize(weight, nvfp4.tensor_scale(shared)))
+                module = model.get_submodule(entry.layer.name)
+                assert torch.equal(module.weight, expected)
+                x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+                seen = nvfp4.fake_quantize(x, torch.tensor(8.0 / 2688)) if rounded else x
+                assert torch.equal(module(x), torch.nn.functional.linear(seen, expected))
+            errors[rounded] = output_error(model, states, DRAWING.guidance)
+    assert 0 < errors[False] < errors[True] < 0.1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def mean_error(bundle: Path) -> float:
+    """Root mean square over held-out prompts and steps of the velocity's relative error."""
+    prompts = json.loads((bundle / "report" / "report.json").read_text())["targets"]["onnxruntime-nvfp4"]["prompts"]
+    return float(np.sqrt(np.mean(np.square([prompt["step_error"] for prompt in prompts]))))
+
+
+def kept_share(bundle: Path) -> float:
+    layers = [layer for layer in open_bundle(bundle).manifest.precision if layer.component == "transformer"]
+    sizes = {kept: sum(np.prod(x.shape) for x in layers if (x.format == "bf16") == kept) for kept in (True, False)}
+    return float(sizes[True] / (sizes[True] + sizes[False]))
+
+
+HELD_OUT = ("targets=[{kind: onnxruntime, activations: nvfp4}]", "sampling.steps=6", "gates={}")
+
+
+def held_out_build(workshop: Path, name: str, precision: str) -> Path:
+    return compile_into(workshop / name, *HELD_OUT, f"precision.transformer={precision}")
+
+
+def test_it_beats_every_preset_of_equal_size_on_held_out_prompts(workshop: Path) -> None:
+    presets = {
+        name: held_out_build(workshop, name, f"{{default: nvfp4, preset: {name}}}")
+        for name in ("modelopt-flux2", "nvidia-blog")
+    }
+    # On flux2-nano, trtllm-auto keeps what modelopt-flux2 keeps.
+    assert set(presets) | {"trtllm-auto"} == set(PRESETS)
+    for name, bundle in presets.items():
+        share = kept_share(bundle)
+        auto = held_out_build(
+            workshop, f"auto-{name}", f"{{default: nvfp4, keep: auto, budget: {{share: {share + 1e-9}}}}}"
+        )
+        assert kept_share(auto) <= share + 1e-9
+        assert mean_error(auto) < mean_error(bundle), name
+
+
+@pytest.fixture(scope="module")
+def auto_bundle(workshop: Path) -> Path:
+    return compile_into(
+        workshop / "auto", *QUICK, "precision.transformer={default: nvfp4, keep: auto, budget: {share: 0.1}}"
+    )
+
+
+def sensitivity(bundle: Path) -> dict[str, Any]:
+    return json.loads((bundle / "report" / "report.json").read_text())["sensitivity"]
+
+
+def test_the_bundle_says_what_was_kept_and_why(auto_bundle: Path) -> None:
+    measured = sensitivity(auto_bundle)
+    layers = {x.name: x for x in open_bundle(auto_bundle).manifest.precision if x.component == "transformer"}
+    assert sorted(name for group in measured["ranking"] for name in group["layers"]) == sorted(layers)
+    for rank, group in enumerate(measured["ranking"], start=1):
+        for name in group["layers"]:
+            assert (layers[name].format == "bf16") == group["kept"]
+            if group["kept"]:
+                assert layers[name].rule == f"keep auto: rank {rank}, error alone {group['error_alone']}"
+    by_parameter = [group["error_alone"] ** 2 / group["parameters"] for group in measured["ranking"]]
+    assert all(a >= b * 0.999 for a, b in itertools.pairwise(by_parameter))
+    assert measured["inputs_rounded"]
+    assert 0 < measured["share_kept"] <= 0.1
+    assert measured["error"] < measured["error_all_quantized"]
+    assert "What keep: auto measured" in (auto_bundle / "report" / "index.html").read_text()
+
+
+def test_a_second_build_measures_nothing_and_another_budget_measures_again(auto_bundle: Path) -> None:
+    progress = RecordingProgress()
+    change = "precision.transformer={default: nvfp4, keep: auto, budget: {share: 0.1}}"
+    compile_into(auto_bundle, *QUICK, change, progress=progress)
+    assert progress.ran == ["hash checkpoint"]
+
+
+def test_an_error_budget_keeps_only_what_it_takes(auto_bundle: Path, workshop: Path) -> None:
+    allowed = sensitivity(auto_bundle)["error_all_quantized"] * 0.7
+    change = f"precision.transformer={{default: nvfp4, keep: auto, budget: {{error: {allowed}}}}}"
+    bundle = compile_into(workshop / "auto-error", *QUICK, change)
+    assert sensitivity(bundle)["error"] <= allowed * 1.001
+    assert 0 < sensitivity(bundle)["share_kept"] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("precision.transformer={default: nvfp4, keep: auto}", r"budget: goes with `keep: auto`"),
+        ("precision.transformer={default: nvfp4, budget: {share: 0.1}}", r"budget: goes with `keep: auto`"),
+        ("precision.transformer={keep: auto, budget: {}}", "give either share or error"),
+        ("precision.transformer={keep: auto, budget: {share: 0.1, error: 0.1}}", "give either share or error"),
+        ("precision.transformer={keep: auto, budget: {share: 1.5}}", "more than 0 and less than 1"),
+        ("precision.text_encoder={keep: auto, budget: {share: 0.1}}", "auto measures the transformer"),
+        ("precision.transformer.keep=automatic", "keep"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(change: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(RECIPE, (change,))
