@@ -3,8 +3,9 @@
     python benchmarks/quantize.py                    # on the CPU, every core torch takes
     python benchmarks/quantize.py --device cuda
 
-Contenders take turns, so that a busy moment of the machine hits them all; times are medians over the rounds. The first turn
-of each, which warms it up, is not timed: its codes and block scales are compared with fluxc's.
+Contenders take turns, so that a busy moment of the machine hits them all, and repeat quick calls within a turn, so that
+threads of the one before have gone to sleep; times are medians over calls, then rounds. The first turn of each, which warms
+it up, is not timed: its codes and block scales are compared with fluxc's.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ KLEIN_4B = {
     "guidance_embeds": False,
 }
 BASE, COPY = "fluxc max", "copy"
+TURN = 0.2
 
 Tensors = tuple[torch.Tensor, torch.Tensor]
 """Codes uint8 [out, in/2], low nibble first, and block scales float8_e4m3fn [out, in/16], row-major."""
@@ -204,11 +206,15 @@ def race(quantizers: dict[str, Callable], weights: list[torch.Tensor], rounds: i
 
 
 def timed(quantize: Callable, weight: torch.Tensor) -> float:
-    synchronize(weight)
-    start = time.perf_counter()
-    quantize(weight)
-    synchronize(weight)
-    return time.perf_counter() - start
+    """Median seconds of the calls that fit into TURN, or of one that does not."""
+    seconds: list[float] = []
+    while sum(seconds) < TURN:
+        synchronize(weight)
+        start = time.perf_counter()
+        quantize(weight)
+        synchronize(weight)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def synchronize(weight: torch.Tensor) -> None:

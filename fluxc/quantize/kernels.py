@@ -319,13 +319,15 @@ def encode(weights, scales, table, codes):
     `scales` uint8 [rows, blocks] picks a row of `table` (see threshold_table) for every columns/blocks elements.
     """
     rows, columns = weights.shape
-    groups = columns // LANES
-    share = groups // scales.shape[1]
+    blocks = scales.shape[1]
+    block = columns // blocks
     flat_weights, flat_table, flat_codes = weights.reshape(-1), table.reshape(-1), codes.reshape(-1)
     for row in prange(rows):
-        for k in range(groups):
-            at = row * columns + k * LANES
-            _store_codes(flat_weights, at, flat_table, np.int64(scales[row, k // share]) * 8, flat_codes, at // 2)
+        for k in range(blocks):
+            limits = np.int64(scales[row, k]) * 8
+            first = row * columns + k * block
+            for at in range(first, first + block, LANES):
+                _store_codes(flat_weights, at, flat_table, limits, flat_codes, at // 2)
 
 
 @njit(parallel=True, nogil=True, cache=True)
