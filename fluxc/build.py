@@ -46,9 +46,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         stages.check_prompts(loaded, source, prompting)
         if only == "graphs":
             return None
-        quantizes = any(entry.format != "bf16" for plan in source.plans.values() for entry in plan)
         calibration = None
-        if quantizes or only == "calibrate":
+        if source.quantizes or only == "calibrate":
             calibration = stages.run_calibration(cache, loaded, source, digests)
         if only == "calibrate":
             return None
@@ -96,7 +95,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             )
             fidelity = _run_fidelity(cache, loaded, source, staging, manifest, weights, sensitivity, held_out)
             figures = json.loads((fidelity / "report" / "report.json").read_text())
-            snr = {layer["name"]: layer["snr_db"] for layer in figures["layers"]}
+            snr = {layer["name"]: layer["snr_db"] for layer in figures["layers"] if layer["snr_db"] is not None}
             check_gates(recipe.gates, snr, figures["targets"])
             if only == "fidelity":
                 return None

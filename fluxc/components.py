@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxc.checkpoint.safetensors_file import TensorRef, read_header
-from fluxc.checkpoint.source import Checkpoint, Component
+from fluxc.checkpoint.source import HF_QUANT_CONFIG, QUANTIZATION, Checkpoint, Component
 from fluxc.errors import CheckpointError
 from fluxc.quantize.formats import BLOCK
 from fluxc.quantize.plan import LayerPlan
@@ -58,7 +58,8 @@ def write_small_files(
         target = folder / name
         target.mkdir()
         for file in small_files(component):
-            (target / file.name).write_bytes(file.read_bytes())
+            if file.name != HF_QUANT_CONFIG:
+                (target / file.name).write_bytes(file.read_bytes())
         if name not in WEIGHTS_FILE:
             continue
         config = _without_machine(component.config)
@@ -70,39 +71,57 @@ def write_small_files(
             config["tie_word_embeddings"] = True
         quantization = quantization_config(plans.get(name, []))
         if quantization:
-            config["quantization_config"] = quantization
+            config[QUANTIZATION] = quantization
         _write_json(target / "config.json", config)
 
 
 def quantization_config(plan: list[LayerPlan]) -> dict[str, Any] | None:
     """ModelOpt's `quantization_config` for a plan: its algorithm, the layers left in bf16, formats by layer when mixed."""
-    formats = {entry.format for entry in plan} - {"bf16"}
-    if not formats:
+    kinds = sorted({_kind(entry) for entry in plan if entry.format != "bf16"}, reverse=True)
+    if not kinds:
         return None
-    algorithms = {"nvfp4": "NVFP4", "fp8": "FP8"}
-    schemes = {
-        "nvfp4": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK},
-        "fp8": {"dynamic": False, "num_bits": 8, "type": "float"},
-    }
     config: dict[str, Any] = {
         "config_groups": {
-            f"group_{number}": {
-                "input_activations": schemes[format],
-                "weights": schemes[format],
-                "targets": ["Linear"] if len(formats) == 1 else [e.layer.name for e in plan if e.format == format],
-            }
-            for number, format in enumerate(sorted(formats))
+            f"group_{number}": _config_group(
+                *kind, ["Linear"] if len(kinds) == 1 else [e.layer.name for e in plan if _kind(e) == kind]
+            )
+            for number, kind in enumerate(kinds)
         },
         "ignore": [entry.layer.name for entry in plan if entry.format == "bf16"],
-        "quant_algo": algorithms[next(iter(formats))] if len(formats) == 1 else "MIXED_PRECISION",
+        "quant_algo": kinds[0][0] if len(kinds) == 1 else "MIXED_PRECISION",
         "producer": {"name": "fluxc"},
         "quant_method": "modelopt",
     }
-    if len(formats) > 1:
+    if len(kinds) > 1:
         config["quantized_layers"] = {
-            entry.layer.name: {"quant_algo": algorithms[entry.format]} for entry in plan if entry.format != "bf16"
+            entry.layer.name: {"quant_algo": _algorithm(entry)} for entry in plan if entry.format != "bf16"
         }
     return config
+
+
+def _algorithm(entry: LayerPlan) -> str:
+    """ModelOpt's name for how a layer is quantized."""
+    if entry.low_rank:
+        return "NVFP4_SVD"
+    if "pre_quant_scale" in entry.parts:
+        return "NVFP4_AWQ"
+    return entry.format.upper()
+
+
+def _kind(entry: LayerPlan) -> tuple[str, int]:
+    return _algorithm(entry), entry.low_rank
+
+
+def _config_group(algorithm: str, low_rank: int, targets: list[str]) -> dict[str, Any]:
+    scheme: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    if algorithm != "FP8":
+        scheme |= {"num_bits": 4, "group_size": BLOCK}
+    group: dict[str, Any] = {"input_activations": scheme, "weights": scheme}
+    if algorithm in ("NVFP4_SVD", "NVFP4_AWQ"):
+        group |= {"has_zero_point": False, "pre_quant_scale": True}
+    if low_rank:
+        group["lora_rank"] = low_rank
+    return {**group, "targets": targets}
 
 
 def render_template(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[str, str, int]:

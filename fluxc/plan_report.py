@@ -36,7 +36,7 @@ def preset_figures(source: Source) -> list[PresetFigures]:
     for preset in PRESETS.values():
         planned = source.plans[preset.component]
         layers = [entry.layer for entry in planned]
-        bytes_before = {entry.layer.name: entry.source_bytes for entry in planned}
+        bytes_before = {entry.layer.name: entry.source_bytes for entry in planned if not entry.quantized_in_source}
         precision = ComponentPrecision(default="nvfp4", preset=preset.name)
         plan = precision_plan(preset.component, layers, precision, bytes_before)
         count, parameters, _, _ = summary_by_format(plan)["bf16"]
@@ -103,7 +103,15 @@ def presets_as_json(source: Source) -> list[dict[str, Any]]:
 def _memory(source: Source, component: str, plan: list[LayerPlan]) -> WeightsMemory:
     tensors = kept_tensors(source, component)
     shapes = {name: ref.shape for name, ref in tensors.items()}
-    return weights_memory(shapes, plan, {name: ref.nbytes for name, ref in tensors.items()})
+    stored = {name: ref.nbytes for name, ref in tensors.items()}
+    linears = {linear.name: linear for linear in source.linears(component)}
+    for name, layer in source.quantized.get(component, {}).items():
+        if f"{name}.weight" in tensors:
+            for part in layer.tensors:
+                del shapes[f"{name}.{part}"]
+            shapes[f"{name}.weight"] = (linears[name].out_features, linears[name].in_features)
+            stored[f"{name}.weight"] = layer.nbytes
+    return weights_memory(shapes, plan, stored)
 
 
 def _layer(entry: LayerPlan) -> dict[str, Any]:

@@ -34,12 +34,17 @@ class Drawing:
 def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, **components: Any) -> Any:
     """diffusers' pipeline for `checkpoint`, unmodified, with its weights in `dtype`; progress bars off.
 
-    `components` are taken in place of those of the checkpoint.
+    `components` are taken in place of those of the checkpoint. A component that it holds quantized is loaded dequantized.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import diffusers
     import transformers
 
+    from fluxc.checkpoint.dequantized import load_dequantized
+
+    for name in ("transformer", "text_encoder"):
+        if name not in components and checkpoint.components[name].quantization is not None:
+            components[name] = load_dequantized(checkpoint.components[name], dtype)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():

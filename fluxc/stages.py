@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from fluxc.checkpoint.flux2 import (
     transformer_tensors,
     uses_guidance_branches,
 )
+from fluxc.checkpoint.quantized import SourceLayer, as_stored, quantized_layers
 from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.checkpoint.source import WEIGHTED, Checkpoint, check_tensors, open_checkpoint
 from fluxc.components import WEIGHTS_FILE, small_files, weights_entry, weights_files, weights_tensors
@@ -57,6 +59,20 @@ class Source:
     guidance_branches: bool
     text_layers_kept: int
     plans: dict[str, list[LayerPlan]]
+    quantized: dict[str, dict[str, SourceLayer]]
+    """By component, the layers that the checkpoint holds quantized already."""
+
+    def linears(self, component: str) -> list[Linear]:
+        """Every Linear that the checkpoint has of `component`."""
+        config = self.checkpoint.components[component].config
+        if component == "text_encoder":
+            return text_linears(config, config["num_hidden_layers"])
+        return transformer_linears(config) if component == "transformer" else []
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether there is a layer that a build quantizes itself, for which its inputs must have been measured."""
+        return any(e.format != "bf16" and not e.quantized_in_source for plan in self.plans.values() for e in plan)
 
     @property
     def unused(self) -> dict[str, tuple[str, ...]]:
@@ -71,33 +87,46 @@ def read_source(loaded: LoadedRecipe) -> Source:
     checkpoint = open_checkpoint(recipe.model.source, recipe.model.revision, loaded.folder)
     family = family_of(checkpoint)
     transformer, encoder = checkpoint.components["transformer"], checkpoint.components["text_encoder"]
-    check_tensors(transformer, transformer_tensors(transformer.config))
+    text_layers = encoder.config["num_hidden_layers"]
+    quantized = {
+        "transformer": quantized_layers(transformer, transformer_linears(transformer.config)),
+        "text_encoder": quantized_layers(encoder, text_linears(encoder.config, text_layers)),
+    }
+    check_tensors(transformer, as_stored(transformer_tensors(transformer.config), quantized["transformer"]))
     kept = kept_text_layers(family, encoder.config)
-    every_layer = text_tensors(encoder.config, encoder.config["num_hidden_layers"])
+    every_layer = as_stored(text_tensors(encoder.config, text_layers), quantized["text_encoder"])
     check_tensors(encoder, every_layer, ignored=("lm_head.",))
     check_sizes(checkpoint, recipe.sizes)
     layers: dict[str, list[Linear]] = {
         "transformer": transformer_linears(transformer.config),
         "text_encoder": text_linears(encoder.config, family.text_layers[-1]),
     }
-    plans = {name: _plan(recipe, checkpoint, name, linears) for name, linears in layers.items()}
-    return Source(checkpoint, family, uses_guidance_branches(checkpoint), kept, plans)
+    plans = {name: _plan(recipe, checkpoint, name, linears, quantized[name]) for name, linears in layers.items()}
+    return Source(checkpoint, family, uses_guidance_branches(checkpoint), kept, plans, quantized)
 
 
 def _plan(
-    recipe: Recipe, checkpoint: Checkpoint, component: str, layers: list[Linear], auto: dict[str, str] | None = None
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    component: str,
+    layers: list[Linear],
+    in_source: Mapping[str, SourceLayer],
+    auto: dict[str, str] | None = None,
 ) -> list[LayerPlan]:
     tensors = checkpoint.components[component].tensors
     source_bytes = {layer.name: tensors[f"{layer.name}.weight"].nbytes for layer in layers}
-    return precision_plan(component, layers, getattr(recipe.precision, component), source_bytes, auto)
+    return precision_plan(component, layers, getattr(recipe.precision, component), source_bytes, auto, in_source)
 
 
 def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
     """The tensors a bundle stores of `component`: all, but of the text encoder only the layers that are needed."""
     part = source.checkpoint.components[component]
+    quantized = source.quantized.get(component, {})
+    parts = {f"{name}.{key}": ref for name, layer in quantized.items() for key, ref in layer.tensors.items()}
+    tensors = {**part.tensors, **parts}
     if component != "text_encoder":
-        return part.tensors
-    return {name: part.tensors[name] for name in text_tensors(part.config, source.text_layers_kept)}
+        return tensors
+    return {name: tensors[name] for name in as_stored(text_tensors(part.config, source.text_layers_kept), quantized)}
 
 
 def checkpoint_digests(checkpoint: Checkpoint, cache: StageCache, report: Report) -> dict[str, dict[str, str]]:
@@ -242,7 +271,8 @@ def with_auto(loaded: LoadedRecipe, source: Source, sensitivity: Path) -> Source
         if group["kept"]
     }
     layers = [entry.layer for entry in source.plans["transformer"]]
-    plan = _plan(loaded.recipe, source.checkpoint, "transformer", layers, chosen)
+    in_source = source.quantized["transformer"]
+    plan = _plan(loaded.recipe, source.checkpoint, "transformer", layers, in_source, chosen)
     return replace(source, plans={**source.plans, "transformer": plan})
 
 
@@ -291,6 +321,12 @@ def run_weights(
                 "output_snr_db": None if r.output_snr_db is None else round(r.output_snr_db, 2),
             }
             for r in written
+        ]
+        # No original to compare with, so their errors are not known.
+        layers += [
+            {"name": e.layer.name, "format": e.format, "scales": None, "snr_db": None, "output_snr_db": None}
+            for e in plan
+            if e.quantized_in_source
         ]
         (folder / "layers.json").write_text(json.dumps(layers))
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fluxc.checkpoint.safetensors_file import TensorRef
-from fluxc.checkpoint.source import Checkpoint, Component
+from fluxc.checkpoint.dequantized import PlainTensors, empty_model, weights_bytes
+from fluxc.checkpoint.source import Checkpoint
 from fluxc.errors import BuildError
 from fluxc.reference import load_pipeline
 
 # Left free for activations and the allocator.
 ROOM = 0.8
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def find_placement(checkpoint: Checkpoint, device: str) -> Placement:
         raise BuildError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or install torch for CUDA")
     gpu = torch.cuda.mem_get_info()[0] if device != "cpu" and torch.cuda.is_available() else None
     weights = {
-        name: sum(2 * math.prod(ref.shape) for ref in part.tensors.values())
+        name: weights_bytes(part)
         for name, part in checkpoint.components.items()
         if name in ("transformer", "text_encoder", "vae")
     }
@@ -87,44 +84,16 @@ def _available_memory(system: Path = Path("/")) -> int:
     return min(available, limit - used)
 
 
-class _Files(Mapping[str, torch.Tensor]):
-    """A component's weights, read in bfloat16 from its files whenever they are asked for."""
-
-    def __init__(self, component: Component) -> None:
-        self._tensors: dict[str, TensorRef] = dict(component.tensors)
-        if "lm_head.weight" not in self._tensors and "model.embed_tokens.weight" in self._tensors:
-            # Tied in the checkpoint, but accelerate looks every parameter up by its own name.
-            self._tensors["lm_head.weight"] = self._tensors["model.embed_tokens.weight"]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        ref = self._tensors[name]
-        data = torch.from_numpy(ref.bytes_view().copy()).view(DTYPES[ref.dtype])
-        return data.reshape(ref.shape).bfloat16()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
 def _read_by_layer(checkpoint: Checkpoint, device: torch.device) -> Any:
     import accelerate
-    import diffusers
-    import transformers
 
     parts = {}
-    for name, library in (("transformer", diffusers), ("text_encoder", transformers)):
+    for name in ("transformer", "text_encoder"):
         component = checkpoint.components[name]
-        model_class = getattr(library, component.class_name)
-        with accelerate.init_empty_weights(include_buffers=False):
-            if library is diffusers:
-                model = model_class.from_config(component.config)
-            else:
-                model = model_class(model_class.config_class.from_dict(component.config))
+        model = empty_model(component)
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-        accelerate.cpu_offload(model.eval(), execution_device=device, state_dict=_Files(component))
+        accelerate.cpu_offload(model, execution_device=device, state_dict=PlainTensors(component, torch.bfloat16))
         parts[name] = model
     pipeline = load_pipeline(checkpoint, torch.bfloat16, **parts)
     # diffusers takes the first component that accelerate does not manage for the device everything runs on.

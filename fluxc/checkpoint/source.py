@@ -12,6 +12,8 @@ from fluxc.checkpoint.safetensors_file import TensorRef, read_header
 from fluxc.errors import CheckpointError
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
+QUANTIZATION = "quantization_config"
+HF_QUANT_CONFIG = "hf_quant_config.json"
 WEIGHTED = ("transformer", "text_encoder", "vae")
 
 
@@ -26,11 +28,22 @@ class Component:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The parsed config.json (or scheduler/tokenizer config)."""
+        """The parsed config.json (or scheduler/tokenizer config), without what it says of quantization."""
         for file in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
             if (self.folder / file).is_file():
-                return read_json(self.folder / file)
+                config = read_json(self.folder / file)
+                return {key: value for key, value in config.items() if key != QUANTIZATION}
         raise CheckpointError(f"{self.folder}: no config file; the checkpoint is incomplete")
+
+    @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        """What config.json, or else ModelOpt's hf_quant_config.json, says of quantization; None if neither does."""
+        for file, key in (("config.json", QUANTIZATION), (HF_QUANT_CONFIG, "quantization")):
+            if (self.folder / file).is_file() and (said := read_json(self.folder / file).get(key)):
+                if not isinstance(said, dict):
+                    raise CheckpointError(f"{self.folder / file}: {key} is not a mapping; use the file as exported")
+                return said
+        return None
 
     @cached_property
     def weight_files(self) -> list[Path]:

@@ -11,7 +11,7 @@ from fluxc.recipe import Gates
 def check_gates(gates: Gates, layer_snr_db: dict[str, float], targets: dict[str, dict[str, Any]]) -> None:
     """Raise GateError naming every figure that misses its gate.
 
-    `layer_snr_db` holds every quantized layer's weight SNR, `targets` each target's figures (see compare_target).
+    `layer_snr_db` holds the weight SNR of the layers the build quantized, `targets` figures by target (see compare_target).
     """
     # Written as "not at least", so that a NaN misses its gate.
     misses = []

@@ -8,7 +8,9 @@
    every use; then Transpose and MatMul. Half the memory of 3, and slower.
 5. With activations "nvfp4", inputs of nvfp4 layers pass `fluxc::NVFP4FakeQuantize`, and inputs of fp8 layers an E4M3
    QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer.
-6. Every other weight is cast to fp32 if it is stored in 16 bits.
+6. A layer with `pre_quant_scale` (AWQ, SVDQuant) has its input multiplied by it before any rounding, on its own; one with
+   `svdquant_lora_a` and `_b` gets (x a^T) b^T added, x being that product, not rounded.
+7. Every other weight is cast to fp32 if it is stored in 16 bits.
 """
 
 from __future__ import annotations
@@ -147,6 +149,22 @@ class _Lowering:
     def linear(self, x: str, weight: str, output: str) -> None:
         """y = x @ weight.T with `weight` in its planned format."""
         layer = weight.removesuffix(".weight")
+        if f"{layer}.pre_quant_scale" in self._stored:
+            scale = self.full(f"{layer}.pre_quant_scale")
+            x = self._once(("smoothed", x, layer), "Mul", [x, scale], f"{output}/smoothed")
+        if f"{layer}.svdquant_lora_a" not in self._stored:
+            self._product(x, weight, layer, output)
+            return
+        self._product(x, weight, layer, f"{output}/quantized")
+        low = x
+        for factor in ("svdquant_lora_a", "svdquant_lora_b"):
+            name = f"{layer}.{factor}"
+            turned = self._once(("transposed", name), "Transpose", [self.full(name)], f"{name}/transposed", perm=[1, 0])
+            self._graph.node.append(helper.make_node("MatMul", [low, turned], [f"{output}/{factor}"]))
+            low = f"{output}/{factor}"
+        self._graph.node.append(helper.make_node("Add", [f"{output}/quantized", low], [output]))
+
+    def _product(self, x: str, weight: str, layer: str, output: str) -> None:
         planned = self._plan.get(layer)
         if planned is None or planned.format == "bf16":
             dense = self.full(weight)

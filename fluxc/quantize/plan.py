@@ -7,13 +7,19 @@
 5. A decision for one member of a fusion group holds for the whole group (in the order above, earlier before later), and the
    rule says that it was widened.
 6. A pattern that matches no layer is an error.
+
+In a component that the checkpoint holds quantized already, its layers keep their formats, and those it left alone stay bf16
+unless a rule names them: `default` does not apply. A decision that asks a quantized layer for another format is an error.
+Fusion groups whose members it quantized under different scales are dissolved, since no engine can merge them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from fluxc.checkpoint.flux2 import Linear
+from fluxc.checkpoint.quantized import SourceLayer, unmergeable
 from fluxc.errors import RecipeError
 from fluxc.quantize.formats import BLOCK, stored_bytes
 from fluxc.quantize.patterns import matching
@@ -21,6 +27,9 @@ from fluxc.quantize.presets import find_preset, kept_by
 from fluxc.recipe import ComponentPrecision
 
 WIDENED = ", widened to the fusion group"
+IN_SOURCE = "quantized in the checkpoint (modelopt)"
+LEFT_IN_SOURCE = "not quantized in the checkpoint, which is (modelopt); default does not apply"
+APART = ", fusion group dissolved: its scales differ there"
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class LayerPlan:
     """One Linear, its format, and why.
 
     `widened`: the rule matched another member of its fusion group. `quantized_in_source`: the checkpoint holds it in this
-    format already, and its tensors are copied.
+    format already, and its tensors are copied: `parts` names them, `low_rank` is the rank of SVDQuant's factors among them.
     """
 
     component: str
@@ -38,6 +47,8 @@ class LayerPlan:
     source_bytes: int
     widened: bool = False
     quantized_in_source: bool = False
+    parts: tuple[str, ...] = ()
+    low_rank: int = 0
 
     @property
     def parameters(self) -> int:
@@ -56,12 +67,18 @@ def precision_plan(
     precision: ComponentPrecision,
     source_bytes: dict[str, int] | None = None,
     chosen_by_auto: dict[str, str] | None = None,
+    in_source: Mapping[str, SourceLayer] | None = None,
 ) -> list[LayerPlan]:
     """The plan of one component, in the order of `layers`; `source_bytes` holds their bytes in the checkpoint (else bf16).
 
     `chosen_by_auto` is what `keep: auto` came to: layer to the reason; without it, the plan is that of keeping nothing.
-    Raises RecipeError for a pattern that matches nothing and for a format a layer's shape cannot have.
+    `in_source` holds the layers that the checkpoint holds quantized. Raises RecipeError for a pattern that matches nothing,
+    for a format a layer's shape cannot have, and for another format than a layer is quantized in.
     """
+    in_source = in_source or {}
+    apart = unmergeable(layers, in_source)
+    dissolved = {layer.name for layer in layers if layer.group in apart}
+    layers = [replace(layer, group=None) if layer.name in dissolved else layer for layer in layers]
     field = f"precision.{component}"
     names = [layer.name for layer in layers]
     decisions: list[tuple[str, str, set[str]]] = [
@@ -85,23 +102,36 @@ def precision_plan(
     plan = []
     for layer in layers:
         group = members[layer.group or layer.name]
-        chosen: str = precision.default
-        rule = "default"
-        widened = False
+        chosen: str = "bf16" if in_source else precision.default
+        rule = LEFT_IN_SOURCE if in_source else "default"
+        decided = widened = False
         for wanted, label, matched in decisions:
             if matched.intersection(group):
-                chosen = wanted
+                chosen, decided = wanted, True
                 widened = layer.name not in matched
                 rule = f"{label}{WIDENED}" if widened else label
                 break
+        stored = in_source.get(layer.name)
+        if stored is not None:
+            if decided and chosen != stored.format:
+                raise RecipeError(
+                    f"{field}: {rule} asks for {chosen}, but {layer.name} is {stored.format} in the checkpoint, which is not "
+                    f"undone; leave {layer.name!r} out of it, or start from a checkpoint that is not quantized"
+                )
+            rule = IN_SOURCE + (APART if layer.name in dissolved else "")
+            parts = tuple(part for part in stored.tensors)
+            plan.append(
+                LayerPlan(component, layer, stored.format, rule, stored.nbytes, False, True, parts, stored.low_rank)
+            )
+            continue
         if chosen == "nvfp4" and layer.in_features % BLOCK:
             raise RecipeError(
                 f"{field}: {layer.name} has {layer.in_features} inputs, not a multiple of {BLOCK}, so it cannot be "
                 f"nvfp4; add {layer.name!r} to {field}.keep"
             )
         bf16_bytes = 2 * layer.out_features * layer.in_features
-        in_source = (source_bytes or {}).get(layer.name, bf16_bytes)
-        plan.append(LayerPlan(component, layer, chosen, rule, in_source, widened))
+        before = (source_bytes or {}).get(layer.name, bf16_bytes)
+        plan.append(LayerPlan(component, layer, chosen, rule, before, widened))
     return plan
 
 

@@ -192,9 +192,7 @@ def _units(tensors: dict[str, TensorRef], plan: list[LayerPlan]) -> list[list[st
     groups: dict[str, list[str]] = {}
     for entry in plan:
         layer = entry.layer.name
-        parts = (
-            ("input_scale", "weight_scale_2", "weight_scale", "weight") if entry.quantized_in_source else ("weight",)
-        )
+        parts = entry.parts or ("weight",)
         groups.setdefault(entry.layer.group or layer, []).extend(
             f"{layer}.{part}" for part in parts if f"{layer}.{part}" in tensors
         )

@@ -1,0 +1,114 @@
+"""Modules with plain weights from a component that the checkpoint holds quantized: diffusers and transformers do not load it.
+
+A layer's plain weight is (Q + b a) * p: Q its dequantized values, b a SVDQuant's factors, p AWQ's pre_quant_scale, which
+multiplies its inputs, column by column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fluxc.checkpoint.quantized import FORMAT_OF, PARTS
+from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.checkpoint.source import Component
+from fluxc.quantize import fp8, nvfp4
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+class PlainTensors(Mapping[str, torch.Tensor]):
+    """A component's weights as its model has them, read in `dtype` from its files whenever they are asked for."""
+
+    def __init__(self, component: Component, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._stored = component.tensors
+        self._names = {name: name for name in self._stored if not self._is_part(name)}
+        if "lm_head.weight" not in self._names and "model.embed_tokens.weight" in self._names:
+            # Tied in the checkpoint, but loaders look every parameter up by its own name.
+            self._names["lm_head.weight"] = "model.embed_tokens.weight"
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        ref = self._stored[self._names[name]]
+        if ref.dtype not in FORMAT_OF:
+            return read(ref).to(self._dtype)
+        parts = {
+            part: read(self._stored[full]) for part in PARTS if (full := self._beside(ref.name, part)) in self._stored
+        }
+        return plain_weight(read(ref), parts).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _is_part(self, name: str) -> bool:
+        layer, _, part = name.rpartition(".")
+        return part in PARTS and f"{layer}.weight" in self._stored
+
+    @staticmethod
+    def _beside(weight: str, part: str) -> str:
+        return f"{weight.removesuffix('weight')}{part}"
+
+
+def read(ref: TensorRef) -> torch.Tensor:
+    """The tensor as it is stored."""
+    return torch.from_numpy(ref.bytes_view().copy()).view(DTYPES[ref.dtype]).reshape(ref.shape)
+
+
+def plain_weight(weight: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """fp32 [out, in] of a quantized layer: its `weight` as stored, and its other tensors by part."""
+    if weight.dtype == torch.uint8:
+        plain = nvfp4.dequantize(weight, parts["weight_scale"], parts["weight_scale_2"].reshape(()))
+    else:
+        plain = fp8.dequantize(weight, parts["weight_scale"].reshape(()))
+    if "svdquant_lora_a" in parts:
+        plain = plain + parts["svdquant_lora_b"].float() @ parts["svdquant_lora_a"].float()
+    if "pre_quant_scale" in parts:
+        plain = plain * parts["pre_quant_scale"].float()
+    return plain
+
+
+def weights_bytes(component: Component) -> int:
+    """Bytes of the component's plain weights in 16 bits."""
+    return sum(
+        2 * math.prod(ref.shape) * (2 if ref.dtype == "U8" else 1)
+        for name, ref in component.tensors.items()
+        if name.rpartition(".")[2] not in PARTS
+    )
+
+
+def empty_model(component: Component) -> Any:
+    """The component's model by its config, its parameters without data (on the meta device)."""
+    import accelerate
+    import diffusers
+    import transformers
+
+    library = diffusers if component.library == "diffusers" else transformers
+    model_class = getattr(library, component.class_name)
+    with accelerate.init_empty_weights(include_buffers=False):
+        if library is diffusers:
+            model = model_class.from_config(component.config)
+        else:
+            model = model_class(model_class.config_class.from_dict(component.config))
+    return model.eval()
+
+
+def load_dequantized(component: Component, dtype: torch.dtype) -> Any:
+    """The component's model with plain weights in `dtype`; every parameter must be found, and no tensor be left over."""
+    model = empty_model(component)
+    tensors = PlainTensors(component, dtype)
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
+    if getattr(model.config, "tie_word_embeddings", False):
+        model.tie_weights()
+    return model.requires_grad_(False)

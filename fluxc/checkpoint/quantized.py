@@ -1,0 +1,204 @@
+"""Layers that a checkpoint holds quantized already, in ModelOpt's HF layout: found by their tensors, held against its config.
+
+A quantized Linear has, beside `weight`:
+
+1. nvfp4: `weight` U8 [out, in/2], `weight_scale` F8_E4M3 [out, in/16], `weight_scale_2` and `input_scale` F32.
+2. fp8: `weight` F8_E4M3 [out, in], `weight_scale` and `input_scale` F32.
+3. Either may have `pre_quant_scale` [in] (AWQ), by which inputs are multiplied before they are rounded.
+4. With it or without, `svdquant_lora_a` [rank, in] and `svdquant_lora_b` [out, rank] (SVDQuant): with x the inputs after 3,
+   not rounded, (x a^T) b^T is added to the output (SVDQuantLinear.forward in modelopt 0.47).
+
+Scalars may have the shape [] or [1]; they are handed on as []. Block scales are row-major, never swizzled.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fluxc.checkpoint.flux2 import Linear, Shape
+from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.checkpoint.source import Component
+from fluxc.errors import CheckpointError
+from fluxc.quantize.formats import BLOCK
+
+ALGORITHMS = {"NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4", "NVFP4_SVD": "nvfp4", "FP8": "fp8"}
+FLOATS = ("BF16", "F16", "F32")
+FORMAT_OF = {"U8": "nvfp4", "F8_E4M3": "fp8"}
+SCALARS = {"nvfp4": ("input_scale", "weight_scale_2"), "fp8": ("input_scale", "weight_scale")}
+OPTIONAL = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
+PARTS = ("input_scale", "weight_scale_2", "weight_scale", *OPTIONAL)
+
+
+@dataclass(frozen=True)
+class SourceLayer:
+    """A Linear as the checkpoint holds it quantized: format and tensors by part (`weight`, `weight_scale`, ...)."""
+
+    format: str
+    tensors: dict[str, TensorRef]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+    @property
+    def low_rank(self) -> int:
+        """The rank of SVDQuant's factors, 0 without."""
+        return self.tensors["svdquant_lora_a"].shape[0] if "svdquant_lora_a" in self.tensors else 0
+
+    def merges_with(self, other: SourceLayer) -> bool:
+        """Whether an engine can merge both Linears and round their common input once: equal scalars and pre_quant_scale."""
+        shared = ("pre_quant_scale", *SCALARS[self.format])
+        return self.format == other.format and all(self._bytes(part) == other._bytes(part) for part in shared)
+
+    def _bytes(self, part: str) -> bytes | None:
+        return self.tensors[part].bytes_view().tobytes() if part in self.tensors else None
+
+
+def quantized_layers(component: Component, layers: list[Linear]) -> dict[str, SourceLayer]:
+    """Those of `layers` that the component holds quantized, by name; empty for a checkpoint that is not quantized.
+
+    Raises CheckpointError naming the layer whose tensors are incomplete, of odd shape, or not what the config says of it.
+    """
+    found = {}
+    for layer in layers:
+        weight = component.tensors.get(f"{layer.name}.weight")
+        if weight is None:
+            continue
+        if weight.dtype in FLOATS:
+            _refuse_stray_parts(component, layer.name, weight)
+        elif weight.dtype in FORMAT_OF:
+            found[layer.name] = _read_layer(component, layer, weight)
+        else:
+            raise _wrong(
+                component, layer.name, f"its weight is {weight.dtype}; fluxc reads NVFP4 (U8) and FP8 (F8_E4M3)"
+            )
+    _check_config(component, layers, found)
+    return found
+
+
+def as_stored(expected: dict[str, Shape], quantized: dict[str, SourceLayer]) -> dict[str, Shape]:
+    """`expected` with the tensors of every quantized layer, which are checked already, in place of its weight."""
+    table = dict(expected)
+    for name, layer in quantized.items():
+        if f"{name}.weight" in table:
+            table |= {f"{name}.{part}": ref.shape for part, ref in layer.tensors.items()}
+    return table
+
+
+def unmergeable(layers: list[Linear], quantized: Mapping[str, SourceLayer]) -> set[str]:
+    """The fusion groups whose members an engine cannot merge as the checkpoint quantized them."""
+    members: dict[str, list[SourceLayer | None]] = {}
+    for layer in layers:
+        if layer.group:
+            members.setdefault(layer.group, []).append(quantized.get(layer.name))
+    apart = set()
+    for group, parts in members.items():
+        first = parts[0]
+        if any((part is None) != (first is None) or (first and part and not first.merges_with(part)) for part in parts):
+            apart.add(group)
+    return apart
+
+
+def _read_layer(component: Component, layer: Linear, weight: TensorRef) -> SourceLayer:
+    format = FORMAT_OF[weight.dtype]
+    refs = {part: component.tensors.get(f"{layer.name}.{part}") for part in PARTS}
+    tensors = {part: ref for part, ref in refs.items() if ref is not None}
+    tensors["weight"] = weight
+    rows, columns = layer.out_features, layer.in_features
+    shapes: dict[str, Shape] = {"weight": (rows, columns), "input_scale": (), "pre_quant_scale": (columns,)}
+    kinds = dict.fromkeys(OPTIONAL, FLOATS) | dict.fromkeys(SCALARS[format], ("F32",))
+    if format == "nvfp4":
+        shapes |= {"weight": (rows, columns // 2), "weight_scale": (rows, columns // BLOCK), "weight_scale_2": ()}
+        kinds["weight_scale"] = ("F8_E4M3",)
+    else:
+        shapes["weight_scale"] = ()
+    rank = tensors["svdquant_lora_a"].shape[0] if tensors.get("svdquant_lora_a") and weight.shape else 0
+    shapes |= {"svdquant_lora_a": (rank, columns), "svdquant_lora_b": (rows, rank)}
+    for part in ("weight", *PARTS):
+        ref = tensors.get(part)
+        if ref is None:
+            if part in shapes and part not in OPTIONAL:
+                advice = ": export it with calibrated inputs" if part == "input_scale" else ""
+                raise _wrong(component, layer.name, f"{format}, but it has no {part}{advice}")
+            continue
+        if part not in shapes:
+            raise _wrong(component, layer.name, f"{format}, which has no {part}")
+        if part in SCALARS[format] and ref.shape == (1,):
+            ref = tensors[part] = replace(ref, shape=())
+        if ref.shape != shapes[part]:
+            hint = "; a swizzled or padded one cannot be used" if part == "weight_scale" and ref.shape else ""
+            raise _wrong(component, layer.name, f"{part} is {list(ref.shape)}, expected {list(shapes[part])}{hint}")
+        if part in kinds and ref.dtype not in kinds[part]:
+            raise _wrong(component, layer.name, f"{part} is {ref.dtype}, expected {' or '.join(kinds[part])}")
+    if ("svdquant_lora_a" in tensors) != ("svdquant_lora_b" in tensors):
+        raise _wrong(component, layer.name, "it has one of svdquant_lora_a and svdquant_lora_b, and needs both")
+    for part in SCALARS[format]:
+        value = float(tensors[part].bytes_view().copy().view("<f4")[0])
+        if not 0 < value < float("inf"):
+            raise _wrong(component, layer.name, f"{part} is {value}; a scale is a positive, finite number")
+    return SourceLayer(format, {part: tensors[part] for part in ("weight", *PARTS) if part in tensors})
+
+
+def _refuse_stray_parts(component: Component, name: str, weight: TensorRef) -> None:
+    stray = [part for part in PARTS if f"{name}.{part}" in component.tensors]
+    if stray:
+        raise _wrong(component, name, f"its weight is {weight.dtype}, not quantized, yet it has {', '.join(stray)}")
+
+
+def _check_config(component: Component, layers: list[Linear], found: dict[str, SourceLayer]) -> None:
+    config = component.quantization
+    if config is None:
+        if found:
+            name = next(iter(found))
+            raise _wrong(
+                component,
+                name,
+                "it is quantized, but neither config.json nor hf_quant_config.json says how; add the one",
+            )
+        return
+    if config.get("quant_method", "modelopt") != "modelopt":
+        raise CheckpointError(
+            f"{component.folder}: quantized by {config['quant_method']!r}; fluxc reads what ModelOpt exports, "
+            "or a checkpoint that is not quantized"
+        )
+    for layer in layers:
+        if f"{layer.name}.weight" not in component.tensors:
+            continue
+        said = _format_said(component, config, layer.name)
+        actual = found[layer.name].format if layer.name in found else None
+        if said != actual:
+            dtype = component.tensors[f"{layer.name}.weight"].dtype
+            raise _wrong(
+                component,
+                layer.name,
+                f"its config says {said or 'not quantized'}, but its weight is {dtype} ({actual or 'plain'})",
+            )
+
+
+def _format_said(component: Component, config: dict[str, Any], name: str) -> str | None:
+    """The format that the config gives layer `name`, None for not quantized."""
+    algorithm = config.get("quant_algo")
+    ignored = config.get("ignore") or config.get("exclude_modules") or []
+    if any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in ignored):
+        return None
+    if algorithm == "MIXED_PRECISION":
+        entry = config.get("quantized_layers", {}).get(name)
+        if entry is None:
+            return None
+        algorithm = entry.get("quant_algo")
+    if algorithm not in ALGORITHMS:
+        raise CheckpointError(
+            f"{component.folder}: quantization algorithm {algorithm!r} of {name} is not one fluxc reads: "
+            f"{', '.join(ALGORITHMS)}, MIXED_PRECISION"
+        )
+    return ALGORITHMS[algorithm]
+
+
+def _wrong(component: Component, name: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{component.folder}: layer {name}: {what}. Use the folder as ModelOpt exported it (export_hf_checkpoint), "
+        "or a checkpoint that is not quantized"
+    )
