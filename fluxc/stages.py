@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,21 @@ class Source:
         return {**UNUSED, "text_encoder": (*UNUSED["text_encoder"], extra)}
 
 
-def read_source(loaded: LoadedRecipe) -> Source:
-    """Open and check the checkpoint, and resolve the precision of every Linear. Reads headers and configs only."""
+def read_source(loaded: LoadedRecipe, transformer: Path | None = None) -> Source:
+    """Open and check the checkpoint, and resolve the precision of every Linear. Reads headers and configs only.
+
+    The folder `transformer`, as modelopt exported it, is taken in place of the checkpoint's own.
+    """
     recipe = loaded.recipe
     checkpoint = open_checkpoint(recipe.model.source, recipe.model.revision, loaded.folder)
+    if transformer is not None:
+        replaced = replace(checkpoint.components["transformer"], folder=transformer)
+        checkpoint = replace(checkpoint, components={**checkpoint.components, "transformer": replaced})
+    return _planned(loaded, checkpoint)
+
+
+def _planned(loaded: LoadedRecipe, checkpoint: Checkpoint) -> Source:
+    recipe = loaded.recipe
     family = family_of(checkpoint)
     transformer, encoder = checkpoint.components["transformer"], checkpoint.components["text_encoder"]
     text_layers = encoder.config["num_hidden_layers"]
@@ -108,11 +119,11 @@ def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
     """The tensors a bundle stores of `component`: all, but of the text encoder only the layers that are needed."""
     part = source.checkpoint.components[component]
     quantized = source.quantized.get(component, {})
-    parts = {f"{name}.{key}": ref for name, layer in quantized.items() for key, ref in layer.tensors.items()}
-    tensors = {**part.tensors, **parts}
     if component != "text_encoder":
-        return tensors
-    return {name: tensors[name] for name in as_stored(text_tensors(part.config, source.text_layers_kept), quantized)}
+        return part.tensors
+    return {
+        name: part.tensors[name] for name in as_stored(text_tensors(part.config, source.text_layers_kept), quantized)
+    }
 
 
 def checkpoint_digests(checkpoint: Checkpoint, cache: StageCache, report: Report) -> dict[str, dict[str, str]]:
@@ -161,6 +172,40 @@ def run_calibration(
     return cache.run("calibration", "calibrate", inputs, work) / CALIBRATION
 
 
+def run_modelopt(cache: StageCache, loaded: LoadedRecipe, source: Source, digests: dict[str, Any]) -> Path:
+    """The transformer as modelopt quantized, calibrated and exported it, under the recipe's plan."""
+    from fluxc.calibrate.modelopt import check_available, quantize_transformer
+
+    check_available()
+    if source.quantized["transformer"]:
+        raise RecipeError(
+            "calibration.engine: the checkpoint is quantized already; leave `engine` out, or use the original"
+        )
+    plan, request = source.plans["transformer"], calibration_request(loaded)
+    algorithm = loaded.recipe.calibration.algorithm
+
+    def work(folder: Path, report: Report) -> None:
+        drawing = _drawing(request, source)
+        quantize_transformer(source.checkpoint, plan, algorithm, request["prompts"], drawing, folder / "transformer")
+
+    formats = [[entry.layer.name, entry.format] for entry in plan]
+    inputs = [{part: digests[part] for part in CHECKPOINT_PARTS}, request, algorithm, formats]
+    return cache.run("modelopt", "quantize with modelopt", inputs, work) / "transformer"
+
+
+def _drawing(request: dict[str, Any], source: Source) -> Any:
+    from fluxc.reference import Drawing
+
+    return Drawing(
+        size=tuple(request["size"]),
+        steps=request["steps"],
+        guidance=request["guidance"],
+        seed=request["seed"],
+        text_length=request["text_length"],
+        text_layers=source.family.text_layers,
+    )
+
+
 def make_calibration(
     loaded: LoadedRecipe,
     source: Source,
@@ -173,20 +218,12 @@ def make_calibration(
     """Run the model over the calibration prompts and write `path`; finished prompts are kept below `progress`-KEY meanwhile."""
     from fluxc.calibrate.placement import find_placement
     from fluxc.calibrate.run import calibrate
-    from fluxc.reference import Drawing
 
     request = calibration_request(loaded)
     placement = find_placement(source.checkpoint, device)
     checkpoint = {part: digests[part] for part in CHECKPOINT_PARTS}
     origin = Origin(checkpoint, request, str(placement), tool_versions())
-    drawing = Drawing(
-        size=tuple(request["size"]),
-        steps=request["steps"],
-        guidance=request["guidance"],
-        seed=request["seed"],
-        text_length=request["text_length"],
-        text_layers=source.family.text_layers,
-    )
+    drawing = _drawing(request, source)
     work = progress.with_name(f"{progress.name}-{key_of(origin.__dict__)}")
     records = calibrate(source.checkpoint, request["prompts"], drawing, origin, placement, work, report)
     write_calibration(path, origin, records)
