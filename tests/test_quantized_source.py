@@ -315,3 +315,26 @@ def test_modelopts_engine_quantizes_what_the_plan_quantizes() -> None:
             bits = {"nvfp4": (2, 1), "fp8": (4, 3)}.get(entry.format)
             assert (tuple(quantizer.num_bits) if quantizer.is_enabled else None) == bits, entry.layer.name
     assert quantize_config(plan, "svdquant")["algorithm"] == {"method": "svdquant", "lowrank": 32}
+
+
+def test_a_build_goes_on_from_modelopts_export(exported: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the GPU's part: the export is one made on the CPU. The reference stays the original checkpoint."""
+    from fluxc.calibrate import modelopt
+
+    asked = []
+
+    def quantize(
+        checkpoint: object, plan: list, algorithm: str, prompts: list[str], drawing: Drawing, out: Path
+    ) -> None:
+        asked.append((algorithm, len(prompts), {entry.layer.name for entry in plan if entry.format == "bf16"}))
+        shutil.copytree(exported / "transformer", out)
+
+    monkeypatch.setattr(modelopt, "check_available", lambda: None)
+    monkeypatch.setattr(modelopt, "quantize_transformer", quantize)
+    engine = ("calibration.engine=modelopt", "calibration.algorithm=awq_lite")
+    out = compile_into(workshop / "by-modelopt", *QUICK, *engine)
+    assert [(algorithm, prompts, len(kept)) for algorithm, prompts, kept in asked] == [("awq_lite", 2, 9)]
+    theirs, ours = (load_file(root / "transformer" / TENSORS) for root in (exported, out))
+    assert [name for name in theirs if raw(theirs[name]) != raw(ours[name])] == []
+    figures = open_bundle(out).manifest.fidelity["targets"]["onnxruntime"]
+    assert 0.98 < figures["step_cosine"] < 0.9999
