@@ -34,7 +34,11 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         raise BuildError(f"{out}: exists and is not a bundle; give another --out, or move it away")
     cache = StageCache(out.resolve().parent / ".fluxc", progress)
     with locked(cache.root):
-        source = stages.read_source(loaded)
+        source = original = stages.read_source(loaded)
+        if recipe.calibration.engine == "modelopt":
+            from fluxc.calibrate.modelopt import check_available
+
+            check_available()
         held_out = loaded.prompts("fidelity.prompts", recipe.fidelity.prompts)
         with progress.stage("hash checkpoint") as report:
             digests = stages.checkpoint_digests(source.checkpoint, cache, report)
@@ -46,16 +50,20 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         stages.check_prompts(loaded, source, prompting)
         if only == "graphs":
             return None
+        stored = digests
+        if recipe.calibration.engine == "modelopt":
+            source = stages.read_source(loaded, stages.run_modelopt(cache, loaded, original, digests))
+            stored = stages.checkpoint_digests(source.checkpoint, cache, lambda *_: None)
         calibration = None
         if source.quantizes or only == "calibrate":
-            calibration = stages.run_calibration(cache, loaded, source, digests)
+            calibration = stages.run_calibration(cache, loaded, original, digests)
         if only == "calibrate":
             return None
         sensitivity = None
         if recipe.precision.transformer.keep == "auto" and calibration:
             sensitivity = stages.run_sensitivity(cache, loaded, source, digests, calibration)
             source = stages.with_auto(loaded, source, sensitivity)
-        weights = {name: stages.run_weights(cache, name, recipe, source, digests, calibration) for name in WEIGHTS_FILE}
+        weights = {name: stages.run_weights(cache, name, recipe, source, stored, calibration) for name in WEIGHTS_FILE}
         if only == "weights":
             return None
         targets = {t.name: stages.run_target(cache, t, source, traces, weights) for t in recipe.targets}
@@ -93,7 +101,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
                 pictures=(),
                 files=_files(staging, cache),
             )
-            fidelity = _run_fidelity(cache, loaded, source, staging, manifest, weights, sensitivity, held_out)
+            fidelity = _run_fidelity(cache, loaded, original, staging, manifest, weights, sensitivity, held_out)
             figures = json.loads((fidelity / "report" / "report.json").read_text())
             snr = {layer["name"]: layer["snr_db"] for layer in figures["layers"] if layer["snr_db"] is not None}
             check_gates(recipe.gates, snr, figures["targets"])

@@ -40,7 +40,8 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The prompts whose activations are measured: a text file, one prompt a line, relative to the recipe.
 
-    `amax` says which magnitude an input_scale stands for. `file` is a calibration made by `fluxc calibrate`, used in place
+    `engine: modelopt` lets modelopt quantize the transformer with its `algorithm`, which needs CUDA. `amax` says which
+    magnitude an input_scale stands for. `file` is a calibration made by `fluxc calibrate`, used in place
     of running the model.
     """
 
@@ -49,6 +50,8 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     guidance: float | None = None
     size: Size | None = None
     seed: int = 0
+    engine: Literal["fluxc", "modelopt"] = "fluxc"
+    algorithm: Literal["max", "awq_lite", "svdquant"] = "max"
     amax: Literal["max", "percentile", "mse"] = "max"
     percentile: float = 99.99
     file: str | None = None
@@ -269,6 +272,10 @@ def _check_values(recipe: Recipe, path: Path) -> None:
         refuse("calibration.size", f"{list(recipe.calibration.size)} is not one of sizes")
     if not 0 < recipe.calibration.percentile <= 100:
         refuse("calibration.percentile", f"must be more than 0 and at most 100, got {recipe.calibration.percentile}")
+    if recipe.calibration.engine == "fluxc" and recipe.calibration.algorithm != "max":
+        refuse(
+            "calibration.algorithm", f"{recipe.calibration.algorithm!r} is modelopt's; set calibration.engine: modelopt"
+        )
     if recipe.text.length < 1:
         refuse("text.length", f"must be at least 1, got {recipe.text.length}")
     for field, steps in (("sampling.steps", recipe.sampling.steps), ("calibration.steps", recipe.calibration.steps)):
@@ -281,6 +288,11 @@ def _check_values(recipe: Recipe, path: Path) -> None:
     text, transformer = recipe.precision.text_encoder, recipe.precision.transformer
     if text.keep == "auto" or text.budget:
         refuse("precision.text_encoder.keep", "auto measures the transformer; list the text encoder's layers to keep")
+    if transformer.keep == "auto" and recipe.calibration.engine == "modelopt":
+        refuse(
+            "precision.transformer.keep",
+            "auto measures fluxc's own quantizer; with calibration.engine: modelopt, list the layers",
+        )
     budget = transformer.budget
     if (transformer.keep == "auto") != (budget is not None):
         refuse("precision.transformer.budget", "goes with `keep: auto`, which needs it: {share: 0.03} or {error: 0.05}")

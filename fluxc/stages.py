@@ -81,10 +81,21 @@ class Source:
         return {**UNUSED, "text_encoder": (*UNUSED["text_encoder"], extra)}
 
 
-def read_source(loaded: LoadedRecipe) -> Source:
-    """Open and check the checkpoint, and resolve the precision of every Linear. Reads headers and configs only."""
+def read_source(loaded: LoadedRecipe, transformer: Path | None = None) -> Source:
+    """Open and check the checkpoint, and resolve the precision of every Linear. Reads headers and configs only.
+
+    The folder `transformer`, as modelopt exported it, is taken in place of the checkpoint's own.
+    """
     recipe = loaded.recipe
     checkpoint = open_checkpoint(recipe.model.source, recipe.model.revision, loaded.folder)
+    if transformer is not None:
+        replaced = replace(checkpoint.components["transformer"], folder=transformer)
+        checkpoint = replace(checkpoint, components={**checkpoint.components, "transformer": replaced})
+    return _planned(loaded, checkpoint)
+
+
+def _planned(loaded: LoadedRecipe, checkpoint: Checkpoint) -> Source:
+    recipe = loaded.recipe
     family = family_of(checkpoint)
     transformer, encoder = checkpoint.components["transformer"], checkpoint.components["text_encoder"]
     text_layers = encoder.config["num_hidden_layers"]
@@ -122,11 +133,11 @@ def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
     """The tensors a bundle stores of `component`: all, but of the text encoder only the layers that are needed."""
     part = source.checkpoint.components[component]
     quantized = source.quantized.get(component, {})
-    parts = {f"{name}.{key}": ref for name, layer in quantized.items() for key, ref in layer.tensors.items()}
-    tensors = {**part.tensors, **parts}
     if component != "text_encoder":
-        return tensors
-    return {name: tensors[name] for name in as_stored(text_tensors(part.config, source.text_layers_kept), quantized)}
+        return part.tensors
+    return {
+        name: part.tensors[name] for name in as_stored(text_tensors(part.config, source.text_layers_kept), quantized)
+    }
 
 
 def checkpoint_digests(checkpoint: Checkpoint, cache: StageCache, report: Report) -> dict[str, dict[str, str]]:
@@ -173,6 +184,27 @@ def run_calibration(
 
     inputs = [{part: digests[part] for part in CHECKPOINT_PARTS}, calibration_request(loaded)]
     return cache.run("calibration", "calibrate", inputs, work) / CALIBRATION
+
+
+def run_modelopt(cache: StageCache, loaded: LoadedRecipe, source: Source, digests: dict[str, Any]) -> Path:
+    """The transformer as modelopt quantized, calibrated and exported it, under the recipe's plan."""
+    from fluxc.calibrate.modelopt import check_available, quantize_transformer
+
+    check_available()
+    if source.quantized["transformer"]:
+        raise RecipeError(
+            "calibration.engine: the checkpoint is quantized already; leave `engine` out, or use the original"
+        )
+    plan, request = source.plans["transformer"], calibration_request(loaded)
+    algorithm = loaded.recipe.calibration.algorithm
+
+    def work(folder: Path, report: Report) -> None:
+        drawing = drawing_of(request, source)
+        quantize_transformer(source.checkpoint, plan, algorithm, request["prompts"], drawing, folder / "transformer")
+
+    formats = [[entry.layer.name, entry.format] for entry in plan]
+    inputs = [{part: digests[part] for part in CHECKPOINT_PARTS}, request, algorithm, formats]
+    return cache.run("modelopt", "quantize with modelopt", inputs, work) / "transformer"
 
 
 def make_calibration(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fluxc.checkpoint.flux2 import Linear, Shape
@@ -126,8 +126,6 @@ def _read_layer(component: Component, layer: Linear, weight: TensorRef) -> Sourc
             continue
         if part not in shapes:
             raise _wrong(component, layer.name, f"{format}, which has no {part}")
-        if part in SCALARS[format] and ref.shape == (1,):
-            ref = tensors[part] = replace(ref, shape=())
         if ref.shape != shapes[part]:
             hint = "; a swizzled or padded one cannot be used" if part == "weight_scale" and ref.shape else ""
             raise _wrong(component, layer.name, f"{part} is {list(ref.shape)}, expected {list(shapes[part])}{hint}")

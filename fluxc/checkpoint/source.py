@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fluxc.errors import CheckpointError
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 QUANTIZATION = "quantization_config"
 HF_QUANT_CONFIG = "hf_quant_config.json"
+SCALES = (".input_scale", ".weight_scale", ".weight_scale_2")
 WEIGHTED = ("transformer", "text_encoder", "vae")
 
 
@@ -59,13 +60,14 @@ class Component:
 
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
-        """Every tensor of the component by name; a name in two shards is an error."""
+        """Every tensor of the component by name, scales of shape [1] as []; a name in two shards is an error."""
         found: dict[str, TensorRef] = {}
         for file in self.weight_files:
             for name, ref in read_header(file).items():
                 if name in found:
                     raise CheckpointError(f"{file}: tensor {name!r} is also in {found[name].file}")
-                found[name] = ref
+                scalar = ref.shape == (1,) and ref.dtype == "F32" and name.endswith(SCALES)
+                found[name] = replace(ref, shape=()) if scalar else ref
         return found
 
     @property
