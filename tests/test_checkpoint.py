@@ -76,7 +76,7 @@ def test_a_nan_weight_stops_calibration_too(damaged: Path) -> None:
         tensors["x_embedder.weight"][0, 0] = float("inf")
 
     change(damaged, TRANSFORMER, poison)
-    refused(damaged, r"not finite|nan|one flat colour")
+    refused(damaged, "NaN or infinity|one flat colour")
 
 
 def test_a_truncated_file_is_named(damaged: Path) -> None:
