@@ -181,7 +181,7 @@ def run(command: list[str]) -> int:
     peak = 0
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
-        if Path(f"/proc/{process.pid}/exe").exists() and "VmHWM:" in status:
+        if "VmHWM:" in status:
             peak = max(peak, int(status.partition("VmHWM:")[2].split()[0]))
         time.sleep(0.01)
     if process.returncode:
