@@ -21,21 +21,12 @@ from importlib.metadata import version
 
 import torch
 from cpu_step import cpu_name
+from klein import KLEIN_4B
 
 from fluxc.checkpoint.flux2 import transformer_linears
 from fluxc.quantize import nvfp4
 from fluxc.quantize.formats import Scales
 
-KLEIN_4B = {
-    "num_layers": 5,
-    "num_single_layers": 20,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 7680,
-    "in_channels": 128,
-    "mlp_ratio": 3.0,
-    "guidance_embeds": False,
-}
 BASE, COPY = "fluxc max", "copy"
 TURN = 0.2
 

@@ -7,7 +7,7 @@
 Makes a checkpoint of random bf16 weights whose largest magnitudes are those of FLUX.2-dev (medians by kind of layer of the
 scales NVIDIA published with its FP8 checkpoint), runs each contender in a process of its own, and removes everything.
 Before every run the source is dropped from the page cache and written files are synchronised. fluxc's time includes the
-start of Python and the final fsync; that of `cp` is given without and with one.
+start of Python, the errors of every layer's weight and output, and the final fsync; that of `cp` is given without and with one.
 """
 
 from __future__ import annotations
@@ -26,23 +26,15 @@ from pathlib import Path
 
 import numpy as np
 from cpu_step import cpu_name
+from klein import KLEIN_4B
 
+from fluxc.calibrate.records import ROWS
 from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
 from fluxc.checkpoint.safetensors_file import read_header
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import write_weights
 from fluxc.recipe import ComponentPrecision
 
-KLEIN_4B = {
-    "num_layers": 5,
-    "num_single_layers": 20,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 7680,
-    "in_channels": 128,
-    "mlp_ratio": 3.0,
-    "guidance_embeds": False,
-}
 WEIGHT_AMAX = {
     "attn.to_q": 0.142,
     "attn.to_k": 0.177,
@@ -87,7 +79,10 @@ def quantize(source: Path, out: Path, scales: str, config: dict) -> None:
     """What the measured process does: every tensor of `source`'s files, planned with the preset, into `out`."""
     tensors = {n: ref for file in sorted(source.iterdir()) for n, ref in read_header(file).items()}
     plan = precision_plan("transformer", transformer_linears(config), ComponentPrecision("nvfp4", preset=PRESET))
-    write_weights(out, tensors, plan, {e.layer.name: INPUT_AMAX for e in plan}, scales=scales)
+    generator = np.random.default_rng(1)
+    inputs = {n: generator.standard_normal((ROWS, n), dtype=np.float32) for n in {e.layer.in_features for e in plan}}
+    rows = {entry.layer.name: inputs[entry.layer.in_features] for entry in plan}
+    write_weights(out, tensors, plan, dict.fromkeys(rows, INPUT_AMAX), scales=scales, input_rows=rows.get)
 
 
 def make_checkpoint(folder: Path, config: dict, shards: int) -> list[Path]:

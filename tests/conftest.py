@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -58,6 +60,31 @@ def copy_checkpoint(target: Path) -> Path:
     """flux2-nano's own files, to be damaged."""
     shutil.copytree(NANO, target, ignore=shutil.ignore_patterns(".work", "*.py", "__pycache__", "*.md"))
     return target
+
+
+def quantized_by_modelopt(*changes: dict[str, Any]) -> Any:
+    """flux2-nano's pipeline, its transformer quantized to NVFP4 and calibrated by modelopt as the quick bundle is by fluxc.
+
+    `changes` are appended to modelopt's default configuration.
+    """
+    import modelopt.torch.quantization as mtq
+    import torch
+
+    from fluxc.checkpoint.source import open_checkpoint
+    from fluxc.reference import Drawing, draw, load_pipeline
+
+    checkpoint = open_checkpoint(str(NANO), None, ROOT)
+    pipeline = load_pipeline(checkpoint, torch.bfloat16)
+    prompts = [p for p in (ROOT / "tests/data/two-prompts.txt").read_text().splitlines() if not p.startswith("#")]
+
+    def forward(_: torch.nn.Module) -> None:
+        for number, prompt in enumerate(prompts):
+            draw(pipeline, checkpoint, prompt, Drawing((64, 64), 3, 1.5, number, 32, (9, 18, 27)))
+
+    config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
+    config["quant_cfg"] += changes
+    mtq.quantize(pipeline.transformer, config, forward)
+    return pipeline
 
 
 def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:

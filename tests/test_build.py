@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import QUICK, RECIPE, RecordingProgress, compile_into
+from conftest import QUICK, RECIPE, RecordingProgress, compile_into, quantized_by_modelopt
 from fluxc.errors import BuildError, GateError, RecipeError
 from fluxc.fidelity.compare import _check_finite
 from fluxc.fidelity.gates import check_gates
@@ -172,22 +172,9 @@ def test_quantized_tensors_equal_modelopt_bit_for_bit(quick_bundle: Path) -> Non
 
 def test_input_scales_equal_modelopts_own_calibration(quick_bundle: Path) -> None:
     """modelopt calibrates the same pipeline on the same prompts; its input_scale is ours, the fusion group's largest."""
-    import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
-    from conftest import NANO, ROOT
-    from fluxc.checkpoint.source import open_checkpoint
-    from fluxc.reference import Drawing, draw, load_pipeline
-
-    checkpoint = open_checkpoint(str(NANO), None, ROOT)
-    pipeline = load_pipeline(checkpoint, torch.bfloat16)
-    prompts = [p for p in (ROOT / "tests/data/two-prompts.txt").read_text().splitlines() if not p.startswith("#")]
-
-    def forward(_: torch.nn.Module) -> None:
-        for number, prompt in enumerate(prompts):
-            draw(pipeline, checkpoint, prompt, Drawing((64, 64), 3, 1.5, number, 32, (9, 18, 27)))
-
-    mtq.quantize(pipeline.transformer, mtq.NVFP4_DEFAULT_CFG, forward)
+    pipeline = quantized_by_modelopt()
     ours = load_file(quick_bundle / "transformer" / "diffusion_pytorch_model.safetensors")
     layers = [
         x for x in open_bundle(quick_bundle).manifest.precision if x.component == "transformer" and x.format == "nvfp4"

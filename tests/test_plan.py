@@ -10,17 +10,7 @@ from fluxc.checkpoint.flux2 import Linear, transformer_linears
 from fluxc.errors import RecipeError
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.recipe import ComponentPrecision, Format, Rule
-
-KLEIN_4B = {
-    "num_layers": 5,
-    "num_single_layers": 20,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 7680,
-    "in_channels": 128,
-    "mlp_ratio": 3.0,
-    "guidance_embeds": False,
-}
+from test_flux2_tables import KLEIN_4B
 
 
 def plan_of(**precision: Any) -> dict[str, LayerPlan]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -14,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import NANO, QUICK, RECIPE, ROOT, RecordingProgress, compile_into, copy_checkpoint
+from conftest import QUICK, RECIPE, ROOT, RecordingProgress, compile_into, copy_checkpoint, quantized_by_modelopt
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.errors import BuildError, CheckpointError, RecipeError
+from fluxc.planned_source import Source, read_source
 from fluxc.recipe import load_recipe
 from fluxc.reference import Drawing, draw, load_pipeline
-from fluxc.stages import Source, read_source
 from fluxrt.bundle import open_bundle
 
 TENSORS = "diffusion_pytorch_model.safetensors"
@@ -31,21 +30,10 @@ MODELOPT = "quantized in the checkpoint (modelopt)"
 
 def export(folder: Path, *extra: dict[str, Any]) -> Path:
     """flux2-nano with its transformer quantized, calibrated on two prompts and exported by modelopt, on the CPU."""
-    import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
 
-    checkpoint = open_checkpoint(str(NANO), None, ROOT)
-    pipeline = load_pipeline(checkpoint, torch.bfloat16)
-    prompts = [p for p in (ROOT / "tests/data/two-prompts.txt").read_text().splitlines() if not p.startswith("#")]
-
-    def forward(_: torch.nn.Module) -> None:
-        for number, prompt in enumerate(prompts):
-            draw(pipeline, checkpoint, prompt, Drawing((64, 64), 3, 1.5, number, 32, (9, 18, 27)))
-
-    config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
-    config["quant_cfg"] += [{"quantizer_name": f"*{name}*", "enable": False} for name in OUTSIDE]
-    config["quant_cfg"] += extra
-    mtq.quantize(pipeline.transformer, config, forward)
+    outside = [{"quantizer_name": f"*{name}*", "enable": False} for name in OUTSIDE]
+    pipeline = quantized_by_modelopt(*outside, *extra)
     copy_checkpoint(folder)
     shutil.rmtree(folder / "transformer")
     export_hf_checkpoint(pipeline.transformer, export_dir=folder / "transformer")
