@@ -82,8 +82,6 @@ def test_records_equal_numpys_own_counts() -> None:
     counts, _ = np.histogram(np.abs(every), bins=[*bin_edges()[:-1][: BINS - 64], np.inf])
     assert np.array_equal(record.histogram[: len(counts)], counts)
     assert np.array_equal(record.channel_amax, np.abs(every).max(0))
-    assert record.tokens == len(every)
-    np.testing.assert_allclose(record.mean_square, np.mean(every.astype(np.float64) ** 2, 0), rtol=1e-6)
     assert all(any(np.array_equal(sample, x) for x in every) for sample in record.rows)
 
 
@@ -91,10 +89,9 @@ def test_merged_records_equal_one_record_of_everything() -> None:
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(40, 16, generator=generator) for _ in range(30)]
     merged, whole = merge([observe(x) for x in inputs]), observe(*inputs)
-    assert (merged.amax, merged.tokens) == (whole.amax, whole.tokens)
+    assert merged.amax == whole.amax
     assert np.array_equal(merged.histogram, whole.histogram)
     assert np.array_equal(merged.channel_amax, whole.channel_amax)
-    np.testing.assert_allclose(merged.square_sum, whole.square_sum)
     assert len(merged.rows) == sum(len(observe(x).rows) for x in inputs)
     assert len(whole.rows) == ROWS
 
@@ -242,8 +239,8 @@ def test_a_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert read.origin == origin()
     for name, record in records["transformer"].items():
         back = read.records["transformer"][name]
-        assert (back.amax, back.tokens) == (record.amax, record.tokens)
-        for field in ("histogram", "square_sum", "channel_amax", "rows"):
+        assert back.amax == record.amax
+        for field in ("histogram", "channel_amax", "rows"):
             assert np.array_equal(getattr(back, field), getattr(record, field)), field
 
 
@@ -311,7 +308,6 @@ def test_records_equal_raw_captures_and_rows_come_from_every_call(whole: bytes, 
     for name, seen in captured.items():
         record, values = records[name], np.concatenate(seen)
         assert (record.histogram.sum(), record.amax) == (values.size, np.abs(values).max())
-        np.testing.assert_allclose(record.mean_square, (values.astype(np.float64) ** 2).mean(0), rtol=1e-5)
         calls = [{x.tobytes() for x in call} for call in seen]
         assert len(calls) == len(PROMPTS) * DRAWING.steps * 2
         found = [sum(x.tobytes() in call for x in record.rows) for call in calls]
@@ -422,8 +418,8 @@ def test_a_containers_limit_counts_as_memory_there_is(tmp_path: Path) -> None:
     assert _available_memory(tmp_path) == 8000000
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_that_is_not_there_is_refused(recipe, tmp_path: Path) -> None:
+def test_cuda_that_is_not_there_is_refused(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BuildError, match="sees no CUDA GPU"):
         calibrate_to_file(recipe, tmp_path / "file", "cuda", RecordingProgress())
 

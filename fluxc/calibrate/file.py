@@ -63,10 +63,8 @@ def write_calibration(path: Path, origin: Origin, records: Records) -> None:
             first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
             fields = {
                 "amax": np.float32(record.amax).reshape(()),
-                "tokens": np.int64(record.tokens).reshape(()),
                 "first_bin": np.int64(first).reshape(()),
                 "histogram": record.histogram[first:last],
-                "square_sum": record.square_sum,
                 "channel_amax": record.channel_amax,
                 "rows": (record.rows.view(np.uint32) >> np.uint32(16)).astype(np.uint16),
             }
@@ -115,9 +113,7 @@ def read_calibration(path: Path) -> CalibrationFile:
         histogram[first : first + len(of["histogram"])] = of["histogram"]
         records.setdefault(component, {})[layer] = LayerInputs(
             float(of["amax"]),
-            int(of["tokens"]),
             histogram,
-            of["square_sum"],
             of["channel_amax"],
             (of["rows"].astype(np.uint32) << np.uint32(16)).view(np.float32),
         )

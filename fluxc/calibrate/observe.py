@@ -13,10 +13,9 @@ from fluxc.calibrate.records import BINS, MANTISSA_BITS, LayerInputs
 
 
 class _Totals(NamedTuple):
-    """`histogram` int64 [BINS], `square_sum` float64 [in], `channel_amax` float32 [in], on the input's device."""
+    """`histogram` int64 [BINS] and `channel_amax` float32 [in], on the input's device."""
 
     histogram: torch.Tensor
-    square_sum: torch.Tensor
     channel_amax: torch.Tensor
 
 
@@ -54,7 +53,6 @@ class Observer:
         patterns = (x.bfloat16().view(torch.int16) & 0x7FFF) >> (7 - MANTISSA_BITS)
         totals = _Totals(
             torch.bincount(patterns.flatten(), minlength=BINS),
-            x.float().square().sum(0, dtype=torch.float64),
             x.abs().amax(0).float(),
         )
         self._last = (given, given._version, totals)
@@ -77,19 +75,16 @@ class _Inputs:
 
     def __init__(self) -> None:
         self.calls = 0
-        self._tokens = 0
         self._totals: _Totals | None = None
         self._rows: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, totals: _Totals, positions: list[float]) -> None:
         """`x` [tokens, in], as the Linear gets it, with its totals; the rows at `positions` are kept."""
         self.calls += 1
-        self._tokens += len(x)
         if self._totals is None:
             self._totals = _Totals(*(total.clone() for total in totals))
         else:
             self._totals.histogram.add_(totals.histogram)
-            self._totals.square_sum.add_(totals.square_sum)
             # torch.maximum keeps a NaN, so one that was seen once is reported.
             torch.maximum(self._totals.channel_amax, totals.channel_amax, out=self._totals.channel_amax)
         if positions:
@@ -97,8 +92,8 @@ class _Inputs:
 
     def record(self) -> LayerInputs:
         assert self._totals is not None
-        histogram, square_sum, channel_amax = (total.cpu().numpy() for total in self._totals)
+        histogram, channel_amax = (total.cpu().numpy() for total in self._totals)
         rows = (
             torch.cat(self._rows).float().cpu().numpy() if self._rows else np.empty((0, len(channel_amax)), np.float32)
         )
-        return LayerInputs(float(channel_amax.max()), self._tokens, histogram, square_sum, channel_amax, rows)
+        return LayerInputs(float(channel_amax.max()), histogram, channel_amax, rows)

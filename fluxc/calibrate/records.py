@@ -19,21 +19,14 @@ class LayerInputs:
     """Inputs of one Linear over the calibration pass.
 
     `amax`: the largest magnitude (NaN if there was one). `histogram` int64 [BINS]: how many inputs had each magnitude, on
-    the grid of `bin_edges`. `square_sum` float64 [in]: per channel, over `tokens` inputs. `channel_amax` float32 [in].
-    `rows` float32 [n, in]: a sample of inputs, spread over prompts, steps and tokens, rounded to bfloat16.
+    the grid of `bin_edges`. `channel_amax` float32 [in]: the largest magnitude of each channel. `rows` float32
+    [n, in]: a sample of inputs, spread over prompts, steps and tokens, rounded to bfloat16.
     """
 
     amax: float
-    tokens: int
     histogram: np.ndarray
-    square_sum: np.ndarray
     channel_amax: np.ndarray
     rows: np.ndarray
-
-    @property
-    def mean_square(self) -> np.ndarray:
-        """Mean of x^2 per channel, float64 [in]."""
-        return self.square_sum / max(self.tokens, 1)
 
 
 def merge(records: list[LayerInputs]) -> LayerInputs:
@@ -42,9 +35,7 @@ def merge(records: list[LayerInputs]) -> LayerInputs:
     return LayerInputs(
         # max() may drop a NaN; it must be reported.
         amax=math.nan if any(map(math.isnan, amaxes)) else max(amaxes),
-        tokens=sum(record.tokens for record in records),
         histogram=np.sum([record.histogram for record in records], axis=0),
-        square_sum=np.sum([record.square_sum for record in records], axis=0),
         channel_amax=np.max([record.channel_amax for record in records], axis=0),
         rows=np.concatenate([record.rows for record in records]),
     )
