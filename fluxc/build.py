@@ -18,6 +18,7 @@ from fluxc.cache import SEAL, StageCache, locked
 from fluxc.components import WEIGHTS_FILE, weights_entry, weights_files, write_small_files
 from fluxc.errors import BuildError
 from fluxc.fidelity.gates import check_gates
+from fluxc.planned_source import Source, read_source, with_auto
 from fluxc.progress import Report, StageProgress
 from fluxc.recipe import LoadedRecipe
 from fluxrt import bundle as format
@@ -34,7 +35,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         raise BuildError(f"{out}: exists and is not a bundle; give another --out, or move it away")
     cache = StageCache(out.resolve().parent / ".fluxc", progress)
     with locked(cache.root):
-        source = original = stages.read_source(loaded)
+        source = original = read_source(loaded)
         if recipe.calibration.engine == "modelopt":
             from fluxc.calibrate.modelopt import check_available
 
@@ -52,17 +53,17 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             return None
         stored = digests
         if recipe.calibration.engine == "modelopt":
-            source = stages.read_source(loaded, stages.run_modelopt(cache, loaded, original, digests))
+            source = read_source(loaded, stages.run_modelopt(cache, loaded, original, digests))
             stored = stages.checkpoint_digests(source.checkpoint, cache, lambda *_: None)
         calibration = None
         if source.quantizes or only == "calibrate":
             calibration = stages.run_calibration(cache, loaded, original, digests)
         if only == "calibrate":
             return None
-        sensitivity = None
+        sensitivity: dict[str, Any] | None = None
         if recipe.precision.transformer.keep == "auto" and calibration:
             sensitivity = stages.run_sensitivity(cache, loaded, source, digests, calibration)
-            source = stages.with_auto(loaded, source, sensitivity)
+            source = with_auto(loaded, source, sensitivity["ranking"])
         weights = {name: stages.run_weights(cache, name, recipe, source, stored, calibration) for name in WEIGHTS_FILE}
         if only == "weights":
             return None
@@ -161,23 +162,21 @@ def _place_targets(loaded: LoadedRecipe, targets: dict[str, Path], staging: Path
 def _run_fidelity(
     cache: StageCache,
     loaded: LoadedRecipe,
-    source: stages.Source,
+    source: Source,
     staging: Path,
     manifest: format.Manifest,
     weights: dict[str, Path],
-    sensitivity: Path | None,
+    sensitivity: dict[str, Any] | None,
     prompts: list[str],
 ) -> Path:
     """report/ and pictures.json: the bundle's targets against diffusers."""
     recipe = loaded.recipe
     layers = [layer for folder in weights.values() for layer in json.loads((folder / "layers.json").read_text())]
 
-    measured = json.loads(sensitivity.read_text()) if sensitivity else None
-
     def work(folder: Path, report: Report) -> None:
         from fluxc.fidelity.run import measure
 
-        measure(folder, source, recipe, format.Bundle(staging, manifest), prompts, layers, measured, report)
+        measure(folder, source, recipe, format.Bundle(staging, manifest), prompts, layers, sensitivity, report)
 
     inputs = [
         manifest.provenance.checkpoint,
@@ -185,12 +184,12 @@ def _run_fidelity(
         msgspec.to_builtins([manifest.targets, manifest.prompting, manifest.sampling, recipe.fidelity]),
         recipe.name,
         prompts,
-        measured,
+        sensitivity,
     ]
     return cache.run("fidelity", "compare with diffusers", inputs, work)
 
 
-def _precision(source: stages.Source) -> tuple[format.Layer, ...]:
+def _precision(source: Source) -> tuple[format.Layer, ...]:
     return tuple(
         format.Layer(
             component=entry.component,

@@ -19,10 +19,10 @@ from fluxc.plan_report import (
     presets_as_json,
     widened_groups,
 )
+from fluxc.planned_source import Source, read_source
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
 from fluxc.recipe import Budget, LoadedRecipe
-from fluxc.stages import Source, read_source
 from fluxrt.bundle import Bundle
 
 

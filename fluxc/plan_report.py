@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fluxc.components import WEIGHTS_FILE
+from fluxc.planned_source import Source, kept_tensors
 from fluxc.quantize.memory import WeightsMemory, weights_memory
 from fluxc.quantize.plan import LayerPlan, precision_plan, summary_by_format
 from fluxc.quantize.presets import PRESETS, Preset, absent_parts
 from fluxc.recipe import ComponentPrecision, LoadedRecipe
-from fluxc.stages import Source, kept_tensors
 
 
 @dataclass(frozen=True)

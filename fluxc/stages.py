@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +13,15 @@ from fluxc.cache import PROGRESS, StageCache, key_of, tool_versions
 from fluxc.calibrate.amax import input_amax
 from fluxc.calibrate.file import CHECKPOINT_PARTS, Origin, check_origin, read_calibration, write_calibration
 from fluxc.checkpoint.flux2 import (
-    Family,
-    Linear,
-    check_sizes,
-    family_of,
-    kept_text_layers,
     pixels_per_token,
-    text_linears,
-    text_tensors,
-    transformer_linears,
-    transformer_tensors,
-    uses_guidance_branches,
 )
-from fluxc.checkpoint.quantized import SourceLayer, as_stored, quantized_layers
-from fluxc.checkpoint.safetensors_file import TensorRef
-from fluxc.checkpoint.source import WEIGHTED, Checkpoint, check_tensors, open_checkpoint
+from fluxc.checkpoint.source import WEIGHTED, Checkpoint, check_tensors
 from fluxc.components import WEIGHTS_FILE, small_files, weights_entry, weights_files, weights_tensors
 from fluxc.errors import RecipeError
+from fluxc.planned_source import Source, kept_tensors
 from fluxc.progress import Report
 from fluxc.quantize.formats import Scales
-from fluxc.quantize.plan import LayerPlan, precision_plan
+from fluxc.quantize.plan import to_quantize
 from fluxc.recipe import LoadedRecipe, Recipe, Target
 from fluxrt.bundle import Prompting
 from fluxrt.errors import RequestError
@@ -44,100 +31,6 @@ if TYPE_CHECKING:
 
 CALIBRATION = "calibration.safetensors"
 SENSITIVITY = "sensitivity.json"
-UNUSED = {
-    "vae": ("encoder.", "quant_conv.", "bn.num_batches_tracked"),
-    "text_encoder": ("model.norm.",),
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """An opened checkpoint, what family it is, and the plan for its Linears."""
-
-    checkpoint: Checkpoint
-    family: Family
-    guidance_branches: bool
-    text_layers_kept: int
-    plans: dict[str, list[LayerPlan]]
-    quantized: dict[str, dict[str, SourceLayer]]
-    """By component, the layers that the checkpoint holds quantized already."""
-
-    def linears(self, component: str) -> list[Linear]:
-        """Every Linear that the checkpoint has of `component`."""
-        config = self.checkpoint.components[component].config
-        if component == "text_encoder":
-            return text_linears(config, config["num_hidden_layers"])
-        return transformer_linears(config) if component == "transformer" else []
-
-    @property
-    def quantizes(self) -> bool:
-        """Whether there is a layer that a build quantizes itself, for which its inputs must have been measured."""
-        return any(e.format != "bf16" and not e.quantized_in_source for plan in self.plans.values() for e in plan)
-
-    @property
-    def unused(self) -> dict[str, tuple[str, ...]]:
-        """Name prefixes of tensors that no graph needs, by component."""
-        extra = f"model.layers.{self.text_layers_kept - 1}."
-        return {**UNUSED, "text_encoder": (*UNUSED["text_encoder"], extra)}
-
-
-def read_source(loaded: LoadedRecipe, transformer: Path | None = None) -> Source:
-    """Open and check the checkpoint, and resolve the precision of every Linear. Reads headers and configs only.
-
-    The folder `transformer`, as modelopt exported it, is taken in place of the checkpoint's own.
-    """
-    recipe = loaded.recipe
-    checkpoint = open_checkpoint(recipe.model.source, recipe.model.revision, loaded.folder)
-    if transformer is not None:
-        replaced = replace(checkpoint.components["transformer"], folder=transformer)
-        checkpoint = replace(checkpoint, components={**checkpoint.components, "transformer": replaced})
-    return _planned(loaded, checkpoint)
-
-
-def _planned(loaded: LoadedRecipe, checkpoint: Checkpoint) -> Source:
-    recipe = loaded.recipe
-    family = family_of(checkpoint)
-    transformer, encoder = checkpoint.components["transformer"], checkpoint.components["text_encoder"]
-    text_layers = encoder.config["num_hidden_layers"]
-    quantized = {
-        "transformer": quantized_layers(transformer, transformer_linears(transformer.config)),
-        "text_encoder": quantized_layers(encoder, text_linears(encoder.config, text_layers)),
-    }
-    check_tensors(transformer, as_stored(transformer_tensors(transformer.config), quantized["transformer"]))
-    kept = kept_text_layers(family, encoder.config)
-    every_layer = as_stored(text_tensors(encoder.config, text_layers), quantized["text_encoder"])
-    check_tensors(encoder, every_layer, ignored=("lm_head.",))
-    check_sizes(checkpoint, recipe.sizes)
-    layers: dict[str, list[Linear]] = {
-        "transformer": transformer_linears(transformer.config),
-        "text_encoder": text_linears(encoder.config, family.text_layers[-1]),
-    }
-    plans = {name: _plan(recipe, checkpoint, name, linears, quantized[name]) for name, linears in layers.items()}
-    return Source(checkpoint, family, uses_guidance_branches(checkpoint), kept, plans, quantized)
-
-
-def _plan(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    component: str,
-    layers: list[Linear],
-    in_source: Mapping[str, SourceLayer],
-    auto: dict[str, str] | None = None,
-) -> list[LayerPlan]:
-    tensors = checkpoint.components[component].tensors
-    source_bytes = {layer.name: tensors[f"{layer.name}.weight"].nbytes for layer in layers}
-    return precision_plan(component, layers, getattr(recipe.precision, component), source_bytes, auto, in_source)
-
-
-def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
-    """The tensors a bundle stores of `component`: all, but of the text encoder only the layers that are needed."""
-    part = source.checkpoint.components[component]
-    quantized = source.quantized.get(component, {})
-    if component != "text_encoder":
-        return part.tensors
-    return {
-        name: part.tensors[name] for name in as_stored(text_tensors(part.config, source.text_layers_kept), quantized)
-    }
 
 
 def checkpoint_digests(checkpoint: Checkpoint, cache: StageCache, report: Report) -> dict[str, dict[str, str]]:
@@ -254,8 +147,8 @@ def _given_calibration(loaded: LoadedRecipe, digests: dict[str, Any]) -> Path:
 
 def run_sensitivity(
     cache: StageCache, loaded: LoadedRecipe, source: Source, digests: dict[str, Any], calibration: Path
-) -> Path:
-    """sensitivity.json: what `keep: auto` measured and chose."""
+) -> dict[str, Any]:
+    """What `keep: auto` measured and chose, see sensitivity.measure."""
     recipe = loaded.recipe
     precision, plan = recipe.precision.transformer, source.plans["transformer"]
     request = calibration_request(loaded)
@@ -264,7 +157,7 @@ def run_sensitivity(
     def work(folder: Path, report: Report) -> None:
         import torch
 
-        from fluxc.calibrate.sensitivity import measure
+        from fluxc.calibrate.sensitivity import Simulation, measure
 
         assert precision.budget is not None
         records = read_calibration(calibration).records["transformer"]
@@ -275,9 +168,12 @@ def run_sensitivity(
             2 if source.guidance_branches and request["guidance"] > 1 else 1,
             getattr(torch, recipe.fidelity.reference),
             plan,
-            input_amax(records, plan, recipe.calibration),
-            precision.scales,
-            round_inputs,
+            Simulation(
+                source.checkpoint.components["transformer"].tensors,
+                input_amax(records, plan, recipe.calibration),
+                precision.scales,
+                round_inputs,
+            ),
             precision.budget,
             report,
         )
@@ -290,22 +186,9 @@ def run_sensitivity(
         msgspec.to_builtins([precision, recipe.calibration, recipe.fidelity.reference]),
         round_inputs,
     ]
-    return cache.run("sensitivity", "measure sensitivity", inputs, work) / SENSITIVITY
-
-
-def with_auto(loaded: LoadedRecipe, source: Source, sensitivity: Path) -> Source:
-    """`source` with the transformer's plan as `keep: auto` decided it."""
-    ranking = json.loads(sensitivity.read_text())["ranking"]
-    chosen = {
-        layer: f"rank {rank}, error alone {group['error_alone']}"
-        for rank, group in enumerate(ranking, start=1)
-        for layer in group["layers"]
-        if group["kept"]
-    }
-    layers = [entry.layer for entry in source.plans["transformer"]]
-    in_source = source.quantized["transformer"]
-    plan = _plan(loaded.recipe, source.checkpoint, "transformer", layers, in_source, chosen)
-    return replace(source, plans={**source.plans, "transformer": plan})
+    folder = cache.run("sensitivity", "measure sensitivity", inputs, work)
+    measured: dict[str, Any] = json.loads((folder / SENSITIVITY).read_text())
+    return measured
 
 
 def run_weights(
@@ -321,7 +204,7 @@ def run_weights(
     precision = getattr(recipe.precision, component, None)
     scales: Scales = precision.scales if precision and any(entry.format == "nvfp4" for entry in plan) else "max"
     shard_bytes = None if recipe.weights.shard_gib is None else int(recipe.weights.shard_gib * 2**30)
-    quantizes = any(entry.format != "bf16" and not entry.quantized_in_source for entry in plan)
+    quantizes = bool(to_quantize(plan))
     measured_by = (
         [cache.file_digest(calibration), recipe.calibration.amax, recipe.calibration.percentile]
         if calibration and quantizes

@@ -168,8 +168,8 @@ def test_members_of_a_fusion_group_share_the_scale_of_least_joint_error() -> Non
     ]
     amax = max(np.abs(m.view(np.float32)).max() for m in members)
     pairs = [(m, "F32") for m in members]
-    assert cpu.joint_tensor_scale(pairs, amax, "max") == np.float32(amax) / np.float32(2688)
-    chosen = cpu.joint_tensor_scale(pairs, amax, "mse")
+    assert cpu.joint_tensor_scale(pairs, amax, "nvfp4", "max") == np.float32(amax) / np.float32(2688)
+    chosen = cpu.joint_tensor_scale(pairs, amax, "nvfp4", "mse")
 
     def joint(scale: np.float32) -> float:
         found = [cpu.nvfp4(m, "F32", cpu.block_amax(m, "F32"), scale, "mse") for m in members]

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
-from fluxc.calibrate.sensitivity import GroupCost, choose, output_error, quantized, record_states
+from fluxc.calibrate.sensitivity import GroupCost, Simulation, choose, output_error, record_states
 from fluxc.checkpoint.flux2 import transformer_linears
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.errors import RecipeError
+from fluxc.planned_source import read_source
 from fluxc.quantize import nvfp4
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.presets import PRESETS
@@ -55,7 +56,7 @@ def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:
     tensors = checkpoint.components["transformer"].tensors
     errors = {}
     for rounded in (False, True):
-        with quantized(model, tensors, group, {e.layer.name: 8.0 for e in group}, "max", rounded):
+        with Simulation(tensors, {e.layer.name: 8.0 for e in group}, "max", rounded).of(model, group):
             shared = torch.cat([before[f"{e.layer.name}.weight"].flatten() for e in group]).abs().amax()
             for entry in group:
                 weight = before[f"{entry.layer.name}.weight"]
@@ -163,3 +164,9 @@ def test_an_error_budget_keeps_only_what_it_takes(auto_bundle: Path, workshop: P
 def test_a_budget_that_makes_no_sense_is_refused(change: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         load_recipe(RECIPE, (change,))
+
+
+def test_auto_with_nothing_to_choose_from_is_refused() -> None:
+    change = "precision.transformer={default: bf16, keep: auto, budget: {share: 0.1}}"
+    with pytest.raises(RecipeError, match="auto has nothing to choose from: no layer of the transformer"):
+        read_source(load_recipe(RECIPE, (change,)))

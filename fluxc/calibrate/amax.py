@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fluxc.calibrate.records import LayerInputs, bin_edges, merge
-from fluxc.quantize.plan import LayerPlan
+from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe import Calibration
 
 CANDIDATES = 17
@@ -18,8 +18,8 @@ def input_amax(records: dict[str, LayerInputs], plan: list[LayerPlan], calibrati
     magnitudes do not exceed. `mse`: see least_error. Layers that calibration never saw are left out.
     """
     groups: dict[str, list[LayerPlan]] = {}
-    for entry in plan:
-        if entry.format != "bf16" and not entry.quantized_in_source and entry.layer.name in records:
+    for entry in to_quantize(plan):
+        if entry.layer.name in records:
             groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
     found: dict[str, float] = {}
     for members in groups.values():

@@ -23,8 +23,8 @@ from fluxc.errors import BuildError
 from fluxc.fidelity.metrics import significant
 from fluxc.progress import Report
 from fluxc.quantize import cpu, fp8, nvfp4
-from fluxc.quantize.formats import E2M1_MAX, E4M3_MAX, Scales
-from fluxc.quantize.plan import LayerPlan
+from fluxc.quantize.formats import Scales
+from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe import Budget
 from fluxc.reference import Drawing, draw, load_pipeline
 
@@ -84,39 +84,60 @@ def output_error(model: torch.nn.Module, states: list[State], guidance: float) -
     return float(np.mean(errors))
 
 
-@contextmanager
-def quantized(
-    model: torch.nn.Module,
-    tensors: dict[str, TensorRef],
-    entries: list[LayerPlan],
-    input_amax: dict[str, float],
-    scales: Scales,
-    round_inputs: bool,
-) -> Iterator[None]:
-    """`model` with the Linears of `entries` computing as their planned format does; whole fusion groups only.
+@dataclass(frozen=True)
+class Simulation:
+    """How quantized layers compute: from the checkpoint's `tensors`, and with rounded inputs or not."""
 
-    `tensors` are the checkpoint's: quantized from there, and restored from there.
-    """
-    groups: dict[str, list[LayerPlan]] = {}
-    for entry in entries:
-        groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
-    handles = []
-    try:
-        for members in groups.values():
-            refs = [tensors[f"{entry.layer.name}.weight"] for entry in members]
-            for entry, weight in zip(members, _rounded(refs, members[0].format, scales), strict=True):
-                module = model.get_submodule(entry.layer.name)
-                module.get_parameter("weight").data.copy_(torch.from_numpy(weight))
-                if round_inputs:
-                    handles.append(module.register_forward_pre_hook(_rounding(entry, input_amax)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    tensors: dict[str, TensorRef]
+    input_amax: dict[str, float]
+    scales: Scales
+    round_inputs: bool
+
+    @contextmanager
+    def of(self, model: torch.nn.Module, entries: list[LayerPlan]) -> Iterator[None]:
+        """`model` with the Linears of `entries` computing as their planned format does; whole fusion groups only.
+
+        Weights are quantized from the checkpoint, and restored from there.
+        """
+        groups: dict[str, list[LayerPlan]] = {}
         for entry in entries:
-            ref = tensors[f"{entry.layer.name}.weight"]
-            exact = cpu.values(cpu.patterns_in(ref), ref.dtype)
-            model.get_submodule(entry.layer.name).get_parameter("weight").data.copy_(torch.from_numpy(exact))
+            groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
+        handles = []
+        try:
+            for members in groups.values():
+                for entry, weight in zip(members, self._rounded(members), strict=True):
+                    module = model.get_submodule(entry.layer.name)
+                    module.get_parameter("weight").data.copy_(torch.from_numpy(weight))
+                    if self.round_inputs:
+                        handles.append(module.register_forward_pre_hook(self._rounding(entry)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for entry in entries:
+                exact = cpu.values(*self._weight(entry))
+                model.get_submodule(entry.layer.name).get_parameter("weight").data.copy_(torch.from_numpy(exact))
+
+    def _weight(self, entry: LayerPlan) -> tuple[np.ndarray, str]:
+        ref = self.tensors[f"{entry.layer.name}.weight"]
+        return cpu.patterns_in(ref), ref.dtype
+
+    def _rounded(self, members: list[LayerPlan]) -> list[np.ndarray]:
+        """fp32 weights of one fusion group after a round trip through their format, as the writer stores them."""
+        format, weights = members[0].format, [self._weight(entry) for entry in members]
+        amax = max(cpu.largest(cpu.amaxes(*weight, format), weight[1]) for weight in weights)
+        scale = cpu.joint_tensor_scale(weights, amax, format, self.scales)
+        return [cpu.round_trip(*weight, format, scale, self.scales) for weight in weights]
+
+    def _rounding(self, entry: LayerPlan) -> Callable[[Any, Any], Any]:
+        module = nvfp4 if entry.format == "nvfp4" else fp8
+        scale = module.tensor_scale(torch.tensor(self.input_amax[entry.layer.name]))
+
+        def rounded(_: Any, inputs: Any) -> Any:
+            x = inputs[0]
+            return (module.fake_quantize(x, scale.to(x.device)).to(x.dtype), *inputs[1:])
+
+        return rounded
 
 
 def choose(costs: list[GroupCost], parameters: int) -> list[int]:
@@ -146,9 +167,7 @@ def measure(
     branches: int,
     dtype: torch.dtype,
     plan: list[LayerPlan],
-    input_amax: dict[str, float],
-    scales: Scales,
-    round_inputs: bool,
+    simulation: Simulation,
     budget: Budget,
     on_progress: Report | None = None,
 ) -> dict[str, Any]:
@@ -160,15 +179,14 @@ def measure(
     pipeline = load_pipeline(checkpoint, dtype)
     device = _device(pipeline)
     pipeline.to(device)
-    model, tensors = pipeline.transformer, checkpoint.components["transformer"].tensors
+    model = pipeline.transformer
     states = record_states(pipeline, checkpoint, prompts, drawing, branches)
     groups: dict[str, list[LayerPlan]] = {}
-    for entry in plan:
-        if entry.format != "bf16" and not entry.quantized_in_source:
-            groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
+    for entry in to_quantize(plan):
+        groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
 
     def error(entries: list[LayerPlan]) -> float:
-        with quantized(model, tensors, entries, input_amax, scales, round_inputs):
+        with simulation.of(model, entries):
             return output_error(model, states, drawing.guidance)
 
     costs = []
@@ -189,7 +207,7 @@ def measure(
     return {
         "prompts": len(_evenly(len(prompts), PROMPTS)),
         "steps": _evenly(drawing.steps, STEPS),
-        "inputs_rounded": round_inputs,
+        "inputs_rounded": simulation.round_inputs,
         "share_kept": sum(costs[i].parameters for i in kept) / total,
         "error_all_quantized": _root(error(every)),
         "error": _root(error_without(kept)),
@@ -228,32 +246,6 @@ def _within(budget: Budget, costs: list[GroupCost], total: int, error: Callable[
         else:
             low = middle
     return kept
-
-
-def _rounded(refs: list[TensorRef], format: str, scales: Scales) -> list[np.ndarray]:
-    """fp32 weights of one fusion group after a round trip through their format, as the writer stores them."""
-    members = [(cpu.patterns_in(ref), ref.dtype) for ref in refs]
-    amaxes = [cpu.block_amax(*m) if format == "nvfp4" else cpu.row_amax(*m) for m in members]
-    amax = max(cpu.largest(found, dtype) for found, (_, dtype) in zip(amaxes, members, strict=True))
-    if format == "fp8":
-        one = np.array([amax / np.float32(E4M3_MAX) if amax > 0 else 1], np.float32)
-        return [cpu.fp8_values(cpu.fp8(*member, one), one) for member in members]
-    scale = cpu.joint_tensor_scale(members, amax, scales)
-    return [
-        cpu.nvfp4_values(cpu.nvfp4(*member, found, scale, scales), scale)
-        for member, found in zip(members, amaxes, strict=True)
-    ]
-
-
-def _rounding(entry: LayerPlan, input_amax: dict[str, float]) -> Callable[[Any, Any], Any]:
-    module, largest = (nvfp4, E2M1_MAX * E4M3_MAX) if entry.format == "nvfp4" else (fp8, E4M3_MAX)
-    scale = torch.tensor(input_amax[entry.layer.name] / largest, dtype=torch.float32)
-
-    def rounded(_: Any, inputs: Any) -> Any:
-        x = inputs[0]
-        return (module.fake_quantize(x, scale.to(x.device)).to(x.dtype), *inputs[1:])
-
-    return rounded
 
 
 def _guided(velocities: list[torch.Tensor], guidance: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from fluxc import stages
 from fluxc.cache import PROGRESS, StageCache, locked
 from fluxc.calibrate.file import CalibrationFile, read_calibration
 from fluxc.errors import BuildError, FluxError
+from fluxc.planned_source import read_source
 from fluxc.progress import StageProgress
 from fluxc.recipe import LoadedRecipe
 
@@ -26,7 +27,7 @@ def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: St
     out.parent.mkdir(parents=True, exist_ok=True)
     cache = StageCache(out.resolve().parent / ".fluxc", progress)
     with locked(cache.root):
-        source = stages.read_source(loaded)
+        source = read_source(loaded)
         with progress.stage("hash checkpoint") as report:
             digests = stages.checkpoint_digests(source.checkpoint, cache, report)
         prompting = stages.run_prompting(cache, loaded.recipe, source, digests)

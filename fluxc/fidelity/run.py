@@ -12,10 +12,10 @@ import torch
 from fluxc.fidelity.compare import Reference, compare_target
 from fluxc.fidelity.report import write_report
 from fluxc.fidelity.trace import record, tokens_of_final
+from fluxc.planned_source import Source
 from fluxc.progress import Report
 from fluxc.recipe import Recipe
 from fluxc.reference import Drawing, load_pipeline
-from fluxc.stages import Source
 from fluxrt.bundle import Bundle
 
 

@@ -183,19 +183,27 @@ def nvfp4_error(
     return float(sums[:, 0].sum()), float(sums[:, 1].sum())
 
 
+def tensor_scale(amax: float | np.float32, format: str) -> np.float32:
+    """The FP32 scale that maps `amax` to the largest number of `format` (nvfp4: amax / 2688, fp8: amax / 448); 1 for 0."""
+    largest_number = E2M1_MAX * E4M3_MAX if format == "nvfp4" else E4M3_MAX
+    return np.float32(amax) / np.float32(largest_number) if amax > 0 else np.float32(1)
+
+
 def sample_step(elements: int) -> int:
     """Every which row of a weight is looked at when its tensor scale is chosen: about 2^18 elements in all."""
     return max(1, elements >> 18)
 
 
-def joint_tensor_scale(members: list[tuple[np.ndarray, str]], amax: np.float32, scales: Scales) -> np.float32:
-    """The tensor scale a fusion group shares: amax / 2688, times the factor of least squared error over all members.
+def joint_tensor_scale(
+    members: list[tuple[np.ndarray, str]], amax: np.float32, format: str, scales: Scales
+) -> np.float32:
+    """The tensor scale a fusion group shares: tensor_scale, for nvfp4 times the factor of least squared error over all members.
 
     `members` are (patterns, dtype) of each weight, `amax` the largest magnitude among them. For `max` the factor is 1, as in
     ModelOpt. Otherwise each of TENSOR_SCALE_FACTORS is tried on evenly spaced rows of each member (see sample_step).
     """
-    exact = np.float32(amax) / np.float32(E2M1_MAX * E4M3_MAX) if amax > 0 else np.float32(1)
-    if scales == "max" or amax == 0:
+    exact = tensor_scale(amax, format)
+    if format != "nvfp4" or scales == "max" or amax == 0:
         return exact
     best, least = exact, np.inf
     samples = []
@@ -232,18 +240,30 @@ def mxfp4_values(quantized: Quantized) -> np.ndarray:
     return out
 
 
-def fp8(patterns: np.ndarray, dtype: str, scale: np.ndarray) -> np.ndarray:
-    """E4M3 codes uint8 [rows, columns] of `patterns` / `scale`, fp32 [1] or [rows]."""
+def fp8(patterns: np.ndarray, dtype: str, scale: np.ndarray | np.float32) -> np.ndarray:
+    """E4M3 codes uint8 [rows, columns] of `patterns` / `scale`, fp32 () or [rows]."""
     out = np.empty(patterns.shape, np.uint8)
-    kernels.to_e4m3(values(patterns, dtype), scale, out)
+    kernels.to_e4m3(values(patterns, dtype), np.atleast_1d(scale), out)
     return out
 
 
-def fp8_values(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """fp32 [rows, columns] of E4M3 `codes` under `scale` fp32 [1] or [rows]."""
+def fp8_values(codes: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
+    """fp32 [rows, columns] of E4M3 `codes` under `scale` fp32 () or [rows]."""
     out = np.empty(codes.shape, np.float32)
-    kernels.from_e4m3(codes, scale, out)
+    kernels.from_e4m3(codes, np.atleast_1d(scale), out)
     return out
+
+
+def amaxes(patterns: np.ndarray, dtype: str, format: str) -> np.ndarray:
+    """The largest magnitudes, as patterns, of every block (nvfp4) or every row (fp8)."""
+    return block_amax(patterns, dtype) if format == "nvfp4" else row_amax(patterns, dtype)
+
+
+def round_trip(patterns: np.ndarray, dtype: str, format: str, scale: np.float32, scales: Scales) -> np.ndarray:
+    """fp32 [rows, columns]: what the weights file gives back of `patterns` stored in `format` under tensor scale `scale`."""
+    if format == "fp8":
+        return fp8_values(fp8(patterns, dtype, scale), scale)
+    return nvfp4_values(nvfp4(patterns, dtype, block_amax(patterns, dtype), scale, scales), scale)
 
 
 def squared_sums(exact: np.ndarray, restored: np.ndarray) -> tuple[float, float]:

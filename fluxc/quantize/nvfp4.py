@@ -62,7 +62,7 @@ def quantize(
     patterns, dtype = patterns_of(weight)
     amax = cpu.block_amax(patterns, dtype)
     if scale is None:
-        scale = torch.tensor(cpu.joint_tensor_scale([(patterns, dtype)], cpu.largest(amax, dtype), scales))
+        scale = torch.tensor(cpu.joint_tensor_scale([(patterns, dtype)], cpu.largest(amax, dtype), "nvfp4", scales))
     out.tensor_scale.copy_(scale)
     arrays = cpu.Quantized(out.codes.numpy(), out.block_scales.view(torch.uint8).numpy())
     cpu.nvfp4(patterns, dtype, amax, np.float32(out.tensor_scale.item()), scales, arrays)

@@ -135,6 +135,11 @@ def precision_plan(
     return plan
 
 
+def to_quantize(plan: list[LayerPlan]) -> list[LayerPlan]:
+    """The layers that the build quantizes itself: those neither kept nor quantized in the checkpoint."""
+    return [entry for entry in plan if entry.format != "bf16" and not entry.quantized_in_source]
+
+
 def summary_by_format(plan: list[LayerPlan]) -> dict[str, tuple[int, int, int, int]]:
     """For each format in the plan: (layers, parameters, bytes in the checkpoint, bytes in the bundle)."""
     table: dict[str, tuple[int, int, int, int]] = {}

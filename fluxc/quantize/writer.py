@@ -25,8 +25,8 @@ from fluxc.checkpoint.safetensors_file import ITEM_BITS, TensorRef
 from fluxc.errors import BuildError, CheckpointError
 from fluxc.progress import Report
 from fluxc.quantize import cpu
-from fluxc.quantize.formats import BLOCK, E2M1_MAX, E4M3_MAX, Scales
-from fluxc.quantize.plan import LayerPlan
+from fluxc.quantize.formats import BLOCK, Scales
+from fluxc.quantize.plan import LayerPlan, to_quantize
 
 CHUNK_BYTES = 16 << 20
 # Each output row is one more sample of the error, so a few inputs are enough to know it well.
@@ -132,7 +132,7 @@ def write_weights(
     source bytes. Raises CheckpointError naming tensor and position of a NaN or infinity; no file appears unless all are
     complete.
     """
-    quantized = {f"{e.layer.name}.weight": e for e in plan if e.format != "bf16" and not e.quantized_in_source}
+    quantized = {f"{entry.layer.name}.weight": entry for entry in to_quantize(plan)}
     input_scale_amax = _group_input_amax(quantized, input_amax)
     units = _units(tensors, plan)
     shards = _shards(units, tensors, quantized, shard_bytes)
@@ -259,12 +259,9 @@ def _write_group(
         cpu.largest(chunk, ref.dtype) for (ref, _), chunks in zip(members, amaxes, strict=True) for chunk in chunks
     )
     entry = members[0][1]
-    if entry.format == "nvfp4":
-        scale = cpu.joint_tensor_scale([(cpu.patterns_in(ref), ref.dtype) for ref, _ in members], amax, scales)
-    else:
-        scale = np.float32(amax) / np.float32(E4M3_MAX) if amax > 0 else np.float32(1)
-    largest_input = np.float32(input_amax[entry.layer.group or entry.layer.name])
-    input_scale = largest_input / np.float32(E4M3_MAX * (E2M1_MAX if entry.format == "nvfp4" else 1))
+    weights = [(cpu.patterns_in(ref), ref.dtype) for ref, _ in members]
+    scale = cpu.joint_tensor_scale(weights, amax, entry.format, scales)
+    input_scale = cpu.tensor_scale(input_amax[entry.layer.group or entry.layer.name], entry.format)
     scalar = "weight_scale_2" if entry.format == "nvfp4" else "weight_scale"
     reports = []
     for (ref, planned), chunks in zip(members, amaxes, strict=True):
@@ -279,8 +276,8 @@ def _write_group(
                 sums.weight += cpu.nvfp4_error(patterns, ref.dtype, quantized, scale)
                 restored = None if rows is None else cpu.nvfp4_values(quantized, scale)
             else:
-                codes = cpu.fp8(patterns, ref.dtype, scale.reshape(1))
-                restored = cpu.fp8_values(codes, scale.reshape(1))
+                codes = cpu.fp8(patterns, ref.dtype, scale)
+                restored = cpu.fp8_values(codes, scale)
                 sums.weight += cpu.squared_sums(cpu.values(patterns, ref.dtype), restored)
             file.write(f"{layer}.weight", first * codes.shape[1], codes)
             if rows is not None:
@@ -297,11 +294,10 @@ def _write_group(
 
 def _amax_by_chunk(ref: TensorRef, format: str, progress: _Progress) -> list[np.ndarray]:
     """The largest magnitudes, as patterns, of every block (nvfp4) or row (fp8), a chunk at a time."""
-    measure = cpu.block_amax if format == "nvfp4" else cpu.row_amax
     found = []
     for first, patterns in _row_chunks(ref):
         try:
-            found.append(measure(patterns, ref.dtype))
+            found.append(cpu.amaxes(patterns, ref.dtype, format))
         except cpu.NotFiniteError as error:
             row, *rest = error.position
             raise _not_finite(ref, (first + row, *rest)) from None
