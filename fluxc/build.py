@@ -43,6 +43,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         held_out = loaded.prompts("fidelity.prompts", recipe.fidelity.prompts)
         with progress.stage("hash checkpoint") as report:
             digests = stages.checkpoint_digests(source.checkpoint, cache, report)
+        calibration = stages.given_calibration(loaded, digests)
         # Tracing needs no weights and finds what does not fit before the long stages begin; the VAE is the quickest.
         traces = {
             name: stages.run_trace(cache, name, loaded, source) for name in ("vae", "text_encoder", "transformer")
@@ -55,8 +56,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         if recipe.calibration.engine == "modelopt":
             source = read_source(loaded, stages.run_modelopt(cache, loaded, original, digests))
             stored = stages.checkpoint_digests(source.checkpoint, cache, lambda *_: None)
-        calibration = None
-        if source.quantizes or only == "calibrate":
+        if calibration is None and (source.quantizes or only == "calibrate"):
             calibration = stages.run_calibration(cache, loaded, original, digests)
         if only == "calibrate":
             return None

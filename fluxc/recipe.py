@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 import yaml
@@ -237,7 +238,7 @@ def _apply_change(data: dict[str, Any], change: str) -> None:
 
 
 def _check_fields(data: Any, kind: Any, where: str, file: str) -> None:
-    """Refuse unknown fields with the nearest valid one, which msgspec's own error does not offer."""
+    """Refuse unknown fields and words with the nearest valid one, which msgspec's own error does not offer."""
     fields = {f.encode_name: f.type for f in msgspec.structs.fields(kind)}
     if not isinstance(data, dict):
         return
@@ -247,9 +248,25 @@ def _check_fields(data: Any, kind: Any, where: str, file: str) -> None:
             raise RecipeError(
                 f"{file}: unknown field {place!r}{nearest(str(key), fields) or '.'} The fields here are: {', '.join(fields)}."
             )
+        words = _words_of(fields[key])
+        if words and isinstance(value, str) and value not in words:
+            wanted = ", ".join(words) + (", or a list" if len(_parts_of(fields[key])) > 1 else "")
+            raise RecipeError(
+                f"{file}: {where}{key}: {value!r} is not possible{nearest(value, words) or '.'} It can be {wanted}"
+            )
         for inner in _structs_in(fields[key]):
             for item in value if isinstance(value, list) else [value]:
                 _check_fields(item, inner, f"{where}{key}.", file)
+
+
+def _parts_of(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _words_of(kind: Any) -> list[str]:
+    """The words a field can be, if it is a choice of words."""
+    return [word for part in _parts_of(kind) if get_origin(part) is Literal for word in get_args(part)]
 
 
 def _structs_in(kind: Any) -> list[Any]:

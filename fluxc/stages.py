@@ -67,9 +67,7 @@ def calibration_request(loaded: LoadedRecipe) -> dict[str, Any]:
 def run_calibration(
     cache: StageCache, loaded: LoadedRecipe, source: Source, digests: dict[str, Any], device: str = "auto"
 ) -> Path:
-    """The calibration file: the recipe's own if it names one, after checking that it fits, else made on this machine."""
-    if loaded.recipe.calibration.file:
-        return _given_calibration(loaded, digests)
+    """The calibration file, made on this machine."""
 
     def work(folder: Path, report: Report) -> None:
         progress = cache.root / PROGRESS / "calibration"
@@ -139,8 +137,11 @@ def drawing_of(request: dict[str, Any], source: Source) -> Drawing:
     )
 
 
-def _given_calibration(loaded: LoadedRecipe, digests: dict[str, Any]) -> Path:
-    path = loaded.folder / str(loaded.recipe.calibration.file)
+def given_calibration(loaded: LoadedRecipe, digests: dict[str, Any]) -> Path | None:
+    """The calibration file that the recipe names, after checking that it fits; None if it names none."""
+    if loaded.recipe.calibration.file is None:
+        return None
+    path = loaded.folder / loaded.recipe.calibration.file
     check_origin(read_calibration(path), digests, calibration_request(loaded))
     return path
 

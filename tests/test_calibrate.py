@@ -253,8 +253,12 @@ def test_a_layer_that_saw_nan_is_named_and_nothing_is_written(tmp_path: Path) ->
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "file")
     (tmp_path / "short").write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"short: truncated"):
+    with pytest.raises(
+        CheckpointError, match=r"short: damaged, or not a calibration file.*truncated.*`fluxc calibrate"
+    ):
         read_calibration(tmp_path / "short")
+    with pytest.raises(CheckpointError, match=r"absent: there is no such calibration file; `fluxc calibrate"):
+        read_calibration(tmp_path / "absent")
     save_file({"weight": np.zeros(4)}, tmp_path / "weights")
     with pytest.raises(CheckpointError, match=r"weights: not a calibration file; `fluxc calibrate"):
         read_calibration(tmp_path / "weights")
@@ -434,8 +438,10 @@ def test_a_build_takes_a_given_file_in_place_of_running_the_model(quick_bundle: 
     assert "calibrate" not in progress.ran + progress.found
     for component, file in open_bundle(quick_bundle).manifest.components.items():
         assert (given / file).read_bytes() == (quick_bundle / file).read_bytes(), component
+    progress = RecordingProgress()
     with pytest.raises(BuildError, match="made with other seed"):
-        compile_into(tmp_path / "given", *QUICK, f"calibration.file={path}", "calibration.seed=5")
+        compile_into(tmp_path / "given", *QUICK, f"calibration.file={path}", "calibration.seed=5", progress=progress)
+    assert progress.ran == ["hash checkpoint"]
 
 
 def test_out_that_is_no_calibration_file_is_not_overwritten(recipe, tmp_path: Path) -> None:

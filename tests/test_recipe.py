@@ -30,7 +30,7 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
             "precision.transformer.rules=[{mtch: a, format: fp8}]",
             r"'precision\.transformer\.rules\.mtch'; did you mean 'match'",
         ),
-        ("precision.transformer.default=int4", r"Invalid enum value 'int4' - at `precision\.transformer\.default`"),
+        ("precision.transformer.default=int4", r"precision\.transformer\.default: 'int4' is not possible"),
         (
             "precision.transformer.preset=nvidia_blog",
             r"precision\.transformer\.preset: there is no preset 'nvidia_blog'; did you mean 'nvidia-blog'\?.*trtllm-auto",
@@ -96,3 +96,23 @@ def test_changes_replace_fields() -> None:
     loaded = load_recipe(RECIPE, ("sampling.steps=7", "precision.text_encoder.default=fp8"))
     assert loaded.recipe.sampling.steps == 7
     assert loaded.recipe.precision.text_encoder.default == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "precision.transformer.scales=four-over-five",
+            r"'four-over-five' is not possible; did you mean 'four-over-six'\?",
+        ),
+        (
+            "precision.transformer.default=int3",
+            r"transformer\.default: 'int3' is not possible\. It can be nvfp4, fp8, bf16",
+        ),
+        ("precision.transformer.keep=automatic", r"keep: 'automatic' is not possible.* It can be auto, or a list"),
+        ("targets=[{kind: onnxruntim}]", r"targets\.kind: 'onnxruntim' is not possible; did you mean 'onnxruntime'"),
+    ],
+)
+def test_a_word_that_is_not_possible_is_refused_with_those_that_are(change: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(RECIPE, (change,))

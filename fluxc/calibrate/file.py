@@ -86,7 +86,13 @@ def read_calibration(path: Path) -> CalibrationFile:
     """Read `path`. Raises CheckpointError if it is damaged or no calibration file, BuildError if it is of another version."""
     from safetensors.numpy import load
 
-    read_header(path)
+    advice = "`fluxc calibrate RECIPE --out FILE` makes one"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such calibration file; {advice}")
+    try:
+        read_header(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: damaged, or not a calibration file ({error}); {advice}") from error
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     try:
@@ -96,7 +102,7 @@ def read_calibration(path: Path) -> CalibrationFile:
     except (KeyError, TypeError, ValueError):
         known = False
     if not known:
-        raise CheckpointError(f"{path}: not a calibration file; `fluxc calibrate RECIPE --out FILE` makes one")
+        raise CheckpointError(f"{path}: not a calibration file; {advice}")
     if version != FORMAT_VERSION:
         raise BuildError(
             f"{path}: calibration format {version}, this fluxc reads {FORMAT_VERSION}; calibrate again with this version"
