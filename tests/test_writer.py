@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from fluxc.checkpoint.flux2 import Linear
 from fluxc.checkpoint.safetensors_file import TensorRef, read_header
 from fluxc.errors import BuildError, CheckpointError
-from fluxc.quantize import cpu, fp8, nvfp4
+from fluxc.quantize import cpu, fp8, nvfp4, writer
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.writer import CHUNK_BYTES, LayerReport, write_weights
 from fluxc.recipe import ComponentPrecision, Rule
@@ -110,6 +110,26 @@ def test_output_error_is_that_of_the_layer_on_the_sampled_inputs(tmp_path: Path)
         output, error = x @ weight.T, x @ (weight - restored).T
         expected = 10 * torch.log10(output.double().square().sum() / error.double().square().sum()).item()
         assert report.output_snr_db == pytest.approx(expected, abs=1e-3)
+
+
+def test_output_error_of_many_outputs_is_that_of_evenly_spaced_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a chunk does not start at one of them."""
+    monkeypatch.setattr(writer, "OUTPUTS", 10)
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 5 * 2 * 64)
+    weight = torch.randn(37, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    refs = checkpoint(tmp_path / "in", {"layer.weight": weight})
+    x = np.random.default_rng(3).standard_normal((16, 64)).astype("f")
+    for format, restored in (
+        ("nvfp4", nvfp4.dequantize(*nvfp4.quantize(weight))),
+        ("fp8", fp8.dequantize(fp8.quantize(weight, scale := fp8.tensor_scale(weight.abs().amax())), scale)),
+    ):
+        plan = [LayerPlan("transformer", Linear("layer", 37, 64), format, "default", 0)]
+        (report,) = write_weights(tmp_path / "out", refs, plan, {"layer": 1.0}, input_rows=lambda _: x)
+        exact, error = weight.float()[::3], (weight.float() - restored)[::3]
+        sums = [(torch.from_numpy(x) @ w.T).double().square().sum() for w in (exact, error)]
+        assert report.output_snr_db == pytest.approx(10 * torch.log10(sums[0] / sums[1]).item(), abs=1e-3)
 
 
 def test_better_scales_lose_less_and_read_the_same_way(tmp_path: Path) -> None:

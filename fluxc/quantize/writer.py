@@ -29,8 +29,8 @@ from fluxc.quantize.formats import BLOCK, Scales
 from fluxc.quantize.plan import LayerPlan, to_quantize
 
 CHUNK_BYTES = 16 << 20
-# Each output row is one more sample of the error, so a few inputs are enough to know it well.
-INPUT_ROWS = 16
+# Every input with every output is one sample of a layer's error; these are enough to know it to a tenth of a decibel or two.
+INPUT_ROWS, OUTPUTS = 16, 1024
 
 Rows = Callable[[str], np.ndarray | None]
 
@@ -40,7 +40,7 @@ class LayerReport:
     """How well a quantized layer reproduces the original, as signal-to-noise ratios in dB.
 
     `snr_db`: 10 log10(|W|^2 / |W - Q|^2). `output_snr_db`: the same of x W^T over calibration's sampled inputs x, kept in
-    full precision; None without them.
+    full precision, over evenly spaced outputs where there are more than OUTPUTS; None without them.
     """
 
     name: str
@@ -268,20 +268,23 @@ def _write_group(
         layer = planned.layer.name
         rows = input_rows(layer) if input_rows else None
         rows = None if rows is None else rows[:: max(1, len(rows) // INPUT_ROWS)][:INPUT_ROWS]
+        every = max(1, ref.shape[0] // OUTPUTS)
         sums = _Sums()
         for (first, patterns), chunk_amax in zip(_row_chunks(ref), chunks, strict=True):
+            sampled = slice(-first % every, None, every)
             if entry.format == "nvfp4":
                 codes, block_scales = quantized = cpu.nvfp4(patterns, ref.dtype, chunk_amax, scale, scales)
                 file.write(f"{layer}.weight_scale", first * block_scales.shape[1], block_scales)
                 sums.weight += cpu.nvfp4_error(patterns, ref.dtype, quantized, scale)
-                restored = None if rows is None else cpu.nvfp4_values(quantized, scale)
+                restored = cpu.nvfp4_values(cpu.Quantized(codes[sampled], block_scales[sampled]), scale)
             else:
                 codes = cpu.fp8(patterns, ref.dtype, scale)
                 restored = cpu.fp8_values(codes, scale)
                 sums.weight += cpu.squared_sums(cpu.values(patterns, ref.dtype), restored)
+                restored = restored[sampled]
             file.write(f"{layer}.weight", first * codes.shape[1], codes)
             if rows is not None:
-                exact = cpu.values(patterns, ref.dtype)
+                exact = cpu.values(np.ascontiguousarray(patterns[sampled]), ref.dtype)
                 sums.output += [np.square(rows @ w.T, dtype=np.float64).sum() for w in (exact, exact - restored)]
             progress.add(patterns.nbytes // 2)
         file.write(f"{layer}.{scalar}", 0, scale.reshape(1))
