@@ -73,7 +73,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
 
         staging = Path(tempfile.mkdtemp(prefix=".bundle-", dir=cache.root))
         try:
-            write_small_files(source.checkpoint, staging, source.plans, source.text_layers_kept)
+            stored_plans = {name: source.stored_plan(name) for name in WEIGHTS_FILE}
+            write_small_files(source.checkpoint, staging, stored_plans, source.text_layers_kept)
             for name, folder in weights.items():
                 for file in weights_files(folder, name):
                     _take_weights(file, staging / name / file.name, cache.root, out)

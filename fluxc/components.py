@@ -52,7 +52,10 @@ def small_files(component: Component) -> list[Path]:
 def write_small_files(
     checkpoint: Checkpoint, folder: Path, plans: dict[str, list[LayerPlan]], kept_text_layers: int
 ) -> None:
-    """Copy configs, tokenizer and scheduler into `folder`, saying in the configs what was quantized and pruned."""
+    """Copy configs, tokenizer and scheduler into `folder`, saying in the configs what was quantized and pruned.
+
+    `plans` cover every Linear that is stored.
+    """
     _write_json(folder / "model_index.json", _without_machine(checkpoint.index))
     for name, component in checkpoint.components.items():
         target = folder / name
@@ -71,12 +74,17 @@ def write_small_files(
             config["tie_word_embeddings"] = True
         quantization = quantization_config(plans.get(name, []))
         if quantization:
+            if name == "text_encoder":
+                quantization["ignore"].append("lm_head")
             config[QUANTIZATION] = quantization
         _write_json(target / "config.json", config)
 
 
 def quantization_config(plan: list[LayerPlan]) -> dict[str, Any] | None:
-    """ModelOpt's `quantization_config` for a plan: its algorithm, the layers left in bf16, formats by layer when mixed."""
+    """ModelOpt's `quantization_config` for a plan of every Linear that is stored.
+
+    It holds the algorithm, the layers left in bf16, and formats by layer when they are mixed.
+    """
     kinds = sorted({_kind(entry) for entry in plan if entry.format != "bf16"}, reverse=True)
     if not kinds:
         return None

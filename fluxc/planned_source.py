@@ -24,7 +24,7 @@ from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint
 from fluxc.errors import RecipeError
 from fluxc.quantize.plan import LayerPlan, precision_plan, to_quantize
-from fluxc.recipe import LoadedRecipe, Recipe
+from fluxc.recipe import ComponentPrecision, LoadedRecipe, Recipe
 
 UNUSED = {
     "vae": ("encoder.", "quant_conv.", "bn.num_batches_tracked"),
@@ -50,6 +50,16 @@ class Source:
         if component == "text_encoder":
             return text_linears(config, config["num_hidden_layers"])
         return transformer_linears(config) if component == "transformer" else []
+
+    def stored_plan(self, component: str) -> list[LayerPlan]:
+        """The plan of every Linear that a bundle stores: of the text encoder, also those of the layer that is never run."""
+        plan = self.plans.get(component, [])
+        if component != "text_encoder":
+            return plan
+        stored = text_linears(self.checkpoint.components[component].config, self.text_layers_kept)
+        return plan + precision_plan(
+            component, stored[len(plan) :], ComponentPrecision(), in_source=self.quantized[component]
+        )
 
     @property
     def quantizes(self) -> bool:

@@ -23,6 +23,7 @@ from fluxc.errors import BuildError, GateError, RecipeError
 from fluxc.fidelity.compare import _check_finite
 from fluxc.fidelity.gates import check_gates
 from fluxc.recipe import Gates
+from fluxc.verify import verify_bundle
 from fluxrt.bundle import open_bundle
 
 
@@ -311,3 +312,29 @@ def test_two_builds_in_one_folder_do_not_mix(tmp_path: Path) -> None:
 
     with locked(tmp_path / ".fluxc"), pytest.raises(BuildError, match="another fluxc build is using"):
         compile_into(tmp_path / "out", *QUICK)
+
+
+def test_a_component_in_several_files_computes_the_same(quick_bundle: Path, workshop: Path) -> None:
+    """Graphs point into every file, the index is diffusers' own, and only the split component's files differ."""
+    from diffusers import AutoencoderKLFlux2
+
+    import fluxrt
+
+    split = compile_into(workshop / "split", *QUICK, f"weights.shard_gib={1.2e6 / 2**30}")
+    components = open_bundle(split).manifest.components
+    assert {name for name, file in components.items() if file.endswith(".index.json")} == {"transformer", "vae"}
+    files = sorted((split / "transformer").glob("*-of-*.safetensors"))
+    assert len(files) > 1
+    whole = load_file(quick_bundle / "transformer" / "diffusion_pytorch_model.safetensors")
+    parts = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert {n: t.view(torch.uint8).tolist() for n, t in parts.items() if t.ndim == 2} == {
+        n: t.view(torch.uint8).tolist() for n, t in whole.items() if t.ndim == 2
+    }
+    pictures = [
+        fluxrt.load(bundle, target="onnxruntime-nvfp4")("a small red ring", seed=3).images[0].tobytes()
+        for bundle in (quick_bundle, split)
+    ]
+    assert pictures[0] == pictures[1]
+    vaes = [AutoencoderKLFlux2.from_pretrained(bundle / "vae").state_dict() for bundle in (quick_bundle, split)]
+    assert all(torch.equal(vaes[0][name], vaes[1][name]) for name in vaes[0])
+    assert list(verify_bundle(split))

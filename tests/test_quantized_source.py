@@ -143,6 +143,26 @@ def test_a_bundle_is_a_source_and_gives_the_same_weights(quick_bundle: Path, wor
         assert [name for name in first if raw(first[name]) != raw(second[name])] == []
 
 
+def test_a_quantized_text_encoder_is_a_source_too(workshop: Path) -> None:
+    """Its config names what stays bf16: the layer that is stored and never run, and the head that is not stored."""
+    fp8 = ("precision.text_encoder={default: fp8}", "precision.transformer={default: bf16}", *QUICK[:3], "gates={}")
+    first = compile_into(workshop / "fp8-text", *fp8)
+    said = json.loads((first / "text_encoder" / "config.json").read_text())["quantization_config"]
+    assert said["quant_algo"] == "FP8"
+    assert "lm_head" in said["ignore"]
+    assert "model.layers.27.mlp.down_proj" in said["ignore"]
+    assert not any(name.startswith("model.layers.26.") for name in said["ignore"])
+    progress = RecordingProgress()
+    changes = (f"model.source={first}", "precision.transformer={default: bf16}", *QUICK[:3], "gates={}")
+    second = compile_into(workshop / "fp8-text-again", *changes, progress=progress)
+    assert "calibrate" not in progress.ran + progress.found
+    one, two = (load_file(root / "text_encoder" / "model.safetensors") for root in (first, second))
+    assert {name: raw(tensor) for name, tensor in one.items()} == {name: raw(tensor) for name, tensor in two.items()}
+    for bundle, least in ((first, 30.0), (second, 50.0)):
+        figures = open_bundle(bundle).manifest.fidelity["targets"]["onnxruntime"]
+        assert figures["image_psnr_db"] > least
+
+
 def test_awq_and_svdquant_tensors_are_computed_with(damaged: Path, workshop: Path) -> None:
     """As modelopt's SVDQuantLinear.forward: x p Q^T + (x p a^T) b^T. The factors here are random, and large."""
     generator = torch.Generator().manual_seed(0)
