@@ -36,6 +36,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
     cache = StageCache(out.resolve().parent / ".fluxc", progress)
     with locked(cache.root):
         source = original = read_source(loaded)
+        stages.check_targets(loaded, source)
         if recipe.calibration.engine == "modelopt":
             from fluxc.calibrate.modelopt import check_available
 
@@ -48,6 +49,9 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         traces = {
             name: stages.run_trace(cache, name, loaded, source) for name in ("vae", "text_encoder", "transformer")
         }
+        pieces = {}
+        if any(target.is_tensorrt for target in recipe.targets):
+            pieces = {name: stages.run_pieces(cache, name, loaded, source) for name in traces}
         prompting = stages.run_prompting(cache, recipe, source, digests)
         stages.check_prompts(loaded, source, prompting)
         if only == "graphs":
@@ -67,7 +71,10 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         weights = {name: stages.run_weights(cache, name, recipe, source, stored, calibration) for name in WEIGHTS_FILE}
         if only == "weights":
             return None
-        targets = {t.name: stages.run_target(cache, t, source, traces, weights) for t in recipe.targets}
+        targets = {
+            t.name: stages.run_target(cache, t, recipe, source, pieces if t.is_tensorrt else traces, weights)
+            for t in recipe.targets
+        }
         if only == "targets":
             return None
 
@@ -91,7 +98,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
                 provenance=format.Provenance(
                     source=recipe.model.source,
                     checkpoint=digests,
-                    tools=stages.provenance_tools(),
+                    tools=stages.provenance_tools(recipe),
                     built_at="",
                 ),
                 components={name: f"{name}/{weights_entry(folder, name)}" for name, folder in weights.items()},
@@ -143,12 +150,13 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
 
 
 def _place_targets(loaded: LoadedRecipe, targets: dict[str, Path], staging: Path) -> tuple[format.Target, ...]:
-    """Copy every target's graphs into the bundle; targets whose graph is the same to the byte share one file."""
+    """Copy every target's files into the bundle; targets whose graph is the same to the byte share one file."""
     entries = []
     for target in loaded.recipe.targets:
         folder = targets[target.name]
-        graphs = msgspec.json.decode((folder / "target.json").read_bytes(), type=dict[str, format.Graph])
-        for name, graph in graphs.items():
+        entry = msgspec.json.decode((folder / "target.json").read_bytes(), type=format.Target)
+        graphs = {}
+        for name, graph in entry.graphs.items():
             content = (folder / graph.file).read_bytes()
             file = graph.file
             if (staging / file).exists() and (staging / file).read_bytes() != content:
@@ -156,7 +164,11 @@ def _place_targets(loaded: LoadedRecipe, targets: dict[str, Path], staging: Path
             if not (staging / file).exists():
                 shutil.copyfile(folder / graph.file, staging / file)
             graphs[name] = msgspec.structs.replace(graph, file=file)
-        entries.append(format.Target(target.name, target.kind, target.activations, graphs))
+        for plan in entry.engine.plans.values() if entry.engine else ():
+            for file in filter(None, (plan.source, plan.file)):
+                (staging / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / file, staging / file)
+        entries.append(msgspec.structs.replace(entry, graphs=graphs))
     return tuple(entries)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -10,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import msgspec
 import yaml
 
+from fluxc.engine.library import LIBRARIES
 from fluxc.errors import RecipeError, nearest
 from fluxc.quantize.formats import Scales
 from fluxc.quantize.presets import find_preset
@@ -99,25 +101,47 @@ class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What to compile for. `activations: nvfp4` rounds the inputs of quantized layers as an FP4 GPU does;
-    `weights_in_memory: 4-bit` halves the memory of NVFP4 weights at run time, and takes longer.
+    """What to compile for.
+
+    onnxruntime: `activations: nvfp4` rounds the inputs of quantized layers as an FP4 GPU does; `weights_in_memory: 4-bit`
+    halves the memory of NVFP4 weights at run time, and takes longer.
+
+    tensorrt_rtx, tensorrt: `compute_capabilities` are the GPUs; `weights: baked` puts them into the plans, in segments that
+    can be built in `memory_gib`; `shapes` makes an optimization profile of every size, or one that spans them; `allow` lists
+    patterns of layers that may run otherwise than planned.
     """
 
-    kind: Literal["onnxruntime"]
+    kind: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
     activations: Literal["none", "nvfp4"] = "none"
     weights_in_memory: Literal["8-bit", "4-bit"] = "8-bit"
+    compute_capabilities: tuple[str, ...] = ()
+    weights: Literal["bound", "baked"] = "bound"
+    memory_gib: float = 16.0
+    shapes: Literal["profiles", "range"] = "profiles"
+    allow: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         parts: list[str] = [self.kind]
-        parts += [self.activations] if self.activations != "none" else []
+        parts += [self.activations] if self.activations != "none" and not self.is_tensorrt else []
         parts += [self.weights_in_memory] if self.weights_in_memory != "8-bit" else []
+        parts += [self.weights] if self.weights != "bound" else []
         return "-".join(parts)
+
+    @property
+    def is_tensorrt(self) -> bool:
+        """Whether it is compiled to TensorRT plans."""
+        return self.kind != "onnxruntime"
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the machine that builds can draw with it, so that it is compared with diffusers."""
+        return not self.is_tensorrt
 
     @property
     def rounds_inputs(self) -> bool:
         """Whether inputs of quantized layers are rounded to the weights' format."""
-        return self.activations != "none"
+        return self.activations != "none" or self.is_tensorrt
 
 
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -205,6 +229,7 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe
     except msgspec.ValidationError as error:
         raise RecipeError(f"{path}: {str(error).replace('$.', '')}") from error
     _check_values(recipe, path)
+    recipe = msgspec.structs.replace(recipe, targets=tuple(_with_defaults(target) for target in recipe.targets))
     return LoadedRecipe(recipe, path.resolve().parent)
 
 
@@ -321,7 +346,31 @@ def _check_values(recipe: Recipe, path: Path) -> None:
         refuse("weights.shard_gib", f"must be positive, got {recipe.weights.shard_gib}")
     if not recipe.targets:
         refuse("targets", "give at least one, for example {kind: onnxruntime}")
+    for at, target in enumerate(recipe.targets):
+        _check_target(target, f"targets[{at}]", refuse)
     names = [target.name for target in recipe.targets]
     for name in names:
         if names.count(name) > 1:
             refuse("targets", f"{name!r} appears twice")
+
+
+def _check_target(target: Target, field: str, refuse: Callable[[str, str], None]) -> None:
+    only = {
+        "onnxruntime": ("activations", "weights_in_memory"),
+        "tensorrt": ("compute_capabilities", "weights", "memory_gib", "shapes", "allow"),
+    }
+    foreign = only["onnxruntime" if target.is_tensorrt else "tensorrt"]
+    for option in msgspec.structs.fields(target):
+        if option.name in foreign and getattr(target, option.name) != option.default:
+            refuse(f"{field}.{option.name}", f"a target of kind {target.kind} has no such option")
+    if len(set(target.compute_capabilities)) != len(target.compute_capabilities):
+        refuse(f"{field}.compute_capabilities", "one appears twice")
+    if not target.memory_gib > 1:
+        refuse(f"{field}.memory_gib", f"must be more than 1, which the library itself takes, got {target.memory_gib}")
+
+
+def _with_defaults(target: Target) -> Target:
+    """`target` with the GPUs that its library is used for most, if it names none."""
+    if not target.is_tensorrt or target.compute_capabilities:
+        return target
+    return msgspec.structs.replace(target, compute_capabilities=LIBRARIES[target.kind].default)

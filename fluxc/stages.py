@@ -15,14 +15,18 @@ from fluxc.calibrate.file import CHECKPOINT_PARTS, Origin, check_origin, read_ca
 from fluxc.checkpoint.flux2 import (
     pixels_per_token,
 )
+from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.checkpoint.source import WEIGHTED, Checkpoint, check_tensors
 from fluxc.components import WEIGHTS_FILE, small_files, weights_entry, weights_files, weights_tensors
+from fluxc.engine.library import LIBRARIES, check_capabilities, gpu_here, installed_version
 from fluxc.errors import RecipeError
 from fluxc.planned_source import Source, kept_tensors
 from fluxc.progress import Report
 from fluxc.quantize.formats import Scales
 from fluxc.quantize.plan import to_quantize
 from fluxc.recipe import LoadedRecipe, Recipe, Target
+from fluxc.targets.stray import check_no_stray
+from fluxrt import bundle as format
 from fluxrt.bundle import Prompting
 from fluxrt.errors import RequestError
 
@@ -277,43 +281,157 @@ def run_trace(cache: StageCache, component: str, loaded: LoadedRecipe, source: S
     return cache.run(f"trace-{component}", f"trace {component}", inputs, work)
 
 
+def check_targets(loaded: LoadedRecipe, source: Source) -> None:
+    """Refuse targets whose GPUs do not compute in the formats the plan asks for, and gates that nothing would be held to."""
+    formats = {entry.format for plan in source.plans.values() for entry in plan}
+    for at, target in enumerate(loaded.recipe.targets):
+        if target.is_tensorrt:
+            field = f"targets[{at}].compute_capabilities"
+            check_capabilities(target.kind, target.compute_capabilities, formats, field)
+            if not LIBRARIES[target.kind].builds_without_gpu and len(target.compute_capabilities) > 1:
+                raise RecipeError(
+                    f"{field}: {target.kind} builds for one kind of GPU, the one it is finished on; give one"
+                )
+    gates = loaded.recipe.gates
+    gated = [field for field in ("step_cosine", "image_psnr_db") if getattr(gates, field) is not None]
+    if gated and not any(target.runs_here for target in loaded.recipe.targets):
+        raise RecipeError(
+            f"gates.{gated[0]}: no target of this recipe runs on the machine that builds, so nothing would be held to it; add "
+            "{kind: onnxruntime, activations: nvfp4}, which rounds as an FP4 GPU does, or leave the gate out"
+        )
+
+
+def run_pieces(cache: StageCache, component: str, loaded: LoadedRecipe, source: Source) -> Path:
+    """The component's neutral graphs in bf16 as .onnx files, one for each kind of block: what GPU targets start from."""
+    config = source.checkpoint.components[component].config
+    length, family = loaded.recipe.text.length, source.family
+
+    def work(folder: Path, report: Report) -> None:
+        import torch
+
+        from fluxc.graph import trace
+
+        if component == "transformer":
+            pieces = trace.trace_transformer(config, length, source.guidance_branches, torch.bfloat16)
+        elif component == "text_encoder":
+            pieces = trace.trace_text_encoder(config, length, family, torch.bfloat16)
+        else:
+            pieces = {"vae_decoder": trace.trace_vae_decoder(config, torch.bfloat16)[0]}
+        for name, model in pieces.items():
+            (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+
+    inputs = [component, config, length, source.guidance_branches]
+    return cache.run(f"pieces-{component}", f"trace {component} in bf16", inputs, work)
+
+
 def run_target(
-    cache: StageCache, target: Target, source: Source, traces: dict[str, Path], weights: dict[str, Path]
+    cache: StageCache,
+    target: Target,
+    recipe: Recipe,
+    source: Source,
+    traces: dict[str, Path],
+    weights: dict[str, Path],
 ) -> Path:
-    """The target's graphs below component folders, and target.json: its manifest entry."""
+    """The target's files below its folder, and target.json: its manifest entry. `traces` are its neutral graphs."""
     headers = {
         name: [[t.name, t.dtype, list(t.shape), t.file.name, t.offset] for t in weights_tensors(folder, name).values()]
         for name, folder in weights.items()
     }
     formats = {name: [[e.layer.name, e.format, e.layer.group] for e in plan] for name, plan in source.plans.items()}
+    inputs: list[Any] = [[path.name for path in traces.values()], headers, formats, msgspec.to_builtins(target)]
+    if target.is_tensorrt:
+        scales = {name: _scalar_digest(folder, name) for name, folder in weights.items()}
+        library = installed_version(target.kind)
+        inputs += [library, recipe.sizes, source.guidance_branches, scales]
+        if target.weights == "baked":
+            inputs.append(
+                [cache.file_digest(file.resolve()) for n, f in weights.items() for file in weights_files(f, n)]
+            )
 
     def work(folder: Path, report: Report) -> None:
         import onnx
 
-        from fluxc.targets import onnxruntime as target_module
-
-        neutral = {file.stem: onnx.load(file) for path in traces.values() for file in sorted(path.glob("*.onnx"))}
+        neutral = {
+            name: {file.stem: onnx.load(file) for file in sorted(path.glob("*.onnx"))} for name, path in traces.items()
+        }
         refs = {name: weights_tensors(path, name) for name, path in weights.items()}
         entries = {name: weights_entry(path, name) for name, path in weights.items()}
-        built = target_module.build_graphs(
-            neutral, refs, entries, source.plans, target.activations, target.weights_in_memory, source.unused
-        )
         links = []
         for name, path in weights.items():
             (folder / name).mkdir()
             for file in weights_files(path, name):
                 links.append(folder / name / file.name)
                 links[-1].hardlink_to(file.resolve())
-        for graph in built.values():
-            (folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
-        target_module.check_loads(folder, [graph.entry.file for graph in built.values()])
+        make = _tensorrt_target if target.is_tensorrt else _onnxruntime_target
+        entry = make(target, recipe, source, neutral, refs, entries, folder, report)
         for link in links:
             link.unlink()
-        graphs = {name: msgspec.to_builtins(graph.entry) for name, graph in built.items()}
-        (folder / "target.json").write_text(json.dumps(graphs))
+        (folder / "target.json").write_bytes(msgspec.json.encode(entry, order="deterministic"))
 
-    inputs = [[path.name for path in traces.values()], headers, formats, msgspec.to_builtins(target)]
-    return cache.run(f"target-{target.name}", f"build {target.name} graphs", inputs, work)
+    return cache.run(f"target-{target.name}", f"build {target.name}", inputs, work)
+
+
+def _onnxruntime_target(
+    target: Target,
+    recipe: Recipe,
+    source: Source,
+    neutral: dict[str, dict[str, Any]],
+    refs: dict[str, dict[str, TensorRef]],
+    entries: dict[str, str],
+    folder: Path,
+    report: Report,
+) -> format.Target:
+    from fluxc.targets import onnxruntime as module
+
+    graphs = {name: model for pieces in neutral.values() for name, model in pieces.items()}
+    built = module.build_graphs(
+        graphs, refs, entries, source.plans, target.activations, target.weights_in_memory, source.unused
+    )
+    for graph in built.values():
+        (folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
+    module.check_loads(folder, [graph.entry.file for graph in built.values()])
+    graph_entries = {name: graph.entry for name, graph in built.items()}
+    return format.Target(target.name, target.kind, target.activations, graph_entries)
+
+
+def _tensorrt_target(
+    target: Target,
+    recipe: Recipe,
+    source: Source,
+    neutral: dict[str, dict[str, Any]],
+    refs: dict[str, dict[str, TensorRef]],
+    entries: dict[str, str],
+    folder: Path,
+    report: Report,
+) -> format.Target:
+    from fluxc.engine.cut import Component
+    from fluxc.targets import tensorrt as module
+
+    components = {
+        name: Component(name, refs[name], source.plans.get(name, []), f"{name}/{entries[name]}") for name in refs
+    }
+    pixels = pixels_per_token(source.checkpoint)
+    sizes = module.Sizes(
+        grids=tuple((height // pixels, width // pixels) for height, width in recipe.sizes),
+        branches=(1, 2) if source.guidance_branches else (1,),
+        text_length=recipe.text.length,
+    )
+    cut = module.cut_target(target, neutral, components, sizes, source.family.text_layers)
+    for name, tensors in refs.items():
+        spare = module.spare_scales(source.plans.get(name, []), cut.tensors[name])
+        check_no_stray(name, [t for t in tensors if t not in cut.tensors[name] | spare], source.unused.get(name, ()))
+    module.write_sources(cut, folder)
+    builds = LIBRARIES[target.kind].builds_without_gpu or gpu_here(target.compute_capabilities)
+    engine = module.build_engine(target, cut, folder, report) if builds else module.unfinished_engine(target, cut)
+    counts = [rows * columns for rows, columns in sizes.grids]
+    tokens = (min(counts), max(counts)) if target.shapes == "range" else None
+    return format.Target(target.name, target.kind, "nvfp4", {}, device="cuda", tokens=tokens, engine=engine)
+
+
+def _scalar_digest(folder: Path, component: str) -> str:
+    """A hash of a component's scalar scales, which decide whether its fusion groups can be one."""
+    scalars = [bytes(ref.bytes_view()).hex() for ref in weights_tensors(folder, component).values() if ref.shape == ()]
+    return key_of(scalars)
 
 
 def run_prompting(cache: StageCache, recipe: Recipe, source: Source, digests: dict[str, Any]) -> Prompting:
@@ -357,6 +475,7 @@ def sampling_entry(recipe: Recipe, source: Source) -> dict[str, Any]:
     }
 
 
-def provenance_tools() -> dict[str, str]:
+def provenance_tools(recipe: Recipe) -> dict[str, str]:
     """Versions of everything the bundle's bytes depend on."""
-    return dict(sorted(tool_versions().items()))
+    libraries = {target.kind: installed_version(target.kind) for target in recipe.targets if target.is_tensorrt}
+    return dict(sorted((tool_versions() | {name: version for name, version in libraries.items() if version}).items()))

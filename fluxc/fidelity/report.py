@@ -39,15 +39,14 @@ def write_report(folder: Path, figures: dict[str, Any], pictures: dict[str, list
         ]
         for step in steps
     ]
-    first = next(iter(targets.values()))
     template = resources.files("fluxc.fidelity").joinpath("page.html.j2").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True).from_string(template)
     (folder / "index.html").write_text(
         page.render(
             name=figures["name"],
             reference=f"{figures['reference']} on the CPU",
-            prompts=len(first["prompts"]),
-            prompt_list=[p["prompt"] for p in first["prompts"]],
+            prompts=len(figures["prompts"]),
+            prompt_list=figures["prompts"],
             steps=figures["steps"],
             guidance=figures["guidance"],
             size=figures["size"],
@@ -55,6 +54,7 @@ def write_report(folder: Path, figures: dict[str, Any], pictures: dict[str, list
             step_rows=step_rows,
             layers=figures["layers"],
             sensitivity=figures["sensitivity"],
+            engines=figures["engines"],
             sheet_width=min(sheet.width, 1400),
         ),
         encoding="utf-8",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -34,7 +35,8 @@ def measure(
     `layers` are the quantized layers with their errors, `sensitivity` what `keep: auto` measured, for the report to show.
     """
     size, steps, guidance = recipe.sizes[0], recipe.sampling.steps, recipe.sampling.guidance
-    total = len(prompts) * (1 + len(recipe.targets))
+    runnable = [target for target in recipe.targets if target.runs_here]
+    total = len(prompts) * (1 + len(runnable))
     done = 0
 
     def advance() -> None:
@@ -58,12 +60,14 @@ def measure(
         "steps": steps,
         "guidance": guidance,
         "size": list(size),
+        "prompts": prompts,
         "targets": {},
+        "engines": {t.name: msgspec.to_builtins(t.engine) for t in bundle.manifest.targets if t.engine},
         "layers": layers,
         "sensitivity": sensitivity,
     }
     pictures: dict[str, list[np.ndarray]] = {"reference": [r.trace.image for r in references]}
-    for target in recipe.targets:
+    for target in runnable:
         figures["targets"][target.name], pictures[target.name] = compare_target(
             bundle, target.name, references, size=size, steps=steps, guidance=guidance, on_picture=advance
         )
@@ -78,7 +82,7 @@ def measure(
             "guidance": guidance,
             "size": size,
         }
-        for target in recipe.targets
+        for target in runnable
         for number, reference in enumerate(references)
     ]
     (folder / "pictures.json").write_text(json.dumps(recorded))

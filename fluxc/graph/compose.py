@@ -25,13 +25,17 @@ class Composition:
                 self._graph.input.append(value)
                 self._seen.add(value.name)
 
-    def inline(self, piece: onnx.ModelProto, arguments: dict[str, str], prefix: str = "") -> list[str]:
+    def inline(
+        self, piece: onnx.ModelProto, arguments: dict[str, str], prefix: str = "", outputs: list[str] | None = None
+    ) -> list[str]:
         """Add `piece` with its inputs wired to `arguments`; its other inputs are weights and get `prefix` before their name.
 
-        Returns the names its outputs got, in order.
+        Returns the names its outputs got, in order: `outputs`, or names of their own.
         """
         graph = piece.graph
         names = dict(arguments)
+        if outputs is not None:
+            names |= {value.name: name for value, name in zip(graph.output, outputs, strict=True)}
         for value in graph.input:
             if value.name not in arguments:
                 weight = onnx.ValueInfoProto()
@@ -121,3 +125,78 @@ def compose_text_encoder(pieces: dict[str, onnx.ModelProto], text_layers: tuple[
     text.name = "text"
     text.type.tensor_type.shape.dim[2].dim_value *= len(text_layers)
     return encoder.finish([text])
+
+
+def compose_steps(pieces: dict[str, onnx.ModelProto], text_length: int) -> dict[str, onnx.ModelProto]:
+    """The step cut where an engine is: one graph for each kind of block, all over `joined` [B, text_length + S, D].
+
+    `prologue` also gives `joined`; `double_block` and `single_block` take `joined` to `joined_out`; `residual` subtracts
+    what went in from the image tokens, in fp32, so that adding it again gives back what the blocks computed; `epilogue` is as
+    traced.
+    """
+    traced = {value.name: value for value in pieces["prologue"].graph.output}
+    joined = onnx.ValueInfoProto()
+    joined.CopyFrom(traced["hidden"])
+    joined.name = "joined"
+    tokens = joined.type.tensor_type.shape.dim[1]
+    tokens.dim_param = f"{tokens.dim_param} + {text_length}"
+
+    prologue = Composition()
+    arguments = {v.name for v in pieces["prologue"].graph.input if "." not in v.name}
+    prologue.arguments(v for v in pieces["prologue"].graph.input if v.name in arguments)
+    names = prologue.inline(pieces["prologue"], {name: name for name in arguments}, outputs=list(traced))
+    prologue.node("Concat", ["text_hidden", "hidden"], "joined", axis=1)
+    kept = [traced[name] for name in names if name != "text_hidden"]
+    steps = {"prologue": prologue.finish([*kept, joined]), "epilogue": pieces["epilogue"]}
+
+    if "double_block" in pieces:
+        double = Composition()
+        given = ("modulation_img", "modulation_txt", "rope_cos", "rope_sin")
+        double.arguments([joined, *(traced[name] for name in given)])
+        parts = _parted(double, "joined", text_length)
+        wired = dict(zip(("text_hidden", "hidden"), parts, strict=True))
+        hidden, text_hidden = double.inline(pieces["double_block"], wired | {name: name for name in given})
+        double.node("Concat", [text_hidden, hidden], "joined_out", axis=1)
+        steps["double_block"] = double.finish([_renamed(joined, "joined_out")])
+    if "single_block" in pieces:
+        steps["single_block"] = pieces["single_block"]
+
+    residual = Composition()
+    residual.arguments([joined, traced["hidden"]])
+    _, image = _parted(residual, "joined", text_length)
+    after = residual.node("Cast", [image], "after", to=TensorProto.FLOAT)
+    before = residual.node("Cast", ["hidden"], "before", to=TensorProto.FLOAT)
+    residual.node("Sub", [after, before], "residual")
+    difference = _renamed(traced["hidden"], "residual")
+    difference.type.tensor_type.elem_type = TensorProto.FLOAT
+    steps["residual"] = residual.finish([difference])
+    return steps
+
+
+def compose_text_join(pieces: dict[str, onnx.ModelProto], taken: int) -> onnx.ModelProto:
+    """taken_0, taken_1, ... [B, L, D] -> text [B, L, taken * D]."""
+    join = Composition()
+    hidden = pieces["text_stem"].graph.output[0]
+    values = [_renamed(hidden, f"taken_{number}") for number in range(taken)]
+    join.arguments(values)
+    join.node("Concat", [value.name for value in values], "text", axis=-1)
+    text = _renamed(hidden, "text")
+    text.type.tensor_type.shape.dim[2].dim_value *= taken
+    return join.finish([text])
+
+
+def _parted(composition: Composition, joined: str, text_length: int) -> list[str]:
+    """Text tokens and image tokens of `joined`."""
+    start, end = composition.constant("text_start", [0]), composition.constant("text_end", [text_length])
+    last, axis = composition.constant("all_end", [2**62]), composition.constant("token_axis", [1])
+    return [
+        composition.node("Slice", [joined, *bounds, axis], name)
+        for name, bounds in (("text_part", (start, end)), ("image_part", (end, last)))
+    ]
+
+
+def _renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    copy = onnx.ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = name
+    return copy

@@ -1,6 +1,8 @@
 """The torch modules that are traced: thin wrappers that cut diffusers' model where the step is cut.
 
-Attribute names repeat the checkpoint's, so parameter names in a trace are tensor names in the weights file.
+Attribute names repeat the checkpoint's, so parameter names in a trace are tensor names in the weights file. A model in bf16
+computes in bf16 between the wrappers' ends; what a step carries on in full (latents, sigma, the residual, rotary tables) is
+fp32 at them either way.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ class Prologue(nn.Module):
         columns: torch.Tensor,
         guidance: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        temb = self.time_guidance_embed(
-            sigma.reshape(1) * 1000, None if guidance is None else guidance.reshape(1) * 1000
-        )
-        hidden = self.x_embedder(latents).expand(text.shape[0], -1, -1)
+        # diffusers rounds sigma to the model's dtype before the sinusoids; in bf16 neighbouring steps would become one.
+        embed, dtype = self.time_guidance_embed, self.x_embedder.weight.dtype
+        temb = embed.timestep_embedder(embed.time_proj(sigma.reshape(1) * 1000).to(dtype))
+        if guidance is not None:
+            temb = temb + embed.guidance_embedder(embed.time_proj(guidance.reshape(1) * 1000).to(dtype))
+        hidden = self.x_embedder(latents.to(dtype)).expand(text.shape[0], -1, -1)
         index = torch.arange(latents.shape[1], device=latents.device)
         nothing = torch.zeros_like(index)
         image_ids = torch.stack([nothing, index // columns, index % columns, nothing], dim=1)
@@ -97,7 +101,7 @@ class Epilogue(nn.Module):
         self.guidance_branches = guidance_branches
 
     def forward(self, latents, hidden, residual, temb, sigma, next_sigma, guidance=None):
-        velocity = self.proj_out(self.norm_out(hidden + residual, temb))
+        velocity = self.proj_out(self.norm_out((hidden.float() + residual).to(hidden.dtype), temb)).float()
         if self.guidance_branches:
             conditional, empty = velocity[:1], velocity[-1:]
             velocity = empty + guidance * (conditional - empty)
@@ -137,7 +141,7 @@ class TextLayer(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """latents [1, rows, columns, C] (as the step loop leaves them) -> image [1, height, width, 3] in 0..1."""
+    """latent_grid [1, rows, columns, C] (as the step loop leaves them) -> image [1, height, width, 3] in 0..1."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -146,12 +150,12 @@ class VaeDecoder(nn.Module):
         self.decoder = vae.decoder
         self.eps = vae.config.batch_norm_eps
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        std = torch.sqrt(self.bn.running_var + self.eps)
-        latents = (latents * std + self.bn.running_mean).permute(0, 3, 1, 2)
+    def forward(self, latent_grid: torch.Tensor) -> torch.Tensor:
+        std = torch.sqrt(self.bn.running_var.float() + self.eps)
+        latents = (latent_grid * std + self.bn.running_mean.float()).permute(0, 3, 1, 2)
         batch, channels, rows, columns = latents.shape
         latents = latents.reshape(batch, channels // 4, 2, 2, rows, columns).permute(0, 1, 4, 2, 5, 3)
-        latents = latents.reshape(batch, channels // 4, rows * 2, columns * 2)
+        latents = latents.reshape(batch, channels // 4, rows * 2, columns * 2).to(self.decoder.conv_in.weight.dtype)
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
-        return (self.decoder(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return (self.decoder(latents).float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)

@@ -26,8 +26,10 @@ from fluxc.graph.modules import DoubleBlock, Epilogue, Prologue, SingleBlock, Te
 Input = tuple[torch.Tensor, dict[int, str] | None]
 
 
-def trace_transformer(config: dict[str, Any], text_length: int, guidance_branches: bool) -> dict[str, onnx.ModelProto]:
-    """The neutral graphs `prologue`, `double_block`, `single_block` and `epilogue` of a Flux2Transformer2DModel."""
+def trace_transformer(
+    config: dict[str, Any], text_length: int, guidance_branches: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, onnx.ModelProto]:
+    """The neutral graphs `prologue`, `double_block`, `single_block` and `epilogue` of a Flux2Transformer2DModel in `dtype`."""
     from diffusers import Flux2Transformer2DModel
 
     small = {
@@ -36,13 +38,14 @@ def trace_transformer(config: dict[str, Any], text_length: int, guidance_branche
         "num_single_layers": min(1, config["num_single_layers"]),
     }
     with torch.device("meta"), _quiet():
-        model = Flux2Transformer2DModel.from_config(small).eval()
+        model = Flux2Transformer2DModel.from_config(small).eval().to(dtype)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     channels, head_dim, features = config["in_channels"], config["attention_head_dim"], config["joint_attention_dim"]
     branches, tokens, length = 2, 70, text_length
     embeds = bool(config.get("guidance_embeds", True))
 
-    hidden, text_hidden = _meta(branches, tokens, width), _meta(branches, length, width)
+    hidden = _meta(branches, tokens, width, dtype=dtype)
+    text_hidden = _meta(branches, length, width, dtype=dtype)
     rope = [_meta(length + tokens, head_dim)] * 2
     latents, scalar = _meta(1, tokens, channels), _meta()
     both, only_tokens, only_branches = {0: "branches", 1: "tokens"}, {1: "tokens"}, {0: "branches"}
@@ -51,15 +54,15 @@ def trace_transformer(config: dict[str, Any], text_length: int, guidance_branche
 
     prologue_inputs = {
         "latents": (latents, only_tokens),
-        "text": (_meta(branches, length, features), only_branches),
+        "text": (_meta(branches, length, features, dtype=dtype), only_branches),
         "sigma": (scalar, None),
         "columns": (torch.empty((), dtype=torch.int64, device="meta"), None),
     }
     epilogue_inputs = {
         "latents": (latents, only_tokens),
         "hidden": (hidden, both),
-        "residual": (hidden, both),
-        "temb": (_meta(1, width), None),
+        "residual": (_meta(branches, tokens, width), both),
+        "temb": (_meta(1, width, dtype=dtype), None),
         "sigma": (scalar, None),
         "next_sigma": (scalar, None),
     }
@@ -70,14 +73,14 @@ def trace_transformer(config: dict[str, Any], text_length: int, guidance_branche
     double_inputs = {
         "hidden": (hidden, both),
         "text_hidden": (text_hidden, only_branches),
-        "modulation_img": (_meta(1, 6 * width), None),
-        "modulation_txt": (_meta(1, 6 * width), None),
+        "modulation_img": (_meta(1, 6 * width, dtype=dtype), None),
+        "modulation_txt": (_meta(1, 6 * width, dtype=dtype), None),
         "rope_cos": (rope[0], rows),
         "rope_sin": (rope[1], rows),
     }
     single_inputs = {
-        "joined": (_meta(branches, length + tokens, width), joined),
-        "modulation_single": (_meta(1, 3 * width), None),
+        "joined": (_meta(branches, length + tokens, width, dtype=dtype), joined),
+        "modulation_single": (_meta(1, 3 * width, dtype=dtype), None),
         "rope_cos": (rope[0], rows),
         "rope_sin": (rope[1], rows),
     }
@@ -107,8 +110,10 @@ def trace_transformer(config: dict[str, Any], text_length: int, guidance_branche
     return graphs
 
 
-def trace_text_encoder(config: dict[str, Any], text_length: int, family: Family) -> dict[str, onnx.ModelProto]:
-    """The neutral graphs `text_stem` (embedding, mask, rotary tables) and `text_layer` (one decoder layer)."""
+def trace_text_encoder(
+    config: dict[str, Any], text_length: int, family: Family, dtype: torch.dtype = torch.float32
+) -> dict[str, onnx.ModelProto]:
+    """The neutral graphs `text_stem` (embedding, mask, rotary tables) and `text_layer` (one decoder layer) in `dtype`."""
     import transformers
 
     model_class = getattr(transformers, family.text_encoder_class)
@@ -117,7 +122,7 @@ def trace_text_encoder(config: dict[str, Any], text_length: int, family: Family)
     if small.get("layer_types"):
         small["layer_types"] = small["layer_types"][:1]
     with torch.device("meta"), _quiet():
-        model = model_class(model_class.config_class.from_dict(small)).model.eval()
+        model = model_class(model_class.config_class.from_dict(small)).model.eval().to(dtype)
     # transformers computes the rotary frequencies when a model is made; on the meta device they have no values.
     rotary = type(model.rotary_emb)(model.config)
     constants = {f"model.rotary_emb.{name}": value for name, value in rotary.named_buffers()}
@@ -126,10 +131,10 @@ def trace_text_encoder(config: dict[str, Any], text_length: int, family: Family)
     branches = {0: "branches"}
     stem_inputs: dict[str, Input] = {"input_ids": (tokens, branches), "attention_mask": (tokens, branches)}
     layer_inputs: dict[str, Input] = {
-        "hidden": (_meta(2, text_length, config["hidden_size"]), branches),
+        "hidden": (_meta(2, text_length, config["hidden_size"], dtype=dtype), branches),
         "attends": (torch.empty(2, 1, text_length, text_length, dtype=torch.bool, device="meta"), branches),
-        "cos": (_meta(1, text_length, head_dim), None),
-        "sin": (_meta(1, text_length, head_dim), None),
+        "cos": (_meta(1, text_length, head_dim, dtype=dtype), None),
+        "sin": (_meta(1, text_length, head_dim, dtype=dtype), None),
     }
     return {
         "text_stem": trace(
@@ -139,14 +144,16 @@ def trace_text_encoder(config: dict[str, Any], text_length: int, family: Family)
     }
 
 
-def trace_vae_decoder(config: dict[str, Any]) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]:
-    """The neutral graph `vae_decoder`, and every tensor (name to shape) the whole VAE's checkpoint must hold."""
+def trace_vae_decoder(
+    config: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]:
+    """The neutral graph `vae_decoder` in `dtype`, and every tensor (name to shape) the whole VAE's checkpoint must hold."""
     from diffusers import AutoencoderKLFlux2
 
     with torch.device("meta"), _quiet():
-        vae = AutoencoderKLFlux2.from_config(config).eval()
+        vae = AutoencoderKLFlux2.from_config(config).eval().to(dtype)
     expected = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
-    inputs = {"latents": (_meta(1, 6, 10, config["latent_channels"] * 4), {1: "rows", 2: "columns"})}
+    inputs = {"latent_grid": (_meta(1, 6, 10, config["latent_channels"] * 4), {1: "rows", 2: "columns"})}
     return trace(VaeDecoder(vae), inputs, ("image",)), expected
 
 
@@ -309,8 +316,8 @@ def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
     )
 
 
-def _meta(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, device="meta")
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from fluxc.errors import BuildError
 from fluxc.graph.bind import bind
 from fluxc.graph.lower import lower
 from fluxc.quantize.plan import LayerPlan
+from fluxc.targets.stray import check_no_stray
 from fluxrt.bundle import Graph, Port
 
 COMPONENT_OF = {
@@ -27,7 +28,7 @@ ARGUMENTS = {
     "prologue": {"latents", "text", "sigma", "columns", "guidance"},
     "body": {"hidden", "text_hidden", "modulation_img", "modulation_txt", "modulation_single", "rope_cos", "rope_sin"},
     "epilogue": {"latents", "hidden", "residual", "temb", "sigma", "next_sigma", "guidance"},
-    "vae_decoder": {"latents"},
+    "vae_decoder": {"latent_grid"},
 }
 DTYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
@@ -74,13 +75,7 @@ def build_graphs(
     for component, tensors in weights.items():
         ignored = unused.get(component, ())
         spare = _spare_input_scales(plans.get(component, []), bound[component], activations)
-        unbound = [t for t in tensors if t not in bound[component] and t not in spare]
-        stray = [t for t in unbound if not t.startswith(ignored or ("\0",))]
-        if stray:
-            raise BuildError(
-                f"{component}: no graph uses {', '.join(stray[:4])}{' and more' if len(stray) > 4 else ''}; "
-                "weights that are stored but never computed with mean the graphs are wrong"
-            )
+        check_no_stray(component, [t for t in tensors if t not in bound[component] and t not in spare], ignored)
     return built
 
 

@@ -17,7 +17,7 @@ import msgspec
 from fluxrt.errors import BundleError
 
 FORMAT = "fluxc-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 
 
@@ -45,13 +45,86 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: tuple[Port, ...]
 
 
+class WeightPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input of a plan that holds weights: `tensors` of the weights file, named after the call's prefix, laid end to end."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensors: tuple[str, ...]
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A TensorRT plan: code without weights, run once for every call that names it.
+
+    `file` is None until it is built, from the ONNX file `source`. `profiles` are its optimization profiles in order: what a
+    dimension counts, to its least, best and greatest value. Without any, every shape is fixed. `expected` is what the audit
+    of the built plan holds it against.
+    """
+
+    source: str
+    file: str | None
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    weights: tuple[WeightPort, ...]
+    profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    expected: dict[str, Any] = {}
+
+
+class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One run of a plan: `prefix` comes before the names of its weights' tensors, `buffers` names the buffer of a port where
+    it is not called like the port."""
+
+    plan: str
+    prefix: str = ""
+    buffers: dict[str, str] = {}
+
+
+class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a stage of a picture comes to: calls in order, and the weights file their tensors are in."""
+
+    weights: str
+    calls: tuple[Call, ...]
+
+
+class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """TensorRT plans and the programs (text_encoder, prologue, body, epilogue, vae_decoder) that play them.
+
+    `library` is tensorrt or tensorrt_rtx, `version` the one the plans were built with, `compute_capabilities` the GPUs they
+    run on ("12.0"); `gpu` and `driver` are recorded when the plans were built on the GPU itself. `audit` says by plan what
+    was found in it.
+    """
+
+    library: str
+    version: str | None
+    compute_capabilities: tuple[str, ...]
+    plans: dict[str, Plan]
+    programs: dict[str, Program]
+    gpu: str | None = None
+    driver: str | None = None
+    audit: dict[str, Any] = {}
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The plans that are still to be built on the GPU they are for."""
+        return [name for name, plan in self.plans.items() if plan.file is None]
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One way of running the bundle: the kind of engine, how activations are treated, and its graphs by name."""
+    """One way of running the bundle: the kind of engine, how activations are treated, and its graphs by name, or for the
+    TensorRT kinds its engine.
+
+    `device` is where the graphs run. `tokens` is the range of image tokens any size may have, where it is not limited to
+    the sizes listed under `sampling`.
+    """
 
     name: str
     kind: str
     activations: str
     graphs: dict[str, Graph]
+    device: str = "cpu"
+    tokens: tuple[int, int] | None = None
+    engine: Engine | None = None
 
 
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

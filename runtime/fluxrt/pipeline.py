@@ -152,7 +152,7 @@ class Pipeline:
     def decode(self, latents: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Picture fp32 [1, height, width, 3] in 0..1 from `latents` [1, tokens, channels]."""
         spread = latents.reshape(1, grid[0], grid[1], latents.shape[-1])
-        return self.backend.run("vae_decoder", {"latents": spread})["image"]
+        return self.backend.run("vae_decoder", {"latent_grid": spread})["image"]
 
 
 def starting_noise(seed: int, tokens: int, channels: int) -> np.ndarray:
