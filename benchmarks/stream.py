@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 from cpu_step import cpu_name
-from klein import KLEIN_4B
 
 from fluxc.calibrate.records import ROWS
 from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
@@ -34,6 +33,7 @@ from fluxc.checkpoint.safetensors_file import read_header
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import write_weights
 from fluxc.recipe import ComponentPrecision
+from models import KLEIN_4B
 
 WEIGHT_AMAX = {
     "attn.to_q": 0.142,

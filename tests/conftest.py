@@ -50,10 +50,19 @@ class RecordingProgress(StageProgress):
         self.found.append(title)
 
 
-def compile_into(out: Path, *changes: str, progress: StageProgress | None = None) -> Path:
-    built = build(load_recipe(RECIPE, changes), out, progress or RecordingProgress())
+def compile_into(out: Path, *changes: str, progress: StageProgress | None = None, recipe: Path = RECIPE) -> Path:
+    built = build(load_recipe(recipe, changes), out, progress or RecordingProgress())
     assert built is not None
     return built
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    """Every file's bytes; of the manifest, all but the time it was built."""
+    files = {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
+    manifest = json.loads(files["bundle.json"])
+    assert manifest["provenance"].pop("built_at")
+    files["bundle.json"] = json.dumps(manifest, sort_keys=True).encode()
+    return files
 
 
 def copy_checkpoint(target: Path) -> Path:

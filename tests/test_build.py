@@ -18,22 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import QUICK, RECIPE, RecordingProgress, compile_into, quantized_by_modelopt
+from conftest import QUICK, RECIPE, RecordingProgress, compile_into, contents, quantized_by_modelopt
 from fluxc.errors import BuildError, GateError, RecipeError
 from fluxc.fidelity.compare import _check_finite
 from fluxc.fidelity.gates import check_gates
 from fluxc.recipe import Gates
 from fluxc.verify import verify_bundle
 from fluxrt.bundle import open_bundle
-
-
-def contents(bundle: Path) -> dict[str, bytes]:
-    """Every file's bytes; of the manifest, all but the time it was built."""
-    files = {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
-    manifest = json.loads(files["bundle.json"])
-    assert manifest["provenance"].pop("built_at")
-    files["bundle.json"] = json.dumps(manifest, sort_keys=True).encode()
-    return files
 
 
 def test_two_builds_from_clean_give_the_same_bytes(quick_bundle: Path, tmp_path: Path) -> None:

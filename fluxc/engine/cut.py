@@ -3,6 +3,8 @@
 Blocks are of one kind when their lowered graphs are the same to the byte; a block with another format, or another fusion
 group, is another kind. With `weights: baked`, the blocks of the transformer are compiled into segments with their weights
 inside instead, as large as the memory for building allows.
+
+Every plan has one output. TensorRT orders several by their addresses, so that two builds of the same graph would differ.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from fluxc.engine.audit import Expected
 from fluxc.engine.builder import Profile
 from fluxc.errors import BuildError
 from fluxc.graph.bind import bind
-from fluxc.graph.compose import Composition, compose_steps, compose_text_join
+from fluxc.graph.compose import Composition, compose_steps, compose_text_join, compose_text_layer, one_output_each
 from fluxc.graph.lower_tensorrt import Lowered, fix_shapes, lower_tensorrt, port_dtype
 from fluxc.quantize.plan import LayerPlan
 from fluxrt.bundle import Call, Plan, Port, Program
@@ -84,8 +86,7 @@ class Cutter:
         """prologue, body and epilogue; with `segment_bytes`, the blocks' weights are baked, at most that many a segment."""
         steps = compose_steps(pieces, text_length)
         blocks = _blocks(component)
-        calls = [self._call("prologue", steps["prologue"], component)]
-        self._program("prologue", component, calls)
+        self._program("prologue", component, self._calls("prologue", steps["prologue"], component))
         at, after = "joined", "joined_after"
         body = []
         if segment_bytes is None:
@@ -106,13 +107,13 @@ class Cutter:
 
     def text_encoder(self, pieces: dict[str, onnx.ModelProto], component: Component, taken: tuple[int, ...]) -> None:
         """text_encoder: the embedding, the layers, and the hidden states after the layers `taken`, side by side."""
-        calls = [self._call("text_stem", pieces["text_stem"], component, "", {"hidden": "text_before"})]
+        calls = self._calls("text_stem", pieces["text_stem"], component, {"hidden": "text_before"})
+        layer = compose_text_layer(pieces)
         at, free = "text_before", ["text_after", "text_before"]
         for number in range(taken[-1]):
             to = f"taken_{taken.index(number + 1)}" if number + 1 in taken else free[0]
-            wired = {"hidden": at, "cos": "rotary_cos", "sin": "rotary_sin", "hidden_out": to}
-            prefix = f"model.layers.{number}."
-            calls.append(self._call("text_layer", pieces["text_layer"], component, prefix, wired))
+            wired = {"hidden": at, "hidden_out": to}
+            calls.append(self._call("text_layer", layer, component, f"model.layers.{number}.", wired))
             at, free = to, (free[::-1] if to == free[0] else free)
         calls.append(self._call("text_join", compose_text_join(pieces, len(taken)), component))
         self._program("text_encoder", component, calls)
@@ -124,6 +125,13 @@ class Cutter:
     def _program(self, stage: str, component: Component, calls: list[Call]) -> None:
         self.cut.programs[stage] = Program(component.entry, tuple(calls))
 
+    def _calls(
+        self, kind: str, neutral: onnx.ModelProto, component: Component, buffers: dict[str, str] | None = None
+    ) -> list[Call]:
+        """A call for each output of `neutral`, in an order in which they can run."""
+        pieces = one_output_each(neutral)
+        return [self._call(f"{kind}_{name}", piece, component, "", buffers) for name, piece in pieces.items()]
+
     def _call(
         self,
         kind: str,
@@ -133,7 +141,8 @@ class Cutter:
         buffers: dict[str, str] | None = None,
     ) -> Call:
         name = self._add(kind, neutral, component, prefix)
-        wired = {port: buffer for port, buffer in (buffers or {}).items() if port != buffer}
+        ports = {value.name for value in (*neutral.graph.input, *neutral.graph.output)}
+        wired = {port: buffer for port, buffer in (buffers or {}).items() if port != buffer and port in ports}
         return Call(name, prefix, wired)
 
     def _add(self, kind: str, neutral: onnx.ModelProto, component: Component, prefix: str, baked: bool = False) -> str:

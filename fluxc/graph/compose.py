@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from fluxc.errors import BuildError
 from fluxc.graph.trace import make_model
 
 
@@ -171,6 +172,49 @@ def compose_steps(pieces: dict[str, onnx.ModelProto], text_length: int) -> dict[
     difference.type.tensor_type.elem_type = TensorProto.FLOAT
     steps["residual"] = residual.finish([difference])
     return steps
+
+
+def compose_text_layer(pieces: dict[str, onnx.ModelProto]) -> onnx.ModelProto:
+    """hidden, attends -> hidden_out: a layer with the rotary tables, which are constants of a text length, inside."""
+    tables = {tensor.name: tensor for tensor in pieces["text_stem"].graph.initializer}
+    layer = onnx.ModelProto()
+    layer.CopyFrom(pieces["text_layer"])
+    for name in ("cos", "sin"):
+        if f"rotary_{name}" not in tables:
+            raise BuildError(
+                "the rotary tables of the text encoder are not constants; this transformers is not supported"
+            )
+        table = layer.graph.initializer.add()
+        table.CopyFrom(tables[f"rotary_{name}"])
+        table.name = name
+        layer.graph.input.remove(next(value for value in layer.graph.input if value.name == name))
+    return layer
+
+
+def one_output_each(model: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
+    """`model` as graphs of one output each, by output; a later one takes what earlier ones gave as an argument.
+
+    Outputs that are constants are left out.
+    """
+    nodes = list(model.graph.node)
+    values = {value.name: value for value in (*model.graph.input, *model.graph.output)}
+    made = {name: at for at, node in enumerate(nodes) for name in node.output}
+    outputs = sorted((value.name for value in model.graph.output if value.name in made), key=lambda name: made[name])
+    pieces: dict[str, onnx.ModelProto] = {}
+    for output in outputs:
+        needed, kept = {output}, []
+        for node in reversed(nodes):
+            if needed.intersection(node.output) and not pieces.keys() & set(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        piece = onnx.GraphProto(name="fluxc")
+        given = [value for value in model.graph.input if value.name in needed]
+        piece.input.extend([*given, *(values[name] for name in pieces if name in needed)])
+        piece.output.append(values[output])
+        piece.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in needed)
+        piece.node.extend(reversed(kept))
+        pieces[output] = make_model(piece)
+    return pieces
 
 
 def compose_text_join(pieces: dict[str, onnx.ModelProto], taken: int) -> onnx.ModelProto:

@@ -3,8 +3,8 @@
 Weights bound (the plan holds code, its weights are inputs):
 1. nvfp4: the input over its `input_scale` passes TRT_FP4DynamicQuantize under scale 1, the weight is dequantized with its
    block scales alone, and the product is multiplied by input_scale * weight_scale_2. So both tensor scales are inputs, and one
-   plan serves every block. `Gemm(transB=1)` on rows reshaped to 2-D: with Transpose and MatMul, TensorRT turns the weight round
-   at every run.
+   plan serves every block. `Gemm(transB=1)` on rows reshaped to 2-D: with a Transpose and a batched MatMul, TensorRT turns the
+   weight round at every run.
 2. fp8: likewise, with an E4M3 QuantizeLinear/DequantizeLinear pair under scale 1.
 3. bf16: `Gemm(transB=1)`.
 4. Members of a fusion group that read one input are one GEMM, their weights end to end in one input.

@@ -171,6 +171,16 @@ def write_weights(
     return reports
 
 
+def planned_tensors(tensors: dict[str, TensorRef], plan: list[LayerPlan]) -> dict[str, TensorRef]:
+    """What write_weights makes of `tensors` under `plan`: names, dtypes and shapes as they will be, not yet in any file."""
+    quantized = {f"{entry.layer.name}.weight": entry for entry in to_quantize(plan)}
+    order = [name for unit in _units(tensors, plan) for name in unit]
+    return {
+        entry.name: TensorRef(entry.name, entry.dtype, entry.shape, Path(), 0, entry.nbytes)
+        for entry in _layout(tensors, quantized, order)
+    }
+
+
 class _Progress:
     """Counts bytes and tensors, and says how fast they go by."""
 

@@ -1,0 +1,405 @@
+"""The tensorrt_rtx target: plans built without a GPU, what the audit reads out of them, and the graphs they were built from."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from conftest import NANO, RecordingProgress, compile_into, contents
+from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
+from fluxc.checkpoint.safetensors_file import TensorRef, read_header
+from fluxc.engine.audit import Expected, audit
+from fluxc.engine.builder import PlanRequest, build_plan
+from fluxc.engine.cut import Component, Cutter, argument_names, without_prefix
+from fluxc.fidelity.metrics import cosine, psnr, relative_error
+from fluxc.graph.bind import bind
+from fluxc.graph.compose import compose_steps
+from fluxc.graph.lower_tensorrt import Lowered, fix_shapes, lower_tensorrt
+from fluxc.graph.trace import trace_transformer
+from fluxc.quantize.plan import precision_plan
+from fluxc.quantize.writer import planned_tensors
+from fluxc.recipe import ComponentPrecision, Target
+from fluxc.targets.tensorrt import build_engine, write_sources
+from fluxrt.bundle import Bundle, open_bundle
+from fluxrt.pipeline import Pipeline
+from fluxrt.schedule import flow_match_sigmas
+from trt_reference import Player
+
+trt = pytest.importorskip(
+    "tensorrt_rtx", reason="the tests of this target need tensorrt-rtx-cu13, as `make test` installs it"
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+RTX = ROOT / "recipes" / "flux2-nano-rtx.yaml"
+QUICK = (
+    "calibration.prompts=../tests/data/two-prompts.txt",
+    "fidelity.prompts=../tests/data/two-prompts.txt",
+    "sampling.steps=3",
+    "precision.transformer.scales=max",
+    "gates={}",
+)
+MIXED = (
+    *QUICK,
+    "precision.text_encoder={default: fp8}",
+    'precision.transformer.rules=[{match: "*.ff_context.*", format: fp8}]',
+)
+SM120 = ("12.0",)
+
+
+@pytest.fixture(scope="session")
+def rtx_bundle(workshop: Path) -> Path:
+    return compile_into(workshop / "rtx", *QUICK, recipe=RTX)
+
+
+@pytest.fixture(scope="session")
+def mixed_bundle(workshop: Path) -> Path:
+    return compile_into(workshop / "rtx-mixed", *MIXED, recipe=RTX)
+
+
+def engine_of(bundle: Bundle):
+    return next(target.engine for target in bundle.manifest.targets if target.engine)
+
+
+@pytest.mark.parametrize("which", ["rtx_bundle", "mixed_bundle"])
+def test_every_linear_runs_in_the_format_the_plan_names(which: str, request: pytest.FixtureRequest) -> None:
+    """GEMMs counted in the plans, times the calls that run them, are the Linears of the precision plan, groups as one."""
+    bundle = open_bundle(request.getfixturevalue(which))
+    engine = engine_of(bundle)
+    run: Counter[str] = Counter()
+    for program in engine.programs.values():
+        for call in program.calls:
+            found = engine.audit[call.plan]
+            assert found["faults"] == []
+            assert found["fused_share"] == 1.0
+            run.update(found["gemms"])
+    planned = Counter(
+        format for _, format in {(layer.group or layer.name, layer.format) for layer in bundle.manifest.precision}
+    )
+    decoder_linears = engine.audit["vae_decoder"]["gemms"]["bf16"]
+    assert run == planned + Counter(bf16=decoder_linears)
+    assert engine.compute_capabilities == ("12.0", "12.1")
+
+
+def test_a_run_copies_block_scales_and_vectors_only(rtx_bundle: Path) -> None:
+    """Twice the block scales of every GEMM, and the few hundred bytes of the norms: by hand from the shapes."""
+    engine = engine_of(open_bundle(rtx_bundle))
+    scales = (1152 * 128 + 128 * 512) // 16
+    norms = 2 * 32 * 2
+    assert engine.audit["single"]["copied_bytes"] == 2 * scales + norms
+
+
+def test_two_builds_give_the_same_plans_to_the_byte(rtx_bundle: Path, tmp_path: Path) -> None:
+    again = compile_into(tmp_path / "rtx", *QUICK, recipe=RTX)
+    first, second = contents(rtx_bundle), contents(again)
+    assert sum(name.endswith(".plan") for name in first) == len(engine_of(open_bundle(rtx_bundle)).plans) == 17
+    assert [name for name in first if first[name] != second.get(name)] == []
+    assert sorted(first) == sorted(second)
+
+
+def test_nothing_is_built_again_when_nothing_changed(rtx_bundle: Path) -> None:
+    progress = RecordingProgress()
+    compile_into(rtx_bundle, *QUICK, recipe=RTX, progress=progress)
+    assert progress.ran == ["hash checkpoint"]
+
+
+def test_blocks_that_differ_in_precision_are_another_kind(workshop: Path) -> None:
+    keep = 'precision.transformer.rules=[{match: "single_transformer_blocks.2.*", format: bf16}]'
+    engine = engine_of(open_bundle(compile_into(workshop / "rtx-kinds", *QUICK, keep, recipe=RTX)))
+    played = [call.plan for call in engine.programs["body"].calls]
+    assert played == ["double"] * 2 + ["single"] * 2 + ["single-2"] + ["single"] * 3 + ["residual"]
+    assert engine.audit["single-2"]["gemms"] == {"bf16": 2}
+
+
+def test_baked_plans_hold_the_weights_and_one_gemm_a_group(workshop: Path) -> None:
+    baked = "targets=[{kind: tensorrt_rtx, weights: baked}]"
+    bundle = open_bundle(compile_into(workshop / "rtx-baked", *QUICK, baked, recipe=RTX))
+    engine = engine_of(bundle)
+    assert [call.plan for call in engine.programs["body"].calls] == ["blocks-0", "residual"]
+    plan = engine.plans["blocks-0"]
+    assert plan.weights == ()
+    assert len(plan.expected["groups"]) == 4
+    assert engine.audit["blocks-0"]["gemms"] == {"nvfp4": 2 * 12 + 6 * 2}
+    weights = bundle.path("transformer/diffusion_pytorch_model.safetensors").stat().st_size
+    assert bundle.path(str(plan.file)).stat().st_size > 0.7 * weights
+
+
+def test_a_range_of_sizes_is_one_profile(workshop: Path) -> None:
+    sizes = ("sizes=[[64, 64], [32, 96], [96, 96]]", "targets=[{kind: tensorrt_rtx, shapes: range}]")
+    bundle = open_bundle(compile_into(workshop / "rtx-range", *QUICK, *sizes, recipe=RTX))
+    engine = engine_of(bundle)
+    tokens = [h * w // bundle.manifest.sampling.pixels_per_token**2 for h, w in ((64, 64), (32, 96), (96, 96))]
+    assert engine.plans["single"].profiles == (
+        {"branches": (1, 2, 2), "tokens": (min(tokens), tokens[0], max(tokens))},
+    )
+    assert bundle.manifest.targets[0].tokens == (min(tokens), max(tokens))
+
+
+# The real shapes.
+
+DEV = {
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "num_attention_heads": 48,
+    "attention_head_dim": 128,
+    "joint_attention_dim": 15360,
+    "in_channels": 128,
+    "mlp_ratio": 3.0,
+    "guidance_embeds": True,
+}
+
+
+def test_devs_whole_transformer_is_a_few_small_plans(tmp_path: Path) -> None:
+    """32 billion parameters, from shapes alone: 192 Linears as FP4, 56 attentions fused, under 20 MB."""
+    plan = precision_plan(
+        "transformer", transformer_linears(DEV), ComponentPrecision(default="nvfp4", preset="modelopt-flux2")
+    )
+    source = {
+        name: TensorRef(name, "BF16", shape, Path(), 0, 2 * math.prod(shape))
+        for name, shape in transformer_tensors(DEV).items()
+    }
+    pieces = trace_transformer(DEV, 512, False, torch.bfloat16)
+    target = Target("tensorrt_rtx", compute_capabilities=("12.0", "12.1"))
+    cutter = Cutter(
+        [{"branches": 1, "tokens": 4096, "rows": 64, "columns": 64}], False, target.name, "engines/tensorrt_rtx"
+    )
+    cutter.transformer(pieces, Component("transformer", planned_tensors(source, plan), plan, ""), 512, None)
+    write_sources(cutter.cut, tmp_path)
+    engine = build_engine(target, cutter.cut, tmp_path)
+    blocks = [name for name in engine.plans if not name.startswith("prologue_")]
+    assert blocks == ["double", "single", "residual", "epilogue"]
+    calls = Counter(call.plan for call in engine.programs["body"].calls)
+    assert calls == {"double": 8, "single": 48, "residual": 1}
+    fp4 = sum(engine.audit[name]["gemms"].get("nvfp4", 0) * count for name, count in calls.items())
+    # q, k, v of image and of text are one each: 12 Linears of a double block are 8 GEMMs.
+    assert fp4 == 8 * 8 + 48 * 2
+    assert sum(engine.audit[name]["attentions"] * count for name, count in calls.items()) == 56
+    assert sum((tmp_path / str(entry.file)).stat().st_size for entry in engine.plans.values()) < 20e6
+    block_scales = (36864 + 18432) * 6144 // 16 + 6144 * (6144 + 18432) // 16
+    assert engine.audit["single"]["copied_bytes"] == pytest.approx(2 * block_scales, rel=1e-3)
+
+
+# The numbers.
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_graphs_compute_what_the_cpu_target_computes(rtx_bundle: Path, full: bool) -> None:
+    """Every stage on the same input. In fp32 the graphs are the CPU's to rounding, but where a value lies between two FP4
+    codes; in bf16 more of them fall the other way, and the velocity keeps its direction."""
+    bundle = open_bundle(rtx_bundle)
+    cpu = Pipeline(bundle, target="onnxruntime-nvfp4")
+    player = Player(bundle, bundle.target("tensorrt_rtx"), full)
+    grid, guidance = cpu.grid(None), 1.5
+    ids, mask = cpu.tokenize(["a large red circle at the left on a white background", ""])
+    text = cpu.encode_text("a large red circle at the left on a white background", guidance)
+    # The rotary tables are bf16 constants in either case.
+    encoded = player.run("text_encoder", {"input_ids": ids, "attention_mask": mask})["text"]
+    assert relative_error(encoded, text) < (2e-3 if full else 2e-2)
+    latents = np.random.default_rng(0).standard_normal((1, grid[0] * grid[1], 32)).astype(np.float32)
+    errors, cosines = [], []
+    for sigma, next_sigma in itertools.pairwise(flow_match_sigmas(16, 6)):
+        state = cpu.begin(latents, text, grid, guidance)
+        cpu.step(state, sigma, next_sigma)
+        player.run(
+            "prologue",
+            {
+                "latents": latents,
+                "text": text,
+                "columns": np.array(grid[1]),
+                "guidance": np.array(guidance, np.float32),
+                "sigma": np.array(sigma, np.float32),
+                "next_sigma": np.array(next_sigma, np.float32),
+            },
+        )
+        player.run("body", {})
+        ours = player.run("epilogue", {})["next_latents"] - latents
+        expected = state["latents"] - latents
+        errors.append(relative_error(ours, expected))
+        cosines.append(cosine(ours, expected))
+        latents = state["latents"]
+    assert np.median(errors) < (1e-4 if full else 0.1)
+    assert min(cosines) > (0.998 if full else 0.995)
+    decoded = player.run("vae_decoder", {"latent_grid": latents.reshape(1, *grid, -1)})["image"]
+    assert psnr(decoded[0], cpu.decode(latents, grid)[0]) > (100 if full else 50)
+
+
+def test_a_picture_drawn_by_the_graphs_is_the_cpu_targets(rtx_bundle: Path) -> None:
+    bundle = open_bundle(rtx_bundle)
+    cpu = Pipeline(bundle, target="onnxruntime-nvfp4")
+    player = Player(bundle, bundle.target("tensorrt_rtx"))
+    prompt, grid, guidance = "a small white ring at the top on a red background", cpu.grid(None), 1.5
+    noise = np.random.default_rng(3).standard_normal((1, 1, grid[0] * grid[1], 32)).astype(np.float32)[0]
+    expected = cpu(prompt, steps=12, latents=noise)
+    ids, mask = cpu.tokenize([prompt, ""])
+    player.run("text_encoder", {"input_ids": ids, "attention_mask": mask})
+    scalars = {"columns": np.array(grid[1]), "guidance": np.array(guidance, np.float32)}
+    sigmas = flow_match_sigmas(grid[0] * grid[1], 12)
+    latents = noise
+    for sigma, next_sigma in itertools.pairwise(sigmas):
+        times = {"sigma": np.array(sigma, np.float32), "next_sigma": np.array(next_sigma, np.float32)}
+        player.run("prologue", scalars | times | {"latents": latents})
+        player.run("body", {})
+        latents = player.run("epilogue", {})["next_latents"]
+    picture = player.run("vae_decoder", {"latent_grid": latents.reshape(1, *grid, -1)})["image"][0]
+    assert psnr(picture, np.asarray(expected.images[0], np.float64) / 255) > 30
+
+
+# What must not pass.
+
+
+@pytest.fixture(scope="module")
+def double_block(rtx_bundle: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Builds the double block of flux2-nano, bound or baked, after `change` did something to its graph."""
+    config = json.loads((NANO / "transformer" / "config.json").read_text())
+    steps = compose_steps(trace_transformer(config, 32, True, torch.bfloat16), 32)
+    bundle = open_bundle(rtx_bundle)
+    prefix = "transformer_blocks.0."
+    refs = read_header(bundle.path("transformer/diffusion_pytorch_model.safetensors"))
+    stored = {name.removeprefix(prefix): ref for name, ref in refs.items() if name.startswith(prefix)}
+    plan = without_prefix(
+        precision_plan(
+            "transformer", transformer_linears(config), ComponentPrecision(default="nvfp4", preset="modelopt-flux2")
+        ),
+        prefix,
+    )
+    neutral = steps["double_block"]
+    expected_groups = (
+        ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    )
+
+    def build(change, baked: bool):
+        lowered = lower_tensorrt(neutral, argument_names(neutral), stored, plan, baked)
+        fix_shapes(lowered.model, {"branches": 1, "tokens": 128})
+        if baked:
+            bind(
+                lowered.model,
+                argument_names(neutral),
+                {name: dataclasses.replace(ref, name=name) for name, ref in stored.items()},
+            )
+            onnx.external_data_helper.load_external_data_for_model(
+                lowered.model, str(refs["x_embedder.weight"].file.parent)
+            )
+        if change:
+            change(lowered)
+        attentions = tuple(node.name for node in lowered.model.graph.node if node.op_type == "Attention") or ("v125",)
+        matrices = tuple(
+            p.name for p in lowered.weights if p.name.endswith(("weight", "weight+2")) and "norm" not in p.name
+        )
+        vectors = tuple(p.name for p in lowered.weights if p.name not in matrices)
+        expected = Expected(lowered.gemms, expected_groups if baked else (), attentions, matrices, vectors)
+        plan_bytes = build_plan(trt, PlanRequest("double", lowered.model, SM120))
+        return audit(plan_bytes, expected, SM120)
+
+    return build
+
+
+def producer(lowered: Lowered, output: str) -> onnx.NodeProto:
+    return next(node for node in lowered.model.graph.node if output in node.output)
+
+
+def initializer(lowered: Lowered, name: str) -> TensorProto:
+    return next(tensor for tensor in lowered.model.graph.initializer if tensor.name == name)
+
+
+def without_rounded_inputs(lowered: Lowered) -> None:
+    """W4A16: the product reads the input as it was before it was quantized."""
+    gemm = next(node for node in lowered.model.graph.node if node.name == "ff.linear_in")
+    gemm.input[0] = "ff.linear_in/rows"
+
+
+def with_a_scale_a_row(lowered: Lowered) -> None:
+    """weight_scale_2 of `ff.linear_out` as a vector over the outputs."""
+    scale = initializer(lowered, "ff.linear_out.weight_scale_2")
+    rows = np.full(128, numpy_helper.to_array(scale), np.float32)
+    scale.CopyFrom(numpy_helper.from_array(rows, scale.name))
+    node = producer(lowered, "ff.linear_out/weight/scales")
+    node.attribute.append(helper.make_attribute("axis", 0))
+
+
+def with_fp32_block_scales(lowered: Lowered) -> None:
+    """One level of scales, in fp32."""
+    node = producer(lowered, "ff.linear_out/weight/scales")
+    scales = numpy_helper.to_array(initializer(lowered, "ff.linear_out.weight_scale")).astype(np.float32)
+    lowered.model.graph.initializer.append(numpy_helper.from_array(scales * np.float32(0.01), "flat"))
+    producer(lowered, "ff.linear_out/weight").input[1] = "flat"
+    lowered.model.graph.node.remove(node)
+
+
+def with_another_scale_for_k(lowered: Lowered) -> None:
+    scale = initializer(lowered, "attn.to_k.weight_scale_2")
+    scale.CopyFrom(numpy_helper.from_array(np.float32(numpy_helper.to_array(scale) * 1.5), scale.name))
+
+
+def with_attention_taken_apart(lowered: Lowered) -> None:
+    """Attention as MatMul, Softmax, MatMul in fp32."""
+    graph = lowered.model.graph
+    at = next(i for i, node in enumerate(graph.node) if node.op_type == "Attention")
+    node = graph.node[at]
+    q, k, v = node.input[:3]
+    full = [helper.make_node("Cast", [x], [f"{x}/full"], to=TensorProto.FLOAT) for x in (q, k, v)]
+    graph.initializer.append(numpy_helper.from_array(np.float32(32**-0.5), "softmax_scale"))
+    parts = [
+        *full,
+        helper.make_node("Transpose", [f"{k}/full"], ["k/turned"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", [f"{q}/full", "k/turned"], ["scores"]),
+        helper.make_node("Mul", ["scores", "softmax_scale"], ["scaled_scores"]),
+        helper.make_node("Softmax", ["scaled_scores"], ["shares"], axis=-1),
+        helper.make_node("MatMul", ["shares", f"{v}/full"], ["attended"]),
+        helper.make_node("Cast", ["attended"], list(node.output), to=TensorProto.BFLOAT16, name=node.name),
+    ]
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*rest[:at], *parts, *rest[at + 1 :]])
+
+
+def with_a_batched_product(lowered: Lowered) -> None:
+    """Transpose and MatMul on [1, rows, in] in place of Gemm(transB=1) on [rows, in], weights bound."""
+    graph = lowered.model.graph
+    gemm = next(node for node in graph.node if node.name == "ff.linear_in")
+    graph.initializer.append(numpy_helper.from_array(np.array([1, 128, 128]), "batched"))
+    graph.initializer.append(numpy_helper.from_array(np.array([128, 768]), "flat"))
+    product = [
+        helper.make_node("Reshape", [gemm.input[0], "batched"], ["x3"]),
+        helper.make_node("Transpose", [gemm.input[1]], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x3", "turned"], ["y3"], name="ff.linear_in"),
+        helper.make_node("Reshape", ["y3", "flat"], list(gemm.output)),
+    ]
+    nodes = list(graph.node)
+    at = nodes.index(gemm)
+    del graph.node[:]
+    graph.node.extend([*nodes[:at], *product, *nodes[at + 1 :]])
+
+
+@pytest.mark.parametrize("baked", [False, True])
+def test_the_block_as_lowered_passes_the_audit(double_block, baked: bool) -> None:
+    found = double_block(None, baked)
+    assert found.faults == ()
+    assert found.fused_share == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "baked", "says"),
+    [
+        (without_rounded_inputs, False, "ff.linear_in: planned nvfp4, runs as bf16"),
+        (without_rounded_inputs, True, "ff.linear_in: planned nvfp4, runs as bf16"),
+        (with_a_scale_a_row, True, "ff.linear_out: planned nvfp4, runs as bf16"),
+        (with_fp32_block_scales, True, "ff.linear_out: planned nvfp4, runs as bf16"),
+        (with_another_scale_for_k, True, "attn.to_q, attn.to_k, attn.to_v: "),
+        (with_attention_taken_apart, False, "attention is not one fused kernel"),
+        (with_a_batched_product, False, "ff.linear_in.weight: __myl_Tran moves the whole weight"),
+    ],
+)
+def test_the_audit_catches_what_tensorrt_does_without_a_word(double_block, change, baked: bool, says: str) -> None:
+    """Every one of these graphs builds; TensorRT says nothing."""
+    found = double_block(change, baked)
+    assert any(says in fault for fault in found.faults), found.faults
