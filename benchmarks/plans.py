@@ -1,6 +1,6 @@
 """TensorRT-RTX plans of a whole FLUX.2 transformer, built without a GPU: how large, how long, how much memory.
 
-    python benchmarks/plans.py                        # klein 4B, klein 9B and dev with weights bound, klein 4B with weights baked
+    python benchmarks/plans.py                        # klein 4B, klein 9B and dev bound, klein 4B baked
     python benchmarks/plans.py --model dev
     python benchmarks/plans.py --model klein-4b --baked --memory-gib 16      # needs 3 GB of disk
 

@@ -124,6 +124,33 @@ def verify(bundle: Path, target: str | None) -> None:
 
 
 @main.command()
+@bundle_argument
+@click.option("--target", help="Build this target's plans alone (default: all that are left).")
+@reports_errors
+def finish(bundle: Path, target: str | None) -> None:
+    """Build the plans of BUNDLE that need this machine's GPU, audit them, and seal the bundle again."""
+    from fluxc.targets.finish import finish_bundle
+
+    for line in finish_bundle(bundle, target):
+        click.echo(line)
+
+
+@main.command("export-onnx")
+@bundle_argument
+@click.option("--for", "consumer", type=click.Choice(("tensorrt",)), default="tensorrt", help="Whose operators to use.")
+@click.option("--target", help="Which TensorRT target's graphs (default: the first).")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write; it must not exist.")
+@reports_errors
+def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path) -> None:
+    """Write BUNDLE's stages as whole ONNX graphs with their weights, for trtexec and Triton; print the commands."""
+    from fluxc.targets.export_onnx import export_onnx as run
+    from fluxrt.bundle import open_bundle
+
+    for command in run(open_bundle(bundle), target, out):
+        click.echo(command)
+
+
+@main.command()
 @reports_errors
 def doctor() -> None:
     """Show what this machine can build and run, and what to install for the rest."""

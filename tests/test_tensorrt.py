@@ -9,27 +9,34 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load_file, save_file
 
 from conftest import NANO, RecordingProgress, compile_into, contents
 from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
 from fluxc.checkpoint.safetensors_file import TensorRef, read_header
-from fluxc.engine.audit import Expected, audit
+from fluxc.engine.audit import Audit, Expected, audit
 from fluxc.engine.builder import PlanRequest, build_plan
 from fluxc.engine.cut import Component, Cutter, argument_names, without_prefix
+from fluxc.engine.program import read_programs
+from fluxc.errors import BuildError, RecipeError
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
 from fluxc.graph.bind import bind
 from fluxc.graph.compose import compose_steps
 from fluxc.graph.lower_tensorrt import Lowered, fix_shapes, lower_tensorrt
 from fluxc.graph.trace import trace_transformer
+from fluxc.planned_source import read_source
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import planned_tensors
-from fluxc.recipe import ComponentPrecision, Target
-from fluxc.targets.tensorrt import build_engine, write_sources
+from fluxc.recipe import ComponentPrecision, Target, load_recipe
+from fluxc.stages import check_targets
+from fluxc.targets.export_onnx import export_onnx
+from fluxc.targets.tensorrt import build_engine, check_audits, check_group_scales, write_sources
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.pipeline import Pipeline
 from fluxrt.schedule import flow_match_sigmas
@@ -403,3 +410,119 @@ def test_the_audit_catches_what_tensorrt_does_without_a_word(double_block, chang
     """Every one of these graphs builds; TensorRT says nothing."""
     found = double_block(change, baked)
     assert any(says in fault for fault in found.faults), found.faults
+
+
+# Hand-offs.
+
+
+def test_exported_graphs_build_as_trtexec_would_build_them(rtx_bundle: Path, tmp_path: Path) -> None:
+    """From the file, weights and all; every Linear of the body is an FP4 GEMM, and the shapes printed are accepted."""
+    commands = export_onnx(open_bundle(rtx_bundle), None, tmp_path / "out")
+    assert len(commands) == 5
+    for command in commands:
+        stage = command.split("--onnx=")[1].split(".onnx")[0]
+        path = tmp_path / "out" / f"{stage}.onnx"
+        model = onnx.load(path, load_external_data=False)
+        gemms = {node.name: "nvfp4" for node in model.graph.node if node.op_type == "Gemm"} if stage == "body" else {}
+        attentions = tuple(node.name for node in model.graph.node if node.op_type == "Attention")
+        profile = {"branches": (2, 2, 2), "tokens": (64, 64, 64), "rows": (8, 8, 8), "columns": (8, 8, 8)}
+        dynamic = any(d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim)
+        assert ("--optShapes" in command) == dynamic
+        plan = build_plan(trt, PlanRequest(stage, model, SM120, (profile,) if dynamic else (), path))
+        expected = Expected(gemms, (), attentions if stage != "vae_decoder" else ())
+        assert audit(plan, expected, SM120).faults == ()
+        assert len(gemms) in (0, 2 * 8 + 6 * 2)
+
+
+def test_an_export_never_mixes_with_what_is_there(rtx_bundle: Path, nano_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"exists; give a folder"):
+        export_onnx(open_bundle(rtx_bundle), None, tmp_path)
+    with pytest.raises(BuildError, match=r"no TensorRT target .* it has: none"):
+        export_onnx(open_bundle(nano_bundle), None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (
+            "[{kind: tensorrt_rtx, compute_capabilities: ['8.9']}]",
+            r"8\.9 \(RTX 40, L40\) do not compute in nvfp4.* 12\.0",
+        ),
+        ("[{kind: tensorrt, compute_capabilities: ['9.0']}]", r"9\.0 \(H100, H200\) do not compute in nvfp4.* fp8 and"),
+        ("[{kind: tensorrt_rtx, compute_capabilities: ['10.0']}]", r"does not build for compute capability '10\.0'"),
+        ("[{kind: tensorrt, compute_capabilities: ['10.0', '10.3']}]", "builds for one kind of GPU"),
+        (
+            "[{kind: tensorrt_rtx, activations: nvfp4}]",
+            r"targets\[0\]\.activations: a target of kind tensorrt_rtx has no such",
+        ),
+        ("[{kind: onnxruntime, weights: baked}]", r"targets\[0\]\.weights: a target of kind onnxruntime has no such"),
+        ("[{kind: tensorrt_rtx, memory_gib: 0.5}]", r"memory_gib: must be more than 1"),
+        ("[{kind: tensorrt_rtx}, {kind: tensorrt_rtx}]", "'tensorrt_rtx' appears twice"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused_before_anything_runs(targets: str, says: str) -> None:
+    def read() -> None:
+        loaded = load_recipe(RTX, (*QUICK, f"targets={targets}"))
+        check_targets(loaded, read_source(loaded))
+
+    with pytest.raises(RecipeError, match=says):
+        read()
+
+
+def test_gates_that_nothing_would_be_held_to_are_refused() -> None:
+    loaded = load_recipe(RTX, ("targets=[{kind: tensorrt_rtx}]",))
+    with pytest.raises(RecipeError, match=r"gates\.step_cosine: no target of this recipe runs on the machine"):
+        check_targets(loaded, read_source(loaded))
+
+
+def test_fp8_is_possible_where_fp4_is_not(workshop: Path) -> None:
+    """SM89: the same recipe in FP8 and bf16."""
+    changes = (
+        "precision.transformer={default: fp8, preset: modelopt-flux2}",
+        "targets=[{kind: tensorrt_rtx, compute_capabilities: ['8.9']}]",
+    )
+    engine = engine_of(open_bundle(compile_into(workshop / "rtx-sm89", *QUICK, *changes, recipe=RTX)))
+    assert engine.audit["single"]["gemms"] == {"fp8": 2}
+    assert engine.audit["single"]["compute_capabilities"] == ["8.9"]
+
+
+def test_a_group_with_two_scales_is_refused(rtx_bundle: Path, tmp_path: Path) -> None:
+    """As a damaged or foreign weights file would have it: k's tensor scale is not q's."""
+    bundle = open_bundle(rtx_bundle)
+    file = tmp_path / "weights.safetensors"
+    tensors = load_file(bundle.path("transformer/diffusion_pytorch_model.safetensors"))
+    tensors["transformer_blocks.1.attn.to_k.weight_scale_2"] *= 1.25
+    save_file(tensors, file)
+    plan = read_source(load_recipe(RTX, QUICK)).plans["transformer"]
+    with pytest.raises(
+        BuildError, match=r"transformer_blocks\.1\.attn\.to_qkv: its members .* have different weight_scale_2"
+    ):
+        check_group_scales(Component("transformer", read_header(file), plan, ""))
+
+
+def test_a_fault_is_allowed_by_name_and_by_nothing_else() -> None:
+    found = Audit({}, 0, 1, 0.5, 0, SM120, ("ff.linear_in: planned nvfp4, runs as bf16 (function)",))
+    target = Target("tensorrt_rtx", compute_capabilities=SM120)
+    with pytest.raises(BuildError, match=r"plan double: ff\.linear_in: planned nvfp4, runs as bf16"):
+        check_audits(target, {"double": found})
+    check_audits(msgspec.structs.replace(target, allow=("ff.*",)), {"double": found})
+    with pytest.raises(BuildError, match=r"allow 'attn\.\*' matches no fault"):
+        check_audits(msgspec.structs.replace(target, allow=("ff.*", "attn.*")), {"double": found})
+
+
+def test_a_plan_for_other_gpus_than_asked_is_a_fault(rtx_bundle: Path) -> None:
+    bundle = open_bundle(rtx_bundle)
+    plan = engine_of(bundle).plans["single"]
+    expected = msgspec.convert(plan.expected, Expected)
+    data = bundle.path(str(plan.file)).read_bytes()
+    assert audit(data, expected, ("12.0", "12.1")).faults == ()
+    assert audit(data, expected, SM120).faults == ("runs on 12.0, 12.1, asked for 12.0",)
+
+
+def test_what_is_no_plan_cannot_be_audited() -> None:
+    with pytest.raises(BuildError, match="holds no program that can be read"):
+        read_programs(b"not a plan")
