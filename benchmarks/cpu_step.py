@@ -168,7 +168,8 @@ def fluxrt_step(bundle: Path, target: str, side: int):
     noise = starting_noise(0, grid[0] * grid[1], 32)[None]
 
     def step() -> None:
-        pipeline.step(pipeline.begin(noise, text, grid, GUIDANCE), SIGMA, NEXT_SIGMA)
+        pipeline.begin(noise, grid, GUIDANCE, text)
+        pipeline.step(SIGMA, NEXT_SIGMA)
 
     return step
 

@@ -214,8 +214,8 @@ def test_the_graphs_compute_what_the_cpu_target_computes(rtx_bundle: Path, full:
     latents = np.random.default_rng(0).standard_normal((1, grid[0] * grid[1], 32)).astype(np.float32)
     errors, cosines = [], []
     for sigma, next_sigma in itertools.pairwise(flow_match_sigmas(16, 6)):
-        state = cpu.begin(latents, text, grid, guidance)
-        cpu.step(state, sigma, next_sigma)
+        cpu.begin(latents, grid, guidance, text)
+        cpu.step(sigma, next_sigma)
         player.run(
             "prologue",
             {
@@ -229,10 +229,10 @@ def test_the_graphs_compute_what_the_cpu_target_computes(rtx_bundle: Path, full:
         )
         player.run("body", {})
         ours = player.run("epilogue", {})["next_latents"] - latents
-        expected = state["latents"] - latents
+        expected = cpu.backend.get("latents") - latents
         errors.append(relative_error(ours, expected))
         cosines.append(cosine(ours, expected))
-        latents = state["latents"]
+        latents = cpu.backend.get("latents")
     assert np.median(errors) < (1e-4 if full else 0.1)
     assert min(cosines) > (0.998 if full else 0.995)
     decoded = player.run("vae_decoder", {"latent_grid": latents.reshape(1, *grid, -1)})["image"]

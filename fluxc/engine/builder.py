@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 
 from fluxc.errors import BuildError
+from fluxrt.bundle import dimension_size
 
 Profile = Mapping[str, tuple[int, int, int]]
 
@@ -68,15 +69,11 @@ def _add_profile(builder: Any, config: Any, model: onnx.ModelProto, profile: Pro
     for value in model.graph.input:
         dimensions = value.type.tensor_type.shape.dim
         if any(d.dim_param for d in dimensions):
-            shapes = [[_size(d, profile, at) for d in dimensions] for at in range(3)]
+            bounds = [{symbol: sizes[at] for symbol, sizes in profile.items()} for at in range(3)]
+            shapes = [[dimension_size(d.dim_param or d.dim_value, sizes) for d in dimensions] for sizes in bounds]
             optimization.set_shape(value.name, *shapes)
     if config.add_optimization_profile(optimization) < 0:
         raise BuildError(f"the optimization profile {dict(profile)} was refused")
-
-
-def _size(dimension: Any, profile: Profile, at: int) -> int:
-    symbol, _, more = dimension.dim_param.partition(" + ")
-    return profile[symbol][at] + int(more or 0) if symbol else int(dimension.dim_value)
 
 
 def _parser_error(error: Any) -> str:

@@ -86,7 +86,8 @@ class Cutter:
         """prologue, body and epilogue; with `segment_bytes`, the blocks' weights are baked, at most that many a segment."""
         steps = compose_steps(pieces, text_length)
         blocks = _blocks(component)
-        self._program("prologue", component, self._calls("prologue", steps["prologue"], component))
+        results = tuple(value.name for value in steps["prologue"].graph.output)
+        self._program("prologue", component, self._calls("prologue", steps["prologue"], component), results)
         at, after = "joined", "joined_after"
         body = []
         if segment_bytes is None:
@@ -102,8 +103,9 @@ class Cutter:
                 body.append(Call(name, "", {"joined": at, "joined_out": after}))
                 at, after = after, at
         body.append(self._call("residual", steps["residual"], component, "", {"joined": at}))
-        self._program("body", component, body)
-        self._program("epilogue", component, [self._call("epilogue", steps["epilogue"], component)])
+        self._program("body", component, body, ("residual",))
+        epilogue = [self._call("epilogue", steps["epilogue"], component)]
+        self._program("epilogue", component, epilogue, ("next_latents",))
 
     def text_encoder(self, pieces: dict[str, onnx.ModelProto], component: Component, taken: tuple[int, ...]) -> None:
         """text_encoder: the embedding, the layers, and the hidden states after the layers `taken`, side by side."""
@@ -116,14 +118,14 @@ class Cutter:
             calls.append(self._call("text_layer", layer, component, f"model.layers.{number}.", wired))
             at, free = to, (free[::-1] if to == free[0] else free)
         calls.append(self._call("text_join", compose_text_join(pieces, len(taken)), component))
-        self._program("text_encoder", component, calls)
+        self._program("text_encoder", component, calls, ("text",))
 
     def vae_decoder(self, model: onnx.ModelProto, component: Component) -> None:
         """vae_decoder: one plan."""
-        self._program("vae_decoder", component, [self._call("vae_decoder", model, component)])
+        self._program("vae_decoder", component, [self._call("vae_decoder", model, component)], ("image",))
 
-    def _program(self, stage: str, component: Component, calls: list[Call]) -> None:
-        self.cut.programs[stage] = Program(component.entry, tuple(calls))
+    def _program(self, stage: str, component: Component, calls: list[Call], outputs: tuple[str, ...]) -> None:
+        self.cut.programs[stage] = Program(component.entry, tuple(calls), outputs)
 
     def _calls(
         self, kind: str, neutral: onnx.ModelProto, component: Component, buffers: dict[str, str] | None = None

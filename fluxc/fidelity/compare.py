@@ -12,6 +12,7 @@ import numpy as np
 from fluxc.errors import BuildError
 from fluxc.fidelity.metrics import cosine, psnr, relative_error, significant, ssim
 from fluxc.fidelity.trace import Trace
+from fluxrt.backends import run
 from fluxrt.bundle import Bundle
 from fluxrt.pipeline import Pipeline
 from fluxrt.schedule import SCHEDULES
@@ -51,9 +52,8 @@ def compare_target(
         _check_sigmas(pipeline, trace, grid, steps)
         text = pipeline.encode_text(trace.prompt, guidance)
         reference_text = np.concatenate(trace.text)
-        state = pipeline.begin(trace.latents[0], reference_text, grid, guidance)
-        state["sigma"] = np.array(trace.sigmas[0], dtype=np.float32)
-        prologue = pipeline.backend.run("prologue", state)
+        pipeline.begin(trace.latents[0], grid, guidance, reference_text)
+        prologue = run(pipeline.backend, "prologue", {"sigma": np.array(trace.sigmas[0], dtype=np.float32)})
         velocities = [
             _velocity(pipeline, latents, reference_text, grid, guidance, sigma)
             for latents, sigma in zip(trace.latents, trace.sigmas, strict=True)
@@ -132,16 +132,16 @@ def _velocity(
     pipeline: Pipeline, latents: np.ndarray, text: np.ndarray, grid: tuple[int, int], guidance: float, sigma: float
 ) -> np.ndarray:
     """The guided velocity at `latents`: what an Euler step of length one adds."""
-    state = pipeline.begin(latents, text, grid, guidance)
-    pipeline.step(state, sigma, sigma + 1.0)
-    return state["latents"] - latents
+    pipeline.begin(latents, grid, guidance, text)
+    pipeline.step(sigma, sigma + 1.0)
+    return pipeline.backend.get("latents") - latents
 
 
 def _draw(
     pipeline: Pipeline, text: np.ndarray, grid: tuple[int, int], guidance: float, trace: Trace, steps: int
 ) -> np.ndarray:
     sigmas = SCHEDULES[pipeline.bundle.manifest.sampling.schedule](grid[0] * grid[1], steps)
-    state = pipeline.begin(trace.latents[0], text, grid, guidance)
+    pipeline.begin(trace.latents[0], grid, guidance, text)
     for sigma, next_sigma in itertools.pairwise(sigmas):
-        pipeline.step(state, sigma, next_sigma)
-    return pipeline.decode(state["latents"], grid)[0]
+        pipeline.step(sigma, next_sigma)
+    return pipeline.decode(pipeline.backend.get("latents"), grid)[0]

@@ -31,7 +31,7 @@ from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.bind import ONNX_TYPES
 from fluxc.quantize.formats import BLOCK
 from fluxc.quantize.plan import LayerPlan
-from fluxrt.bundle import WeightPort
+from fluxrt.bundle import WeightPort, dimension_size
 
 TRT_DOMAIN = "trt"
 E4M3_SCALE_TYPE = int(TensorProto.FLOAT8E4M3FN)
@@ -314,9 +314,8 @@ def _without_double(initializer: TensorProto) -> TensorProto:
 
 
 def fix_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
-    """Replace the dimensions that count something in `sizes` by their number, in place; "tokens + 512" too."""
+    """Replace every dimension that counts something by its number, in place."""
     for value in (*model.graph.input, *model.graph.output):
         for dimension in value.type.tensor_type.shape.dim:
-            symbol, _, more = dimension.dim_param.partition(" + ")
-            if symbol in sizes:
-                dimension.dim_value = sizes[symbol] + int(more or 0)
+            if dimension.dim_param:
+                dimension.dim_value = dimension_size(dimension.dim_param, sizes)

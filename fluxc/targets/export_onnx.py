@@ -19,10 +19,7 @@ from fluxc.checkpoint.safetensors_file import TensorRef, read_header
 from fluxc.errors import BuildError
 from fluxc.graph import OPSET
 from fluxc.graph.lower_tensorrt import TRT_DOMAIN
-from fluxrt.bundle import Bundle, Engine, WeightPort
-
-RESULTS = {"text_encoder": ("text",), "body": ("residual",), "epilogue": ("next_latents",), "vae_decoder": ("image",)}
-"""What a stage gives; the prologue gives everything it computes."""
+from fluxrt.bundle import Bundle, Engine, WeightPort, dimension_size
 
 
 def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
@@ -75,7 +72,7 @@ def whole_graph(bundle: Bundle, engine: Engine, stage: str) -> onnx.ModelProto:
         for number, call in enumerate(program.calls)
         for port in engine.plans[call.plan].outputs
     }
-    results = set(RESULTS[stage]) if stage in RESULTS else set(last)
+    results = set(program.outputs)
     graph = onnx.GraphProto(name="fluxc")
     held: dict[str, str] = {}
     bound: set[str] = set()
@@ -170,15 +167,11 @@ def _command(stage: str, model: onnx.ModelProto, profile: dict[str, tuple[int, i
         for value in model.graph.input:
             dimensions = value.type.tensor_type.shape.dim
             if any(d.dim_param for d in dimensions):
-                sizes = [d.dim_value or _size(d.dim_param, profile, at) for d in dimensions]
+                bound = {symbol: sizes[at] for symbol, sizes in profile.items()}
+                sizes = [dimension_size(d.dim_param or d.dim_value, bound) for d in dimensions]
                 shapes.append(f"{value.name}:{'x'.join(map(str, sizes))}")
         command += f" --{option}={','.join(shapes)}" if shapes else ""
     return command
-
-
-def _size(dimension: str, profile: dict[str, tuple[int, int, int]], at: int) -> int:
-    symbol, _, more = dimension.partition(" + ")
-    return profile[symbol][at] + int(more or 0)
 
 
 def profile_of(engine: Engine, stage: str) -> dict[str, tuple[int, int, int]]:

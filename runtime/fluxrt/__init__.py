@@ -16,7 +16,7 @@ __all__ = ["BackendError", "BundleError", "FluxError", "Pipeline", "RequestError
 
 
 def load(path: str | PathLike[str], *, target: str | None = None, threads: int | None = None) -> Pipeline:
-    """Open the bundle at `path` and return a `Pipeline` that draws with `target` (the bundle's first by default).
+    """Open the bundle at `path` and return a `Pipeline` that draws with `target`, by default the best that this machine runs.
 
     Only the manifest is read here; graphs and weights are loaded by the first picture.
     `threads` limits the CPU threads a graph uses (all cores by default).

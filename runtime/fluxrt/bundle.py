@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,6 +36,21 @@ class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+_DIMENSION = re.compile(r"(?:(\d+)\*)?([a-z_]+)(?: \+ (\d+))?")
+
+
+def dimension_size(dimension: int | str, sizes: Mapping[str, int]) -> int:
+    """A dimension of a Port as a number: it is one, or what it counts, times and plus numbers ("16*rows", "tokens + 512")."""
+    if isinstance(dimension, int):
+        return dimension
+    found = _DIMENSION.fullmatch(dimension)
+    if found is None or found[2] not in sizes:
+        raise BundleError(
+            f"the dimension {dimension!r} is not one of {', '.join(sizes)}, times or plus a number; rebuild"
+        )
+    return int(found[1] or 1) * sizes[found[2]] + int(found[3] or 0)
 
 
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,10 +98,11 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a stage of a picture comes to: calls in order, and the weights file their tensors are in."""
+    """What a stage of a picture comes to: calls in order, the weights file their tensors are in, the buffers with results."""
 
     weights: str
     calls: tuple[Call, ...]
+    outputs: tuple[str, ...]
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     generate.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's)")
     generate.add_argument("--size", type=_size, help="HEIGHTxWIDTH, one that was compiled (default: the first)")
-    generate.add_argument("--target", help="which of the bundle's targets to run (default: the first)")
+    generate.add_argument(
+        "--target", help="which of the bundle's targets to run (default: the best that this machine runs)"
+    )
     generate.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     generate.set_defaults(run=_generate)
     return parser

@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fluxrt.backends import Backend, make_backend
+from fluxrt.backends import Backend, make_backend, run
+from fluxrt.choose import choose
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.prompt import PromptEncoder
 from fluxrt.schedule import SCHEDULES
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from fluxrt.bundle import Bundle
 
-State = dict[str, "np.ndarray"]
+STEP = ("prologue", "body", "epilogue")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, *, target: str | None = None, threads: int | None = None) -> None:
         self.bundle = bundle
-        self.target = bundle.target(target)
+        self.target = choose(bundle)[0] if target is None else bundle.target(target)
         self.backend: Backend = make_backend(bundle, self.target, threads)
         self._encoder: PromptEncoder | None = None
 
@@ -77,39 +78,51 @@ class Pipeline:
         elif latents.shape != expected:
             raise RequestError(f"latents have shape {list(latents.shape)}, this request needs {list(expected)}")
 
-        began = time.perf_counter()
-        texts = [self.encode_text(p, guidance) for p in prompts]
-        encoded = time.perf_counter()
         sigmas = SCHEDULES[sampling.schedule](tokens, steps)
-        finals, done = [], 0
-        for text, start in zip(texts, latents, strict=True):
-            state = self.begin(start[None], text, grid, guidance)
+        seconds = {"text": 0.0, "steps": 0.0, "decode": 0.0}
+        images, done = [], 0
+        for words, start in zip(prompts, latents, strict=True):
+            began = time.perf_counter()
+            self.begin(start[None], grid, guidance, self.tokenize(self.branches(words, guidance)))
+            encoded = time.perf_counter()
             for sigma, next_sigma in itertools.pairwise(sigmas):
-                self.step(state, sigma, next_sigma)
+                self.step(sigma, next_sigma)
                 done += 1
                 if on_step:
                     on_step(done, steps * len(prompts))
-            finals.append(state["latents"])
-        stepped = time.perf_counter()
-        images = [to_image(self.decode(final, grid)[0]) for final in finals]
-        seconds = {
-            "text": encoded - began,
-            "steps": stepped - encoded,
-            "decode": time.perf_counter() - stepped,
-        }
+            final = self.backend.get("latents")
+            stepped = time.perf_counter()
+            images.append(to_image(self.decode(final, grid)[0]))
+            decoded = time.perf_counter()
+            for what, took in (("text", encoded - began), ("steps", stepped - encoded), ("decode", decoded - stepped)):
+                seconds[what] += took
         return Result(images, seconds)
 
     def grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Token rows and columns of `size` (height, width), which must have been compiled."""
-        sampling = self.bundle.manifest.sampling
+        sampling, pixels = self.bundle.manifest.sampling, self.bundle.manifest.sampling.pixels_per_token
         size = sampling.sizes[0] if size is None else (int(size[0]), int(size[1]))
-        if size not in sampling.sizes:
+        rows, columns = size[0] // pixels, size[1] // pixels
+        if size not in sampling.sizes and not self._in_range(size, rows * columns):
             known = ", ".join(f"{h}x{w}" for h, w in sampling.sizes)
+            if self.target.tokens:
+                least, greatest = self.target.tokens
+                known += f", and sizes of {least} to {greatest} tokens of {pixels}x{pixels} pixels"
             raise RequestError(
                 f"size {size[0]}x{size[1]} (height x width) was not compiled; this bundle has {known}; "
                 "choose one of them, or add it to sizes in the recipe and rebuild"
             )
-        return size[0] // sampling.pixels_per_token, size[1] // sampling.pixels_per_token
+        return rows, columns
+
+    def _in_range(self, size: tuple[int, int], tokens: int) -> bool:
+        pixels = self.bundle.manifest.sampling.pixels_per_token
+        if self.target.tokens is None or size[0] % pixels or size[1] % pixels:
+            return False
+        return self.target.tokens[0] <= tokens <= self.target.tokens[1]
+
+    def branches(self, prompt: str, guidance: float) -> list[str]:
+        """The prompts of a step's passes: the prompt, and the empty one if guidance needs it."""
+        return [prompt, ""] if self.bundle.manifest.sampling.guidance_branches and guidance > 1.0 else [prompt]
 
     def tokenize(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, attention_mask), int64 [prompts, text length]."""
@@ -119,40 +132,53 @@ class Pipeline:
         return self._encoder.encode(prompts)
 
     def encode_text(self, prompt: str, guidance: float) -> np.ndarray:
-        """Embeddings fp32 [branches, text length, features]: the prompt, then the empty one if guidance needs it."""
-        branches = [prompt]
-        if self.bundle.manifest.sampling.guidance_branches and guidance > 1.0:
-            branches.append("")
-        ids, mask = self.tokenize(branches)
-        return self.backend.run("text_encoder", {"input_ids": ids, "attention_mask": mask})["text"]
+        """Embeddings fp32 [branches, text length, features] of the prompt's branches."""
+        ids, mask = self.tokenize(self.branches(prompt, guidance))
+        self._prepare(len(ids), self.grid(None))
+        return run(self.backend, "text_encoder", {"input_ids": ids, "attention_mask": mask})["text"]
 
-    def begin(self, latents: np.ndarray, text: np.ndarray, grid: tuple[int, int], guidance: float) -> State:
-        """The named arrays a picture starts from: `latents` fp32 [1, tokens, channels], `text` [branches, length, features]."""
+    def begin(
+        self,
+        latents: np.ndarray,
+        grid: tuple[int, int],
+        guidance: float,
+        text: np.ndarray | tuple[np.ndarray, np.ndarray],
+    ) -> None:
+        """Fill the buffers a picture starts from.
+
+        `latents` fp32 [1, tokens, channels]; `text` are embeddings [branches, length, features], or the (input_ids,
+        attention_mask) of the branches, which are then encoded in place.
+        """
         import numpy as np
 
-        return {
-            "latents": np.ascontiguousarray(latents, dtype=np.float32),
-            "text": text,
-            "columns": np.array(grid[1], dtype=np.int64),
-            "guidance": np.array(guidance, dtype=np.float32),
-        }
+        given = text[0] if isinstance(text, tuple) else text
+        self._prepare(len(given), grid)
+        if isinstance(text, tuple):
+            self.backend.put("input_ids", text[0])
+            self.backend.put("attention_mask", text[1])
+            self.backend.play(("text_encoder",))
+        else:
+            self.backend.put("text", text)
+        self.backend.put("latents", np.ascontiguousarray(latents, dtype=np.float32))
+        self.backend.put("columns", np.array(grid[1], dtype=np.int64))
+        self.backend.put("guidance", np.array(guidance, dtype=np.float32))
 
-    def step(self, state: State, sigma: float, next_sigma: float) -> None:
-        """One denoising step: `state["latents"]` moves from `sigma` to `next_sigma`."""
+    def step(self, sigma: float, next_sigma: float, graphs: tuple[str, ...] = STEP) -> None:
+        """One denoising step: the buffer `latents` moves from `sigma` to `next_sigma`."""
         import numpy as np
 
-        state["sigma"] = np.array(sigma, dtype=np.float32)
-        state["next_sigma"] = np.array(next_sigma, dtype=np.float32)
-        for graph in ("prologue", "body", "epilogue"):
-            outputs = self.backend.run(graph, state)
-            if "next_latents" in outputs:
-                outputs["latents"] = outputs.pop("next_latents")
-            state.update(outputs)
+        self.backend.put("sigma", np.array(sigma, dtype=np.float32))
+        self.backend.put("next_sigma", np.array(next_sigma, dtype=np.float32))
+        self.backend.play(graphs, {"next_latents": "latents"})
 
     def decode(self, latents: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Picture fp32 [1, height, width, 3] in 0..1 from `latents` [1, tokens, channels]."""
         spread = latents.reshape(1, grid[0], grid[1], latents.shape[-1])
-        return self.backend.run("vae_decoder", {"latent_grid": spread})["image"]
+        return run(self.backend, "vae_decoder", {"latent_grid": spread})["image"]
+
+    def _prepare(self, branches: int, grid: tuple[int, int]) -> None:
+        rows, columns = grid
+        self.backend.prepare({"branches": branches, "tokens": rows * columns, "rows": rows, "columns": columns})
 
 
 def starting_noise(seed: int, tokens: int, channels: int) -> np.ndarray:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fluxrt.bundle import Bundle, Target
+    from fluxrt.bundle import Bundle, Graph, Target
 
 
 class OnnxRuntimeBackend:
@@ -22,19 +22,48 @@ class OnnxRuntimeBackend:
         self._target = target
         self._threads = threads
         self._sessions: dict[str, Any] = {}
+        self._buffers: dict[str, np.ndarray] = {}
 
-    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run `graph`; raises BackendError when it is missing, does not load, or an input is missing."""
+    def prepare(self, sizes: dict[str, int]) -> None:
+        """Sessions take any size."""
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """Fill a buffer; the array itself is kept."""
+        self._buffers[name] = array
+
+    def get(self, name: str) -> np.ndarray:
+        """A buffer's content; BackendError when nothing was put or computed under this name."""
+        if name not in self._buffers:
+            raise BackendError(f"nothing has produced {name!r}")
+        return self._buffers[name]
+
+    def play(self, graphs: tuple[str, ...], carry: Mapping[str, str] | None = None) -> None:
+        """Run graphs in order; raises BackendError when one is missing, does not load, or an input is missing."""
+        for graph in graphs:
+            described = self._described(graph)
+            missing = [port.name for port in described.inputs if port.name not in self._buffers]
+            if missing:
+                raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
+            session = self._session(graph)
+            names = [port.name for port in described.outputs]
+            results = session.run(names, {port.name: self._buffers[port.name] for port in described.inputs})
+            self._buffers.update(zip(names, results, strict=True))
+        for source, target in (carry or {}).items():
+            self._buffers[target] = self._buffers.pop(source)
+
+    def outputs(self, graph: str) -> tuple[str, ...]:
+        """The results of `graph`."""
+        return tuple(port.name for port in self._described(graph).outputs)
+
+    def close(self) -> None:
+        """Drop sessions and buffers."""
+        self._sessions.clear()
+        self._buffers.clear()
+
+    def _described(self, graph: str) -> Graph:
         if graph not in self._target.graphs:
             raise BackendError(f"{self._bundle.root}: target {self._target.name!r} has no graph {graph!r}")
-        described = self._target.graphs[graph]
-        missing = [port.name for port in described.inputs if port.name not in inputs]
-        if missing:
-            raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
-        session = self._session(graph)
-        names = [port.name for port in described.outputs]
-        results = session.run(names, {port.name: inputs[port.name] for port in described.inputs})
-        return dict(zip(names, results, strict=True))
+        return self._target.graphs[graph]
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:

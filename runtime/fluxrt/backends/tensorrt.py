@@ -1,0 +1,477 @@
+"""Plays TensorRT and TensorRT-RTX engines: weights go to the GPU once, a step becomes one CUDA graph.
+
+1. Everything that can be wrong with library, GPU and bundle is checked before anything is loaded.
+2. A plan is read only after its SHA-256 matched.
+3. Buffers keep their addresses for as long as the sizes stay the same, so what was captured stays valid.
+4. A sequence of graphs runs eagerly the first time (TensorRT-RTX compiles kernels then), is captured the second time, and is
+   launched from then on. What the host puts goes before the launch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxrt.backends.buffers import (
+    ALIGNMENT,
+    Arena,
+    Buffer,
+    Sizes,
+    buffer_of,
+    check_sizes,
+    plan_arena,
+    plan_buffers,
+    profile_for,
+    resolve,
+)
+from fluxrt.cuda import CudaDriver, Driver, Gpu, OutOfMemoryError
+from fluxrt.errors import BackendError, RequestError
+from fluxrt.weights import StoredTensor, read_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+    from fluxrt.bundle import Bundle, Engine, Program, Target
+
+EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+UPLOAD_BYTES = 64 << 20
+
+
+@dataclass
+class _Loaded:
+    """A program on the GPU: where its weights lie."""
+
+    arena: Arena
+    address: int
+
+
+@dataclass
+class _Sequence:
+    """How often a sequence of graphs was played, and its CUDA graph once it was captured."""
+
+    plays: int = 0
+    graph: int | None = None
+    refused: bool = field(default=False)
+
+
+class TensorRTBackend:
+    """One target of a bundle on one GPU. `notes` says what did not go as it should and was worked around."""
+
+    def __init__(
+        self, bundle: Bundle, target: Target, driver: Driver | None = None, library: Any | None = None
+    ) -> None:
+        assert target.engine is not None
+        self._bundle, self._target, self._engine = bundle, target, target.engine
+        check_finished(bundle, target)
+        self._trt = load_library(target.engine) if library is None else library
+        check_version(bundle, target, str(self._trt.__version__))
+        self._driver: Driver = CudaDriver() if driver is None else driver
+        check_gpu(bundle, target, self._driver.gpu)
+        self.notes: list[str] = []
+        self._logger = _logger(self._trt)
+        self._runtime = self._trt.Runtime(self._logger)
+        self._engines: dict[str, Any] = {}
+        self._contexts: dict[tuple[str, int], Any] = {}
+        self._caches: dict[str, tuple[Any, Path, bytes]] = {}
+        self._programs: dict[str, _Loaded] = {}
+        self._sequences: dict[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], _Sequence] = {}
+        self._sizes: Sizes | None = None
+        self._buffers: dict[str, Buffer] = {}
+        self._addresses: dict[str, int] = {}
+        self._memory: list[int] = []
+        self._buffer_memory = 0
+        self._scratch = (0, 0)
+        self._alive: list[Any] = []
+
+    def prepare(self, sizes: dict[str, int]) -> None:
+        """Allocate every buffer for these sizes; those of other sizes, and what was captured on them, are given back."""
+        if sizes == self._sizes:
+            return
+        check_sizes(self._engine, sizes)
+        buffers = plan_buffers(self._engine, sizes)
+        self._forget()
+        offsets, end = {}, 0
+        for name, buffer in buffers.items():
+            offsets[name] = end
+            end += -(-max(buffer.nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        self._buffer_memory = self._allocate(end, f"the buffers of {sizes['tokens']} image tokens")
+        self._buffers, self._sizes = buffers, dict(sizes)
+        self._addresses = {name: self._buffer_memory + offset for name, offset in offsets.items()}
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """Copy `array` into a buffer; fp32 given for bf16 is rounded to nearest even."""
+        import numpy as np
+
+        buffer = self._buffer(name)
+        if tuple(array.shape) != buffer.shape:
+            raise RequestError(
+                f"{name} has shape {list(array.shape)}, the plans were compiled for {list(buffer.shape)}; "
+                "ask for what the bundle was built for, or rebuild it"
+            )
+        data = np.ascontiguousarray(_to_device(array, buffer.dtype))
+        self._alive.append(data)
+        self._driver.upload(self._addresses[name], data)
+
+    def get(self, name: str) -> np.ndarray:
+        """A buffer's content, bf16 as fp32."""
+        import numpy as np
+
+        buffer = self._buffer(name)
+        data = np.empty(buffer.nbytes, np.uint8)
+        self._driver.download(self._addresses[name], data)
+        self._driver.synchronize()
+        self._alive.clear()
+        return _from_device(data, buffer)
+
+    def play(self, graphs: tuple[str, ...], carry: Mapping[str, str] | None = None) -> None:
+        """Run programs in order on the buffers; see Backend.play."""
+        moves = tuple((carry or {}).items())
+        for graph in graphs:
+            self._load(graph)
+        sequence = self._sequences.setdefault((graphs, moves), _Sequence())
+        if sequence.graph is not None:
+            self._driver.launch(sequence.graph)
+        elif sequence.plays == 0 or sequence.refused:
+            self._enqueue(graphs, moves)
+            if sequence.plays == 0:
+                self._driver.synchronize()
+                self._alive.clear()
+                self._save_caches()
+        else:
+            self._capture(sequence, graphs, moves)
+        sequence.plays += 1
+
+    def outputs(self, graph: str) -> tuple[str, ...]:
+        """The buffers the program `graph` leaves its results in."""
+        return self._program(graph).outputs
+
+    def close(self) -> None:
+        """Give back graphs, contexts, engines, weights and buffers, and the GPU itself."""
+        self._release()
+        self._driver.close()
+
+    def _capture(self, sequence: _Sequence, graphs: tuple[str, ...], moves: tuple[tuple[str, str], ...]) -> None:
+        self._driver.begin_capture()
+        try:
+            self._enqueue(graphs, moves)
+            sequence.graph = self._driver.end_capture()
+        except OutOfMemoryError:
+            self._driver.abandon_capture()
+            raise
+        except BackendError as error:
+            self._driver.abandon_capture()
+            sequence.refused = True
+            self.notes.append(f"{', '.join(graphs)}: not captured as a CUDA graph, every call is launched: {error}")
+            self._enqueue(graphs, moves)
+            return
+        self._driver.launch(sequence.graph)
+
+    def _enqueue(self, graphs: tuple[str, ...], moves: tuple[tuple[str, str], ...]) -> None:
+        assert self._sizes is not None
+        for graph in graphs:
+            loaded = self._programs[graph]
+            for number, call in enumerate(self._program(graph).calls):
+                plan = self._engine.plans[call.plan]
+                context = self._context(call.plan)
+                for port in (*plan.inputs, *plan.outputs):
+                    self._bind(context, port.name, self._addresses[buffer_of(call, port)])
+                for port in plan.inputs:
+                    shape = resolve(port.shape, self._sizes)
+                    if plan.profiles and not context.set_input_shape(port.name, shape):
+                        raise BackendError(
+                            f"plan {call.plan} refused {port.name} as {list(shape)}: {self._logger.told()}"
+                        )
+                for weight in plan.weights:
+                    self._bind(context, weight.name, loaded.address + loaded.arena.offsets[number, weight.name])
+                if not context.execute_async_v3(self._driver.stream):
+                    raise BackendError(
+                        f"plan {call.plan} of {graph}, call {number}, did not run: {self._logger.told()}"
+                    )
+        for source, target in moves:
+            self._driver.copy(self._addresses[target], self._addresses[source], self._buffers[source].nbytes)
+
+    def _bind(self, context: Any, port: str, address: int) -> None:
+        if not context.set_tensor_address(port, address):
+            raise BackendError(f"a plan has no input or output {port!r}; the bundle is wrong, rebuild it")
+
+    def _load(self, graph: str) -> None:
+        """Bring a program's weights and engines to the GPU, once, and the contexts of the present sizes."""
+        program = self._program(graph)
+        if self._sizes is None:
+            raise BackendError(f"{graph}: no sizes were prepared")
+        names = list(dict.fromkeys(call.plan for call in program.calls))
+        for name in names:
+            if name not in self._engines:
+                self._engines[name] = self._deserialize(name)
+        self._reserve_scratch(names)
+        for name in names:
+            self._make_context(name)
+        if graph not in self._programs:
+            self._programs[graph] = self._upload(graph, program)
+
+    def _deserialize(self, name: str) -> Any:
+        file = self._engine.plans[name].file
+        assert file is not None
+        engine = self._runtime.deserialize_cuda_engine(self._bundle.checked_file(file).read_bytes())
+        if engine is None:
+            raise BackendError(
+                f"{self._bundle.root / file}: {self._target.kind} {self._trt.__version__} does not load it on "
+                f"{self._driver.gpu.name}: {self._logger.told()}; rebuild the bundle for this GPU and version"
+            )
+        return engine
+
+    def _reserve_scratch(self, names: list[str]) -> None:
+        """One piece of working memory for all plans, which never run at the same time, as large as the hungriest needs."""
+        assert self._sizes is not None
+        wanted = max(
+            int(
+                self._engines[n].get_device_memory_size_for_profile_v2(
+                    profile_for(n, self._engine.plans[n], self._sizes)
+                )
+            )
+            for n in names
+        )
+        address, size = self._scratch
+        if wanted > size:
+            self._driver.synchronize()
+            self._drop_graphs()
+            if size:
+                self._free(address)
+            self._scratch = (0, 0)
+            self._scratch = (self._allocate(wanted, "the plans' working memory"), wanted)
+            for context in self._contexts.values():
+                context.set_device_memory(*self._scratch)
+
+    def _make_context(self, name: str) -> None:
+        assert self._sizes is not None
+        profile = profile_for(name, self._engine.plans[name], self._sizes)
+        if (name, profile) in self._contexts:
+            return
+        engine = self._engines[name]
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if hasattr(engine, "create_runtime_config") and hasattr(self._trt, "CudaGraphStrategy"):
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
+            config.set_runtime_cache(self._cache(name, config))
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context(strategy)
+        if context is None:
+            raise BackendError(f"plan {name}: no execution context on {self._driver.gpu.name}: {self._logger.told()}")
+        if self._scratch[1]:
+            context.set_device_memory(*self._scratch)
+        if profile and not context.set_optimization_profile_async(profile, self._driver.stream):
+            raise BackendError(f"plan {name}: its optimization profile {profile} was refused: {self._logger.told()}")
+        self._contexts[name, profile] = context
+
+    def _context(self, name: str) -> Any:
+        assert self._sizes is not None
+        return self._contexts[name, profile_for(name, self._engine.plans[name], self._sizes)]
+
+    def _upload(self, graph: str, program: Program) -> _Loaded:
+        import numpy as np
+
+        stored = stored_tensors(self._bundle, program.weights)
+        arena = plan_arena(program, self._engine, stored)
+        if not arena.nbytes:
+            return _Loaded(arena, 0)
+        address = self._allocate(arena.nbytes, f"the weights of {graph}")
+        for piece in arena.pieces:
+            data = stored[piece.name].read()
+            for start in range(0, len(data), UPLOAD_BYTES):
+                part = np.ascontiguousarray(data[start : start + UPLOAD_BYTES])
+                self._driver.upload(address + piece.offset + start, part)
+                self._driver.synchronize()
+        return _Loaded(arena, address)
+
+    def _cache(self, name: str, config: Any) -> Any:
+        """The runtime cache of a plan: kernels TensorRT-RTX compiled for this GPU before, kept beside the user's caches."""
+        if name not in self._caches:
+            file = self._engine.plans[name].file
+            assert file is not None
+            path = cache_file(self._driver.gpu, self._trt, self._bundle.manifest.files[file].sha256)
+            cache, known = config.create_runtime_cache(), b""
+            if path.is_file():
+                known = path.read_bytes()
+                if not cache.deserialize(known):
+                    self.notes.append(
+                        f"{path}: not usable here (another driver, or damaged), kernels are compiled again"
+                    )
+                    known = b""
+            self._caches[name] = (cache, path, known)
+        return self._caches[name][0]
+
+    def _save_caches(self) -> None:
+        for name, (cache, path, known) in self._caches.items():
+            now = bytes(cache.serialize() or b"")
+            if not now or now == known:
+                continue
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor, partial = tempfile.mkstemp(dir=path.parent)
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(now)
+                Path(partial).replace(path)
+            except OSError as error:
+                self.notes.append(f"{path}: the compiled kernels could not be kept ({error})")
+            self._caches[name] = (cache, path, now)
+
+    def _program(self, graph: str) -> Program:
+        if graph not in self._engine.programs:
+            raise BackendError(f"{self._bundle.root}: target {self._target.name!r} has no program {graph!r}")
+        return self._engine.programs[graph]
+
+    def _buffer(self, name: str) -> Buffer:
+        if name not in self._buffers:
+            raise BackendError(f"no program of target {self._target.name!r} reads or writes {name!r}")
+        return self._buffers[name]
+
+    def _allocate(self, nbytes: int, what: str) -> int:
+        try:
+            address = self._driver.allocate(nbytes)
+        except OutOfMemoryError as error:
+            self._release()
+            raise OutOfMemoryError(
+                f"{self._driver.gpu.name} has no room for {what} ({nbytes / 2**20:,.0f} MiB): {error}. Everything this bundle "
+                "held there is free again; ask for a smaller size or guidance 1, free the GPU, or choose another --target"
+            ) from error
+        self._memory.append(address)
+        return address
+
+    def _free(self, address: int) -> None:
+        self._memory.remove(address)
+        self._driver.free(address)
+
+    def _drop_graphs(self) -> None:
+        for sequence in self._sequences.values():
+            if sequence.graph is not None:
+                self._driver.destroy(sequence.graph)
+        self._sequences.clear()
+
+    def _forget(self) -> None:
+        """Give the buffers back, and the graphs that hold their addresses."""
+        if self._buffer_memory:
+            self._driver.synchronize()
+            self._drop_graphs()
+            self._free(self._buffer_memory)
+        self._buffer_memory, self._sizes, self._buffers, self._addresses = 0, None, {}, {}
+
+    def _release(self) -> None:
+        self._driver.synchronize()
+        self._drop_graphs()
+        self._contexts.clear()
+        self._caches.clear()
+        self._engines.clear()
+        self._programs.clear()
+        for address in self._memory:
+            self._driver.free(address)
+        self._memory, self._scratch, self._buffer_memory = [], (0, 0), 0
+        self._sizes, self._buffers, self._addresses = None, {}, {}
+        self._alive.clear()
+
+
+def load_library(engine: Engine) -> Any:
+    """The module that plays `engine`; BackendError names the extra to install."""
+    try:
+        return importlib.import_module(engine.library)
+    except ImportError as error:
+        raise BackendError(
+            f"this target needs {engine.library} {engine.version}, which is not installed ({error}); "
+            f"pip install 'fluxrt[{EXTRA[engine.library]}]', or choose another --target"
+        ) from error
+
+
+def check_finished(bundle: Bundle, target: Target) -> None:
+    """Refuse an engine whose plans were not built yet."""
+    assert target.engine is not None
+    if target.engine.unfinished:
+        raise BackendError(
+            f"{bundle.root}: target {target.name!r} has plans that are built on the GPU itself "
+            f"({', '.join(target.engine.unfinished[:3])}, ...); run `fluxc finish {bundle.root}` on a machine with compute "
+            f"capability {', '.join(target.engine.compute_capabilities)}, or choose another --target"
+        )
+
+
+def check_version(bundle: Bundle, target: Target, version: str) -> None:
+    """Refuse a library of another version than the plans were built with; plans load in that one alone."""
+    assert target.engine is not None
+    built = str(target.engine.version)
+    if version.split(".")[:3] != built.split(".")[:3]:
+        raise BackendError(
+            f"{bundle.root}: the plans of target {target.name!r} were built with {target.engine.library} {built}, installed is "
+            f"{version}; install {target.engine.library} {built}, or rebuild the bundle with {version}"
+        )
+
+
+def check_gpu(bundle: Bundle, target: Target, gpu: Gpu) -> None:
+    """Refuse a GPU the plans were not built for."""
+    assert target.engine is not None
+    if gpu.compute_capability not in target.engine.compute_capabilities:
+        raise BackendError(
+            f"{bundle.root}: the plans of target {target.name!r} are for compute capability "
+            f"{', '.join(target.engine.compute_capabilities)}, this GPU is a {gpu.name} with {gpu.compute_capability}; choose "
+            "another --target, or rebuild with this one under the target's compute_capabilities"
+        )
+
+
+def stored_tensors(bundle: Bundle, entry: str) -> dict[str, StoredTensor]:
+    """Every tensor of a component, from its weights file or the files of its index."""
+    import json
+
+    path = bundle.path(entry)
+    if path.suffix != ".json":
+        return read_weights(path)
+    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    files = [bundle.path((Path(entry).parent / name).as_posix()) for name in names]
+    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
+
+
+def cache_file(gpu: Gpu, library: Any, plan_sha256: str) -> Path:
+    """Where the kernels compiled for a plan are kept: below XDG_CACHE_HOME, by GPU, library version and plan."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256(f"{gpu.name}\0{gpu.compute_capability}\0{library.__version__}\0{plan_sha256}".encode())
+    return root / "fluxc" / "kernels" / f"{key.hexdigest()[:32]}.bin"
+
+
+def _to_device(array: np.ndarray, dtype: str) -> np.ndarray:
+    import numpy as np
+
+    if dtype != "bfloat16":
+        return np.asarray(array, dtype=np.dtype(dtype))
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _from_device(data: np.ndarray, buffer: Buffer) -> np.ndarray:
+    import numpy as np
+
+    if buffer.dtype == "bfloat16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(buffer.shape)
+    return data.view(np.dtype(buffer.dtype)).reshape(buffer.shape)
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps the last errors, for the message of the call that failed."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self._lines = [*self._lines[-4:], message.strip()]
+
+        def told(self) -> str:
+            return "; ".join(self._lines) or "it gave no reason"
+
+    return Logger()

@@ -1,0 +1,87 @@
+"""Which of a bundle's targets this machine can run, and which of them is best."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fluxrt.errors import BackendError
+
+if TYPE_CHECKING:
+    from fluxrt.bundle import Bundle, Target
+    from fluxrt.cuda import Gpu
+
+BEST_FIRST = (("tensorrt", "cuda"), ("tensorrt_rtx", "cuda"), ("onnxruntime", "cuda"), ("onnxruntime", "cpu"))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What targets need: a GPU, or why there is none; versions of the libraries installed; ONNX Runtime's providers."""
+
+    gpu: Gpu | None
+    no_gpu: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+
+
+def this_machine() -> Machine:
+    """What is installed here; imports the GPU libraries that are."""
+    from fluxrt.cuda import first_gpu
+
+    gpu, reason = None, ""
+    try:
+        gpu = first_gpu()
+    except BackendError as error:
+        reason = str(error)
+    versions = {}
+    for name in ("tensorrt", "tensorrt_rtx"):
+        try:
+            versions[name] = str(importlib.import_module(name).__version__)
+        except ImportError:
+            continue
+    import onnxruntime
+
+    return Machine(gpu, reason, versions, tuple(onnxruntime.get_available_providers()))
+
+
+def obstacle(bundle: Bundle, target: Target, machine: Machine) -> str | None:
+    """Why `target` does not run on `machine`, in one sentence or two; None if it does."""
+    from fluxrt.backends.tensorrt import EXTRA, check_finished, check_gpu, check_version
+
+    if target.device == "cpu":
+        return None
+    if machine.gpu is None:
+        return machine.no_gpu
+    if target.engine is None:
+        if "CUDAExecutionProvider" not in machine.providers:
+            return "the installed onnxruntime has no CUDA provider; pip install onnxruntime-gpu in its place"
+        return None
+    version = machine.versions.get(target.engine.library)
+    if version is None:
+        extra = EXTRA[target.engine.library]
+        return f"{target.engine.library} is not installed; pip install 'fluxrt[{extra}]'"
+    try:
+        check_finished(bundle, target)
+        check_version(bundle, target, version)
+        check_gpu(bundle, target, machine.gpu)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def choose(bundle: Bundle, machine: Machine | None = None) -> tuple[Target, dict[str, str | None]]:
+    """The best target `machine` (this one by default) runs, and by target what stands in its way.
+
+    Of targets of one rank the first listed is taken. Raises BackendError naming every obstacle when none runs.
+    """
+    targets = bundle.manifest.targets
+    if machine is None and all(target.device == "cpu" for target in targets):
+        machine = Machine(None)
+    found = machine or this_machine()
+    obstacles = {target.name: obstacle(bundle, target, found) for target in targets}
+    able = [target for target in targets if obstacles[target.name] is None]
+    if not able:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items())
+        raise BackendError(f"{bundle.root}: no target of this bundle runs on this machine. {reasons}")
+    return min(able, key=lambda target: BEST_FIRST.index((target.kind, target.device))), obstacles

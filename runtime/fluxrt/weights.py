@@ -1,0 +1,86 @@
+"""Reads weights files: where each tensor lies, and its bytes by memory map."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fluxrt.errors import BundleError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+BITS = {
+    "float4_e2m1": 4,
+    "bool": 8,
+    "float8_e4m3fn": 8,
+    "bfloat16": 16,
+    "float16": 16,
+    "float32": 32,
+    "int64": 64,
+}
+STORED_AS = {
+    "float4_e2m1": "U8",
+    "float8_e4m3fn": "F8_E4M3",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "int64": "I64",
+}
+MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: dtype as safetensors names it, file, offset and bytes."""
+
+    dtype: str
+    file: Path
+    offset: int
+    nbytes: int
+
+    def read(self) -> np.ndarray:
+        """Its bytes as a read-only memory map, uint8."""
+        import numpy as np
+
+        if not self.nbytes:
+            return np.empty(0, np.uint8)
+        return np.memmap(self.file, np.uint8, "r", offset=self.offset, shape=(self.nbytes,))
+
+
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a dense tensor."""
+    return math.prod(shape) * BITS[dtype] // 8
+
+
+def read_weights(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name; BundleError when its header is not in order."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise BundleError(f"{file}: not a safetensors file; copy the bundle again or rebuild it")
+        try:
+            header = json.loads(opened.read(length))
+            header.pop("__metadata__", None)
+            tensors = {
+                name: StoredTensor(entry["dtype"], file, 8 + length + entry["data_offsets"][0], _length(entry))
+                for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise BundleError(
+                f"{file}: its header is damaged ({error}); copy the bundle again or rebuild it"
+            ) from error
+    for name, tensor in tensors.items():
+        if tensor.nbytes < 0 or tensor.offset < 8 + length or tensor.offset + tensor.nbytes > size:
+            raise BundleError(f"{file}: tensor {name!r} leaves the file; copy the bundle again or rebuild it")
+    return tensors
+
+
+def _length(entry: dict) -> int:
+    start, stop = entry["data_offsets"]
+    return int(stop) - int(start)
