@@ -37,6 +37,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
     with locked(cache.root):
         source = original = read_source(loaded)
         stages.check_targets(loaded, source)
+        stages.check_libraries(recipe)
         if recipe.calibration.engine == "modelopt":
             from fluxc.calibrate.modelopt import check_available
 

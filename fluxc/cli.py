@@ -151,12 +151,17 @@ def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path) -> N
 
 
 @main.command()
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @reports_errors
-def doctor() -> None:
-    """Show what this machine can build and run, and what to install for the rest."""
-    from fluxc.describe import print_doctor
+def doctor(bundle: Path | None) -> None:
+    """Show what this machine can build and run, and what to install for the rest; of BUNDLE, which target it would choose."""
+    from fluxc.describe import print_doctor, print_targets
+    from fluxrt.bundle import open_bundle
 
+    opened = open_bundle(bundle) if bundle else None
     print_doctor()
+    if opened:
+        print_targets(opened)
 
 
 if __name__ == "__main__":

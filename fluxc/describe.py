@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import platform
 import re
+from collections import Counter
 from importlib import metadata
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fluxc.components import WEIGHTS_FILE
+from fluxc.engine.library import GPUS, LIBRARIES, gpu_here, installed_version
 from fluxc.plan_report import (
     lacking,
     memory_by_component,
@@ -22,13 +25,16 @@ from fluxc.plan_report import (
 from fluxc.planned_source import Source, read_source
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
-from fluxc.recipe import Budget, LoadedRecipe
-from fluxrt.bundle import Bundle
+from fluxc.recipe import Budget, LoadedRecipe, Target
+from fluxc.stages import check_targets
+from fluxrt.bundle import Bundle, Engine
+from fluxrt.choose import choose, obstacle, this_machine
 
 
 def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
     """The precision of every layer with the rule that decided it, sizes before and after, what each target will do."""
     source = read_source(loaded)
+    check_targets(loaded, source)
     console = _console()
     recipe = loaded.recipe
     console.print(f"{recipe.name}: {source.checkpoint.pipeline_class} from {recipe.model.source}")
@@ -50,17 +56,41 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
     )
     table = Table("target", "what it will do", title="targets", title_justify="left")
     for target in recipe.targets:
-        weights = f"NVFP4 weights {target.weights_in_memory} in memory; matrix products in fp32"
-        inputs = (
-            "activations in full precision"
-            if target.activations == "none"
-            else "inputs of quantized layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
-        )
-        table.add_row(target.name, f"ONNX Runtime on the CPU; {weights}; {inputs}; built and run on this machine")
+        table.add_row(target.name, escape(_what_it_does(target)))
     console.print(table)
     sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
     branches = "two passes a step (guidance)" if source.guidance_branches else "one pass a step"
     console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
+
+
+def _what_it_does(target: Target) -> str:
+    """A target in a sentence: engine, formats it computes in, where it is built and run."""
+    if target.is_tensorrt:
+        gpus = ", ".join(f"{c} ({GPUS[c]})" for c in target.compute_capabilities)
+        weights = (
+            "a plan for each kind of block, weights bound when it runs"
+            if target.weights == "bound"
+            else f"plans with the blocks' weights inside, built in at most {target.memory_gib:g} GiB"
+        )
+        shapes = "an optimization profile a size" if target.shapes == "profiles" else "one profile for all sizes"
+        version = installed_version(target.kind)
+        if LIBRARIES[target.kind].builds_without_gpu:
+            where = f"built and audited on this machine ({target.kind} {version})"
+            where = (
+                where if version else f"needs {target.kind} here: pip install 'fluxc[{LIBRARIES[target.kind].extra}]'"
+            )
+        elif version and gpu_here(target.compute_capabilities):
+            where = f"built and audited on this machine's GPU ({target.kind} {version})"
+        else:
+            where = "its graphs are written here; `fluxc finish` builds the plans on the GPU"
+        return f"compute capability {gpus}; {weights}; {shapes}; {where}"
+    weights = f"NVFP4 weights {target.weights_in_memory} in memory; matrix products in fp32"
+    inputs = (
+        "activations in full precision"
+        if target.activations == "none"
+        else "inputs of quantized layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
+    )
+    return f"ONNX Runtime on the CPU; {weights}; {inputs}; built and run on this machine"
 
 
 def _auto_sentence(budget: Budget | None) -> str:
@@ -145,20 +175,59 @@ def print_bundle(bundle: Bundle) -> None:
         "target", "velocity cosine", "picture PSNR, mean", "worst", "SSIM", title="fidelity", title_justify="left"
     )
     for target in manifest.targets:
-        figures = manifest.fidelity.get("targets", {}).get(target.name, {})
+        figures = manifest.fidelity.get("targets", {}).get(target.name, {"step_cosine": "not run"})
         keys = ("step_cosine", "image_psnr_db", "image_psnr_db_worst", "image_ssim")
         table.add_row(target.name, *(str(figures.get(key, "")) for key in keys))
     console.print(table)
+    for target in manifest.targets:
+        if target.engine:
+            console.print(_engine_table(target.name, target.engine))
     size = sum(file.size for file in manifest.files.values())
     tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items())
     console.print(f"{len(manifest.files)} files, {size:,} bytes; built with {tools}")
+
+
+def _engine_table(name: str, engine: Engine) -> Table:
+    """The plans of an engine as the audit found them."""
+    built = f"{engine.library} {engine.version}" if engine.version else f"to be built by {engine.library} on the GPU"
+    title = f"{name}: {built}, compute capability {', '.join(engine.compute_capabilities)}"
+    title += f", finished on {engine.gpu} (driver {engine.driver})" if engine.gpu else ""
+    table = Table("plan", "runs", "GEMMs", "fused attentions", "kernels", "weights copied a run", "allowed faults")
+    table.title, table.title_justify = title, "left"
+    runs = Counter(call.plan for program in engine.programs.values() for call in program.calls)
+    for plan in engine.plans:
+        found = engine.audit.get(plan)
+        if found is None:
+            table.add_row(plan, str(runs[plan]), "not built yet")
+            continue
+        gemms = ", ".join(f"{count} {format}" for format, count in found["gemms"].items())
+        figures = (
+            found["attentions"],
+            found["kernels"],
+            f"{found['copied_bytes']:,} bytes",
+            "; ".join(found["faults"]),
+        )
+        table.add_row(plan, str(runs[plan]), gemms, *map(str, figures))
+    return table
+
+
+def print_targets(bundle: Bundle) -> None:
+    """Which of a bundle's targets this machine runs, which it would choose, and what stands in the others' way."""
+    machine = this_machine()
+    obstacles = {target.name: obstacle(bundle, target, machine) for target in bundle.manifest.targets}
+    chosen = choose(bundle, machine)[0].name if None in obstacles.values() else None
+    table = Table("target", "runs here", "why", title=f"targets of {bundle.manifest.name}", title_justify="left")
+    for name, reason in obstacles.items():
+        ready = "chosen" if name == chosen else "yes"
+        table.add_row(name, "no" if reason else ready, escape(reason or ""))
+    _console().print(table)
 
 
 def print_doctor() -> None:
     """What this machine can build and run, and what to install for what it cannot."""
     console = _console()
     console.print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    needs = {
+    needs: dict[str, tuple[str, ...]] = {
         "compile": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors"),
         "run onnxruntime targets": ("onnxruntime", "tokenizers", "numpy", "pillow"),
     }
@@ -169,6 +238,11 @@ def print_doctor() -> None:
         ready = "no" if missing else "yes"
         detail = f"missing: {', '.join(missing)}; pip install fluxc" if missing else _listed(found)
         table.add_row(purpose, ready, detail)
+    for library in LIBRARIES.values():
+        version = installed_version(library.kind)
+        builds = "builds plans without a GPU" if library.builds_without_gpu else "builds plans on the GPU they are for"
+        how = version or escape(f"not installed; pip install 'fluxc[{library.extra}]'")
+        table.add_row(f"build {library.kind} targets", "yes" if version else "no", f"{builds}; {how}")
     import onnxruntime
     import torch
 

@@ -18,7 +18,7 @@ from fluxc.checkpoint.flux2 import (
 from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.checkpoint.source import WEIGHTED, Checkpoint, check_tensors
 from fluxc.components import WEIGHTS_FILE, small_files, weights_entry, weights_files, weights_tensors
-from fluxc.engine.library import LIBRARIES, check_capabilities, gpu_here, installed_version
+from fluxc.engine.library import LIBRARIES, check_capabilities, gpu_here, installed_version, load_library
 from fluxc.errors import RecipeError
 from fluxc.planned_source import Source, kept_tensors
 from fluxc.progress import Report
@@ -301,6 +301,13 @@ def check_targets(loaded: LoadedRecipe, source: Source) -> None:
         )
 
 
+def check_libraries(recipe: Recipe) -> None:
+    """Refuse, before anything long runs, a target whose library is missing here although it could build here."""
+    for target in recipe.targets:
+        if target.is_tensorrt and LIBRARIES[target.kind].builds_without_gpu:
+            load_library(target.kind)
+
+
 def run_pieces(cache: StageCache, component: str, loaded: LoadedRecipe, source: Source) -> Path:
     """The component's neutral graphs in bf16 as .onnx files, one for each kind of block: what GPU targets start from."""
     config = source.checkpoint.components[component].config
@@ -342,7 +349,7 @@ def run_target(
     if target.is_tensorrt:
         scales = {name: _scalar_digest(folder, name) for name, folder in weights.items()}
         library = installed_version(target.kind)
-        inputs += [library, recipe.sizes, source.guidance_branches, scales]
+        inputs += [library, _builds_here(target), recipe.sizes, source.guidance_branches, scales]
         if target.weights == "baked":
             inputs.append(
                 [cache.file_digest(file.resolve()) for n, f in weights.items() for file in weights_files(f, n)]
@@ -421,11 +428,18 @@ def _tensorrt_target(
         spare = module.spare_scales(source.plans.get(name, []), cut.tensors[name])
         check_no_stray(name, [t for t in tensors if t not in cut.tensors[name] | spare], source.unused.get(name, ()))
     module.write_sources(cut, folder)
-    builds = LIBRARIES[target.kind].builds_without_gpu or gpu_here(target.compute_capabilities)
-    engine = module.build_engine(target, cut, folder, report) if builds else module.unfinished_engine(target, cut)
+    build = module.build_engine if _builds_here(target) else module.unfinished_engine
+    engine = build(target, cut, folder, report)
     counts = [rows * columns for rows, columns in sizes.grids]
     tokens = (min(counts), max(counts)) if target.shapes == "range" else None
     return format.Target(target.name, target.kind, "nvfp4", {}, device="cuda", tokens=tokens, engine=engine)
+
+
+def _builds_here(target: Target) -> bool:
+    """Whether this machine builds the plans of `target`; an absent TensorRT-RTX is an error later, since it could be here."""
+    if LIBRARIES[target.kind].builds_without_gpu:
+        return True
+    return installed_version(target.kind) is not None and gpu_here(target.compute_capabilities)
 
 
 def _scalar_digest(folder: Path, component: str) -> str:

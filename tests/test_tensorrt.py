@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -471,6 +472,14 @@ def test_targets_that_cannot_be_are_refused_before_anything_runs(targets: str, s
 
     with pytest.raises(RecipeError, match=says):
         read()
+
+
+def test_a_missing_library_is_an_error_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    progress = RecordingProgress()
+    with pytest.raises(BuildError, match=r"tensorrt-rtx-cu13 is not installed .* pip install 'fluxc\[tensorrt-rtx\]'"):
+        compile_into(tmp_path / "out", *QUICK, recipe=RTX, progress=progress)
+    assert progress.ran == []
 
 
 def test_gates_that_nothing_would_be_held_to_are_refused() -> None:

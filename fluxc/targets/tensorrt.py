@@ -6,7 +6,6 @@ graphs they are built from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +19,7 @@ from fluxc.engine.builder import PlanRequest, build_plan
 from fluxc.engine.cut import MEMORY_A_BYTE, Component, Cut, Cutter
 from fluxc.engine.library import load_library
 from fluxc.errors import BuildError
+from fluxc.progress import Report
 from fluxc.recipe import Target
 from fluxrt.bundle import Engine
 
@@ -96,9 +96,7 @@ def write_sources(cut: Cut, folder: Path) -> None:
         path.write_bytes(plan.model.SerializeToString(deterministic=True))
 
 
-def build_engine(
-    target: Target, cut: Cut, folder: Path, report: Callable[[int, int, str], None] | None = None
-) -> Engine:
+def build_engine(target: Target, cut: Cut, folder: Path, report: Report | None = None) -> Engine:
     """Build and audit every plan below `folder`, where the graphs and, for baked plans, the weights lie; its manifest entry.
 
     Raises BuildError naming plan and layer of every fault that the target's `allow` does not cover.
@@ -126,7 +124,7 @@ def build_engine(
     )
 
 
-def unfinished_engine(target: Target, cut: Cut) -> Engine:
+def unfinished_engine(target: Target, cut: Cut, folder: Path, report: Report | None = None) -> Engine:
     """The manifest entry of an engine whose plans are built later, on the GPU."""
     return Engine(
         library=target.kind,
