@@ -50,9 +50,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         traces = {
             name: stages.run_trace(cache, name, loaded, source) for name in ("vae", "text_encoder", "transformer")
         }
-        pieces = {}
-        if any(target.is_tensorrt for target in recipe.targets):
-            pieces = {name: stages.run_pieces(cache, name, loaded, source) for name in traces}
+        graphs_of = {target.name: stages.run_graphs(cache, target, loaded, source, traces) for target in recipe.targets}
         prompting = stages.run_prompting(cache, recipe, source, digests)
         stages.check_prompts(loaded, source, prompting)
         if only == "graphs":
@@ -73,8 +71,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         if only == "weights":
             return None
         targets = {
-            t.name: stages.run_target(cache, t, recipe, source, pieces if t.is_tensorrt else traces, weights)
-            for t in recipe.targets
+            t.name: stages.run_target(cache, t, recipe, source, graphs_of[t.name], weights) for t in recipe.targets
         }
         if only == "targets":
             return None

@@ -84,6 +84,11 @@ def _what_it_does(target: Target) -> str:
         else:
             where = "its graphs are written here; `fluxc finish` builds the plans on the GPU"
         return f"compute capability {gpus}; {weights}; {shapes}; {where}"
+    if target.device == "cuda":
+        return (
+            f"ONNX Runtime on an NVIDIA GPU of compute capability 9.0 or later; NVFP4 weights 4-bit in memory, dequantized by "
+            f"the operator that multiplies; products in {target.dtype}, the VAE in fp32; its graphs are built and checked here"
+        )
     weights = f"NVFP4 weights {target.weights_in_memory} in memory; matrix products in fp32"
     inputs = (
         "activations in full precision"

@@ -104,7 +104,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to compile for.
 
     onnxruntime: `activations: nvfp4` rounds the inputs of quantized layers as an FP4 GPU does; `weights_in_memory: 4-bit`
-    halves the memory of NVFP4 weights at run time, and takes longer.
+    halves the memory of NVFP4 weights at run time, and takes longer. `device: cuda` is for an NVIDIA GPU of SM90 or later,
+    with 4-bit weights and activations in `dtype`.
 
     tensorrt_rtx, tensorrt: `compute_capabilities` are the GPUs; `weights: baked` puts them into the plans, in segments that
     can be built in `memory_gib`; `shapes` makes an optimization profile of every size, or one that spans them; `allow` lists
@@ -114,6 +115,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
     activations: Literal["none", "nvfp4"] = "none"
     weights_in_memory: Literal["8-bit", "4-bit"] = "8-bit"
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
     compute_capabilities: tuple[str, ...] = ()
     weights: Literal["bound", "baked"] = "bound"
     memory_gib: float = 16.0
@@ -123,6 +126,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def name(self) -> str:
         parts: list[str] = [self.kind]
+        parts += ["cuda"] if self.device == "cuda" else []
+        parts += [self.dtype] if self.dtype != "bfloat16" else []
         parts += [self.activations] if self.activations != "none" and not self.is_tensorrt else []
         parts += [self.weights_in_memory] if self.weights_in_memory != "8-bit" else []
         parts += [self.weights] if self.weights != "bound" else []
@@ -134,9 +139,14 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.kind != "onnxruntime"
 
     @property
+    def is_for_gpu(self) -> bool:
+        """Whether its graphs are made from the blocks as traced in 16 bits."""
+        return self.is_tensorrt or self.device == "cuda"
+
+    @property
     def runs_here(self) -> bool:
         """Whether the machine that builds can draw with it, so that it is compared with diffusers."""
-        return not self.is_tensorrt
+        return not self.is_for_gpu
 
     @property
     def rounds_inputs(self) -> bool:
@@ -356,13 +366,17 @@ def _check_values(recipe: Recipe, path: Path) -> None:
 
 def _check_target(target: Target, field: str, refuse: Callable[[str, str], None]) -> None:
     only = {
-        "onnxruntime": ("activations", "weights_in_memory"),
+        "onnxruntime": ("activations", "weights_in_memory", "device", "dtype"),
         "tensorrt": ("compute_capabilities", "weights", "memory_gib", "shapes", "allow"),
     }
     foreign = only["onnxruntime" if target.is_tensorrt else "tensorrt"]
-    for option in msgspec.structs.fields(target):
-        if option.name in foreign and getattr(target, option.name) != option.default:
-            refuse(f"{field}.{option.name}", f"a target of kind {target.kind} has no such option")
+    for option in foreign:
+        if getattr(target, option) != getattr(Target(target.kind), option):
+            refuse(f"{field}.{option}", f"a target of kind {target.kind} has no such option")
+    for option, needed in (("activations", "cpu"), ("weights_in_memory", "cpu"), ("dtype", "cuda")):
+        plain = Target("onnxruntime")
+        if not target.is_tensorrt and target.device != needed and getattr(target, option) != getattr(plain, option):
+            refuse(f"{field}.{option}", f"goes with device: {needed}")
     if len(set(target.compute_capabilities)) != len(target.compute_capabilities):
         refuse(f"{field}.compute_capabilities", "one appears twice")
     if not target.memory_gib > 1:

@@ -308,8 +308,8 @@ def check_libraries(recipe: Recipe) -> None:
             load_library(target.kind)
 
 
-def run_pieces(cache: StageCache, component: str, loaded: LoadedRecipe, source: Source) -> Path:
-    """The component's neutral graphs in bf16 as .onnx files, one for each kind of block: what GPU targets start from."""
+def run_pieces(cache: StageCache, component: str, loaded: LoadedRecipe, source: Source, dtype: str) -> Path:
+    """The component's neutral graphs in a 16-bit type as .onnx files, one for each kind of block: GPU targets start there."""
     config = source.checkpoint.components[component].config
     length, family = loaded.recipe.text.length, source.family
 
@@ -319,16 +319,28 @@ def run_pieces(cache: StageCache, component: str, loaded: LoadedRecipe, source: 
         from fluxc.graph import trace
 
         if component == "transformer":
-            pieces = trace.trace_transformer(config, length, source.guidance_branches, torch.bfloat16)
+            pieces = trace.trace_transformer(config, length, source.guidance_branches, getattr(torch, dtype))
         elif component == "text_encoder":
-            pieces = trace.trace_text_encoder(config, length, family, torch.bfloat16)
+            pieces = trace.trace_text_encoder(config, length, family, getattr(torch, dtype))
         else:
-            pieces = {"vae_decoder": trace.trace_vae_decoder(config, torch.bfloat16)[0]}
+            pieces = {"vae_decoder": trace.trace_vae_decoder(config, getattr(torch, dtype))[0]}
         for name, model in pieces.items():
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
 
-    inputs = [component, config, length, source.guidance_branches]
-    return cache.run(f"pieces-{component}", f"trace {component} in bf16", inputs, work)
+    inputs = [component, config, length, source.guidance_branches, dtype]
+    return cache.run(f"pieces-{component}", f"trace {component} in {dtype}", inputs, work)
+
+
+def run_graphs(
+    cache: StageCache, target: Target, loaded: LoadedRecipe, source: Source, traces: dict[str, Path]
+) -> dict[str, Path]:
+    """The neutral graphs that `target` starts from, by component; `traces` are those in fp32."""
+    if not target.is_for_gpu:
+        return traces
+    pieces = {name: run_pieces(cache, name, loaded, source, target.dtype) for name in traces if name != "vae"}
+    if target.is_tensorrt:
+        return pieces | {"vae": run_pieces(cache, "vae", loaded, source, target.dtype)}
+    return pieces | {"vae": traces["vae"]}
 
 
 def run_target(
@@ -388,17 +400,22 @@ def _onnxruntime_target(
     folder: Path,
     report: Report,
 ) -> format.Target:
+    from fluxc.graph.compose import compose_body, compose_text_encoder
     from fluxc.targets import onnxruntime as module
 
     graphs = {name: model for pieces in neutral.values() for name, model in pieces.items()}
-    built = module.build_graphs(
-        graphs, refs, entries, source.plans, target.activations, target.weights_in_memory, source.unused
-    )
+    if target.is_for_gpu:
+        config, text_layers = source.checkpoint.components["transformer"].config, source.family.text_layers
+        body = compose_body(graphs, config["num_layers"], config["num_single_layers"], recipe.text.length)
+        encoder = compose_text_encoder(graphs, text_layers)
+        graphs = {name: graphs[name] for name in ("prologue", "epilogue", "vae_decoder")}
+        graphs |= {"body": body, "text_encoder": encoder}
+    built = module.build_graphs(graphs, refs, entries, source.plans, target, source.unused)
     for graph in built.values():
         (folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
-    module.check_loads(folder, [graph.entry.file for graph in built.values()])
+    module.check_loads(folder, [graph.entry.file for graph in built.values()], target.is_for_gpu)
     graph_entries = {name: graph.entry for name, graph in built.items()}
-    return format.Target(target.name, target.kind, target.activations, graph_entries)
+    return format.Target(target.name, target.kind, target.activations, graph_entries, device=target.device)
 
 
 def _tensorrt_target(

@@ -49,6 +49,10 @@ def _external(ref: TensorRef, declared: int) -> TensorProto:
     if declared == TensorProto.FLOAT4E2M1:
         tensor.data_type = TensorProto.FLOAT4E2M1
         tensor.dims.extend((ref.shape[0], ref.shape[1] * 2))
+    elif declared == TensorProto.UINT8 and ref.dtype == "F8_E4M3":
+        # Scales as the bytes they are, for an operator without a type for them.
+        tensor.data_type = TensorProto.UINT8
+        tensor.dims.extend(ref.shape)
     elif ref.dtype in ONNX_TYPES:
         tensor.data_type = ONNX_TYPES[ref.dtype]
         tensor.dims.extend(ref.shape)

@@ -77,7 +77,7 @@ class Composition:
 def compose_body(
     pieces: dict[str, onnx.ModelProto], double_blocks: int, single_blocks: int, text_length: int
 ) -> onnx.ModelProto:
-    """hidden, text_hidden, modulation_*, rope -> residual [B, S, D]: all blocks, and what they added to `hidden`."""
+    """hidden, text_hidden, modulation_*, rope -> residual fp32 [B, S, D]: all blocks, and what they added to `hidden`."""
     body = Composition()
     prologue = {value.name: value for value in pieces["prologue"].graph.output}
     names = ["hidden", "text_hidden", "modulation_img", "modulation_txt", "modulation_single", "rope_cos", "rope_sin"]
@@ -98,11 +98,13 @@ def compose_body(
         )
     start = body.constant("text_end", [text_length])
     end, axis = body.constant("all_end", [2**62]), body.constant("token_axis", [1])
-    image = body.node("Slice", [joined, start, end, axis], "hidden_out")
-    body.node("Sub", [image, "hidden"], "residual")
-    residual = onnx.ValueInfoProto()
-    residual.CopyFrom(prologue["hidden"])
-    residual.name = "residual"
+    image, before = body.node("Slice", [joined, start, end, axis], "hidden_out"), "hidden"
+    residual = _renamed(prologue["hidden"], "residual")
+    if residual.type.tensor_type.elem_type != TensorProto.FLOAT:
+        image = body.node("Cast", [image], "hidden_out/fp32", to=TensorProto.FLOAT)
+        before = body.node("Cast", ["hidden"], "hidden/fp32", to=TensorProto.FLOAT)
+        residual.type.tensor_type.elem_type = TensorProto.FLOAT
+    body.node("Sub", [image, before], "residual")
     return body.finish([residual])
 
 

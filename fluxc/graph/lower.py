@@ -10,7 +10,10 @@
    QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer.
 6. A layer with `pre_quant_scale` (AWQ, SVDQuant) has its input multiplied by it before any rounding, on its own; one with
    `svdquant_lora_a` and `_b` gets (x a^T) b^T added, x being that product, not rounded.
-7. Every other weight is cast to fp32 if it is stored in 16 bits.
+7. Every other weight is cast to the type it was traced in, if it is stored in another.
+
+A graph that was traced in 16 bits is for the CUDA provider. There, 3 and 4 are
+com.microsoft::MatMulBlockQuantizedFp4Weight, which takes codes and block scales as they lie in the file, and 5 does not exist.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from fluxc.graph.trace import make_model
 from fluxc.quantize.formats import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
 from fluxc.quantize.plan import LayerPlan
 
-HALF = {"BF16", "F16"}
+STORED = {"F32": TensorProto.FLOAT, "BF16": TensorProto.BFLOAT16, "F16": TensorProto.FLOAT16}
+TYPE_NAMES: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
 
 
 def lower(
@@ -34,8 +38,9 @@ def lower(
     plan: dict[str, LayerPlan],
     activations: str = "none",
     weights_in_memory: str = "8-bit",
+    dtype: int = TensorProto.FLOAT,
 ) -> onnx.ModelProto:
-    """Lower `model`, whose inputs other than `arguments` are weights.
+    """Lower `model`, whose inputs other than `arguments` are weights; matrix products are computed in `dtype`.
 
     `stored` gives each tensor's dtype in the weights file, `plan` each planned Linear by layer name; a Linear without a plan
     is bf16. The result's weight inputs are tensors of the weights file.
@@ -44,13 +49,13 @@ def lower(
     graph.input.extend(value for value in model.graph.input if value.name in arguments)
     graph.output.extend(model.graph.output)
     graph.initializer.extend(model.graph.initializer)
-    build = _Lowering(graph, stored, plan, activations, weights_in_memory)
-    weights = {value.name for value in model.graph.input} - arguments
+    build = _Lowering(graph, stored, plan, activations, weights_in_memory, dtype)
+    weights = {v.name: v.type.tensor_type.elem_type for v in model.graph.input if v.name not in arguments}
     for node in model.graph.node:
         if node.domain == LINEAR_DOMAIN and node.op_type == "Linear":
             build.linear(node.input[0], node.input[1], node.output[0])
             continue
-        inputs = [build.full(name) if name in weights else name for name in node.input]
+        inputs = [build.full(name, weights[name]) if name in weights else name for name in node.input]
         copy = graph.node.add()
         copy.CopyFrom(node)
         copy.input[:] = inputs
@@ -120,8 +125,10 @@ class _Lowering:
         plan: dict[str, LayerPlan],
         activations: str,
         weights_in_memory: str,
+        dtype: int,
     ) -> None:
         self._graph = graph
+        self._dtype = dtype
         self._stored = stored
         self._plan = plan
         self._activations = activations
@@ -139,12 +146,13 @@ class _Lowering:
             self._made["weight", name] = name
         return name
 
-    def full(self, name: str) -> str:
-        """The tensor `name` in fp32."""
+    def full(self, name: str, to: int | None = None) -> str:
+        """The tensor `name` as `to`, by default the type products are computed in."""
+        to = self._dtype if to is None else to
         source = self.weight(name)
-        if self._stored[name] not in HALF:
+        if STORED.get(self._stored[name], to) == to:
             return source
-        return self._once(("full", name), "Cast", [source], f"{name}/fp32", to=TensorProto.FLOAT)
+        return self._once(("full", name, str(to)), "Cast", [source], f"{name}/{TYPE_NAMES[to]}", to=to)
 
     def linear(self, x: str, weight: str, output: str) -> None:
         """y = x @ weight.T with `weight` in its planned format."""
@@ -171,7 +179,13 @@ class _Lowering:
         elif planned.format == "fp8":
             scale = self.weight(f"{layer}.weight_scale")
             dense = self._once(("dq", layer), "DequantizeLinear", [self.weight(weight), scale], f"{weight}/fp32")
+            if self._dtype != TensorProto.FLOAT:
+                narrow = f"{weight}/{TYPE_NAMES[self._dtype]}"
+                dense = self._once(("narrow", layer), "Cast", [dense], narrow, to=self._dtype)
             x = self._rounded_fp8(x, planned)
+        elif self._dtype != TensorProto.FLOAT:
+            self._fp4_product(x, weight, layer, output)
+            return
         else:
             x = self._rounded_nvfp4(x, planned)
             if not self._four_bit:
@@ -180,6 +194,16 @@ class _Lowering:
             dense = self._nvfp4(weight, layer, planned.layer.out_features)
         transposed = self._once(("transposed", weight), "Transpose", [dense], f"{weight}/transposed", perm=[1, 0])
         self._graph.node.append(helper.make_node("MatMul", [x, transposed], [output]))
+
+    def _fp4_product(self, x: str, weight: str, layer: str, output: str) -> None:
+        codes = self.weight(weight, TensorProto.UINT8)
+        scales = self.weight(f"{layer}.weight_scale", TensorProto.UINT8)
+        inputs = [x, codes, scales, self.weight(f"{layer}.weight_scale_2")]
+        self._graph.node.append(
+            helper.make_node(
+                "MatMulBlockQuantizedFp4Weight", inputs, [output], domain="com.microsoft", block_size=BLOCK
+            )
+        )
 
     def _nvfp4_product(self, x: str, weight: str, planned: LayerPlan, output: str) -> None:
         layer, rows, columns = planned.layer.name, planned.layer.out_features, planned.layer.in_features

@@ -13,6 +13,8 @@ from fluxc.errors import BuildError
 from fluxc.graph.bind import bind
 from fluxc.graph.lower import lower
 from fluxc.quantize.plan import LayerPlan
+from fluxc.recipe import Target
+from fluxc.targets.cuda_kernels import check_kernels
 from fluxc.targets.stray import check_no_stray
 from fluxrt.bundle import Graph, Port
 
@@ -33,7 +35,10 @@ ARGUMENTS = {
 DTYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.INT64: "int64",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.FLOAT16: "float16",
 }
+PRECISIONS = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,7 @@ def build_graphs(
     weights: dict[str, dict[str, TensorRef]],
     entries: dict[str, str],
     plans: dict[str, list[LayerPlan]],
-    activations: str,
-    weights_in_memory: str,
+    target: Target,
     unused: dict[str, tuple[str, ...]],
 ) -> dict[str, BuiltGraph]:
     """Lower and bind the five graphs.
@@ -63,7 +67,9 @@ def build_graphs(
         component = COMPONENT_OF[name]
         stored = {tensor: ref.dtype for tensor, ref in weights[component].items()}
         planned = {entry.layer.name: entry for entry in plans.get(component, [])}
-        lowered = lower(model, ARGUMENTS[name], stored, planned, activations, weights_in_memory)
+        # The VAE stays in fp32: the CUDA provider has no bf16 kernels for Resize and InstanceNormalization.
+        dtype = PRECISIONS[target.dtype] if target.is_for_gpu and component != "vae" else TensorProto.FLOAT
+        lowered = lower(model, ARGUMENTS[name], stored, planned, target.activations, target.weights_in_memory, dtype)
         bound[component] |= bind(lowered, ARGUMENTS[name], weights[component])
         entry = Graph(
             file=f"{component}/{name}.onnx",
@@ -71,10 +77,12 @@ def build_graphs(
             inputs=tuple(_port(value) for value in lowered.graph.input),
             outputs=tuple(_port(value) for value in lowered.graph.output),
         )
+        if target.is_for_gpu:
+            check_kernels(name, lowered)
         built[name] = BuiltGraph(lowered, entry)
     for component, tensors in weights.items():
         ignored = unused.get(component, ())
-        spare = _spare_input_scales(plans.get(component, []), bound[component], activations)
+        spare = _spare_input_scales(plans.get(component, []), bound[component], target.activations)
         check_no_stray(component, [t for t in tensors if t not in bound[component] and t not in spare], ignored)
     return built
 
@@ -89,15 +97,25 @@ def _spare_input_scales(plan: list[LayerPlan], bound: set[str], activations: str
     return {name for name, group in scales.items() if group in rounded}
 
 
-def check_loads(folder: Path, files: list[str]) -> None:
-    """Make a session of every graph; BuildError with ONNX Runtime's own words if one does not load."""
+def check_loads(folder: Path, files: list[str], for_gpu: bool = False) -> None:
+    """Make a session of every graph; BuildError with ONNX Runtime's own words if one does not load.
+
+    A graph for a GPU is loaded, typed and checked against every operator's schema here too; that the CPU has no kernel for
+    it is how far it can come.
+    """
     import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     for file in files:
         try:
             onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+        except NoKernel as error:
+            if not for_gpu:
+                raise BuildError(
+                    f"{file}: ONNX Runtime {onnxruntime.__version__} has no kernel for it: {error}"
+                ) from error
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BuildError(f"{file}: ONNX Runtime {onnxruntime.__version__} does not load it: {error}") from error
 

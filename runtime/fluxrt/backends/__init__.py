@@ -55,6 +55,10 @@ def run(backend: Backend, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[
 
 def make_backend(bundle: Bundle, target: Target, threads: int | None) -> Backend:
     """The backend for `target.kind`; BackendError when this fluxrt has none."""
+    if target.kind == "onnxruntime" and target.device == "cuda":
+        from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+        return OnnxRuntimeCudaBackend(bundle, target)
     if target.kind == "onnxruntime":
         from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
 

@@ -29,6 +29,7 @@ from fluxrt.backends.buffers import (
     profile_for,
     resolve,
 )
+from fluxrt.backends.numbers import from_bf16, to_bf16
 from fluxrt.cuda import CudaDriver, Driver, Gpu, OutOfMemoryError
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.weights import StoredTensor, read_weights
@@ -444,18 +445,14 @@ def cache_file(gpu: Gpu, library: Any, plan_sha256: str) -> Path:
 def _to_device(array: np.ndarray, dtype: str) -> np.ndarray:
     import numpy as np
 
-    if dtype != "bfloat16":
-        return np.asarray(array, dtype=np.dtype(dtype))
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
+    return to_bf16(array) if dtype == "bfloat16" else np.asarray(array, dtype=np.dtype(dtype))
 
 
 def _from_device(data: np.ndarray, buffer: Buffer) -> np.ndarray:
     import numpy as np
 
     if buffer.dtype == "bfloat16":
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(buffer.shape)
+        return from_bf16(data.view(np.uint16)).reshape(buffer.shape)
     return data.view(np.dtype(buffer.dtype)).reshape(buffer.shape)
 
 

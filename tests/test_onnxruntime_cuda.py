@@ -1,0 +1,189 @@
+"""ONNX Runtime on CUDA: its graphs through ONNX's reference evaluator, its backend on the provider there is.
+
+No GPU ran any of this. MatMulBlockQuantizedFp4Weight is written out here from the operator's schema.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from conftest import QUICK, compile_into
+from fluxc.errors import BuildError, RecipeError
+from fluxc.fidelity.metrics import cosine, psnr, relative_error
+from fluxc.recipe import load_recipe
+from fluxc.targets.cuda_kernels import check_kernels
+from fluxc.targets.onnxruntime import check_loads
+from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from fluxrt.bundle import Bundle, open_bundle
+from fluxrt.errors import BackendError
+from fluxrt.pipeline import Pipeline
+from fluxrt.schedule import flow_match_sigmas
+from trt_reference import E2M1, E4M3, Attention, LayerNormalization, MatMul, RMSNormalization
+
+PROMPT = "a small white ring at the top on a red background"
+CUDA = "onnxruntime-cuda"
+HALF = "onnxruntime-cuda-float16"
+
+
+class MatMulBlockQuantizedFp4Weight(OpRun):
+    """e2m1(B) * weight_scale_2 * e4m3(weight_scale), rounded to the type of A, then A B^T."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, a, b, weight_scale, weight_scale_2, input_scale=None, bias=None, block_size=None):
+        assert b.dtype == weight_scale.dtype == np.uint8
+        values = np.stack([b & 15, b >> 4], axis=-1).reshape(len(b), -1).view(E2M1).astype(np.float32)
+        scales = np.repeat(weight_scale.view(E4M3).astype(np.float32), block_size, axis=1)
+        weight = (values * weight_scale_2 * scales).astype(a.dtype)
+        return ((a.astype(np.float32) @ weight.astype(np.float32).T).astype(a.dtype),)
+
+
+@pytest.fixture(scope="module")
+def bundle(workshop: Path) -> Bundle:
+    fp8 = 'precision.transformer.rules=[{match: "*.ff_context.*", format: fp8}]'
+    targets = (
+        "targets=[{kind: onnxruntime}, {kind: onnxruntime, device: cuda}, "
+        "{kind: onnxruntime, device: cuda, dtype: float16}]"
+    )
+    return open_bundle(compile_into(workshop / "cuda", *QUICK, fp8, targets))
+
+
+def evaluators(bundle: Bundle, target: str) -> dict[str, ReferenceEvaluator]:
+    operators = [MatMulBlockQuantizedFp4Weight, MatMul, Attention, LayerNormalization, RMSNormalization]
+    return {
+        name: ReferenceEvaluator(onnx.load(bundle.path(graph.file)), new_ops=operators)
+        for name, graph in bundle.target(target).graphs.items()
+    }
+
+
+@pytest.mark.parametrize(("target", "bound"), [(CUDA, 3e-2), (HALF, 5e-3)])
+def test_the_graphs_compute_what_the_cpu_target_computes(bundle: Bundle, target: str, bound: float) -> None:
+    """Weights in NVFP4 and FP8, activations in 16 bits: every stage on the same input, within that type's rounding."""
+    cpu, graphs = Pipeline(bundle, target="onnxruntime"), evaluators(bundle, target)
+    dtype = np.float16 if target == HALF else ml_dtypes.bfloat16
+    grid, guidance = cpu.grid(None), 1.5
+    ids, mask = cpu.tokenize([PROMPT, ""])
+    text = cpu.encode_text(PROMPT, guidance)
+    (encoded,) = graphs["text_encoder"].run(None, {"input_ids": ids, "attention_mask": mask})
+    assert encoded.dtype == dtype
+    assert relative_error(encoded.astype(np.float32), text) < bound
+    latents = np.random.default_rng(0).standard_normal((1, grid[0] * grid[1], 32)).astype(np.float32)
+    for sigma, next_sigma in itertools.pairwise(flow_match_sigmas(64, 4)):
+        cpu.begin(latents, grid, guidance, text)
+        cpu.step(sigma, next_sigma)
+        state = {
+            "latents": latents,
+            "text": text.astype(dtype),
+            "columns": np.array(grid[1]),
+            "guidance": np.array(guidance, np.float32),
+            "sigma": np.array(sigma, np.float32),
+            "next_sigma": np.array(next_sigma, np.float32),
+        }
+        for name in ("prologue", "body", "epilogue"):
+            graph = bundle.target(target).graphs[name]
+            outputs = graphs[name].run(None, {port.name: state[port.name] for port in graph.inputs})
+            state |= dict(zip((port.name for port in graph.outputs), outputs, strict=True))
+        ours, theirs = state["next_latents"] - latents, cpu.backend.get("latents") - latents
+        assert relative_error(ours, theirs) < bound
+        assert cosine(ours, theirs) > 1 - bound**2
+        latents = cpu.backend.get("latents")
+    (image,) = graphs["vae_decoder"].run(None, {"latent_grid": latents.reshape(1, *grid, -1)})
+    assert psnr(image[0], cpu.decode(latents, grid)[0]) > 90
+
+
+def test_nvfp4_weights_stay_in_four_bits(bundle: Bundle) -> None:
+    """In the graph they are the file's own bytes, under the operator that multiplies by them."""
+    body = onnx.load(bundle.path(bundle.target(CUDA).graphs["body"].file), load_external_data=False)
+    kinds = {t.name: t for t in body.graph.initializer}
+    products = [node for node in body.graph.node if node.op_type == "MatMulBlockQuantizedFp4Weight"]
+    fp4 = [layer for layer in bundle.manifest.precision if layer.component == "transformer" and layer.format == "nvfp4"]
+    assert len(products) == len(fp4)
+    for node in products:
+        assert [kinds[name].data_type for name in node.input[1:]] == [
+            TensorProto.UINT8,
+            TensorProto.UINT8,
+            TensorProto.FLOAT,
+        ]
+        assert all(kinds[name].data_location == TensorProto.EXTERNAL for name in node.input[1:])
+
+
+@pytest.mark.parametrize("kind", [TensorProto.BFLOAT16, TensorProto.FLOAT16])
+def test_a_type_without_cuda_kernel_is_refused(kind: int) -> None:
+    nodes = [helper.make_node("Cast", ["x"], ["y"], to=kind), helper.make_node("Sin", ["y"], ["z"])]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
+    z = helper.make_tensor_value_info("z", kind, [2])
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [z]))
+    if kind == TensorProto.FLOAT16:
+        check_kernels("prologue", model)
+        return
+    with pytest.raises(BuildError, match=r"prologue: ONNX Runtime has no CUDA kernel for Sin in bfloat16 .* 'z'"):
+        check_kernels("prologue", model)
+
+
+def test_a_graph_onnxruntime_does_not_accept_fails_the_build_without_a_gpu(tmp_path: Path) -> None:
+    """The schema of the operator is checked here: three inputs are too few."""
+    values = [
+        helper.make_tensor_value_info("a", TensorProto.BFLOAT16, [2, 32]),
+        helper.make_tensor_value_info("b", TensorProto.UINT8, [16, 16]),
+        helper.make_tensor_value_info("s", TensorProto.UINT8, [16, 2]),
+        helper.make_tensor_value_info("g", TensorProto.FLOAT, []),
+    ]
+    y = helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [2, 16])
+    for count in (3, 4):
+        names = [value.name for value in values[:count]]
+        node = helper.make_node("MatMulBlockQuantizedFp4Weight", names, ["y"], domain="com.microsoft", block_size=16)
+        opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(helper.make_graph([node], "g", values, [y]), opset_imports=opsets, ir_version=11)
+        onnx.save(model, tmp_path / f"{count}.onnx")
+    check_loads(tmp_path, ["4.onnx"], for_gpu=True)
+    with pytest.raises(BuildError, match="no kernel for it"):
+        check_loads(tmp_path, ["4.onnx"])
+    with pytest.raises(BuildError, match=r"3\.onnx: ONNX Runtime .* does not load it"):
+        check_loads(tmp_path, ["3.onnx"], for_gpu=True)
+
+
+def test_bound_buffers_give_the_pictures_of_plain_runs(bundle: Bundle) -> None:
+    """The backend as it is, but on the CPU's provider and the CPU target's graphs."""
+    pipeline = Pipeline(bundle, target="onnxruntime")
+    expected = pipeline([PROMPT, "a large red circle"], steps=3)
+    pipeline.backend = OnnxRuntimeCudaBackend(bundle, bundle.target("onnxruntime"), "cpu", ("CPUExecutionProvider",))
+    for ours, theirs in zip(pipeline([PROMPT, "a large red circle"], steps=3).images, expected.images, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_work_that_would_fall_back_to_the_cpu_is_refused(bundle: Bundle) -> None:
+    """A provider that is there and takes no node: ONNX Runtime gives them all to the CPU, without a word."""
+    pipeline = Pipeline(bundle, target="onnxruntime")
+    providers = ("AzureExecutionProvider", "CPUExecutionProvider")
+    pipeline.backend = OnnxRuntimeCudaBackend(bundle, bundle.target("onnxruntime"), "cpu", providers)
+    with pytest.raises(BackendError, match=r"nodes that do a layer's work \(\w+\) were given to CPUExecutionProvider"):
+        pipeline(PROMPT, steps=1)
+
+
+def test_without_the_cuda_provider_the_package_is_named(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match=r"needs ONNX Runtime's CUDAExecutionProvider.*pip install onnxruntime-gpu"):
+        Pipeline(bundle, target=CUDA)
+    assert Pipeline(bundle).target.name == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("{kind: onnxruntime, device: cuda, activations: nvfp4}", r"targets\[0\]\.activations: goes with device: cpu"),
+        ("{kind: onnxruntime, device: cuda, weights_in_memory: 4-bit}", r"weights_in_memory: goes with device: cpu"),
+        ("{kind: onnxruntime, dtype: float16}", r"targets\[0\]\.dtype: goes with device: cuda"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(target: str, says: str) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "flux2-nano.yaml"
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(recipe, (f"targets=[{target}]",))
