@@ -62,8 +62,8 @@ def test_a_changed_keep_list_repeats_only_what_depends_on_it(quick_bundle: Path,
     assert progress.ran == [
         "hash checkpoint",
         "write transformer weights",
-        "build onnxruntime graphs",
-        "build onnxruntime-nvfp4 graphs",
+        "build onnxruntime",
+        "build onnxruntime-nvfp4",
         "compare with diffusers",
     ]
     before, after = contents(quick_bundle), contents(workshop / "kept")

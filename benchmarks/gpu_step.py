@@ -1,0 +1,227 @@
+"""A denoising step on a GPU: fluxrt's ONNX Runtime target beside diffusers in bf16, eager, compiled, and as CUDA graphs.
+
+    python benchmarks/gpu_step.py                     # klein 4B's shapes, random weights, 1024x1024
+    python benchmarks/gpu_step.py --bundle artifacts/flux2-nano-cuda     # also: is its CUDA picture the CPU's?
+    python benchmarks/gpu_step.py --rtx-plan artifacts/flux2-nano-rtx-sm80/engines/tensorrt_rtx/single.plan
+    python benchmarks/gpu_step.py --dry-run           # the same code on a CPU, tiny, figures without meaning
+
+Needs torch with CUDA and onnxruntime-gpu 1.31 or later. Every contender runs in a process of its own; a step is prologue, body
+and epilogue (diffusers: the transformer's forward and the Euler update), timed until the GPU is done. Memory is what the
+process holds on the GPU after the last step (total minus free), which for both allocators is their peak.
+
+Random weights of the real shapes take as long as real ones. With --rtx-plan, a TensorRT-RTX plan is deserialized, to see
+whether one built for another compute capability loads at all. The script itself has been run with --dry-run alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from cpu_step import cpu_name
+from plans import PRESET, tensors_of, write_random
+
+from models import MODELS
+
+TEXT_LENGTH, SIGMA, NEXT_SIGMA = 512, 0.7, 0.68
+TINY = {
+    **MODELS["klein-4b"],
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 256,
+}
+CONTENDERS = {
+    "eager": "diffusers, bf16, eager",
+    "compile": "diffusers, bf16, torch.compile",
+    "graphs": "diffusers, bf16, torch.compile with CUDA graphs",
+    "fluxrt": "fluxrt, ONNX Runtime on CUDA, NVFP4 weights",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="klein-4b")
+    parser.add_argument("--side", type=int, default=1024, help="pixels a side")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--bundle", type=Path, help="a bundle with an onnxruntime target on the CPU and one on CUDA")
+    parser.add_argument("--rtx-plan", type=Path, help="a TensorRT-RTX plan to load")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: to check the script")
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options)))
+        return
+    print(
+        f"{options.model}, {options.side}x{options.side}, one branch, random weights, preset {PRESET}; {device_name(options)}\n"
+    )
+    print("| contender | ms a step, median | worst | against eager | memory, GiB |")
+    print("|---|---|---|---|---|")
+    eager = None
+    for name in options.contenders:
+        run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name], capture_output=True, text=True)
+        if run.returncode:
+            print(f"| {CONTENDERS[name]} | failed: {run.stderr.strip().splitlines()[-1][:120]} | | | |")
+            continue
+        r = json.loads(run.stdout.splitlines()[-1])
+        eager = r["median"] if name == "eager" else eager
+        ratio = f"{eager / r['median']:.2f}x" if eager else ""
+        print(f"| {CONTENDERS[name]} | {r['median']:.2f} | {r['worst']:.2f} | {ratio} | {r['memory']:.2f} |")
+    if options.bundle:
+        print(f"\n{compare_pictures(options.bundle)}")
+    if options.rtx_plan:
+        print(f"\n{load_plan(options.rtx_plan)}")
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """Median and worst milliseconds of a step after three to warm up, and GiB held on the GPU."""
+    import torch
+
+    config = TINY if options.dry_run else MODELS[options.model]
+    tokens = 64 if options.dry_run else (options.side // 16) ** 2
+    length = 32 if options.dry_run else TEXT_LENGTH
+    device = "cpu" if options.dry_run else "cuda"
+    with tempfile.TemporaryDirectory(prefix="gpu-step-") as scratch:
+        if options.one == "fluxrt":
+            step = fluxrt_step(config, tokens, length, Path(scratch), device)
+        else:
+            step = diffusers_step(config, tokens, length, options.one, device)
+        times = []
+        for number in range(3 + options.steps):
+            began = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number >= 3:
+                times.append(1e3 * (time.perf_counter() - began))
+    free, total = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
+    return {"median": statistics.median(times), "worst": max(times), "memory": (total - free) / 2**30}
+
+
+def diffusers_step(config: dict[str, Any], tokens: int, length: int, how: str, device: str) -> Callable[[], None]:
+    import torch
+    from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Flux2Transformer2DModel.from_config(config).to(torch.bfloat16).eval()
+    if how != "eager":
+        model = torch.compile(model, mode="max-autotune" if how == "graphs" else "max-autotune-no-cudagraphs")
+    side = int(tokens**0.5)
+    given = {
+        "hidden_states": torch.randn(1, tokens, config["in_channels"], device=device, dtype=torch.bfloat16),
+        "encoder_hidden_states": torch.randn(
+            1, length, config["joint_attention_dim"], device=device, dtype=torch.bfloat16
+        ),
+        "timestep": torch.full((1,), SIGMA, device=device),
+        "guidance": torch.full((1,), 4.0, device=device) if config["guidance_embeds"] else None,
+        "img_ids": Flux2KleinPipeline._prepare_latent_ids(torch.empty(1, 16, side, side)).to(device),
+        "txt_ids": Flux2KleinPipeline._prepare_text_ids(torch.empty(1, length, 1)).to(device),
+    }
+
+    @torch.no_grad()
+    def step() -> None:
+        velocity = model(**given, return_dict=False)[0]
+        given["hidden_states"] + (NEXT_SIGMA - SIGMA) * velocity
+
+    return step
+
+
+def fluxrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path, device: str) -> Callable[[], None]:
+    """fluxrt's own backend on graphs of this shape; on a CPU the fp32 form of them, which its provider runs."""
+    import torch
+
+    from fluxc.checkpoint.flux2 import transformer_linears
+    from fluxc.checkpoint.safetensors_file import read_header
+    from fluxc.graph.compose import compose_body
+    from fluxc.graph.trace import trace_transformer
+    from fluxc.quantize.plan import precision_plan
+    from fluxc.recipe import ComponentPrecision, Target
+    from fluxc.targets.onnxruntime import build_graphs
+    from fluxrt.backends.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaBackend
+
+    plan = precision_plan(
+        "transformer", transformer_linears(config), ComponentPrecision(default="nvfp4", preset=PRESET)
+    )
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.parent.mkdir()
+    write_random(file, tensors_of(config, plan))
+    pieces = trace_transformer(config, length, False, torch.bfloat16 if device == "cuda" else torch.float32)
+    body = compose_body(pieces, config["num_layers"], config["num_single_layers"], length)
+    graphs = {"prologue": pieces["prologue"], "body": body, "epilogue": pieces["epilogue"]}
+    target = Target("onnxruntime", device=device)
+    built = build_graphs(
+        graphs, {"transformer": read_header(file)}, {"transformer": file.name}, {"transformer": plan}, target, {}
+    )
+    for graph in built.values():
+        (folder / graph.entry.file).write_bytes(graph.model.SerializeToString())
+    entries = SimpleNamespace(name=target.name, graphs={name: graph.entry for name, graph in built.items()})
+    bundle = SimpleNamespace(root=folder, checked_file=lambda name: folder / name)
+    providers = (PROVIDER,) if device == "cuda" else ("CPUExecutionProvider",)
+    backend = OnnxRuntimeCudaBackend(bundle, entries, device, providers)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    backend.put("latents", rng.standard_normal((1, tokens, config["in_channels"]), dtype=np.float32))
+    backend.put("text", rng.standard_normal((1, length, config["joint_attention_dim"]), dtype=np.float32))
+    backend.put("columns", np.array(int(tokens**0.5)))
+    backend.put("guidance", np.array(4.0, np.float32))
+
+    def step() -> None:
+        backend.put("sigma", np.array(SIGMA, np.float32))
+        backend.put("next_sigma", np.array(NEXT_SIGMA, np.float32))
+        backend.play(("prologue", "body", "epilogue"), {"next_latents": "latents"})
+
+    return step
+
+
+def compare_pictures(path: Path) -> str:
+    """The PSNR of a picture on CUDA against the CPU's, both of one bundle's onnxruntime targets."""
+    import fluxrt
+    from fluxc.fidelity.metrics import psnr
+    from fluxrt.bundle import open_bundle
+
+    targets = open_bundle(path).manifest.targets
+    names = [
+        next(t.name for t in targets if t.kind == "onnxruntime" and t.device == device) for device in ("cpu", "cuda")
+    ]
+    prompt = "a small white ring at the top on a red background"
+    pictures = [
+        np.asarray(fluxrt.load(path, target=name)(prompt, seed=7).images[0], np.float64) / 255 for name in names
+    ]
+    return f"{names[1]} draws {prompt!r} at {psnr(pictures[1], pictures[0]):.1f} dB of {names[0]}"
+
+
+def load_plan(path: Path) -> str:
+    """What TensorRT-RTX says to a plan on this GPU."""
+    import tensorrt_rtx as trt
+
+    from fluxc.engine.program import read_programs
+
+    plan = path.read_bytes()
+    built_for = ", ".join(read_programs(plan)[0].accelerators)
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
+    return (
+        f"{path.name}, built for {built_for}: {'does not load' if engine is None else 'loads'} on {device_name(None)}"
+    )
+
+
+def device_name(options: argparse.Namespace | None) -> str:
+    import torch
+
+    if (options is not None and options.dry_run) or not torch.cuda.is_available():
+        return f"dry run on {cpu_name()}"
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()
