@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -382,7 +383,7 @@ def run_target(
                 links.append(folder / name / file.name)
                 links[-1].hardlink_to(file.resolve())
         make = _tensorrt_target if target.is_tensorrt else _onnxruntime_target
-        entry = make(target, recipe, source, neutral, refs, entries, folder, report)
+        entry = make(target, recipe, source, _Parts(neutral, refs, entries, folder), report)
         for link in links:
             link.unlink()
         (folder / "target.json").write_bytes(msgspec.json.encode(entry, order="deterministic"))
@@ -390,49 +391,42 @@ def run_target(
     return cache.run(f"target-{target.name}", f"build {target.name}", inputs, work)
 
 
-def _onnxruntime_target(
-    target: Target,
-    recipe: Recipe,
-    source: Source,
-    neutral: dict[str, dict[str, Any]],
-    refs: dict[str, dict[str, TensorRef]],
-    entries: dict[str, str],
-    folder: Path,
-    report: Report,
-) -> format.Target:
+@dataclass(frozen=True)
+class _Parts:
+    """What a target is made of: neutral graphs, tensors of the weights files and their entries by component, in a folder."""
+
+    neutral: dict[str, dict[str, Any]]
+    refs: dict[str, dict[str, TensorRef]]
+    entries: dict[str, str]
+    folder: Path
+
+
+def _onnxruntime_target(target: Target, recipe: Recipe, source: Source, parts: _Parts, report: Report) -> format.Target:
     from fluxc.graph.compose import compose_body, compose_text_encoder
     from fluxc.targets import onnxruntime as module
 
-    graphs = {name: model for pieces in neutral.values() for name, model in pieces.items()}
+    graphs = {name: model for pieces in parts.neutral.values() for name, model in pieces.items()}
     if target.is_for_gpu:
         config, text_layers = source.checkpoint.components["transformer"].config, source.family.text_layers
         body = compose_body(graphs, config["num_layers"], config["num_single_layers"], recipe.text.length)
         encoder = compose_text_encoder(graphs, text_layers)
         graphs = {name: graphs[name] for name in ("prologue", "epilogue", "vae_decoder")}
         graphs |= {"body": body, "text_encoder": encoder}
-    built = module.build_graphs(graphs, refs, entries, source.plans, target, source.unused)
+    built = module.build_graphs(graphs, parts.refs, parts.entries, source.plans, target, source.unused)
     for graph in built.values():
-        (folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
-    module.check_loads(folder, [graph.entry.file for graph in built.values()], target.is_for_gpu)
+        (parts.folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
+    module.check_loads(parts.folder, [graph.entry.file for graph in built.values()], target.is_for_gpu)
     graph_entries = {name: graph.entry for name, graph in built.items()}
     return format.Target(target.name, target.kind, target.activations, graph_entries, device=target.device)
 
 
-def _tensorrt_target(
-    target: Target,
-    recipe: Recipe,
-    source: Source,
-    neutral: dict[str, dict[str, Any]],
-    refs: dict[str, dict[str, TensorRef]],
-    entries: dict[str, str],
-    folder: Path,
-    report: Report,
-) -> format.Target:
+def _tensorrt_target(target: Target, recipe: Recipe, source: Source, parts: _Parts, report: Report) -> format.Target:
     from fluxc.engine.cut import Component
     from fluxc.targets import tensorrt as module
 
     components = {
-        name: Component(name, refs[name], source.plans.get(name, []), f"{name}/{entries[name]}") for name in refs
+        name: Component(name, refs, source.plans.get(name, []), f"{name}/{parts.entries[name]}")
+        for name, refs in parts.refs.items()
     }
     pixels = pixels_per_token(source.checkpoint)
     sizes = module.Sizes(
@@ -440,13 +434,13 @@ def _tensorrt_target(
         branches=(1, 2) if source.guidance_branches else (1,),
         text_length=recipe.text.length,
     )
-    cut = module.cut_target(target, neutral, components, sizes, source.family.text_layers)
-    for name, tensors in refs.items():
+    cut = module.cut_target(target, parts.neutral, components, sizes, source.family.text_layers)
+    for name, tensors in parts.refs.items():
         spare = module.spare_scales(source.plans.get(name, []), cut.tensors[name])
         check_no_stray(name, [t for t in tensors if t not in cut.tensors[name] | spare], source.unused.get(name, ()))
-    module.write_sources(cut, folder)
+    module.write_sources(cut, parts.folder)
     build = module.build_engine if _builds_here(target) else module.unfinished_engine
-    engine = build(target, cut, folder, report)
+    engine = build(target, cut, parts.folder, report)
     counts = [rows * columns for rows, columns in sizes.grids]
     tokens = (min(counts), max(counts)) if target.shapes == "range" else None
     return format.Target(target.name, target.kind, "nvfp4", {}, device="cuda", tokens=tokens, engine=engine)

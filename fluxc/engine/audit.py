@@ -90,9 +90,9 @@ def _audit_program(program: Program, expected: Expected, compute_capabilities: t
         if not is_one:
             faults.append(f"{name}: attention is not one fused kernel")
     copies = list(_copies(program, expected))
-    for kernel, weight, _ in copies:
-        if weight in expected.matrices:
-            faults.append(f"{weight}: {kernel.name} moves the whole weight at every run")
+    moved = [(kernel, weight) for kernel, weight, _ in copies if weight in expected.matrices]
+    for kernel, weight in dict.fromkeys([*moved, *_read_outside(program, expected)]):
+        faults.append(f"{weight}: {kernel.name} moves the whole weight at every run")
     wanted = len(expected.gemms) + len(expected.attentions)
     good = sum(gemms.values()) + fused - sum(1 for f in faults if "runs as" in f)
     return Audit(
@@ -134,6 +134,16 @@ def _copies(program: Program, expected: Expected) -> Iterable[tuple[Kernel, str,
             written = program.tensors.get(kernel.outputs[0], Tensor("float", (), ""))
             weight_of[_base(program, kernel.outputs[0])] = weight_of[base]
             yield kernel, weight_of[base], written.nbytes
+
+
+def _read_outside(program: Program, expected: Expected) -> Iterable[tuple[Kernel, str]]:
+    """(kernel, weight) of every kernel but a GEMM that reads quantized values of a Linear, alone or with something else."""
+    weight_of = {f"{name}.1": name for name in expected.matrices}
+    for kernel in program.kernels:
+        for name in kernel.inputs if kernel.kind not in GEMM_KINDS else ():
+            tensor = program.tensors.get(name)
+            if tensor is not None and tensor.base in weight_of and tensor.type in OPERAND.values():
+                yield kernel, weight_of[tensor.base]
 
 
 def _base(program: Program, name: str) -> str:

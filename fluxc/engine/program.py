@@ -19,8 +19,8 @@ BITS = {
 }  # fmt: skip
 _PROGRAM = re.compile(rb"header \{\n  version = .*?\nmain \{.*?\n\}\n", re.S)
 _UNPRINTABLE = re.compile(r"[^\t\n\x20-\x7e]+")
-_TENSOR = re.compile(r'^ +tensor=\{.*?dims=\{ ?([\d ]*)\}.*? name="([^"]*)".*? region="?([^ "]*)"? .*?type=(\w+)', re.M)
-_VIEW = re.compile(r'^ +sub_tensor=\{ base="([^"]*)".*?dims=\{ ?([\d ]*)\}.*? name="([^"]*)".*?type=(\w+)', re.M)
+_TENSOR = re.compile(r'^ +tensor=\{.*?dims=\{([^}]*)\}.*? name="([^"]*)".*? region="?([^ "]*)"? .*?type=(\w+)', re.M)
+_VIEW = re.compile(r'^ +sub_tensor=\{ base="([^"]*)".*?dims=\{([^}]*)\}.*? name="([^"]*)".*?type=(\w+)', re.M)
 _KERNEL = re.compile(r'^  (\w+)=\{ name=(?:"([^"]*)"|(\S+)) (.*?)(?=^  \w+=\{|^\}|\Z)', re.M | re.S)
 _QUOTED = re.compile(r'"([^"]*)"')
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
@@ -28,7 +28,8 @@ _LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a program: its type as the compiler names it, its dimensions, and the input of the plan it is a view of."""
+    """A tensor of a program: its type as the compiler names it, its dimensions (0 where only a run knows them), and the
+    tensor it is a view of, or itself."""
 
     type: str
     dims: tuple[int, ...]
@@ -93,12 +94,10 @@ def _program(text: str) -> Program:
     inputs = re.search(r"^  inputs=\{([^}]*)\}", head, re.M)
     if accelerators is None or inputs is None or not main:
         raise BuildError("the program inside the plan has another form than is known; it cannot be audited")
-    tensors = {
-        name: Tensor(type, tuple(map(int, dims.split())), name) for dims, name, _, type in _TENSOR.findall(described)
-    }
+    tensors = {name: Tensor(type, _dimensions(dims), name) for dims, name, _, type in _TENSOR.findall(described)}
     for base, dims, name, type in _VIEW.findall(described):
         root = tensors[base].base if base in tensors else base
-        tensors[name] = Tensor(type, tuple(map(int, dims.split())), root)
+        tensors[name] = Tensor(type, _dimensions(dims), root)
     return Program(
         accelerators=tuple(sorted(accelerators[1].split())),
         capturable="stream_capturable=1" in head,
@@ -106,6 +105,10 @@ def _program(text: str) -> Program:
         tensors=tensors,
         kernels=tuple(_kernel(*found) for found in _KERNEL.findall(main) if found[0] not in ("signal", "wait")),
     )
+
+
+def _dimensions(text: str) -> tuple[int, ...]:
+    return tuple(int(word) if word.isdigit() else 0 for word in text.split())
 
 
 def _kernel(kind: str, quoted: str, plain: str, rest: str) -> Kernel:

@@ -144,6 +144,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: tuple[int, int] | None = None
     engine: Engine | None = None
 
+    def reads(self, name: str) -> bool:
+        """Whether a graph or plan has an input of this name; a model without embedded guidance reads none, for example."""
+        plans = self.engine.plans.values() if self.engine else ()
+        return any(port.name == name for part in (*self.graphs.values(), *plans) for port in part.inputs)
+
 
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One Linear of a component: shape [out, in], format, the rule that decided it, and its fusion group if any."""

@@ -38,7 +38,7 @@ def this_machine() -> Machine:
     for name in ("tensorrt", "tensorrt_rtx"):
         try:
             versions[name] = str(importlib.import_module(name).__version__)
-        except ImportError:
+        except (ImportError, OSError):
             continue
     import onnxruntime
 
@@ -49,6 +49,8 @@ def obstacle(bundle: Bundle, target: Target, machine: Machine) -> str | None:
     """Why `target` does not run on `machine`, in one sentence or two; None if it does."""
     from fluxrt.backends.tensorrt import EXTRA, check_finished, check_gpu, check_version
 
+    if (target.kind, target.device) not in BEST_FIRST:
+        return f"this fluxrt cannot run targets of kind {target.kind!r}; install a newer one"
     if target.device == "cpu":
         return None
     if machine.gpu is None:

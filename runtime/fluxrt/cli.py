@@ -64,6 +64,8 @@ def _generate(options: argparse.Namespace) -> int:
         size=options.size,
         on_step=on_step if showing else None,
     )
+    for note in pipeline.backend.notes:
+        print(f"fluxrt: {note}", file=sys.stderr)
     several = len(result.images) > 1
     for number, image in enumerate(result.images):
         path = out.with_stem(f"{out.stem}-{number}") if several else out

@@ -31,6 +31,10 @@ class Driver(Protocol):
     gpu: Gpu
     stream: int
 
+    def activate(self) -> None:
+        """Make the GPU's context current to this thread; before anything else a thread asks."""
+        ...
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes."""
         ...
@@ -90,10 +94,6 @@ class CudaDriver:
     def __init__(self) -> None:
         self._api = _driver_api()
         self._graphs: dict[int, Any] = {}
-        self._thread = 0
-        self._call("cuInit", 0)
-        if not self._call("cuDeviceGetCount"):
-            raise BackendError("CUDA shows no GPU on this machine; run another target of the bundle, or set --target")
         self._device = self._call("cuDeviceGet", 0)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
         self._call("cuCtxSetCurrent", self._context)
@@ -101,6 +101,11 @@ class CudaDriver:
         self.gpu = self._describe()
         self._stream = self._call("cuStreamCreate", self._api.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self.stream = int(self._stream)
+
+    def activate(self) -> None:
+        if self._thread != threading.get_ident():
+            self._call("cuCtxSetCurrent", self._context)
+            self._thread = threading.get_ident()
 
     def memory(self) -> tuple[int, int]:
         free, total = self._call("cuMemGetInfo")
@@ -171,15 +176,11 @@ class CudaDriver:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """The result of a driver function; BackendError with CUDA's own name for what went wrong."""
-        if self._thread not in (0, threading.get_ident()):
-            # A context is current to a thread; a server may call from any.
-            self._thread = threading.get_ident()
-            self._api.cuCtxSetCurrent(self._context)
         result, *values = getattr(self._api, name)(*arguments)
         if result == self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            free, total = self.memory() if name == "cuMemAlloc" else (0, 0)
+            _, free, total = self._api.cuMemGetInfo()
             asked = f"{arguments[0] / 2**20:,.0f} MiB asked for, " if name == "cuMemAlloc" else ""
-            raise OutOfMemoryError(f"{asked}{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free")
+            raise OutOfMemoryError(f"{name}: {asked}{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free")
         if result != self._api.CUresult.CUDA_SUCCESS:
             _, said = self._api.cuGetErrorName(result)
             raise BackendError(f"{name} failed: {said.decode() if isinstance(said, bytes) else said}")
@@ -204,10 +205,16 @@ def _driver_api() -> Any:
             "that runs on the CPU with --target"
         ) from error
     try:
-        driver.cuInit(0)
+        (result,) = driver.cuInit(0)
+        count = driver.cuDeviceGetCount()[1] if result == driver.CUresult.CUDA_SUCCESS else 0
     except Exception as error:  # cuda-pathfinder raises a class of its own for a library it does not find
         raise BackendError(
             f"no NVIDIA driver (libcuda) was found on this machine ({error}); install the driver, or choose a target that runs "
             "on the CPU with --target"
         ) from error
+    if not count:
+        raise BackendError(
+            f"the NVIDIA driver shows no GPU on this machine ({result.name}); check CUDA_VISIBLE_DEVICES and the driver, or "
+            "choose a target that runs on the CPU with --target"
+        )
     return driver

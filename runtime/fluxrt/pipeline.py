@@ -161,7 +161,8 @@ class Pipeline:
             self.backend.put("text", text)
         self.backend.put("latents", np.ascontiguousarray(latents, dtype=np.float32))
         self.backend.put("columns", np.array(grid[1], dtype=np.int64))
-        self.backend.put("guidance", np.array(guidance, dtype=np.float32))
+        if self.target.reads("guidance"):
+            self.backend.put("guidance", np.array(guidance, dtype=np.float32))
 
     def step(self, sigma: float, next_sigma: float, graphs: tuple[str, ...] = STEP) -> None:
         """One denoising step: the buffer `latents` moves from `sigma` to `next_sigma`."""

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """Holds named buffers, on the host or on a GPU, and plays graphs that read and write them."""
+    """Holds named buffers, on the host or on a GPU, and plays graphs that read and write them.
+
+    `notes` says what did not go as it should and was worked around.
+    """
+
+    notes: list[str]
 
     def prepare(self, sizes: dict[str, int]) -> None:
         """Make ready for a picture in which dimensions count so much ("branches", "tokens", "rows", "columns")."""

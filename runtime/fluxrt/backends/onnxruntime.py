@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 
 class OnnxRuntimeBackend:
-    """Sessions are made when a graph first runs and kept for the life of the backend."""
+    """Sessions are made when a graph first runs and kept for the life of the backend; buffers are numpy arrays."""
 
     def __init__(self, bundle: Bundle, target: Target, threads: int | None = None) -> None:
         self._bundle = bundle
         self._target = target
         self._threads = threads
         self._sessions: dict[str, Any] = {}
-        self._buffers: dict[str, np.ndarray] = {}
+        self._buffers: dict[str, Any] = {}
+        self.notes: list[str] = []
 
     def prepare(self, sizes: dict[str, int]) -> None:
         """Sessions take any size."""
@@ -33,9 +34,8 @@ class OnnxRuntimeBackend:
 
     def get(self, name: str) -> np.ndarray:
         """A buffer's content; BackendError when nothing was put or computed under this name."""
-        if name not in self._buffers:
-            raise BackendError(f"nothing has produced {name!r}")
-        return self._buffers[name]
+        array: np.ndarray = self._buffer(name)
+        return array
 
     def play(self, graphs: tuple[str, ...], carry: Mapping[str, str] | None = None) -> None:
         """Run graphs in order; raises BackendError when one is missing, does not load, or an input is missing."""
@@ -44,10 +44,8 @@ class OnnxRuntimeBackend:
             missing = [port.name for port in described.inputs if port.name not in self._buffers]
             if missing:
                 raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
-            session = self._session(graph)
-            names = [port.name for port in described.outputs]
-            results = session.run(names, {port.name: self._buffers[port.name] for port in described.inputs})
-            self._buffers.update(zip(names, results, strict=True))
+            results = self._run(self._session(graph), described)
+            self._buffers.update(zip((port.name for port in described.outputs), results, strict=True))
         for source, target in (carry or {}).items():
             self._buffers[target] = self._buffers.pop(source)
 
@@ -60,6 +58,28 @@ class OnnxRuntimeBackend:
         self._sessions.clear()
         self._buffers.clear()
 
+    def _run(self, session: Any, described: Graph) -> list[Any]:
+        """The outputs of `described`, in order, from the buffers its inputs name."""
+        names = [port.name for port in described.outputs]
+        results: list[Any] = session.run(names, {port.name: self._buffers[port.name] for port in described.inputs})
+        return results
+
+    def _open(self, graph: str, path: str) -> Any:
+        """A session of the graph file at `path`."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def _buffer(self, name: str) -> Any:
+        if name not in self._buffers:
+            raise BackendError(f"nothing has produced {name!r}")
+        return self._buffers[name]
+
     def _described(self, graph: str) -> Graph:
         if graph not in self._target.graphs:
             raise BackendError(f"{self._bundle.root}: target {self._target.name!r} has no graph {graph!r}")
@@ -69,17 +89,11 @@ class OnnxRuntimeBackend:
         if graph not in self._sessions:
             import onnxruntime
 
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            if self._threads:
-                options.intra_op_num_threads = self._threads
-            path = self._bundle.checked_file(self._target.graphs[graph].file)
-            self._bundle.path(self._target.graphs[graph].weights)
+            path = self._bundle.checked_file(self._described(graph).file)
             try:
-                self._sessions[graph] = onnxruntime.InferenceSession(
-                    str(path), options, providers=["CPUExecutionProvider"]
-                )
+                self._sessions[graph] = self._open(graph, str(path))
+            except BackendError:
+                raise
             except Exception as error:  # onnxruntime's exceptions share no base class
                 raise BackendError(
                     f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}; "
