@@ -35,6 +35,9 @@ class FakeDriver:
         self.closed = False
         self._next = 1 << 20
 
+    def activate(self) -> None:
+        self.active = True
+
     def memory(self) -> tuple[int, int]:
         return self.capacity - sum(len(block) for block in self.blocks.values()), self.capacity
 

@@ -5,6 +5,7 @@ Nothing here ran on a GPU. What CUDA and TensorRT do with these calls has not be
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from conftest import QUICK, compile_into, copy_checkpoint
 from fake_gpu import RTX, FakeDriver, FakeLibrary
 from fluxrt.backends.buffers import Buffer, plan_arena, plan_buffers, profile_for, resolve
 from fluxrt.backends.tensorrt import TensorRTBackend, stored_tensors
@@ -22,6 +24,7 @@ from fluxrt.cuda import CudaDriver, Gpu, OutOfMemoryError, first_gpu
 from fluxrt.errors import BackendError, BundleError, RequestError
 from fluxrt.pipeline import Pipeline
 from fluxrt.weights import StoredTensor, read_weights
+from test_tensorrt import RTX as RTX_RECIPE
 from test_tensorrt import rtx_bundle  # noqa: F401
 
 PROMPT = "a small white ring at the top on a red background"
@@ -107,6 +110,69 @@ def test_other_sizes_are_captured_anew(bundle: Bundle) -> None:
     reference = Pipeline(bundle, target="onnxruntime-nvfp4")(PROMPT, steps=3, guidance=1.0).images[0]
     difference = one.astype(np.float64) - np.asarray(reference, np.float64)
     assert 10 * np.log10(255**2 / np.mean(difference**2)) > 25
+
+
+def test_a_range_of_sizes_draws_what_lies_between(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A size that no one listed, on a profile that spans it; one token more than the greatest is refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    targets = "targets=[{kind: tensorrt_rtx, shapes: range}, {kind: onnxruntime, activations: nvfp4}]"
+    sizes = "sizes=[[64, 64], [32, 96], [96, 96]]"
+    ranged = open_bundle(compile_into(workshop / "rtx-ranged", *QUICK, sizes, targets, recipe=RTX_RECIPE))
+    pipeline = pipeline_of(ranged, FakeDriver())
+    drawn = pipeline(PROMPT, steps=2, size=(48, 80))
+    assert drawn.images[0].size == (80, 48)
+    with pytest.raises(
+        RequestError, match=r"size 96x104 .* not compiled; this bundle has .* sizes of 48 to 144 tokens of 8x8"
+    ):
+        pipeline(PROMPT, steps=2, size=(96, 104))
+    with pytest.raises(RequestError, match=r"size 50x80 .* was not compiled"):
+        pipeline(PROMPT, steps=2, size=(50, 80))
+    listed = Pipeline(ranged, target="onnxruntime-nvfp4")
+    with pytest.raises(
+        RequestError, match=r"size 48x80 .* was not compiled; this bundle has 64x64, 32x96, 96x96; choose"
+    ):
+        listed(PROMPT, steps=1, size=(48, 80))
+
+
+def test_a_model_without_guidance_draws_too(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distilled: one branch, so every shape is fixed and no graph reads a guidance."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = copy_checkpoint(tmp_path / "distilled")
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    changes = (f"model.source={source}", "sampling.guidance=1.0")
+    distilled = open_bundle(compile_into(workshop / "rtx-distilled", *QUICK, *changes, recipe=RTX_RECIPE))
+    assert all(plan.profiles == () for plan in distilled.target("tensorrt_rtx").engine.plans.values())
+    assert not distilled.target("tensorrt_rtx").reads("guidance")
+    drawn = pipeline_of(distilled, FakeDriver())(PROMPT, steps=3).images[0]
+    expected = Pipeline(distilled, target="onnxruntime-nvfp4")(PROMPT, steps=3).images[0]
+    difference = np.asarray(drawn, np.float64) - np.asarray(expected, np.float64)
+    assert 10 * np.log10(255**2 / np.mean(difference**2)) > 25
+
+
+def test_a_step_without_a_beginning_is_refused(bundle: Bundle) -> None:
+    backend = backend_of(bundle, FakeDriver())
+    backend.prepare({"branches": 1, "tokens": 64, "rows": 8, "columns": 8})
+    with pytest.raises(BackendError, match=r"graph 'prologue' needs \w+, which nothing has produced"):
+        backend.play(("prologue", "body", "epilogue"))
+    with pytest.raises(BackendError, match="nothing has produced 'latents'"):
+        backend.get("latents")
+
+
+def test_an_interrupt_in_a_capture_ends_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    pipeline = pipeline_of(bundle, driver)
+    pipeline(PROMPT, steps=1)
+
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "end_capture", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(PROMPT, steps=1)
+    assert driver.recording is None
 
 
 def test_the_weights_on_the_gpu_are_the_files_bytes(bundle: Bundle) -> None:
@@ -345,6 +411,9 @@ def test_the_best_target_of_bundle_and_machine_is_chosen(bundle: Bundle) -> None
     assert obstacles == {"tensorrt_rtx": "no driver", "onnxruntime-nvfp4": None}
     _, obstacles = choose(with_targets(bundle, rtx, cpu), Machine(RTX))
     assert obstacles["tensorrt_rtx"] == "tensorrt_rtx is not installed; pip install 'fluxrt[tensorrt-rtx]'"
+    newer = msgspec.structs.replace(cpu, name="newer", kind="newer")
+    _, obstacles = choose(with_targets(bundle, newer, cpu), Machine(None))
+    assert obstacles["newer"] == "this fluxrt cannot run targets of kind 'newer'; install a newer one"
     with pytest.raises(BackendError, match=r"no target of this bundle runs on this machine. tensorrt_rtx: .*H100"):
         choose(with_targets(bundle, rtx), Machine(Gpu("H100", "9.0", "13"), versions={"tensorrt_rtx": version}))
 

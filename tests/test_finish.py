@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from conftest import compile_into
+from conftest import QUICK, compile_into
 from fluxc import cli
 from fluxc.engine import library
 from fluxc.errors import BuildError
@@ -24,7 +24,7 @@ from fluxrt.bundle import open_bundle
 from fluxrt.cuda import Gpu
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.pipeline import Pipeline
-from test_tensorrt import QUICK, RTX, trt
+from test_tensorrt import RTX, trt
 
 GPU = Gpu("a made-up RTX PRO", "12.0", "13.0")
 TARGETS = "targets=[{kind: tensorrt, compute_capabilities: ['12.0']}, {kind: onnxruntime, activations: nvfp4}]"

@@ -20,7 +20,14 @@ from fluxc.engine.audit import Expected
 from fluxc.engine.builder import Profile
 from fluxc.errors import BuildError
 from fluxc.graph.bind import bind
-from fluxc.graph.compose import Composition, compose_steps, compose_text_join, compose_text_layer, one_output_each
+from fluxc.graph.compose import (
+    Composition,
+    attention_apart,
+    compose_steps,
+    compose_text_join,
+    compose_text_layer,
+    one_output_each,
+)
 from fluxc.graph.lower_tensorrt import Lowered, fix_shapes, lower_tensorrt, port_dtype
 from fluxc.quantize.plan import LayerPlan
 from fluxrt.bundle import Call, Plan, Port, Program

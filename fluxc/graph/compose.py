@@ -208,7 +208,7 @@ def attention_apart(model: onnx.ModelProto) -> onnx.ModelProto:
         (query, key, value), (output,) = node.input[:3], node.output
         if len(node.input) > 3 or any(a.name == "scale" for a in node.attribute):
             raise BuildError(f"the attention that gives {output!r} has a mask or a scale; this torch is not supported")
-        parts = (
+        parts: tuple[tuple[str, list[str], str, dict[str, Any]], ...] = (
             ("Shape", [query], "width", {"start": -1}),
             ("Cast", ["width"], "width/fp32", {"to": TensorProto.FLOAT}),
             ("Sqrt", ["width/fp32"], "root", {}),

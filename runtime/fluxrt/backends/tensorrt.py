@@ -31,7 +31,7 @@ from fluxrt.backends.buffers import (
 )
 from fluxrt.backends.numbers import from_bf16, to_bf16
 from fluxrt.cuda import CudaDriver, Driver, Gpu, OutOfMemoryError
-from fluxrt.errors import BackendError, RequestError
+from fluxrt.errors import BackendError, BundleError, RequestError
 from fluxrt.weights import StoredTensor, read_weights
 
 if TYPE_CHECKING:
@@ -90,9 +90,11 @@ class TensorRTBackend:
         self._buffer_memory = 0
         self._scratch = (0, 0)
         self._alive: list[Any] = []
+        self._filled: set[str] = set()
 
     def prepare(self, sizes: dict[str, int]) -> None:
         """Allocate every buffer for these sizes; those of other sizes, and what was captured on them, are given back."""
+        self._driver.activate()
         if sizes == self._sizes:
             return
         check_sizes(self._engine, sizes)
@@ -110,6 +112,7 @@ class TensorRTBackend:
         """Copy `array` into a buffer; fp32 given for bf16 is rounded to nearest even."""
         import numpy as np
 
+        self._driver.activate()
         buffer = self._buffer(name)
         if tuple(array.shape) != buffer.shape:
             raise RequestError(
@@ -119,12 +122,16 @@ class TensorRTBackend:
         data = np.ascontiguousarray(_to_device(array, buffer.dtype))
         self._alive.append(data)
         self._driver.upload(self._addresses[name], data)
+        self._filled.add(name)
 
     def get(self, name: str) -> np.ndarray:
         """A buffer's content, bf16 as fp32."""
         import numpy as np
 
+        self._driver.activate()
         buffer = self._buffer(name)
+        if name not in self._filled:
+            raise BackendError(f"nothing has produced {name!r}")
         data = np.empty(buffer.nbytes, np.uint8)
         self._driver.download(self._addresses[name], data)
         self._driver.synchronize()
@@ -133,9 +140,11 @@ class TensorRTBackend:
 
     def play(self, graphs: tuple[str, ...], carry: Mapping[str, str] | None = None) -> None:
         """Run programs in order on the buffers; see Backend.play."""
+        self._driver.activate()
         moves = tuple((carry or {}).items())
         for graph in graphs:
             self._load(graph)
+        self._check_filled(graphs)
         sequence = self._sequences.setdefault((graphs, moves), _Sequence())
         if sequence.graph is not None:
             self._driver.launch(sequence.graph)
@@ -155,6 +164,7 @@ class TensorRTBackend:
 
     def close(self) -> None:
         """Give back graphs, contexts, engines, weights and buffers, and the GPU itself."""
+        self._driver.activate()
         self._release()
         self._driver.close()
 
@@ -163,11 +173,14 @@ class TensorRTBackend:
         try:
             self._enqueue(graphs, moves)
             sequence.graph = self._driver.end_capture()
-        except OutOfMemoryError:
+        except OutOfMemoryError as error:
             self._driver.abandon_capture()
-            raise
-        except BackendError as error:
+            raise self._out_of_memory(f"a CUDA graph of {', '.join(graphs)}", error) from error
+        except BaseException as error:
             self._driver.abandon_capture()
+            # TensorRT's own errors are RuntimeErrors; an interrupt must not be taken for a refusal.
+            if not isinstance(error, BackendError | RuntimeError):
+                raise
             sequence.refused = True
             self.notes.append(f"{', '.join(graphs)}: not captured as a CUDA graph, every call is launched: {error}")
             self._enqueue(graphs, moves)
@@ -197,6 +210,16 @@ class TensorRTBackend:
                     )
         for source, target in moves:
             self._driver.copy(self._addresses[target], self._addresses[source], self._buffers[source].nbytes)
+
+    def _check_filled(self, graphs: tuple[str, ...]) -> None:
+        """Refuse to compute with a buffer that nothing has put or computed; what these graphs leave counts as filled."""
+        for graph in graphs:
+            for call in self._program(graph).calls:
+                plan = self._engine.plans[call.plan]
+                missing = [name for port in plan.inputs if (name := buffer_of(call, port)) not in self._filled]
+                if missing:
+                    raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
+                self._filled.update(buffer_of(call, port) for port in plan.outputs)
 
     def _bind(self, context: Any, port: str, address: int) -> None:
         if not context.set_tensor_address(port, address):
@@ -261,16 +284,21 @@ class TensorRTBackend:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
-            config.set_runtime_cache(self._cache(name, config))
+            if not config.set_runtime_cache(self._cache(name, config)):
+                self.notes.append(
+                    f"plan {name}: its cache of compiled kernels was refused, they are compiled at every start"
+                )
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context(strategy)
         if context is None:
             raise BackendError(f"plan {name}: no execution context on {self._driver.gpu.name}: {self._logger.told()}")
+        # The profile first: how much working memory a context wants depends on it.
+        profiles = self._engine.plans[name].profiles
+        if profiles and not context.set_optimization_profile_async(profile, self._driver.stream):
+            raise BackendError(f"plan {name}: its optimization profile {profile} was refused: {self._logger.told()}")
         if self._scratch[1]:
             context.set_device_memory(*self._scratch)
-        if profile and not context.set_optimization_profile_async(profile, self._driver.stream):
-            raise BackendError(f"plan {name}: its optimization profile {profile} was refused: {self._logger.told()}")
         self._contexts[name, profile] = context
 
     def _context(self, name: str) -> Any:
@@ -300,13 +328,13 @@ class TensorRTBackend:
             assert file is not None
             path = cache_file(self._driver.gpu, self._trt, self._bundle.manifest.files[file].sha256)
             cache, known = config.create_runtime_cache(), b""
-            if path.is_file():
-                known = path.read_bytes()
-                if not cache.deserialize(known):
-                    self.notes.append(
-                        f"{path}: not usable here (another driver, or damaged), kernels are compiled again"
-                    )
-                    known = b""
+            try:
+                known = path.read_bytes() if path.is_file() else b""
+            except OSError as error:
+                self.notes.append(f"{path}: cannot be read ({error}), kernels are compiled again")
+            if known and not cache.deserialize(known):
+                self.notes.append(f"{path}: not usable here (another driver, or damaged), kernels are compiled again")
+                known = b""
             self._caches[name] = (cache, path, known)
         return self._caches[name][0]
 
@@ -317,10 +345,10 @@ class TensorRTBackend:
                 continue
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor, partial = tempfile.mkstemp(dir=path.parent)
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(now)
-                Path(partial).replace(path)
+                with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                    partial = Path(scratch) / path.name
+                    partial.write_bytes(now)
+                    partial.replace(path)
             except OSError as error:
                 self.notes.append(f"{path}: the compiled kernels could not be kept ({error})")
             self._caches[name] = (cache, path, now)
@@ -339,13 +367,17 @@ class TensorRTBackend:
         try:
             address = self._driver.allocate(nbytes)
         except OutOfMemoryError as error:
-            self._release()
-            raise OutOfMemoryError(
-                f"{self._driver.gpu.name} has no room for {what} ({nbytes / 2**20:,.0f} MiB): {error}. Everything this bundle "
-                "held there is free again; ask for a smaller size or guidance 1, free the GPU, or choose another --target"
-            ) from error
+            raise self._out_of_memory(f"{what} ({nbytes / 2**20:,.0f} MiB)", error) from error
         self._memory.append(address)
         return address
+
+    def _out_of_memory(self, what: str, error: OutOfMemoryError) -> OutOfMemoryError:
+        """Free everything, and the error to raise."""
+        self._release()
+        return OutOfMemoryError(
+            f"{self._driver.gpu.name} has no room for {what}: {error}. Everything this bundle held there is free again; ask "
+            "for a smaller size or guidance 1, free the GPU, or choose another --target"
+        )
 
     def _free(self, address: int) -> None:
         self._memory.remove(address)
@@ -364,6 +396,7 @@ class TensorRTBackend:
             self._drop_graphs()
             self._free(self._buffer_memory)
         self._buffer_memory, self._sizes, self._buffers, self._addresses = 0, None, {}, {}
+        self._filled.clear()
 
     def _release(self) -> None:
         self._driver.synchronize()
@@ -376,6 +409,7 @@ class TensorRTBackend:
             self._driver.free(address)
         self._memory, self._scratch, self._buffer_memory = [], (0, 0), 0
         self._sizes, self._buffers, self._addresses = None, {}, {}
+        self._filled.clear()
         self._alive.clear()
 
 
@@ -383,7 +417,7 @@ def load_library(engine: Engine) -> Any:
     """The module that plays `engine`; BackendError names the extra to install."""
     try:
         return importlib.import_module(engine.library)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise BackendError(
             f"this target needs {engine.library} {engine.version}, which is not installed ({error}); "
             f"pip install 'fluxrt[{EXTRA[engine.library]}]', or choose another --target"
@@ -430,14 +464,17 @@ def stored_tensors(bundle: Bundle, entry: str) -> dict[str, StoredTensor]:
     path = bundle.path(entry)
     if path.suffix != ".json":
         return read_weights(path)
-    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path}: the index is damaged ({error}); copy the bundle again or rebuild it") from error
     files = [bundle.path((Path(entry).parent / name).as_posix()) for name in names]
     return {name: tensor for file in files for name, tensor in read_weights(file).items()}
 
 
 def cache_file(gpu: Gpu, library: Any, plan_sha256: str) -> Path:
     """Where the kernels compiled for a plan are kept: below XDG_CACHE_HOME, by GPU, library version and plan."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     key = hashlib.sha256(f"{gpu.name}\0{gpu.compute_capability}\0{library.__version__}\0{plan_sha256}".encode())
     return root / "fluxc" / "kernels" / f"{key.hexdigest()[:32]}.bin"
 
