@@ -47,6 +47,12 @@ def build_plan(trt: ModuleType, request: PlanRequest) -> bytes:
     if not parsed:
         errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
         raise BuildError(f"{request.name}: {trt.__name__} does not accept the graph: {'; '.join(errors)}")
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    on_host = [tensor.name for tensor in inputs if tensor.is_shape_tensor]
+    if on_host:
+        raise BuildError(
+            f"{request.name}: TensorRT wants {', '.join(on_host)} on the host; fluxrt binds GPU memory alone"
+        )
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if hasattr(config, "set_compute_capability"):

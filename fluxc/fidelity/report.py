@@ -55,6 +55,7 @@ def write_report(folder: Path, figures: dict[str, Any], pictures: dict[str, list
             layers=figures["layers"],
             sensitivity=figures["sensitivity"],
             engines=figures["engines"],
+            not_run=figures["not_run"],
             sheet_width=min(sheet.width, 1400),
         ),
         encoding="utf-8",

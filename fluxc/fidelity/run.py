@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
@@ -17,7 +16,7 @@ from fluxc.planned_source import Source
 from fluxc.progress import Report
 from fluxc.recipe import Recipe
 from fluxc.reference import Drawing, load_pipeline
-from fluxrt.bundle import Bundle
+from fluxrt.bundle import Bundle, Engine
 
 
 def measure(
@@ -62,7 +61,8 @@ def measure(
         "size": list(size),
         "prompts": prompts,
         "targets": {},
-        "engines": {t.name: msgspec.to_builtins(t.engine) for t in bundle.manifest.targets if t.engine},
+        "not_run": [target.name for target in recipe.targets if not target.runs_here],
+        "engines": {t.name: _engine(t.engine) for t in bundle.manifest.targets if t.engine},
         "layers": layers,
         "sensitivity": sensitivity,
     }
@@ -86,3 +86,9 @@ def measure(
         for number, reference in enumerate(references)
     ]
     (folder / "pictures.json").write_text(json.dumps(recorded))
+
+
+def _engine(engine: Engine) -> dict[str, Any]:
+    """What the report says of an engine: what it was built with and for, and what was found in its plans."""
+    fields = ("library", "version", "compute_capabilities", "gpu", "audit")
+    return {field: getattr(engine, field) for field in fields}

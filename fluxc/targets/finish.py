@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 import onnx
-from fluxrt.cuda import Gpu, first_gpu
 
 from fluxc.engine.audit import Expected, audit
 from fluxc.engine.builder import PlanRequest, build_plan
@@ -18,6 +17,7 @@ from fluxc.errors import BuildError
 from fluxc.recipe import Target as RecipeTarget
 from fluxc.targets.tensorrt import check_audits
 from fluxrt import bundle as format
+from fluxrt.cuda import Gpu, first_gpu
 
 FindGpu = Callable[[], Gpu]
 
