@@ -128,10 +128,14 @@ class FakeLibrary:
     class CudaGraphStrategy:
         DISABLED = "disabled"
 
+    class DynamicShapesKernelSpecializationStrategy:
+        EAGER = "eager"
+
     def __init__(self, bundle: Bundle, target: Target, driver: FakeDriver, version: str | None = None) -> None:
         assert target.engine is not None
         self.__version__ = version or str(target.engine.version)
         self.driver, self.scratch = driver, 4096
+        self.not_capturable: set[str] = set()
         self.plans: dict[str, tuple[str, Plan, ReferenceEvaluator]] = {}
         self.compiled: set[str] = set()
         for name, plan in target.engine.plans.items():
@@ -166,6 +170,7 @@ class FakeConfig:
     def __init__(self, library: FakeLibrary, name: str) -> None:
         self._library, self._name = library, name
         self.cuda_graph_strategy = "whole graph"
+        self.dynamic_shapes_kernel_specialization_strategy = "lazy"
         self.strategy = "static"
         self.cache: FakeCache | None = None
 
@@ -192,6 +197,7 @@ class FakeEngine:
 
     def create_execution_context(self, config: FakeConfig) -> FakeContext:
         assert (config.strategy, config.cuda_graph_strategy) == ("user managed", "disabled")
+        assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
         return FakeContext(self)
 
 
@@ -228,6 +234,10 @@ class FakeContext:
         assert address % 256 == 0
         self._addresses[name] = address
         return name in self._ports
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        assert self._addresses.keys() == self._ports.keys()
+        return self._engine.name not in self._engine.library.not_capturable
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == self._driver.stream

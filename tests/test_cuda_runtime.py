@@ -83,6 +83,18 @@ def test_launched_steps_equal_eager_ones(bundle: Bundle) -> None:
     np.testing.assert_array_equal(*results)
 
 
+def test_a_plan_that_cannot_be_captured_is_launched_and_named(bundle: Bundle) -> None:
+    driver = FakeDriver()
+    pipeline = pipeline_of(bundle, driver)
+    pipeline.backend._trt.not_capturable.add("single")
+    pipeline(PROMPT, steps=4)
+    assert pipeline.backend.notes == [
+        "prologue, body, epilogue: not captured as a CUDA graph, every call is launched: TensorRT says that single cannot be"
+    ]
+    assert "begin capture" not in driver.log
+    assert driver.log.count("run single") == 4 * 6
+
+
 def test_weights_are_uploaded_once_and_scalars_before_each_launch(bundle: Bundle) -> None:
     driver = FakeDriver()
     pipeline = pipeline_of(bundle, driver)

@@ -486,7 +486,10 @@ def test_an_export_never_mixes_with_what_is_there(rtx_bundle: Path, nano_bundle:
             r"8\.9 \(RTX 40, L40\) do not compute in nvfp4.* 12\.0",
         ),
         ("[{kind: tensorrt, compute_capabilities: ['9.0']}]", r"9\.0 \(H100, H200\) do not compute in nvfp4.* fp8 and"),
-        ("[{kind: tensorrt_rtx, compute_capabilities: ['10.0']}]", r"does not build for compute capability '10\.0'"),
+        (
+            "[{kind: tensorrt_rtx, compute_capabilities: ['10.0']}]",
+            r"for compute capability '10\.0' \(kind: tensorrt does\)",
+        ),
         ("[{kind: tensorrt, compute_capabilities: ['10.0', '10.3']}]", "builds for one kind of GPU"),
         (
             "[{kind: tensorrt_rtx, activations: nvfp4}]",

@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
-from fluxc.errors import BuildError, RecipeError, nearest
+from fluxc.errors import BuildError, RecipeError
 
 FORMATS_OF = {
     "7.5": (),
@@ -91,9 +91,10 @@ def check_capabilities(kind: str, capabilities: tuple[str, ...], formats: set[st
     for capability in capabilities:
         if capability not in library.compute_capabilities:
             possible = ", ".join(f"{c} ({GPUS[c]})" for c in library.compute_capabilities)
+            others = [f"kind: {o.kind} does" for o in LIBRARIES.values() if capability in o.compute_capabilities]
+            hint = "; ".join(others) or "write it as, for example, '12.0'"
             raise RecipeError(
-                f"{field}: {kind} does not build for compute capability {capability!r}"
-                f"{nearest(capability, library.compute_capabilities) or '.'} It builds for {possible}"
+                f"{field}: {kind} does not build for compute capability {capability!r} ({hint}). It builds for {possible}"
             )
         missing = sorted(formats - {"bf16", *FORMATS_OF[capability]})
         if missing:

@@ -169,6 +169,11 @@ class TensorRTBackend:
         self._driver.close()
 
     def _capture(self, sequence: _Sequence, graphs: tuple[str, ...], moves: tuple[tuple[str, str], ...]) -> None:
+        refusing = self._not_capturable(graphs)
+        if refusing:
+            self._refuse_capture(sequence, graphs, f"TensorRT says that {', '.join(refusing)} cannot be")
+            self._enqueue(graphs, moves)
+            return
         self._driver.begin_capture()
         try:
             self._enqueue(graphs, moves)
@@ -181,11 +186,24 @@ class TensorRTBackend:
             # TensorRT's own errors are RuntimeErrors; an interrupt must not be taken for a refusal.
             if not isinstance(error, BackendError | RuntimeError):
                 raise
-            sequence.refused = True
-            self.notes.append(f"{', '.join(graphs)}: not captured as a CUDA graph, every call is launched: {error}")
+            self._refuse_capture(sequence, graphs, str(error))
             self._enqueue(graphs, moves)
             return
         self._driver.launch(sequence.graph)
+
+    def _not_capturable(self, graphs: tuple[str, ...]) -> list[str]:
+        """The plans of these graphs that TensorRT-RTX does not let be captured; full TensorRT has no such question."""
+        plans = dict.fromkeys(call.plan for graph in graphs for call in self._program(graph).calls)
+        contexts = {name: self._context(name) for name in plans}
+        return [
+            name
+            for name, context in contexts.items()
+            if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(self._driver.stream)
+        ]
+
+    def _refuse_capture(self, sequence: _Sequence, graphs: tuple[str, ...], why: str) -> None:
+        sequence.refused = True
+        self.notes.append(f"{', '.join(graphs)}: not captured as a CUDA graph, every call is launched: {why}")
 
     def _enqueue(self, graphs: tuple[str, ...], moves: tuple[tuple[str, str], ...]) -> None:
         assert self._sizes is not None
@@ -284,6 +302,9 @@ class TensorRTBackend:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
+            # Compiled in the background, kernels for the shapes at hand would be ready only after a step was captured without.
+            eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
             if not config.set_runtime_cache(self._cache(name, config)):
                 self.notes.append(
                     f"plan {name}: its cache of compiled kernels was refused, they are compiled at every start"
