@@ -17,13 +17,13 @@ import pytest
 from conftest import QUICK, compile_into, copy_checkpoint
 from fake_gpu import RTX, FakeDriver, FakeLibrary
 from fluxrt.backends.buffers import Buffer, plan_arena, plan_buffers, profile_for, resolve
-from fluxrt.backends.tensorrt import TensorRTBackend, stored_tensors
+from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, Call, Engine, Plan, Port, Program, Target, WeightPort, open_bundle
 from fluxrt.choose import Machine, choose
 from fluxrt.cuda import CudaDriver, Gpu, OutOfMemoryError, first_gpu
 from fluxrt.errors import BackendError, BundleError, RequestError
 from fluxrt.pipeline import Pipeline
-from fluxrt.weights import StoredTensor, read_weights
+from fluxrt.weights import StoredTensor, component_weights, read_weights
 from test_tensorrt import RTX as RTX_RECIPE
 from test_tensorrt import rtx_bundle  # noqa: F401
 
@@ -192,7 +192,7 @@ def test_the_weights_on_the_gpu_are_the_files_bytes(bundle: Bundle) -> None:
     engine = bundle.target("tensorrt_rtx").engine
     assert engine is not None
     program = engine.programs["body"]
-    stored = stored_tensors(bundle, program.weights)
+    stored = component_weights(bundle, program.weights)
     arena = plan_arena(program, engine, stored)
     at = {piece.name: piece.offset for piece in arena.pieces}
     assert len(at) == len(arena.pieces)

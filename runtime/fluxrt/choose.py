@@ -47,7 +47,7 @@ def this_machine() -> Machine:
 
 def obstacle(bundle: Bundle, target: Target, machine: Machine) -> str | None:
     """Why `target` does not run on `machine`, in one sentence or two; None if it does."""
-    from fluxrt.backends.tensorrt import EXTRA, check_finished, check_gpu, check_version
+    from fluxrt.backends.library import EXTRA, check_finished, check_gpu, check_version
 
     if (target.kind, target.device) not in BEST_FIRST:
         return f"this fluxrt cannot run targets of kind {target.kind!r}; install a newer one"

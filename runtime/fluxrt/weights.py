@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxrt.errors import BundleError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
+
+    from fluxrt.bundle import Bundle
 
 BITS = {
     "float4_e2m1": 4,
@@ -79,6 +80,19 @@ def read_weights(file: Path) -> dict[str, StoredTensor]:
         if tensor.nbytes < 0 or tensor.offset < 8 + length or tensor.offset + tensor.nbytes > size:
             raise BundleError(f"{file}: tensor {name!r} leaves the file; copy the bundle again or rebuild it")
     return tensors
+
+
+def component_weights(bundle: Bundle, entry: str) -> dict[str, StoredTensor]:
+    """Every tensor of a component, from its weights file or the files of its index."""
+    path = bundle.path(entry)
+    if path.suffix != ".json":
+        return read_weights(path)
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path}: the index is damaged ({error}); copy the bundle again or rebuild it") from error
+    files = [bundle.path((Path(entry).parent / name).as_posix()) for name in names]
+    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
 
 
 def _length(entry: dict) -> int:

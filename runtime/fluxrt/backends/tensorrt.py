@@ -9,12 +9,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import os
-import tempfile
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.backends.buffers import (
@@ -29,19 +24,20 @@ from fluxrt.backends.buffers import (
     profile_for,
     resolve,
 )
+from fluxrt.backends.kernel_cache import KernelCaches
+from fluxrt.backends.library import check_finished, check_gpu, check_version, load_library, make_logger
 from fluxrt.backends.numbers import from_bf16, to_bf16
-from fluxrt.cuda import CudaDriver, Driver, Gpu, OutOfMemoryError
-from fluxrt.errors import BackendError, BundleError, RequestError
-from fluxrt.weights import StoredTensor, read_weights
+from fluxrt.cuda import CudaDriver, Driver, OutOfMemoryError
+from fluxrt.errors import BackendError, RequestError
+from fluxrt.weights import component_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy as np
 
-    from fluxrt.bundle import Bundle, Engine, Program, Target
+    from fluxrt.bundle import Bundle, Program, Target
 
-EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 UPLOAD_BYTES = 64 << 20
 
 
@@ -59,7 +55,7 @@ class _Sequence:
 
     plays: int = 0
     graph: int | None = None
-    refused: bool = field(default=False)
+    refused: bool = False
 
 
 class TensorRTBackend:
@@ -76,11 +72,11 @@ class TensorRTBackend:
         self._driver: Driver = CudaDriver() if driver is None else driver
         check_gpu(bundle, target, self._driver.gpu)
         self.notes: list[str] = []
-        self._logger = _logger(self._trt)
+        self._logger = make_logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
         self._engines: dict[str, Any] = {}
         self._contexts: dict[tuple[str, int], Any] = {}
-        self._caches: dict[str, tuple[Any, Path, bytes]] = {}
+        self._caches = KernelCaches(self._driver.gpu, str(self._trt.__version__), self.notes)
         self._programs: dict[str, _Loaded] = {}
         self._sequences: dict[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], _Sequence] = {}
         self._sizes: Sizes | None = None
@@ -153,7 +149,7 @@ class TensorRTBackend:
             if sequence.plays == 0:
                 self._driver.synchronize()
                 self._alive.clear()
-                self._save_caches()
+                self._caches.save()
         else:
             self._capture(sequence, graphs, moves)
         sequence.plays += 1
@@ -305,10 +301,8 @@ class TensorRTBackend:
             # Compiled in the background, kernels for the shapes at hand would be ready only after a step was captured without.
             eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.dynamic_shapes_kernel_specialization_strategy = eager
-            if not config.set_runtime_cache(self._cache(name, config)):
-                self.notes.append(
-                    f"plan {name}: its cache of compiled kernels was refused, they are compiled at every start"
-                )
+            file = self._engine.plans[name].file
+            self._caches.attach(config, name, self._bundle.manifest.files[str(file)].sha256)
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context(strategy)
@@ -329,7 +323,7 @@ class TensorRTBackend:
     def _upload(self, graph: str, program: Program) -> _Loaded:
         import numpy as np
 
-        stored = stored_tensors(self._bundle, program.weights)
+        stored = component_weights(self._bundle, program.weights)
         arena = plan_arena(program, self._engine, stored)
         if not arena.nbytes:
             return _Loaded(arena, 0)
@@ -341,38 +335,6 @@ class TensorRTBackend:
                 self._driver.upload(address + piece.offset + start, part)
                 self._driver.synchronize()
         return _Loaded(arena, address)
-
-    def _cache(self, name: str, config: Any) -> Any:
-        """The runtime cache of a plan: kernels TensorRT-RTX compiled for this GPU before, kept beside the user's caches."""
-        if name not in self._caches:
-            file = self._engine.plans[name].file
-            assert file is not None
-            path = cache_file(self._driver.gpu, self._trt, self._bundle.manifest.files[file].sha256)
-            cache, known = config.create_runtime_cache(), b""
-            try:
-                known = path.read_bytes() if path.is_file() else b""
-            except OSError as error:
-                self.notes.append(f"{path}: cannot be read ({error}), kernels are compiled again")
-            if known and not cache.deserialize(known):
-                self.notes.append(f"{path}: not usable here (another driver, or damaged), kernels are compiled again")
-                known = b""
-            self._caches[name] = (cache, path, known)
-        return self._caches[name][0]
-
-    def _save_caches(self) -> None:
-        for name, (cache, path, known) in self._caches.items():
-            now = bytes(cache.serialize() or b"")
-            if not now or now == known:
-                continue
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                    partial = Path(scratch) / path.name
-                    partial.write_bytes(now)
-                    partial.replace(path)
-            except OSError as error:
-                self.notes.append(f"{path}: the compiled kernels could not be kept ({error})")
-            self._caches[name] = (cache, path, now)
 
     def _program(self, graph: str) -> Program:
         if graph not in self._engine.programs:
@@ -434,72 +396,6 @@ class TensorRTBackend:
         self._alive.clear()
 
 
-def load_library(engine: Engine) -> Any:
-    """The module that plays `engine`; BackendError names the extra to install."""
-    try:
-        return importlib.import_module(engine.library)
-    except (ImportError, OSError) as error:
-        raise BackendError(
-            f"this target needs {engine.library} {engine.version}, which is not installed ({error}); "
-            f"pip install 'fluxrt[{EXTRA[engine.library]}]', or choose another --target"
-        ) from error
-
-
-def check_finished(bundle: Bundle, target: Target) -> None:
-    """Refuse an engine whose plans were not built yet."""
-    assert target.engine is not None
-    if target.engine.unfinished:
-        raise BackendError(
-            f"{bundle.root}: target {target.name!r} has plans that are built on the GPU itself "
-            f"({', '.join(target.engine.unfinished[:3])}, ...); run `fluxc finish {bundle.root}` on a machine with compute "
-            f"capability {', '.join(target.engine.compute_capabilities)}, or choose another --target"
-        )
-
-
-def check_version(bundle: Bundle, target: Target, version: str) -> None:
-    """Refuse a library of another version than the plans were built with; plans load in that one alone."""
-    assert target.engine is not None
-    built = str(target.engine.version)
-    if version.split(".")[:3] != built.split(".")[:3]:
-        raise BackendError(
-            f"{bundle.root}: the plans of target {target.name!r} were built with {target.engine.library} {built}, installed is "
-            f"{version}; install {target.engine.library} {built}, or rebuild the bundle with {version}"
-        )
-
-
-def check_gpu(bundle: Bundle, target: Target, gpu: Gpu) -> None:
-    """Refuse a GPU the plans were not built for."""
-    assert target.engine is not None
-    if gpu.compute_capability not in target.engine.compute_capabilities:
-        raise BackendError(
-            f"{bundle.root}: the plans of target {target.name!r} are for compute capability "
-            f"{', '.join(target.engine.compute_capabilities)}, this GPU is a {gpu.name} with {gpu.compute_capability}; choose "
-            "another --target, or rebuild with this one under the target's compute_capabilities"
-        )
-
-
-def stored_tensors(bundle: Bundle, entry: str) -> dict[str, StoredTensor]:
-    """Every tensor of a component, from its weights file or the files of its index."""
-    import json
-
-    path = bundle.path(entry)
-    if path.suffix != ".json":
-        return read_weights(path)
-    try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path}: the index is damaged ({error}); copy the bundle again or rebuild it") from error
-    files = [bundle.path((Path(entry).parent / name).as_posix()) for name in names]
-    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
-
-
-def cache_file(gpu: Gpu, library: Any, plan_sha256: str) -> Path:
-    """Where the kernels compiled for a plan are kept: below XDG_CACHE_HOME, by GPU, library version and plan."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    key = hashlib.sha256(f"{gpu.name}\0{gpu.compute_capability}\0{library.__version__}\0{plan_sha256}".encode())
-    return root / "fluxc" / "kernels" / f"{key.hexdigest()[:32]}.bin"
-
-
 def _to_device(array: np.ndarray, dtype: str) -> np.ndarray:
     import numpy as np
 
@@ -512,21 +408,3 @@ def _from_device(data: np.ndarray, buffer: Buffer) -> np.ndarray:
     if buffer.dtype == "bfloat16":
         return from_bf16(data.view(np.uint16)).reshape(buffer.shape)
     return data.view(np.dtype(buffer.dtype)).reshape(buffer.shape)
-
-
-def _logger(trt: Any) -> Any:
-    """A logger that keeps the last errors, for the message of the call that failed."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self._lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self._lines = [*self._lines[-4:], message.strip()]
-
-        def told(self) -> str:
-            return "; ".join(self._lines) or "it gave no reason"
-
-    return Logger()

@@ -1,0 +1,76 @@
+"""The TensorRT library an engine needs: importing it, and refusing what would not load, before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fluxrt.errors import BackendError
+
+if TYPE_CHECKING:
+    from fluxrt.bundle import Bundle, Engine, Target
+    from fluxrt.cuda import Gpu
+
+EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+
+
+def load_library(engine: Engine) -> Any:
+    """The module that plays `engine`; BackendError names the extra to install."""
+    try:
+        return importlib.import_module(engine.library)
+    except (ImportError, OSError) as error:
+        raise BackendError(
+            f"this target needs {engine.library} {engine.version}, which is not installed ({error}); "
+            f"pip install 'fluxrt[{EXTRA[engine.library]}]', or choose another --target"
+        ) from error
+
+
+def check_finished(bundle: Bundle, target: Target) -> None:
+    """Refuse an engine whose plans were not built yet."""
+    assert target.engine is not None
+    if target.engine.unfinished:
+        raise BackendError(
+            f"{bundle.root}: target {target.name!r} has plans that are built on the GPU itself "
+            f"({', '.join(target.engine.unfinished[:3])}, ...); run `fluxc finish {bundle.root}` on a machine with compute "
+            f"capability {', '.join(target.engine.compute_capabilities)}, or choose another --target"
+        )
+
+
+def check_version(bundle: Bundle, target: Target, version: str) -> None:
+    """Refuse a library of another version than the plans were built with; plans load in that one alone."""
+    assert target.engine is not None
+    built = str(target.engine.version)
+    if version.split(".")[:3] != built.split(".")[:3]:
+        raise BackendError(
+            f"{bundle.root}: the plans of target {target.name!r} were built with {target.engine.library} {built}, installed is "
+            f"{version}; install {target.engine.library} {built}, or rebuild the bundle with {version}"
+        )
+
+
+def check_gpu(bundle: Bundle, target: Target, gpu: Gpu) -> None:
+    """Refuse a GPU the plans were not built for."""
+    assert target.engine is not None
+    if gpu.compute_capability not in target.engine.compute_capabilities:
+        raise BackendError(
+            f"{bundle.root}: the plans of target {target.name!r} are for compute capability "
+            f"{', '.join(target.engine.compute_capabilities)}, this GPU is a {gpu.name} with {gpu.compute_capability}; choose "
+            "another --target, or rebuild with this one under the target's compute_capabilities"
+        )
+
+
+def make_logger(trt: Any) -> Any:
+    """A logger that keeps the last errors, for the message of the call that failed."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self._lines = [*self._lines[-4:], message.strip()]
+
+        def told(self) -> str:
+            return "; ".join(self._lines) or "it gave no reason"
+
+    return Logger()
