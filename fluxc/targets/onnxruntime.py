@@ -67,7 +67,7 @@ def build_graphs(
         component = COMPONENT_OF[name]
         stored = {tensor: ref.dtype for tensor, ref in weights[component].items()}
         planned = {entry.layer.name: entry for entry in plans.get(component, [])}
-        # The VAE stays in fp32: the CUDA provider has no bf16 kernels for Resize and InstanceNormalization.
+        # The VAE stays in fp32: the CUDA provider has no bf16 kernel for Resize.
         dtype = PRECISIONS[target.dtype] if target.is_for_gpu and component != "vae" else TensorProto.FLOAT
         lowered = lower(model, ARGUMENTS[name], stored, planned, target.activations, target.weights_in_memory, dtype)
         bound[component] |= bind(lowered, ARGUMENTS[name], weights[component])
