@@ -76,7 +76,13 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             binding.bind_ortvalue_input(port.name, self._buffers[port.name])
         for port in described.outputs:
             binding.bind_output(port.name, self._device)
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise BackendError(
+                f"{described.file}: ONNX Runtime failed while it ran: {error}; of a GPU out of memory ask for a smaller size or "
+                "guidance 1, of a missing library check that CUDA and cuDNN are installed as onnxruntime-gpu needs them"
+            ) from error
         results: list[Any] = binding.get_outputs()
         return results
 
