@@ -80,8 +80,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BackendError(
-                f"{described.file}: ONNX Runtime failed while it ran: {error}; of a GPU out of memory ask for a smaller size or "
-                "guidance 1, of a missing library check that CUDA and cuDNN are installed as onnxruntime-gpu needs them"
+                f"{described.file}: ONNX Runtime failed while it ran: {error}; if memory ran out, ask for a smaller size or "
+                "guidance 1; if a library is missing, install CUDA and cuDNN as onnxruntime-gpu needs them"
             ) from error
         results: list[Any] = binding.get_outputs()
         return results
