@@ -75,9 +75,9 @@ def measure(model: str, baked: bool, memory_gib: float) -> dict[str, Any]:
     """Trace, cut, build and audit the transformer's plans."""
     import torch
 
-    from fluxc.engine.cut import MEMORY_A_BYTE, Component, Cutter
+    from fluxc.engine.cut import Component, Cutter
     from fluxc.graph.trace import trace_transformer
-    from fluxc.targets.tensorrt import BASE_GIB, build_engine, write_sources
+    from fluxc.targets.tensorrt import build_engine, largest_segment, write_sources
 
     config = MODELS[model]
     began = time.perf_counter()
@@ -100,7 +100,7 @@ def measure(model: str, baked: bool, memory_gib: float) -> dict[str, Any]:
         side = int(TOKENS**0.5)
         request = {"branches": 1, "tokens": TOKENS, "rows": side, "columns": side}
         cutter = Cutter([request], False, target.name, f"engines/{target.name}")
-        limit = int((memory_gib - BASE_GIB) * 2**30 / MEMORY_A_BYTE) if baked else None
+        limit = largest_segment(memory_gib) if baked else None
         cutter.transformer(pieces, Component("transformer", weights, plan, ""), TEXT_LENGTH, limit)
         write_sources(cutter.cut, folder)
         engine = build_engine(target, cutter.cut, folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from fluxc import stages
+from fluxc import stages, target_stages
 from fluxc.cache import SEAL, StageCache, locked
 from fluxc.components import WEIGHTS_FILE, weights_entry, weights_files, write_small_files
 from fluxc.errors import BuildError
@@ -36,8 +36,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
     cache = StageCache(out.resolve().parent / ".fluxc", progress)
     with locked(cache.root):
         source = original = read_source(loaded)
-        stages.check_targets(loaded, source)
-        stages.check_libraries(recipe)
+        target_stages.check_targets(loaded, source)
+        target_stages.check_libraries(recipe)
         if recipe.calibration.engine == "modelopt":
             from fluxc.calibrate.modelopt import check_available
 
@@ -50,7 +50,9 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         traces = {
             name: stages.run_trace(cache, name, loaded, source) for name in ("vae", "text_encoder", "transformer")
         }
-        graphs_of = {target.name: stages.run_graphs(cache, target, loaded, source, traces) for target in recipe.targets}
+        graphs_of = {
+            target.name: target_stages.run_graphs(cache, target, loaded, source, traces) for target in recipe.targets
+        }
         prompting = stages.run_prompting(cache, recipe, source, digests)
         stages.check_prompts(loaded, source, prompting)
         if only == "graphs":
@@ -71,7 +73,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         if only == "weights":
             return None
         targets = {
-            t.name: stages.run_target(cache, t, recipe, source, graphs_of[t.name], weights) for t in recipe.targets
+            t.name: target_stages.run_target(cache, t, recipe, source, graphs_of[t.name], weights)
+            for t in recipe.targets
         }
         if only == "targets":
             return None

@@ -26,7 +26,7 @@ from fluxc.planned_source import Source, read_source
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
 from fluxc.recipe import Budget, LoadedRecipe, Target
-from fluxc.stages import check_targets
+from fluxc.target_stages import check_targets
 from fluxrt.bundle import Bundle, Engine
 from fluxrt.choose import choose, obstacle, this_machine
 

@@ -114,8 +114,8 @@ def test_without_a_gpu_finish_says_so(bundle: Path) -> None:
 def test_with_the_library_and_the_gpu_at_hand_a_build_finishes_at_once(
     workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fluxc.stages.gpu_here", lambda capabilities: capabilities == ("12.0",))
-    monkeypatch.setattr("fluxc.stages.installed_version", lambda kind: str(trt.__version__))
+    monkeypatch.setattr("fluxc.target_stages.gpu_here", lambda capabilities: capabilities == ("12.0",))
+    monkeypatch.setattr("fluxc.target_stages.installed_version", lambda kind: str(trt.__version__))
     monkeypatch.setattr("fluxc.targets.tensorrt.load_library", lambda kind: trt)
     built = open_bundle(compile_into(workshop / "b200-here", *QUICK, TARGETS, recipe=RTX))
     engine = built.target("tensorrt").engine

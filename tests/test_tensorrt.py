@@ -37,7 +37,7 @@ from fluxc.planned_source import read_source
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe import ComponentPrecision, Target, load_recipe
-from fluxc.stages import check_targets
+from fluxc.target_stages import check_targets
 from fluxc.targets.export_onnx import export_onnx
 from fluxc.targets.tensorrt import build_engine, check_audits, check_group_scales, write_sources
 from fluxrt.bundle import Bundle, open_bundle

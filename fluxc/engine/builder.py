@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 
 from fluxc.errors import BuildError
+from fluxrt.backends.library import make_logger
 from fluxrt.bundle import dimension_size
 
 Profile = Mapping[str, tuple[int, int, int]]
@@ -34,7 +35,7 @@ def build_plan(trt: ModuleType, request: PlanRequest) -> bytes:
     Where the library takes compute capabilities, the plan runs on those GPUs and no others; full TensorRT builds for the GPU
     it runs on. Raises BuildError with the library's own words.
     """
-    logger = _logger(trt)
+    logger = make_logger(trt)
     builder = trt.Builder(logger)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
@@ -84,21 +85,3 @@ def _add_profile(builder: Any, config: Any, model: onnx.ModelProto, profile: Pro
 
 def _parser_error(error: Any) -> str:
     return f"node {error.node_name() or error.node()}: {error.desc()}"
-
-
-def _logger(trt: ModuleType) -> Any:
-    """A logger that keeps warnings and errors instead of printing them."""
-
-    class Logger(trt.ILogger):  # type: ignore[name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.lines.append(message.strip())
-
-        def told(self) -> str:
-            return "; ".join(self.lines) or "it gave no reason"
-
-    return Logger()

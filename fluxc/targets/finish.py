@@ -10,12 +10,12 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from fluxc.engine.audit import Expected, audit
-from fluxc.engine.builder import PlanRequest, build_plan
+from fluxc.engine.audit import Expected
+from fluxc.engine.builder import PlanRequest
 from fluxc.engine.library import load_library
 from fluxc.errors import BuildError
 from fluxc.recipe import Target as RecipeTarget
-from fluxc.targets.tensorrt import check_audits
+from fluxc.targets.tensorrt import build_audited, check_audits, plan_file
 from fluxrt import bundle as format
 from fluxrt.cuda import Gpu, first_gpu
 
@@ -65,14 +65,11 @@ def _build(bundle: format.Bundle, target: format.Target, gpu: Gpu, scratch: Path
         model = onnx.load(source, load_external_data=False)
         baked = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
         request = PlanRequest(name, model, (gpu.compute_capability,), plan.profiles, source if baked else None)
-        built = build_plan(module, request)
-        expected = msgspec.convert(plan.expected, Expected)
-        audits[name] = audit(built, expected, (gpu.compute_capability,))
-        file = f"engines/{target.name}/{name}.plan"
-        (scratch / file).parent.mkdir(parents=True, exist_ok=True)
-        (scratch / file).write_bytes(built)
+        file = plan_file(target.name, name)
+        audits[name] = build_audited(module, request, msgspec.convert(plan.expected, Expected), scratch / file)
         plans[name] = msgspec.structs.replace(plan, file=file)
-        lines.append(f"target {target.name}: {name}, {len(built):,} bytes, {audits[name].kernels} kernels, as planned")
+        nbytes = (scratch / file).stat().st_size
+        lines.append(f"target {target.name}: {name}, {nbytes:,} bytes, {audits[name].kernels} kernels")
     check_audits(_allowing(bundle, target), audits)
     finished = msgspec.structs.replace(
         engine,

@@ -9,17 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import msgspec
 import onnx
 
-from fluxc.engine.audit import Audit, audit
+from fluxc.engine.audit import Audit, Expected, audit
 from fluxc.engine.builder import PlanRequest, build_plan
 from fluxc.engine.cut import MEMORY_A_BYTE, Component, Cut, Cutter
 from fluxc.engine.library import load_library
 from fluxc.errors import BuildError
 from fluxc.progress import Report
+from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe import Target
 from fluxrt.bundle import Engine
 
@@ -55,13 +56,18 @@ def cut_target(
     cutter = Cutter(sizes.requests(), target.shapes == "range", target.name, f"engines/{target.name}")
     segment_bytes = None
     if target.weights == "baked":
-        segment_bytes = int((target.memory_gib - BASE_GIB) * 2**30 / MEMORY_A_BYTE)
+        segment_bytes = largest_segment(target.memory_gib)
     cutter.text_encoder(pieces["text_encoder"], components["text_encoder"], text_layers)
     cutter.transformer(pieces["transformer"], components["transformer"], sizes.text_length, segment_bytes)
     cutter.vae_decoder(pieces["vae"]["vae_decoder"], components["vae"])
     for component in components.values():
         check_group_scales(component)
     return cutter.cut
+
+
+def largest_segment(memory_gib: float) -> int:
+    """Bytes of weights that can be baked into one plan in this much memory."""
+    return int((memory_gib - BASE_GIB) * 2**30 / MEMORY_A_BYTE)
 
 
 def check_group_scales(component: Component) -> None:
@@ -81,7 +87,7 @@ def check_group_scales(component: Component) -> None:
                 )
 
 
-def spare_scales(plan: list[Any], taken: set[str]) -> set[str]:
+def spare_scales(plan: list[LayerPlan], taken: set[str]) -> set[str]:
     """Scalar scales of group members that a graph rightly leaves alone: another member's, equal, is used for the group."""
     parts = ("input_scale", "weight_scale_2", "weight_scale")
     used = {entry.layer.group for entry in plan if f"{entry.layer.name}.input_scale" in taken}
@@ -108,10 +114,9 @@ def build_engine(target: Target, cut: Cut, folder: Path, report: Report | None =
         if report:
             report(number, len(cut.plans), name)
         path = folder / plan.entry.source if plan.baked else None
-        built = build_plan(module, PlanRequest(name, plan.model, target.compute_capabilities, plan.profiles, path))
-        audits[name] = audit(built, plan.expected, target.compute_capabilities)
-        file = f"engines/{target.name}/{name}.plan"
-        (folder / file).write_bytes(built)
+        request = PlanRequest(name, plan.model, target.compute_capabilities, plan.profiles, path)
+        file = plan_file(target.name, name)
+        audits[name] = build_audited(module, request, plan.expected, folder / file)
         entries[name] = msgspec.structs.replace(plan.entry, file=file)
     check_audits(target, audits)
     return Engine(
@@ -124,7 +129,20 @@ def build_engine(target: Target, cut: Cut, folder: Path, report: Report | None =
     )
 
 
-def unfinished_engine(target: Target, cut: Cut, folder: Path, report: Report | None = None) -> Engine:
+def build_audited(module: ModuleType, request: PlanRequest, expected: Expected, path: Path) -> Audit:
+    """Build one plan into the file `path` and say what was found in it; the caller refuses faults (check_audits)."""
+    built = build_plan(module, request)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(built)
+    return audit(built, expected, request.compute_capabilities)
+
+
+def plan_file(target: str, plan: str) -> str:
+    """Where a bundle keeps a plan."""
+    return f"engines/{target}/{plan}.plan"
+
+
+def unfinished_engine(target: Target, cut: Cut) -> Engine:
     """The manifest entry of an engine whose plans are built later, on the GPU."""
     return Engine(
         library=target.kind,

@@ -1,0 +1,200 @@
+"""The stages of a target: what it needs checked first, the graphs it starts from, its files and manifest entry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fluxc.cache import StageCache, key_of
+from fluxc.checkpoint.flux2 import pixels_per_token
+from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.components import weights_entry, weights_files, weights_tensors
+from fluxc.engine.library import LIBRARIES, check_capabilities, gpu_here, installed_version, load_library
+from fluxc.errors import RecipeError
+from fluxc.planned_source import Source
+from fluxc.progress import Report
+from fluxc.recipe import LoadedRecipe, Recipe, Target
+from fluxc.targets.stray import check_no_stray
+from fluxrt import bundle as format
+
+
+def check_targets(loaded: LoadedRecipe, source: Source) -> None:
+    """Refuse targets whose GPUs do not compute in the formats the plan asks for, and gates that nothing would be held to."""
+    formats = {entry.format for plan in source.plans.values() for entry in plan}
+    for at, target in enumerate(loaded.recipe.targets):
+        if target.is_tensorrt:
+            field = f"targets[{at}].compute_capabilities"
+            check_capabilities(target.kind, target.compute_capabilities, formats, field)
+            if not LIBRARIES[target.kind].builds_without_gpu and len(target.compute_capabilities) > 1:
+                raise RecipeError(
+                    f"{field}: {target.kind} builds for one kind of GPU, the one it is finished on; give one"
+                )
+    gates = loaded.recipe.gates
+    gated = [field for field in ("step_cosine", "image_psnr_db") if getattr(gates, field) is not None]
+    if gated and not any(target.runs_here for target in loaded.recipe.targets):
+        raise RecipeError(
+            f"gates.{gated[0]}: no target of this recipe runs on the machine that builds, so nothing would be held to it; add "
+            "{kind: onnxruntime, activations: nvfp4}, which rounds as an FP4 GPU does, or leave the gate out"
+        )
+
+
+def check_libraries(recipe: Recipe) -> None:
+    """Refuse, before anything long runs, a target whose library is missing here although it could build here."""
+    for target in recipe.targets:
+        if target.is_tensorrt and LIBRARIES[target.kind].builds_without_gpu:
+            load_library(target.kind)
+
+
+def run_pieces(cache: StageCache, component: str, loaded: LoadedRecipe, source: Source, dtype: str) -> Path:
+    """The component's neutral graphs in a 16-bit type as .onnx files, one for each kind of block: GPU targets start there."""
+    config = source.checkpoint.components[component].config
+    length, family = loaded.recipe.text.length, source.family
+
+    def work(folder: Path, report: Report) -> None:
+        import torch
+
+        from fluxc.graph import trace
+
+        if component == "transformer":
+            pieces = trace.trace_transformer(config, length, source.guidance_branches, getattr(torch, dtype))
+        elif component == "text_encoder":
+            pieces = trace.trace_text_encoder(config, length, family, getattr(torch, dtype))
+        else:
+            pieces = {"vae_decoder": trace.trace_vae_decoder(config, getattr(torch, dtype))[0]}
+        for name, model in pieces.items():
+            (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+
+    inputs = [component, config, length, source.guidance_branches, dtype]
+    return cache.run(f"pieces-{component}", f"trace {component} in {dtype}", inputs, work)
+
+
+def run_graphs(
+    cache: StageCache, target: Target, loaded: LoadedRecipe, source: Source, traces: dict[str, Path]
+) -> dict[str, Path]:
+    """The neutral graphs that `target` starts from, by component; `traces` are those in fp32."""
+    if not target.is_for_gpu:
+        return traces
+    pieces = {name: run_pieces(cache, name, loaded, source, target.dtype) for name in traces if name != "vae"}
+    if target.is_tensorrt:
+        return pieces | {"vae": run_pieces(cache, "vae", loaded, source, target.dtype)}
+    return pieces | {"vae": traces["vae"]}
+
+
+def run_target(
+    cache: StageCache,
+    target: Target,
+    recipe: Recipe,
+    source: Source,
+    traces: dict[str, Path],
+    weights: dict[str, Path],
+) -> Path:
+    """The target's files below its folder, and target.json: its manifest entry. `traces` are its neutral graphs."""
+    headers = {
+        name: [[t.name, t.dtype, list(t.shape), t.file.name, t.offset] for t in weights_tensors(folder, name).values()]
+        for name, folder in weights.items()
+    }
+    formats = {name: [[e.layer.name, e.format, e.layer.group] for e in plan] for name, plan in source.plans.items()}
+    inputs: list[Any] = [[path.name for path in traces.values()], headers, formats, msgspec.to_builtins(target)]
+    if target.is_tensorrt:
+        scales = {name: _scalar_digest(folder, name) for name, folder in weights.items()}
+        library = installed_version(target.kind)
+        inputs += [library, _builds_here(target), recipe.sizes, source.guidance_branches, scales]
+        if target.weights == "baked":
+            inputs.append(
+                [cache.file_digest(file.resolve()) for n, f in weights.items() for file in weights_files(f, n)]
+            )
+
+    def work(folder: Path, report: Report) -> None:
+        import onnx
+
+        neutral = {
+            name: {file.stem: onnx.load(file) for file in sorted(path.glob("*.onnx"))} for name, path in traces.items()
+        }
+        refs = {name: weights_tensors(path, name) for name, path in weights.items()}
+        entries = {name: weights_entry(path, name) for name, path in weights.items()}
+        links = []
+        for name, path in weights.items():
+            (folder / name).mkdir()
+            for file in weights_files(path, name):
+                links.append(folder / name / file.name)
+                links[-1].hardlink_to(file.resolve())
+        make = _tensorrt_target if target.is_tensorrt else _onnxruntime_target
+        entry = make(target, recipe, source, _Parts(neutral, refs, entries, folder), report)
+        for link in links:
+            link.unlink()
+        (folder / "target.json").write_bytes(msgspec.json.encode(entry, order="deterministic"))
+
+    return cache.run(f"target-{target.name}", f"build {target.name}", inputs, work)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a target is made of: neutral graphs, tensors of the weights files and their entries by component, in a folder."""
+
+    neutral: dict[str, dict[str, Any]]
+    refs: dict[str, dict[str, TensorRef]]
+    entries: dict[str, str]
+    folder: Path
+
+
+def _onnxruntime_target(target: Target, recipe: Recipe, source: Source, parts: _Parts, report: Report) -> format.Target:
+    from fluxc.graph.compose import compose_body, compose_text_encoder
+    from fluxc.targets import onnxruntime as module
+
+    graphs = {name: model for pieces in parts.neutral.values() for name, model in pieces.items()}
+    if target.is_for_gpu:
+        config, text_layers = source.checkpoint.components["transformer"].config, source.family.text_layers
+        body = compose_body(graphs, config["num_layers"], config["num_single_layers"], recipe.text.length)
+        encoder = compose_text_encoder(graphs, text_layers)
+        graphs = {name: graphs[name] for name in ("prologue", "epilogue", "vae_decoder")}
+        graphs |= {"body": body, "text_encoder": encoder}
+    built = module.build_graphs(graphs, parts.refs, parts.entries, source.plans, target, source.unused)
+    for graph in built.values():
+        (parts.folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
+    module.check_loads(parts.folder, [graph.entry.file for graph in built.values()], target.is_for_gpu)
+    graph_entries = {name: graph.entry for name, graph in built.items()}
+    return format.Target(target.name, target.kind, target.activations, graph_entries, device=target.device)
+
+
+def _tensorrt_target(target: Target, recipe: Recipe, source: Source, parts: _Parts, report: Report) -> format.Target:
+    from fluxc.engine.cut import Component
+    from fluxc.targets import tensorrt as module
+
+    components = {
+        name: Component(name, refs, source.plans.get(name, []), f"{name}/{parts.entries[name]}")
+        for name, refs in parts.refs.items()
+    }
+    pixels = pixels_per_token(source.checkpoint)
+    sizes = module.Sizes(
+        grids=tuple((height // pixels, width // pixels) for height, width in recipe.sizes),
+        branches=(1, 2) if source.guidance_branches else (1,),
+        text_length=recipe.text.length,
+    )
+    cut = module.cut_target(target, parts.neutral, components, sizes, source.family.text_layers)
+    for name, tensors in parts.refs.items():
+        spare = module.spare_scales(source.plans.get(name, []), cut.tensors[name])
+        check_no_stray(name, [t for t in tensors if t not in cut.tensors[name] | spare], source.unused.get(name, ()))
+    module.write_sources(cut, parts.folder)
+    if _builds_here(target):
+        engine = module.build_engine(target, cut, parts.folder, report)
+    else:
+        engine = module.unfinished_engine(target, cut)
+    counts = [rows * columns for rows, columns in sizes.grids]
+    tokens = (min(counts), max(counts)) if target.shapes == "range" else None
+    return format.Target(target.name, target.kind, "nvfp4", {}, device="cuda", tokens=tokens, engine=engine)
+
+
+def _builds_here(target: Target) -> bool:
+    """Whether this machine builds the plans of `target`; check_libraries refused a library that could be here and is not."""
+    if LIBRARIES[target.kind].builds_without_gpu:
+        return True
+    return installed_version(target.kind) is not None and gpu_here(target.compute_capabilities)
+
+
+def _scalar_digest(folder: Path, component: str) -> str:
+    """A hash of a component's scalar scales, which decide whether its fusion groups can be one."""
+    scalars = [bytes(ref.bytes_view()).hex() for ref in weights_tensors(folder, component).values() if ref.shape == ()]
+    return key_of(scalars)
