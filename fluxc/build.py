@@ -21,6 +21,7 @@ from fluxc.fidelity.gates import check_gates
 from fluxc.planned_source import Source, read_source, with_auto
 from fluxc.progress import Report, StageProgress
 from fluxc.recipe import LoadedRecipe
+from fluxc.stepcache import stages as step_stages
 from fluxrt import bundle as format
 
 
@@ -46,6 +47,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         with progress.stage("hash checkpoint") as report:
             digests = stages.checkpoint_digests(source.checkpoint, cache, report)
         calibration = stages.given_calibration(loaded, digests)
+        trace = step_stages.given_trace(loaded, digests)
         # Tracing needs no weights and finds what does not fit before the long stages begin; the VAE is the quickest.
         traces = {
             name: stages.run_trace(cache, name, loaded, source) for name in ("vae", "text_encoder", "transformer")
@@ -64,6 +66,13 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         if calibration is None and (source.quantizes or only == "calibrate"):
             calibration = stages.run_calibration(cache, loaded, original, digests)
         if only == "calibrate":
+            return None
+        step_cache = None
+        if recipe.step_cache:
+            trace = trace or step_stages.run_step_trace(cache, loaded, original, digests)
+            size = recipe.calibration.size or recipe.sizes[0]
+            step_cache = step_stages.run_step_cache(cache, recipe, size, trace)
+        if only == "step-cache":
             return None
         sensitivity: dict[str, Any] | None = None
         if recipe.precision.transformer.keep == "auto" and calibration:
@@ -114,13 +123,22 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             fidelity = _run_fidelity(cache, loaded, original, staging, manifest, weights, sensitivity, held_out)
             figures = json.loads((fidelity / "report" / "report.json").read_text())
             snr = {layer["name"]: layer["snr_db"] for layer in figures["layers"] if layer["snr_db"] is not None}
-            check_gates(recipe.gates, snr, figures["targets"])
+            folders = [fidelity]
+            cached: dict[str, Any] | None = None
+            if trace and step_cache:
+                drawn = format.Bundle(staging, msgspec.structs.replace(manifest, step_cache=step_cache))
+                frontier = step_stages.run_frontier(cache, recipe, drawn, trace, held_out)
+                if frontier:
+                    folders.append(frontier)
+                    cached = json.loads((frontier / "report" / "step-cache.json").read_text())["chosen"]
+            check_gates(recipe.gates, snr, figures["targets"], cached)
             if only == "fidelity":
                 return None
-            for file in sorted(p for p in fidelity.rglob("*") if p.is_file()):
-                if file.name not in ("pictures.json", SEAL):
-                    (staging / file.relative_to(fidelity)).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, staging / file.relative_to(fidelity))
+            for folder in folders:
+                for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+                    if file.name not in ("pictures.json", SEAL):
+                        (staging / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(file, staging / file.relative_to(folder))
             summary = {
                 name: {key: value for key, value in target.items() if key != "prompts"}
                 for name, target in figures["targets"].items()
@@ -128,7 +146,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             pictures = json.loads((fidelity / "pictures.json").read_text())
             manifest = msgspec.structs.replace(
                 manifest,
-                fidelity={"reference": figures["reference"], "targets": summary},
+                fidelity={"reference": figures["reference"], "targets": summary} | _cached_figures(cached),
+                step_cache=step_cache,
                 pictures=tuple(msgspec.convert(p, format.Picture) for p in pictures),
                 files=_files(staging, cache),
             )
@@ -199,8 +218,15 @@ def _run_fidelity(
         recipe.name,
         prompts,
         sensitivity,
+        recipe.step_cache is not None,
     ]
     return cache.run("fidelity", "compare with diffusers", inputs, work)
+
+
+def _cached_figures(cached: dict[str, Any] | None) -> dict[str, Any]:
+    """The manifest's entry on pictures with the step cache against those without."""
+    left_out = ("by_prompt", "policy", "worst_prompt")
+    return {"step_cache": {key: value for key, value in cached.items() if key not in left_out}} if cached else {}
 
 
 def _precision(source: Source) -> tuple[format.Layer, ...]:

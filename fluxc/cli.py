@@ -13,7 +13,7 @@ import click
 import fluxc
 from fluxc.errors import FluxError
 
-BUILD_STAGES = ("graphs", "calibrate", "weights", "targets", "fidelity", "bundle")
+BUILD_STAGES = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

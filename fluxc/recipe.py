@@ -16,6 +16,10 @@ from fluxc.errors import RecipeError, nearest
 from fluxc.quantize.formats import Scales
 from fluxc.quantize.presets import find_preset
 
+LAGS = 6
+"""How many steps back a step trace measures a reused residual: the longest run of skipped steps any policy can have."""
+LEAST_STEPS = 10
+
 Format = Literal["nvfp4", "fp8", "bf16"]
 Size = tuple[int, int]
 
@@ -154,6 +158,33 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.activations != "none" or self.is_tensorrt
 
 
+class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Skips denoising steps, as TeaCache does; leave it out where every step is to be computed.
+
+    How many: `skip` of the steps on average, `max_error` (root mean square error of the final latents that skipped steps may
+    add up to, to first order), or `skip: auto`, the knee of the curve between them. `mode: static` skips the best fixed steps,
+    `dynamic` decides by the polynomial while a picture is drawn. `first` and `last` steps are always computed, at most
+    `longest_run` skipped in a row. The polynomial has `degree` 1 to 5; `fit: constrained` never falls. A fit that explains
+    less than `min_r2` of the variance on held-out prompts is refused. `elsewhere`: what happens to requests of other steps or
+    sizes. `prompts` are traced in place of the calibration's; `trace` is a file made by `fluxc trace`. `frontier` lists the
+    numbers of skipped steps that the report compares; empty, the one chosen alone.
+    """
+
+    skip: float | Literal["auto"] | None = None
+    max_error: float | None = None
+    mode: Literal["static", "dynamic"] = "static"
+    degree: int = 3
+    fit: Literal["constrained", "plain"] = "constrained"
+    first: int = 1
+    last: int = 1
+    longest_run: int = 4
+    min_r2: float = 0.3
+    elsewhere: Literal["refuse", "warn", "allow"] = "warn"
+    prompts: str | None = None
+    trace: str | None = None
+    frontier: tuple[int, ...] | Literal["auto"] = "auto"
+
+
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How weights are filed: a component larger than `shard_gib` is split into several files with an index."""
 
@@ -172,12 +203,14 @@ class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The worst result a build may have; a field left out is not checked.
 
     `layer_snr_db`: every quantized weight against bf16. `step_cosine`: every step's velocity against diffusers, both fed
-    diffusers' latents. `image_psnr_db`: the mean over the held-out prompts of the finished pictures.
+    diffusers' latents. `image_psnr_db`: the mean over the held-out prompts of the finished pictures. `step_cache_psnr_db`: the
+    same of pictures with skipped steps, against those without.
     """
 
     layer_snr_db: float | None = None
     step_cosine: float | None = None
     image_psnr_db: float | None = None
+    step_cache_psnr_db: float | None = None
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -193,6 +226,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sampling: Sampling = Sampling()
     precision: Precision = Precision()
     weights: Weights = Weights()
+    step_cache: StepCache | None = None
     gates: Gates = Gates()
 
 
@@ -239,6 +273,8 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe
     except msgspec.ValidationError as error:
         raise RecipeError(f"{path}: {str(error).replace('$.', '')}") from error
     _check_values(recipe, path)
+    if recipe.step_cache and recipe.step_cache.skip is None and recipe.step_cache.max_error is None:
+        recipe = msgspec.structs.replace(recipe, step_cache=msgspec.structs.replace(recipe.step_cache, skip="auto"))
     recipe = msgspec.structs.replace(recipe, targets=tuple(_with_defaults(target) for target in recipe.targets))
     return LoadedRecipe(recipe, path.resolve().parent)
 
@@ -354,6 +390,10 @@ def _check_values(recipe: Recipe, path: Path) -> None:
             refuse("precision.transformer.budget", "give either share or error, more than 0 and less than 1")
     if recipe.weights.shard_gib is not None and not recipe.weights.shard_gib > 0:
         refuse("weights.shard_gib", f"must be positive, got {recipe.weights.shard_gib}")
+    if recipe.step_cache:
+        _check_step_cache(recipe, refuse)
+    elif recipe.gates.step_cache_psnr_db is not None:
+        refuse("gates.step_cache_psnr_db", "there is no step_cache in this recipe")
     if not recipe.targets:
         refuse("targets", "give at least one, for example {kind: onnxruntime}")
     for at, target in enumerate(recipe.targets):
@@ -362,6 +402,52 @@ def _check_values(recipe: Recipe, path: Path) -> None:
     for name in names:
         if names.count(name) > 1:
             refuse("targets", f"{name!r} appears twice")
+
+
+def _check_step_cache(recipe: Recipe, refuse: Callable[[str, str], None]) -> None:
+    cache, steps = recipe.step_cache, recipe.sampling.steps
+    assert cache is not None
+    if cache.skip is not None and cache.max_error is not None:
+        refuse("step_cache", "give either skip or max_error")
+    if isinstance(cache.skip, float) and not cache.skip > 0:
+        refuse(
+            "step_cache.skip", f"must be more than 0, got {cache.skip:g}; leave step_cache out to compute every step"
+        )
+    if cache.max_error is not None and not cache.max_error > 0:
+        refuse("step_cache.max_error", f"must be more than 0, got {cache.max_error:g}")
+    if not 1 <= cache.degree <= 5:
+        refuse("step_cache.degree", f"must be 1 to 5, got {cache.degree}")
+    for field, least in (("first", 1), ("last", 0), ("longest_run", 1)):
+        if getattr(cache, field) < least:
+            refuse(f"step_cache.{field}", f"must be at least {least}, got {getattr(cache, field)}")
+    if cache.longest_run > LAGS:
+        refuse(
+            "step_cache.longest_run", f"at most {LAGS}, which is how far back a trace looks, got {cache.longest_run}"
+        )
+    if steps < LEAST_STEPS:
+        refuse(
+            "step_cache",
+            f"{steps} steps are too few to skip any (at least {LEAST_STEPS}): a model distilled to so few has none that "
+            "resemble each other; leave step_cache out, or raise sampling.steps",
+        )
+    most = most_skipped(steps, cache.first, cache.last, cache.longest_run)
+    wanted = [("skip", cache.skip)] if isinstance(cache.skip, float) else []
+    wanted += [("frontier", max(cache.frontier))] if cache.frontier and cache.frontier != "auto" else []
+    for field, count in wanted:
+        if count > most:
+            refuse(
+                f"step_cache.{field}",
+                f"{count:g} of {steps} steps cannot be skipped; at most {most} can, see longest_run",
+            )
+    if cache.frontier != "auto" and any(count < 1 for count in cache.frontier):
+        refuse("step_cache.frontier", "lists numbers of skipped steps, 1 or more")
+
+
+def most_skipped(steps: int, first: int, last: int, longest_run: int) -> int:
+    """How many of `steps` can be skipped at most: a run of `longest_run`, a computed step, and so on."""
+    free = max(steps - first - last, 0)
+    runs, rest = divmod(free, longest_run + 1)
+    return runs * longest_run + rest
 
 
 def _check_target(target: Target, field: str, refuse: Callable[[str, str], None]) -> None:

@@ -75,8 +75,13 @@ def spread(latents: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
     return tokens.reshape(1, *grid, latents.shape[-1]).permute(0, 3, 1, 2).contiguous()
 
 
-def draw(pipeline: Any, checkpoint: Checkpoint, prompt: str, drawing: Drawing) -> np.ndarray:
-    """One picture drawn by diffusers from the runtime's noise: fp32 [height, width, 3] in 0..1."""
+def draw(
+    pipeline: Any, checkpoint: Checkpoint, prompt: str, drawing: Drawing, dtype: torch.dtype | None = None
+) -> np.ndarray:
+    """One picture drawn by diffusers from the runtime's noise: fp32 [height, width, 3] in 0..1.
+
+    `dtype` is that of the latents, by default the model's.
+    """
     size = drawing.size
     latents = spread(noise_for(checkpoint, size, drawing.seed), grid_of(checkpoint, size))
     result = pipeline(
@@ -85,7 +90,7 @@ def draw(pipeline: Any, checkpoint: Checkpoint, prompt: str, drawing: Drawing) -
         width=size[1],
         num_inference_steps=drawing.steps,
         guidance_scale=drawing.guidance,
-        latents=latents.to(pipeline.transformer.dtype),
+        latents=latents.to(dtype or pipeline.transformer.dtype),
         max_sequence_length=drawing.text_length,
         text_encoder_out_layers=drawing.text_layers,
         output_type="np",

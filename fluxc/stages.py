@@ -11,12 +11,13 @@ import msgspec
 
 from fluxc.cache import PROGRESS, StageCache, key_of, tool_versions
 from fluxc.calibrate.amax import input_amax
-from fluxc.calibrate.file import CHECKPOINT_PARTS, Origin, check_origin, read_calibration, write_calibration
+from fluxc.calibrate.file import read_calibration, write_calibration
 from fluxc.checkpoint.flux2 import pixels_per_token
 from fluxc.checkpoint.source import WEIGHTED, Checkpoint, check_tensors
 from fluxc.components import WEIGHTS_FILE, small_files
 from fluxc.engine.library import installed_version
 from fluxc.errors import RecipeError
+from fluxc.measured import CHECKPOINT_PARTS, Origin, check_origin
 from fluxc.planned_source import Source, kept_tensors
 from fluxc.progress import Report
 from fluxc.quantize.formats import Scales
@@ -260,7 +261,7 @@ def run_trace(cache: StageCache, component: str, loaded: LoadedRecipe, source: S
         if component == "transformer":
             pieces = trace.trace_transformer(config, length, source.guidance_branches)
             body = compose.compose_body(pieces, config["num_layers"], config["num_single_layers"], length)
-            graphs = {"prologue": pieces["prologue"], "body": body, "epilogue": pieces["epilogue"]}
+            graphs = {name: pieces[name] for name in ("prologue", "signal", "epilogue")} | {"body": body}
         elif component == "text_encoder":
             pieces = trace.trace_text_encoder(config, length, family)
             graphs = {"text_encoder": compose.compose_text_encoder(pieces, family.text_layers)}

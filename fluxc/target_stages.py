@@ -98,6 +98,7 @@ def run_target(
     }
     formats = {name: [[e.layer.name, e.format, e.layer.group] for e in plan] for name, plan in source.plans.items()}
     inputs: list[Any] = [[path.name for path in traces.values()], headers, formats, msgspec.to_builtins(target)]
+    inputs.append(recipe.step_cache is not None)
     if target.is_tensorrt:
         scales = {name: _scalar_digest(folder, name) for name, folder in weights.items()}
         library = installed_version(target.kind)
@@ -113,6 +114,8 @@ def run_target(
         neutral = {
             name: {file.stem: onnx.load(file) for file in sorted(path.glob("*.onnx"))} for name, path in traces.items()
         }
+        if recipe.step_cache is None:
+            neutral["transformer"].pop("signal")
         refs = {name: weights_tensors(path, name) for name, path in weights.items()}
         entries = {name: weights_entry(path, name) for name, path in weights.items()}
         links = []
@@ -149,7 +152,8 @@ def _onnxruntime_target(target: Target, recipe: Recipe, source: Source, parts: _
         config, text_layers = source.checkpoint.components["transformer"].config, source.family.text_layers
         body = compose_body(graphs, config["num_layers"], config["num_single_layers"], recipe.text.length)
         encoder = compose_text_encoder(graphs, text_layers)
-        graphs = {name: graphs[name] for name in ("prologue", "epilogue", "vae_decoder")}
+        kept = ("prologue", "signal", "epilogue", "vae_decoder")
+        graphs = {name: graphs[name] for name in kept if name in graphs}
         graphs |= {"body": body, "text_encoder": encoder}
     built = module.build_graphs(graphs, parts.refs, parts.entries, source.plans, target, source.unused)
     for graph in built.values():

@@ -20,7 +20,7 @@ from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
 from fluxc import stages
 from fluxc.calibrate import run
 from fluxc.calibrate.amax import input_amax, least_error, percentile
-from fluxc.calibrate.file import CHECKPOINT_PARTS, Origin, Records, check_origin, read_calibration, write_calibration
+from fluxc.calibrate.file import Records, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer
 from fluxc.calibrate.placement import Placement, _available_memory, choose
 from fluxc.calibrate.records import BINS, ROWS, LayerInputs, bin_edges, merge
@@ -31,6 +31,7 @@ from fluxc.calibrate.verb import calibrate_to_file
 from fluxc.checkpoint.flux2 import Linear
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.errors import BuildError, CheckpointError, RecipeError
+from fluxc.measured import CHECKPOINT_PARTS, Origin, check_origin
 from fluxc.quantize import fp8, nvfp4
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe import Calibration, load_recipe
@@ -276,7 +277,7 @@ def test_a_file_of_another_checkpoint_or_request_is_refused_by_name(tmp_path: Pa
         check_origin(file, {**digests(), "transformer": {"file": "another"}}, {"prompts": ["a"], "steps": 3})
     with pytest.raises(BuildError, match=r"other steps \(3 there, 4 in the recipe\)"):
         check_origin(file, digests(), {"prompts": ["a"], "steps": 4})
-    with pytest.raises(BuildError, match="made with other prompts; calibrate again"):
+    with pytest.raises(BuildError, match="made with other prompts; measure again"):
         check_origin(file, digests(), {"prompts": ["b"], "steps": 3})
 
 

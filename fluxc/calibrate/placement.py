@@ -1,4 +1,4 @@
-"""Where the model runs while it is calibrated: on the GPU if there is one, and in pieces if it does not fit."""
+"""Where the model runs while it is measured: on the GPU if there is one, and in pieces if it does not fit."""
 
 from __future__ import annotations
 
@@ -45,24 +45,27 @@ def choose(weights: dict[str, int], gpu_free: int | None, host_free: int) -> Pla
     return Placement("cuda", "layer")
 
 
-def find_placement(checkpoint: Checkpoint, device: str) -> Placement:
-    """The placement on this machine; `device` is auto, cpu or cuda. BuildError if cuda is asked for and not there."""
+def find_placement(checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.bfloat16) -> Placement:
+    """The placement on this machine for weights in `dtype`; `device` is auto, cpu or cuda.
+
+    BuildError if cuda is asked for and not there.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise BuildError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or install torch for CUDA")
     gpu = torch.cuda.mem_get_info()[0] if device != "cpu" and torch.cuda.is_available() else None
     weights = {
-        name: weights_bytes(part)
+        name: weights_bytes(part) * dtype.itemsize // torch.bfloat16.itemsize
         for name, part in checkpoint.components.items()
         if name in ("transformer", "text_encoder", "vae")
     }
     return choose(weights, gpu, _available_memory())
 
 
-def place(checkpoint: Checkpoint, placement: Placement) -> Any:
-    """diffusers' pipeline in bfloat16, placed."""
+def place(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """diffusers' pipeline in `dtype`, placed."""
     if placement.pieces == "layer":
-        return _read_by_layer(checkpoint, torch.device(placement.device))
-    pipeline = load_pipeline(checkpoint, torch.bfloat16)
+        return _read_by_layer(checkpoint, torch.device(placement.device), dtype)
+    pipeline = load_pipeline(checkpoint, dtype)
     if placement.pieces == "component":
         pipeline.enable_model_cpu_offload()
     elif placement.device == "cuda":
@@ -84,7 +87,7 @@ def _available_memory(system: Path = Path("/")) -> int:
     return min(available, limit - used)
 
 
-def _read_by_layer(checkpoint: Checkpoint, device: torch.device) -> Any:
+def _read_by_layer(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
     import accelerate
 
     parts = {}
@@ -92,10 +95,10 @@ def _read_by_layer(checkpoint: Checkpoint, device: torch.device) -> Any:
         component = checkpoint.components[name]
         model = empty_model(component)
         for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16()
-        accelerate.cpu_offload(model, execution_device=device, state_dict=PlainTensors(component, torch.bfloat16))
+            parameter.data = parameter.data.to(dtype)
+        accelerate.cpu_offload(model, execution_device=device, state_dict=PlainTensors(component, dtype))
         parts[name] = model
-    pipeline = load_pipeline(checkpoint, torch.bfloat16, **parts)
+    pipeline = load_pipeline(checkpoint, dtype, **parts)
     # diffusers takes the first component that accelerate does not manage for the device everything runs on.
     accelerate.cpu_offload(pipeline.vae, execution_device=device)
     return pipeline

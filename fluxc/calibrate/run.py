@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fluxc.calibrate.file import Origin, Records, read_calibration, write_calibration
+from fluxc.calibrate.file import Records, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer
 from fluxc.calibrate.placement import Placement, place
 from fluxc.calibrate.records import merge
 from fluxc.calibrate.sample import sample_points
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.errors import BuildError, FluxError
+from fluxc.measured import Origin
 from fluxc.progress import Report
 from fluxc.reference import Drawing, draw
 

@@ -90,11 +90,14 @@ class Cutter:
     def transformer(
         self, pieces: dict[str, onnx.ModelProto], component: Component, text_length: int, segment_bytes: int | None
     ) -> None:
-        """prologue, body and epilogue; with `segment_bytes`, the blocks' weights are baked, at most that many a segment."""
+        """prologue, signal if there is one, body and epilogue; with `segment_bytes`, the blocks' weights are baked, at most
+        that many a segment."""
         steps = compose_steps(pieces, text_length)
         blocks = _blocks(component)
         results = tuple(value.name for value in steps["prologue"].graph.output)
         self._program("prologue", component, self._calls("prologue", steps["prologue"], component), results)
+        if "signal" in pieces:
+            self._program("signal", component, self._calls("signal", pieces["signal"], component), ("signal", "change"))
         at, after = "joined", "joined_after"
         body = []
         if segment_bytes is None:

@@ -8,10 +8,16 @@ from fluxc.errors import GateError
 from fluxc.recipe import Gates
 
 
-def check_gates(gates: Gates, layer_snr_db: dict[str, float], targets: dict[str, dict[str, Any]]) -> None:
+def check_gates(
+    gates: Gates,
+    layer_snr_db: dict[str, float],
+    targets: dict[str, dict[str, Any]],
+    cached: dict[str, Any] | None = None,
+) -> None:
     """Raise GateError naming every figure that misses its gate.
 
-    `layer_snr_db` holds the weight SNR of the layers the build quantized, `targets` figures by target (see compare_target).
+    `layer_snr_db` holds the weight SNR of the layers the build quantized, `targets` figures by target (see compare_target),
+    `cached` those of pictures with the step cache (see frontier.figures).
     """
     # Written as "not at least", so that a NaN misses its gate.
     misses = []
@@ -28,8 +34,13 @@ def check_gates(gates: Gates, layer_snr_db: dict[str, float], targets: dict[str,
         for name, figures in targets.items():
             if not figures[field] >= gate:
                 misses.append(f"target {name}: {field} {figures[field]} under {gate}")
+    if gates.step_cache_psnr_db is not None and not (cached and cached["psnr_db"] >= gates.step_cache_psnr_db):
+        found = (
+            f"{cached['psnr_db']} under {gates.step_cache_psnr_db}" if cached else "not measured, no target runs here"
+        )
+        misses.append(f"step cache: step_cache_psnr_db {found}")
     if misses:
         raise GateError(
-            f"gates: {'; '.join(misses)}. No bundle was written; keep more layers in higher precision, "
+            f"gates: {'; '.join(misses)}. No bundle was written; keep more layers in higher precision, skip fewer steps, "
             "or lower the gate in the recipe if this loss is acceptable"
         )

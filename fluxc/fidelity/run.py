@@ -65,6 +65,7 @@ def measure(
         "engines": {t.name: _engine(t.engine) for t in bundle.manifest.targets if t.engine},
         "layers": layers,
         "sensitivity": sensitivity,
+        "step_cache": recipe.step_cache is not None,
     }
     pictures: dict[str, list[np.ndarray]] = {"reference": [r.trace.image for r in references]}
     for target in runnable:

@@ -63,6 +63,27 @@ class Prologue(nn.Module):
         )
 
 
+class Signal(nn.Module):
+    """hidden [B, S, D], modulation [1, 6D or 3D], previous_signal [1, S, D] -> signal fp32 [1, S, D], change fp32 [2].
+
+    The signal is the modulated input of the first block's image stream, what TeaCache watches: it is the same for all
+    guidance branches. `change` is (sum of |signal - previous_signal|, sum of |previous_signal|); ranks add theirs up before
+    they divide.
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, hidden, modulation, previous_signal):
+        width = hidden.shape[-1]
+        shift, scale = modulation[:, None, :width].float(), modulation[:, None, width : 2 * width].float()
+        signal = nn.functional.layer_norm(hidden[:1].float(), (width,), eps=self.eps) * (1 + scale) + shift
+        # A row at a time: one long fp32 sum over a large picture would lose small terms.
+        moved, before = (signal - previous_signal).abs().sum(-1).sum(), previous_signal.abs().sum(-1).sum()
+        return signal, torch.stack([moved, before])
+
+
 class DoubleBlock(nn.Module):
     """One double-stream block: image and text tokens keep their own weights and meet in attention."""
 

@@ -21,7 +21,7 @@ from onnx import helper, numpy_helper
 from fluxc.checkpoint.flux2 import Family
 from fluxc.errors import BuildError
 from fluxc.graph import LINEAR_DOMAIN, OPSET
-from fluxc.graph.modules import DoubleBlock, Epilogue, Prologue, SingleBlock, TextLayer, TextStem, VaeDecoder
+from fluxc.graph.modules import DoubleBlock, Epilogue, Prologue, Signal, SingleBlock, TextLayer, TextStem, VaeDecoder
 
 Input = tuple[torch.Tensor, dict[int, str] | None]
 
@@ -29,7 +29,7 @@ Input = tuple[torch.Tensor, dict[int, str] | None]
 def trace_transformer(
     config: dict[str, Any], text_length: int, guidance_branches: bool, dtype: torch.dtype = torch.float32
 ) -> dict[str, onnx.ModelProto]:
-    """The neutral graphs `prologue`, `double_block`, `single_block` and `epilogue` of a Flux2Transformer2DModel in `dtype`."""
+    """The neutral graphs prologue, signal, double_block, single_block and epilogue of a Flux2Transformer2DModel in `dtype`."""
     from diffusers import Flux2Transformer2DModel
 
     small = {
@@ -70,6 +70,12 @@ def trace_transformer(
         prologue_inputs["guidance"] = (scalar, None)
     if guidance_branches:
         epilogue_inputs["guidance"] = (scalar, None)
+    first = ("modulation_img", 6) if config["num_layers"] else ("modulation_single", 3)
+    signal_inputs = {
+        "hidden": (hidden, both),
+        first[0]: (_meta(1, first[1] * width, dtype=dtype), None),
+        "previous_signal": (_meta(1, tokens, width), only_tokens),
+    }
     double_inputs = {
         "hidden": (hidden, both),
         "text_hidden": (text_hidden, only_branches),
@@ -99,6 +105,7 @@ def trace_transformer(
                 "rope_sin",
             ),
         ),
+        "signal": trace(Signal(model.config.eps), signal_inputs, ("signal", "change")),
         "epilogue": trace(Epilogue(model, guidance_branches), epilogue_inputs, ("next_latents",)),
     }
     if config["num_layers"]:

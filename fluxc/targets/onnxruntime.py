@@ -21,6 +21,7 @@ from fluxrt.bundle import Graph, Port
 COMPONENT_OF = {
     "text_encoder": "text_encoder",
     "prologue": "transformer",
+    "signal": "transformer",
     "body": "transformer",
     "epilogue": "transformer",
     "vae_decoder": "vae",
@@ -28,6 +29,7 @@ COMPONENT_OF = {
 ARGUMENTS = {
     "text_encoder": {"input_ids", "attention_mask"},
     "prologue": {"latents", "text", "sigma", "columns", "guidance"},
+    "signal": {"hidden", "modulation_img", "modulation_single", "previous_signal"},
     "body": {"hidden", "text_hidden", "modulation_img", "modulation_txt", "modulation_single", "rope_cos", "rope_sin"},
     "epilogue": {"latents", "hidden", "residual", "temb", "sigma", "next_sigma", "guidance"},
     "vae_decoder": {"latent_grid"},

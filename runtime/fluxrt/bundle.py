@@ -12,14 +12,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from fluxrt.errors import BundleError
 
 FORMAT = "fluxc-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
 
 
@@ -149,6 +149,15 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         plans = self.engine.plans.values() if self.engine else ()
         return any(port.name == name for part in (*self.graphs.values(), *plans) for port in part.inputs)
 
+    def input(self, name: str) -> Port:
+        """The first input of this name; BundleError if there is none."""
+        plans = self.engine.plans.values() if self.engine else ()
+        for part in (*self.graphs.values(), *plans):
+            for port in part.inputs:
+                if port.name == name:
+                    return port
+        raise BundleError(f"no graph of target {self.name!r} has an input {name!r}; rebuild the bundle")
+
 
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One Linear of a component: shape [out, in], format, the rule that decided it, and its fusion group if any."""
@@ -183,6 +192,40 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: int
     guidance: float
     guidance_branches: bool
+
+
+class CacheRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When the dynamic step cache skips, see fluxrt.stepcache.
+
+    `coefficients` of the polynomial, highest degree first; `first` and `last` steps are always computed, and no more than
+    `longest_run` are skipped in a row. A negative value of the polynomial counts as `zero` (ours), as it is (`signed`, the
+    authors' rule) or with its sign taken off (`absolute`, VisualGen's).
+    """
+
+    coefficients: tuple[float, ...]
+    threshold: float
+    first: int = 1
+    last: int = 1
+    longest_run: int | None = None
+    negative: Literal["zero", "signed", "absolute"] = "zero"
+
+
+class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which steps reuse the last residual: by `rule` (dynamic) or those in `schedule` (static), for `steps` steps at `size`.
+
+    `elsewhere` is what happens to requests of another size or number of steps, which the rule decides if anything does.
+    `visual_gen` is the rule for TensorRT-LLM's VisualGen, fitted to residuals of the latents. `fit` says how well the
+    polynomials fit, and how thresholds were found.
+    """
+
+    mode: Literal["dynamic", "static"]
+    rule: CacheRule
+    schedule: tuple[int, ...]
+    steps: int
+    size: tuple[int, int]
+    elsewhere: Literal["refuse", "warn", "allow"]
+    visual_gen: CacheRule
+    fit: dict[str, Any]
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -224,6 +267,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fidelity: dict[str, Any]
     pictures: tuple[Picture, ...]
     files: dict[str, File]
+    step_cache: StepCache | None = None
 
 
 class _Head(msgspec.Struct):

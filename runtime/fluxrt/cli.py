@@ -39,6 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--target", help="which of the bundle's targets to run (default: the best that this machine runs)"
     )
+    generate.add_argument("--no-step-cache", action="store_true", help="compute every step")
+    generate.add_argument(
+        "--threshold", type=float, help="let the step cache's rule decide with this threshold: larger skips more"
+    )
     generate.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     generate.set_defaults(run=_generate)
     return parser
@@ -62,9 +66,11 @@ def _generate(options: argparse.Namespace) -> int:
         steps=options.steps,
         guidance=options.guidance,
         size=options.size,
+        step_cache=False if options.no_step_cache else None,
+        threshold=options.threshold,
         on_step=on_step if showing else None,
     )
-    for note in pipeline.backend.notes:
+    for note in (*result.notes, *pipeline.backend.notes):
         print(f"fluxrt: {note}", file=sys.stderr)
     several = len(result.images) > 1
     for number, image in enumerate(result.images):
@@ -73,6 +79,9 @@ def _generate(options: argparse.Namespace) -> int:
         image.save(partial, format="PNG")
         partial.replace(path)
         print(path)
+        if result.skipped[number]:
+            listed = ", ".join(str(step) for step in result.skipped[number])
+            print(f"fluxrt: {path.name}: skipped {len(result.skipped[number])} steps ({listed})", file=sys.stderr)
     return 0
 
 

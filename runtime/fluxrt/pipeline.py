@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fluxrt.backends import Backend, make_backend, run
+from fluxrt.bundle import dimension_size
 from fluxrt.choose import choose
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.prompt import PromptEncoder
 from fluxrt.schedule import SCHEDULES
+from fluxrt.stepcache import Decisions, decisions_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import numpy as np
     from PIL.Image import Image
@@ -26,10 +28,15 @@ STEP = ("prologue", "body", "epilogue")
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures in the order of the prompts, and where the time went, in seconds."""
+    """Pictures in the order of the prompts, where the time went, in seconds, and the steps each picture skipped (from 0).
+
+    `notes` says what the caller should know of how the request was served.
+    """
 
     images: list[Image]
     seconds: dict[str, float]
+    skipped: list[tuple[int, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class Pipeline:
@@ -40,6 +47,7 @@ class Pipeline:
         self.target = choose(bundle)[0] if target is None else bundle.target(target)
         self.backend: Backend = make_backend(bundle, self.target, threads)
         self._encoder: PromptEncoder | None = None
+        self._sizes: dict[str, int] = {}
 
     def __call__(
         self,
@@ -50,13 +58,16 @@ class Pipeline:
         guidance: float | None = None,
         size: tuple[int, int] | None = None,
         latents: np.ndarray | None = None,
+        step_cache: bool | None = None,
+        threshold: float | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Result:
         """Draw one picture a prompt.
 
         `seed` fixes the starting noise: one for all (picture i then uses seed + i) or one a prompt. `size` is
         (height, width) in pixels and must be one that was compiled. `guidance` 1.0 turns classifier-free guidance off
-        where the model uses it. `latents`, fp32 [prompts, tokens, channels], replaces the starting noise.
+        where the model uses it. `latents`, fp32 [prompts, tokens, channels], replaces the starting noise. `step_cache` False
+        computes every step; `threshold` has the step cache decide by its rule with this threshold.
         `on_step(done, total)` is called after every step. Raises RequestError for what the bundle cannot do.
         """
         import numpy as np
@@ -78,25 +89,32 @@ class Pipeline:
         elif latents.shape != expected:
             raise RequestError(f"latents have shape {list(latents.shape)}, this request needs {list(expected)}")
 
+        pixels = sampling.pixels_per_token
+        drawn = (grid[0] * pixels, grid[1] * pixels)
+        cache = self.bundle.manifest.step_cache
+        _, note = decisions_for(cache, steps, drawn, step_cache, threshold)
         sigmas = SCHEDULES[sampling.schedule](tokens, steps)
         seconds = {"text": 0.0, "steps": 0.0, "decode": 0.0}
-        images, done = [], 0
+        images, skipped, done = [], [], 0
         for words, start in zip(prompts, latents, strict=True):
             began = time.perf_counter()
             self.begin(start[None], grid, guidance, self.tokenize(self.branches(words, guidance)))
             encoded = time.perf_counter()
-            for sigma, next_sigma in itertools.pairwise(sigmas):
-                self.step(sigma, next_sigma)
+            decisions, _ = decisions_for(cache, steps, drawn, step_cache, threshold)
+            left_out = []
+            for number, skips in enumerate(self.denoise(sigmas, decisions)):
+                left_out += [number] if skips else []
                 done += 1
                 if on_step:
                     on_step(done, steps * len(prompts))
+            skipped.append(tuple(left_out))
             final = self.backend.get("latents")
             stepped = time.perf_counter()
             images.append(to_image(self.decode(final, grid)[0]))
             decoded = time.perf_counter()
             for what, took in (("text", encoded - began), ("steps", stepped - encoded), ("decode", decoded - stepped)):
                 seconds[what] += took
-        return Result(images, seconds)
+        return Result(images, seconds, skipped, [note] if note else [])
 
     def grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Token rows and columns of `size` (height, width), which must have been compiled."""
@@ -166,20 +184,57 @@ class Pipeline:
 
     def step(self, sigma: float, next_sigma: float, graphs: tuple[str, ...] = STEP) -> None:
         """One denoising step: the buffer `latents` moves from `sigma` to `next_sigma`."""
+        self._put_sigmas(sigma, next_sigma)
+        self.backend.play(graphs, {"next_latents": "latents"})
+
+    def denoise(self, sigmas: list[float], decisions: Decisions | None = None) -> Iterator[bool]:
+        """Every step from what `begin` left, and whether its body was skipped; `decisions` None computes them all.
+
+        A step whose decision needs its change is cut in two: the host looks at two numbers in between.
+        """
         import numpy as np
 
-        self.backend.put("sigma", np.array(sigma, dtype=np.float32))
-        self.backend.put("next_sigma", np.array(next_sigma, dtype=np.float32))
-        self.backend.play(graphs, {"next_latents": "latents"})
+        dynamic = decisions is not None and decisions.rule is not None
+        if dynamic:
+            shape = self.target.input("previous_signal").shape
+            self.backend.put("previous_signal", np.zeros([dimension_size(d, self._sizes) for d in shape], np.float32))
+        front = ("prologue", "signal") if dynamic else ("prologue",)
+        carry = {"signal": "previous_signal"} if dynamic else {}
+        for number, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
+            if decisions is None:
+                self.step(sigma, next_sigma)
+                yield False
+                continue
+            change = None
+            if decisions.needs_change(number):
+                self._put_sigmas(sigma, next_sigma)
+                self.backend.play(front, carry)
+                moved, before = (float(part) for part in self.backend.get("change"))
+                change = moved / before if before else 0.0
+            skips = decisions.skip(number, change)
+            back = ("epilogue",) if skips else ("body", "epilogue")
+            if change is None:
+                self._put_sigmas(sigma, next_sigma)
+                self.backend.play((*front, *back), {**carry, "next_latents": "latents"})
+            else:
+                self.backend.play(back, {"next_latents": "latents"})
+            yield skips
 
     def decode(self, latents: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Picture fp32 [1, height, width, 3] in 0..1 from `latents` [1, tokens, channels]."""
         spread = latents.reshape(1, grid[0], grid[1], latents.shape[-1])
         return run(self.backend, "vae_decoder", {"latent_grid": spread})["image"]
 
+    def _put_sigmas(self, sigma: float, next_sigma: float) -> None:
+        import numpy as np
+
+        self.backend.put("sigma", np.array(sigma, dtype=np.float32))
+        self.backend.put("next_sigma", np.array(next_sigma, dtype=np.float32))
+
     def _prepare(self, branches: int, grid: tuple[int, int]) -> None:
         rows, columns = grid
-        self.backend.prepare({"branches": branches, "tokens": rows * columns, "rows": rows, "columns": columns})
+        self._sizes = {"branches": branches, "tokens": rows * columns, "rows": rows, "columns": columns}
+        self.backend.prepare(self._sizes)
 
 
 def starting_noise(seed: int, tokens: int, channels: int) -> np.ndarray:

@@ -1,0 +1,85 @@
+"""The trace file: what every step of some pictures changed, and which of the request's pictures they are.
+
+Traces of parts of the prompts, made on several machines, merge into one. A trace belongs to one checkpoint, size and number of
+steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from fluxc.errors import BuildError
+from fluxc.measured import Kind, Origin, read_measured, write_measured
+from fluxc.stepcache.trace import StepTrace, joined
+
+KIND = Kind("fluxc-step-trace", 1, "trace file", "trace")
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """A trace file that was read; `pictures` are the numbers of its pictures among the request's prompts."""
+
+    path: Path
+    origin: Origin
+    pictures: list[int]
+    trace: StepTrace
+
+
+def write_trace(path: Path, origin: Origin, pictures: list[int], trace: StepTrace) -> None:
+    """Write `path`; it appears when complete. Raises BuildError where a step saw a NaN or infinity."""
+    if not trace.is_finite():
+        raise BuildError(
+            "step trace: a step's velocity or modulated input holds NaN or infinity; the checkpoint is damaged, or does not "
+            "run in fidelity.reference's dtype"
+        )
+    tensors = {f.name: np.ascontiguousarray(getattr(trace, f.name)) for f in fields(StepTrace)}
+    write_measured(path, KIND, origin, tensors | {"pictures": np.array(pictures, np.int64)})
+
+
+def read_trace(path: Path) -> TraceFile:
+    """Read `path`; errors as in read_measured."""
+    origin, tensors = read_measured(path, KIND)
+    pictures = [int(number) for number in tensors.pop("pictures")]
+    return TraceFile(path, origin, pictures, StepTrace(**tensors))
+
+
+def merge_traces(files: list[TraceFile]) -> tuple[Origin, list[int], StepTrace]:
+    """Traces of parts of one request as one, its pictures in order; BuildError naming what does not belong together."""
+    first, *others = files
+    owner = dict.fromkeys(first.pictures, first.path)
+    for file in others:
+        for field in ("checkpoint", "request", "tools"):
+            if getattr(file.origin, field) != getattr(first.origin, field):
+                what = _differing(getattr(file.origin, field), getattr(first.origin, field))
+                raise BuildError(
+                    f"{file.path}: its {field} is not that of {first.path} ({what} differs); trace it again"
+                )
+        twice = [number for number in file.pictures if number in owner]
+        if twice:
+            raise BuildError(
+                f"{file.path}: prompt {twice[0] + 1} is also in {owner[twice[0]]}; give every part of the prompts once"
+            )
+        owner |= dict.fromkeys(file.pictures, file.path)
+    pictures = [number for file in files for number in file.pictures]
+    order = sorted(range(len(pictures)), key=pictures.__getitem__)
+    ran = "; ".join(dict.fromkeys(file.origin.ran for file in files))
+    origin = Origin(first.origin.checkpoint, first.origin.request, ran, first.origin.tools)
+    return origin, sorted(pictures), joined([file.trace for file in files]).of(order)
+
+
+def check_complete(file: TraceFile) -> None:
+    """Refuse a trace that lacks pictures of its request (BuildError)."""
+    asked = len(file.origin.request["prompts"])
+    missing = sorted(set(range(asked)) - set(file.pictures))
+    if missing:
+        raise BuildError(
+            f"{file.path}: holds {len(file.pictures)} of {asked} prompts, prompt {missing[0] + 1} is missing; put the parts "
+            "together with `fluxc merge-traces`"
+        )
+
+
+def _differing(ours: dict[str, object], theirs: dict[str, object]) -> str:
+    return ", ".join(repr(key) for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key))

@@ -1,0 +1,149 @@
+"""Quality against skipped steps on held-out prompts: our rule and schedule, the published rule, and simply fewer steps.
+
+Every method is given the same number of steps to compute and drawn by the bundle's own runtime; its pictures are compared with
+those of the full run of the same target. A point is a folder: figures.json, and pictures.npz where they will be shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxc.fidelity.metrics import psnr, significant, ssim
+from fluxc.recipe import StepCache as Settings
+from fluxc.recipe import most_skipped
+from fluxc.stepcache.policy import PUBLISHED, best_schedules, find_threshold
+from fluxc.stepcache.trace import StepTrace
+from fluxrt.bundle import Bundle, CacheRule, StepCache
+from fluxrt.pipeline import Pipeline, starting_noise
+from fluxrt.schedule import SCHEDULES
+from fluxrt.stepcache import Decisions
+
+METHODS = ("static", "dynamic", "published", "fewer steps")
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The pictures a frontier is measured on: prompt i starts from the noise of `seed` + i."""
+
+    prompts: list[str]
+    seed: int
+    steps: int
+    guidance: float
+    size: tuple[int, int]
+
+
+def counts(settings: Settings, steps: int) -> list[int]:
+    """The numbers of skipped steps to compare."""
+    if settings.frontier != "auto":
+        return sorted(set(settings.frontier))
+    most = most_skipped(steps, settings.first, settings.last, settings.longest_run)
+    return sorted({round(share * steps) for share in SHARES if 1 <= round(share * steps) <= most})
+
+
+def policies(cache: StepCache, trace: StepTrace, count: int) -> dict[str, Any]:
+    """How every method skips `count` of the trace's steps: JSON-like, for draw_all."""
+    rule = find_threshold(cache.rule, trace.change, count)
+    limits = (cache.rule.first, cache.rule.last, cache.rule.longest_run or trace.steps)
+    return {
+        "static": {"schedule": list(best_schedules(trace.residual_error, *limits)[count][0])},
+        "dynamic": {"rule": _as_json(rule)},
+        "published": {"rule": _as_json(find_threshold(PUBLISHED, trace.change, count))},
+        "fewer steps": {"steps": trace.steps - count},
+    }
+
+
+def chosen(cache: StepCache) -> dict[str, Any]:
+    """The policy the bundle serves with."""
+    return {"schedule": list(cache.schedule)} if cache.mode == "static" else {"rule": _as_json(cache.rule)}
+
+
+def draw_all(
+    bundle: Bundle, target: str, request: Request, policy: dict[str, Any], advance: Callable[[], None]
+) -> tuple[np.ndarray, list[list[int]]]:
+    """Pictures fp32 [prompts, height, width, 3] under `policy` ({} computes every step), and the steps each skipped."""
+    pipeline = Pipeline(bundle, target=target)
+    sampling = bundle.manifest.sampling
+    grid = pipeline.grid(request.size)
+    tokens = grid[0] * grid[1]
+    steps = policy.get("steps", request.steps)
+    sigmas = SCHEDULES[sampling.schedule](tokens, steps)
+    pictures, skipped = [], []
+    for number, prompt in enumerate(request.prompts):
+        noise = starting_noise(request.seed + number, tokens, sampling.latent_channels)[None]
+        words = pipeline.tokenize(pipeline.branches(prompt, request.guidance))
+        pipeline.begin(noise, grid, request.guidance, words)
+        skips = list(pipeline.denoise(sigmas, _decisions(policy, steps)))
+        skipped.append([step for step, skip in enumerate(skips) if skip])
+        pictures.append(pipeline.decode(pipeline.backend.get("latents"), grid)[0])
+        advance()
+    return np.stack(pictures), skipped
+
+
+def figures(pictures: np.ndarray, full: np.ndarray, skipped: list[list[int]], steps: int) -> dict[str, Any]:
+    """Quality of `pictures` against the full run: mean, 5th percentile, worst prompt; steps computed a picture."""
+    psnrs = [psnr(ours, reference) for ours, reference in zip(pictures, full, strict=True)]
+    ssims = [ssim(ours, reference) for ours, reference in zip(pictures, full, strict=True)]
+    return {
+        "computed": round(float(np.mean([steps - len(left_out) for left_out in skipped])), 2),
+        "psnr_db": significant(float(np.mean(psnrs))),
+        "psnr_db_p5": significant(float(np.percentile(psnrs, 5))),
+        "psnr_db_worst": significant(min(psnrs)),
+        "worst_prompt": int(np.argmin(psnrs)),
+        "ssim": significant(float(np.mean(ssims)), 6),
+        "ssim_worst": significant(min(ssims), 6),
+        "by_prompt": [
+            {"skipped": left_out, "psnr_db": significant(p), "ssim": significant(s, 6)}
+            for left_out, p, s in zip(skipped, psnrs, ssims, strict=True)
+        ],
+    }
+
+
+def measure_point(
+    folder: Path,
+    bundle: Bundle,
+    target: str,
+    request: Request,
+    methods: dict[str, dict[str, Any]],
+    full: np.ndarray,
+    keep: Iterable[str],
+    advance: Callable[[], None],
+) -> None:
+    """Write figures.json into `folder`, and pictures.npz with the pictures of the methods in `keep`."""
+    found, kept = {}, {}
+    for method, policy in methods.items():
+        pictures, skipped = draw_all(bundle, target, request, policy, advance)
+        steps = policy.get("steps", request.steps)
+        found[method] = figures(pictures, full, skipped, steps) | {"policy": policy}
+        if method in keep:
+            kept[method] = pictures
+    (folder / "figures.json").write_text(json.dumps(found))
+    for method, pictures in kept.items():
+        np.save(folder / f"{method}.npy", pictures)
+
+
+def _decisions(policy: dict[str, Any], steps: int) -> Decisions | None:
+    if "schedule" in policy:
+        return Decisions(steps, None, policy["schedule"])
+    if "rule" in policy:
+        return Decisions(steps, _rule(policy["rule"]))
+    return None
+
+
+def _as_json(rule: CacheRule) -> dict[str, Any]:
+    import msgspec
+
+    plain: dict[str, Any] = msgspec.to_builtins(rule)
+    return plain
+
+
+def _rule(plain: dict[str, Any]) -> CacheRule:
+    import msgspec
+
+    return msgspec.convert(plain, CacheRule)
