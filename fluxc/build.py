@@ -39,6 +39,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         source = original = read_source(loaded)
         target_stages.check_targets(loaded, source)
         target_stages.check_libraries(recipe)
+        if recipe.step_cache:
+            step_stages.trace_request(loaded)
         if recipe.calibration.engine == "modelopt":
             from fluxc.calibrate.modelopt import check_available
 
@@ -249,8 +251,9 @@ def _precision(source: Source) -> tuple[format.Layer, ...]:
 def _resolved(loaded: LoadedRecipe) -> dict[str, Any]:
     """The recipe with every default filled in and the prompts themselves in place of their files."""
     recipe: dict[str, Any] = msgspec.to_builtins(loaded.recipe)
-    for field in ("calibration", "fidelity"):
-        recipe[field]["prompts"] = loaded.prompts(f"{field}.prompts", recipe[field]["prompts"])
+    for field in ("calibration", "fidelity", "step_cache"):
+        if recipe[field] and recipe[field]["prompts"]:
+            recipe[field]["prompts"] = loaded.prompts(f"{field}.prompts", recipe[field]["prompts"])
     return recipe
 
 

@@ -82,6 +82,40 @@ def calibrate(recipe: Path, changes: tuple[str, ...], out: Path, device: str) ->
 @main.command()
 @recipe_argument
 @set_option
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The trace file to write.")
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", help="Where the model runs.")
+@click.option("--part", metavar="I/N", default="1/1", help="Trace the I-th of N parts of the prompts alone.")
+@reports_errors
+def trace(recipe: Path, changes: tuple[str, ...], out: Path, device: str, part: str) -> None:
+    """Record how much every denoising step changes; a build elsewhere takes the file as `step_cache.trace`."""
+    from fluxc.progress import StageProgress
+    from fluxc.recipe import load_recipe
+    from fluxc.stepcache.summary import print_trace
+    from fluxc.stepcache.verbs import trace_to_file
+
+    number, slash, parts = part.partition("/")
+    if not (slash and number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise click.BadParameter(f"{part!r} is not I/N with I from 1 to N, for example 2/4", param_hint="--part")
+    print_trace(trace_to_file(load_recipe(recipe, changes), out, device, (int(number), int(parts)), StageProgress()))
+    click.echo(f"{out}")
+
+
+@main.command("merge-traces")
+@click.argument("traces", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The trace file to write.")
+@reports_errors
+def merge_traces(traces: tuple[Path, ...], out: Path) -> None:
+    """Put parts of a trace, made on several machines, together."""
+    from fluxc.stepcache.summary import print_trace
+    from fluxc.stepcache.verbs import merge_to_file
+
+    print_trace(merge_to_file(list(traces), out))
+    click.echo(f"{out}")
+
+
+@main.command()
+@recipe_argument
+@set_option
 @click.option("--layers/--no-layers", default=True, help="List every layer, or the summary alone.")
 @click.option("--presets", is_flag=True, help="Compare the presets on this checkpoint instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")

@@ -61,6 +61,25 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
     sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
     branches = "two passes a step (guidance)" if source.guidance_branches else "one pass a step"
     console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
+    if recipe.step_cache:
+        console.print(_cache_sentence(loaded))
+
+
+def _cache_sentence(loaded: LoadedRecipe) -> str:
+    """What the recipe asks of the step cache."""
+    from fluxc.stepcache.stages import trace_request
+
+    cache = loaded.recipe.step_cache
+    assert cache is not None
+    request = trace_request(loaded)
+    height, width = request["size"]
+    asked = f"as many steps as an accumulated error of {cache.max_error} allows, of"
+    if cache.skip is not None:
+        asked = "as many steps as the knee of the curve says, of" if cache.skip == "auto" else f"{cache.skip:g} of"
+    how = "always the same" if cache.mode == "static" else "on average, decided while a picture is drawn"
+    traced = f"traced in {cache.trace}" if cache.trace else f"to be traced in {request['dtype']}"
+    prompts = f"{len(request['prompts'])} prompts at {height}x{width} {traced}"
+    return f"step cache: skips {asked} {request['steps']} steps ({how}); {prompts}"
 
 
 def _what_it_does(target: Target) -> str:
@@ -187,6 +206,17 @@ def print_bundle(bundle: Bundle) -> None:
     for target in manifest.targets:
         if target.engine:
             console.print(_engine_table(target.name, target.engine))
+    if manifest.step_cache:
+        from fluxc.stepcache.summary import step_cache_lines
+
+        for line in step_cache_lines(manifest.step_cache):
+            console.print(line)
+        cached = manifest.fidelity.get("step_cache")
+        if cached:
+            console.print(
+                f"against every step: PSNR {cached['psnr_db']} dB mean, {cached['psnr_db_p5']} dB 5th percentile, "
+                f"{cached['psnr_db_worst']} dB worst"
+            )
     size = sum(file.size for file in manifest.files.values())
     tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items())
     console.print(f"{len(manifest.files)} files, {size:,} bytes; built with {tools}")

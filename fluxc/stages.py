@@ -297,8 +297,11 @@ def check_prompts(loaded: LoadedRecipe, source: Source, prompting: Prompting) ->
     from fluxrt.prompt import PromptEncoder
 
     encoder = PromptEncoder(prompting, source.checkpoint.components["tokenizer"].folder / "tokenizer.json")
-    for field in ("calibration", "fidelity"):
-        prompts = loaded.prompts(f"{field}.prompts", getattr(loaded.recipe, field).prompts)
+    for field in ("calibration", "fidelity", "step_cache"):
+        file = getattr(getattr(loaded.recipe, field), "prompts", None)
+        if file is None:
+            continue
+        prompts = loaded.prompts(f"{field}.prompts", file)
         try:
             encoder.encode(prompts)
         except RequestError as error:

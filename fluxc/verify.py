@@ -47,6 +47,7 @@ def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
             steps=recorded.steps,
             guidance=recorded.guidance,
             size=recorded.size,
+            step_cache=False,
         )
         with Image.open(bundle.path(recorded.file)) as image:
             expected = np.asarray(image.convert("RGB"), dtype=np.float64) / 255

@@ -1,0 +1,53 @@
+"""What `fluxc trace` and `fluxc inspect` print of a step cache."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fluxc.stepcache.choose import occurrences
+from fluxc.stepcache.file import TraceFile
+from fluxrt.bundle import StepCache
+
+
+def print_trace(file: TraceFile) -> None:
+    """How often changes of each size occurred, and what the residuals did there."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)
+    request, trace = file.origin.request, file.trace
+    height, width = request["size"]
+    console.print(
+        f"{len(file.pictures)} of {len(request['prompts'])} prompts, {request['steps']} steps at {height}x{width}, "
+        f"guidance {request['guidance']}, {request['dtype']}; {file.origin.ran}"
+    )
+    table = Table("change of the modulated input", "occurred", "mean change of the residual, by guidance branch")
+    for found in occurrences(trace):
+        low, high = found["change"]
+        table.add_row(f"{low:.4g} to {high:.4g}", str(found["count"]), ", ".join(f"{r:.4g}" for r in found["residual"]))
+    console.print(table)
+    one = trace.residual_error[:, 1:, 0].mean(axis=0)
+    console.print(
+        f"Skipping one step alone throws the latents off by {one.min():.2g} (step {int(np.argmin(one)) + 1}) to "
+        f"{one.max():.2g} (step {int(np.argmax(one)) + 1}), counted from 0."
+    )
+
+
+def step_cache_lines(cache: StepCache) -> list[str]:
+    """A bundle's step cache in words."""
+    height, width = cache.size
+    fit, rule = cache.fit, cache.rule
+    how = (
+        f"skips the same {len(cache.schedule)} steps of every picture: {', '.join(map(str, cache.schedule))}"
+        if cache.mode == "static"
+        else f"decides while it draws, with threshold {rule.threshold}"
+    )
+    polynomial = ", ".join(f"{c:.6g}" for c in rule.coefficients)
+    return [
+        f"step cache for {cache.steps} steps at {height}x{width}: {how}",
+        f"polynomial {polynomial} ({fit['kind']}, degree {fit['degree']}); on {fit['prompts']['held_out']} held-out prompts "
+        f"R2 {fit['residual']['r2']}, RMSE {fit['residual']['rmse']}, largest error {fit['residual']['worst']}; at threshold "
+        f"{rule.threshold} it skips {fit['skipped']['dynamic']['held_out']} steps on average",
+        f"for VisualGen (residuals of the latents): R2 {fit['latent']['r2']}"
+        + ("" if fit["latent"]["r2"] > 0 else ", so its polynomial explains nothing"),
+    ]

@@ -1,0 +1,63 @@
+"""`fluxc trace` and `fluxc merge-traces`: the step trace as a file of its own, made on other machines, also in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fluxc import stages
+from fluxc.cache import PROGRESS, StageCache, locked
+from fluxc.errors import BuildError, FluxError, RecipeError
+from fluxc.planned_source import read_source
+from fluxc.progress import StageProgress
+from fluxc.recipe import LoadedRecipe
+from fluxc.stepcache.file import TraceFile, merge_traces, read_trace, write_trace
+from fluxc.stepcache.stages import make_trace, trace_request
+
+
+def trace_to_file(
+    loaded: LoadedRecipe, out: Path, device: str, part: tuple[int, int], progress: StageProgress
+) -> TraceFile:
+    """Write the trace of part `part[0]` of `part[1]` of the prompts to `out` and return it; finished prompts survive an
+    interruption.
+
+    An older trace at `out` is replaced; BuildError if something else is there. Hashes of the checkpoint and finished prompts
+    are kept in `.fluxc/` beside `out`.
+    """
+    if loaded.recipe.step_cache is None:
+        raise RecipeError(
+            "step_cache: this recipe has none, so there is nothing to trace for; add `step_cache: {skip: auto}`"
+        )
+    _check_replaceable(out)
+    number, parts = part
+    asked = len(trace_request(loaded)["prompts"])
+    if parts > asked:
+        raise BuildError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
+    pictures = list(range((number - 1) * asked // parts, number * asked // parts))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    cache = StageCache(out.resolve().parent / ".fluxc", progress)
+    with locked(cache.root):
+        source = read_source(loaded)
+        with progress.stage("hash checkpoint") as report:
+            digests = stages.checkpoint_digests(source.checkpoint, cache, report)
+        prompting = stages.run_prompting(cache, loaded.recipe, source, digests)
+        stages.check_prompts(loaded, source, prompting)
+        with progress.stage("trace steps") as report:
+            make_trace(loaded, source, digests, pictures, out, cache.root / PROGRESS / out.stem, device, report)
+        cache.prune()
+    return read_trace(out)
+
+
+def merge_to_file(paths: list[Path], out: Path) -> TraceFile:
+    """Write the pictures of all `paths` as one trace; BuildError naming a file that does not belong to the others."""
+    _check_replaceable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_trace(out, *merge_traces([read_trace(path) for path in paths]))
+    return read_trace(out)
+
+
+def _check_replaceable(out: Path) -> None:
+    if out.exists():
+        try:
+            read_trace(out)
+        except FluxError as error:
+            raise BuildError(f"{out}: exists and is not a trace file; give another --out") from error
