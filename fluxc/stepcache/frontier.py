@@ -1,7 +1,7 @@
 """Quality against skipped steps on held-out prompts: our rule and schedule, the published rule, and simply fewer steps.
 
 Every method is given the same number of steps to compute and drawn by the bundle's own runtime; its pictures are compared with
-those of the full run of the same target. A point is a folder: figures.json, and pictures.npz where they will be shown.
+those of the full run of the same target. A point is a folder: figures.json, and pictures as .npy where they will be shown.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def figures(pictures: np.ndarray, full: np.ndarray, skipped: list[list[int]], st
         "psnr_db": significant(float(np.mean(psnrs))),
         "psnr_db_p5": significant(float(np.percentile(psnrs, 5))),
         "psnr_db_worst": significant(min(psnrs)),
+        "largest_difference": int(np.abs(np.rint(pictures * 255) - np.rint(full * 255)).max()),
         "worst_prompt": int(np.argmin(psnrs)),
         "ssim": significant(float(np.mean(ssims)), 6),
         "ssim_worst": significant(min(ssims), 6),
@@ -115,7 +116,7 @@ def measure_point(
     keep: Iterable[str],
     advance: Callable[[], None],
 ) -> None:
-    """Write figures.json into `folder`, and pictures.npz with the pictures of the methods in `keep`."""
+    """Write figures.json into `folder`, and METHOD.npy with the pictures of every method in `keep`."""
     found, kept = {}, {}
     for method, policy in methods.items():
         pictures, skipped = draw_all(bundle, target, request, policy, advance)

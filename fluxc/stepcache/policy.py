@@ -12,7 +12,7 @@ import numpy as np
 from fluxrt.bundle import CacheRule
 from fluxrt.stepcache import skipped_steps
 
-BISECTIONS = 48
+BISECTIONS = 32
 PUBLISHED = CacheRule((104.582360, -6.87605554, -0.0861659379, 0.0537600252), 0.05, negative="signed")
 """NVIDIA's rule for FLUX.2-dev (TensorRT-LLM, January 2026)."""
 

@@ -32,11 +32,12 @@ def write_page(
     points: dict[int, dict[str, Any]],
     chosen: dict[str, Any],
     pictures: tuple[np.ndarray, np.ndarray],
+    by_count: dict[int, np.ndarray],
 ) -> None:
     """Write report/step-cache.{html,json,svg} and the pictures of the worst prompts below `folder`.
 
     `points` are the figures by skipped steps and method, `chosen` those of the policy that serves; `pictures` fp32
-    [prompts, height, width, 3] without and with it.
+    [prompts, height, width, 3] without and with it, `by_count` those of its mode at every point.
     """
     import jinja2
 
@@ -47,6 +48,14 @@ def write_page(
     maps, scale = error_maps(full, cached)
     rows = {"every step": list(full), "with the step cache": list(cached), f"difference x {scale:.0f}": list(maps)}
     contact_sheet(rows).save(report / "pictures" / "step-cache-worst.png")
+    if by_count:
+        number = worst[0]
+        strip = [images[number] for images in by_count.values()]
+        original = pictures[0][number]
+        maps, scale = error_maps(np.stack([original] * len(strip)), np.stack(strip))
+        names = ", ".join(str(count) for count in by_count)
+        onset = {f"skipped {names}": strip, f"difference from every step x {scale:.0f}": list(maps)}
+        contact_sheet(onset).save(report / "pictures" / "step-cache-onset.png")
     plot(report / "step-cache.svg", request.steps, points, chosen)
     figures = {"target": target, "chosen": chosen, "frontier": {str(count): found for count, found in points.items()}}
     (report / "step-cache.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -61,6 +70,7 @@ def write_page(
             points=points,
             methods={key: NAMES[key] for key in METHODS},
             chosen=chosen,
+            onset=request.prompts[worst[0]] if by_count else None,
             worst=[(request.prompts[number], chosen["by_prompt"][number]) for number in worst],
         ),
         encoding="utf-8",
@@ -93,7 +103,7 @@ def plot(path: Path, steps: int, points: dict[int, dict[str, Any]], chosen: dict
             axes.fill_between(x, low, [found["psnr_db"] for _, found in at], color=line.get_color(), alpha=0.12, lw=0)
         axes.plot(chosen["computed"], chosen["psnr_db"], "*", color="black", markersize=13, label="this bundle")
         axes.set_xlabel(f"steps computed, of {steps}")
-        axes.set_ylabel("PSNR against every step, dB (mean; shade to 5th percentile)")
+        axes.set_ylabel("PSNR to the full run, dB (shade: to 5th percentile)")
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

@@ -165,7 +165,9 @@ def run_frontier(
     points = {}
     for count in frontier.counts(_settings(recipe), step_cache.steps):
         title = f"draw with {count} of {step_cache.steps} steps skipped"
-        points[count] = point(str(count), title, frontier.policies(step_cache, recorded, count), (), full)
+        points[count] = point(
+            str(count), title, frontier.policies(step_cache, recorded, count), (step_cache.mode,), full
+        )
     served = point("chosen", "draw with the step cache", {"chosen": frontier.chosen(step_cache)}, ("chosen",), full)
 
     def write(folder: Path, report: Report) -> None:
@@ -176,7 +178,8 @@ def run_frontier(
         measured = {count: json.loads((path / "figures.json").read_text()) for count, path in points.items()}
         chosen = json.loads((served / "figures.json").read_text())["chosen"]
         pictures = (np.load(full / "full.npy"), np.load(served / "chosen.npy"))
-        write_page(folder, recipe.name, target, request, step_cache, measured, chosen, pictures)
+        by_count = {count: np.load(path / f"{step_cache.mode}.npy") for count, path in points.items()}
+        write_page(folder, recipe.name, target, request, step_cache, measured, chosen, pictures, by_count)
 
     inputs = [recipe.name, msgspec.to_builtins(step_cache), [path.name for path in (full, served, *points.values())]]
     return cache.run("step-cache-report", "report the step cache", inputs, write)

@@ -39,7 +39,7 @@ class Decisions:
         return rule.longest_run is None or self._run < rule.longest_run
 
     def skip(self, step: int, change: float | None) -> bool:
-        """Whether `step` is skipped; `change` is the relative change of its signal, None where needs_change said no.
+        """Whether `step` is skipped; `change` is the relative change of its signal, not looked at where needs_change says no.
 
         Raises BackendError for a change that is not a number.
         """
@@ -79,11 +79,7 @@ def evaluate(coefficients: tuple[float, ...], x: float) -> float:
 def skipped_steps(rule: CacheRule, changes: list[float]) -> list[int]:
     """The steps `rule` skips of a picture whose steps changed so much; the first change is not looked at."""
     decisions = Decisions(len(changes), rule)
-    return [
-        step
-        for step, change in enumerate(changes)
-        if decisions.skip(step, change if decisions.needs_change(step) else None)
-    ]
+    return [step for step, change in enumerate(changes) if decisions.skip(step, change)]
 
 
 def decisions_for(
