@@ -3,8 +3,8 @@
 An operator without one runs on the CPU, with the copies there and back, and nothing says so. The table is where the CUDA
 provider of onnxruntime-gpu 1.31.1 itself put each operator in each type, at TABLE_OPSET (its library over a stand-in for the
 CUDA runtime; docs/OperatorKernels.md of another version differs). The opset matters: kernels belong to versions of an
-operator, and InstanceNormalization has one up to version 21 only, so at opset 22 and later it runs on the CPU in any type. Abs and ReduceSum
-are in the table because that library holds their kernels; where it puts them was not tried.
+operator, and InstanceNormalization has one up to version 21 only, so at opset 22 and later it runs on the CPU in any type.
+Abs and ReduceSum are in the table because that library holds their kernels; where it puts them was not tried.
 """
 
 from __future__ import annotations
