@@ -41,6 +41,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         target_stages.check_libraries(recipe)
         if recipe.step_cache:
             step_stages.trace_request(loaded)
+            step_stages.judges_of(loaded)
         if recipe.calibration.engine == "modelopt":
             from fluxc.calibrate.modelopt import check_available
 
@@ -129,7 +130,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             cached: dict[str, Any] | None = None
             if trace and step_cache:
                 drawn = format.Bundle(staging, msgspec.structs.replace(manifest, step_cache=step_cache))
-                frontier = step_stages.run_frontier(cache, recipe, drawn, trace, held_out)
+                frontier = step_stages.run_frontier(cache, loaded, drawn, trace, held_out)
                 if frontier:
                     folders.append(frontier)
                     cached = json.loads((frontier / "report" / "step-cache.json").read_text())["chosen"]

@@ -192,11 +192,16 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The held-out prompts every target is compared with diffusers on, and the dtype diffusers computes them in."""
+    """The held-out prompts every target is compared with diffusers on, and the dtype diffusers computes them in.
+
+    `lpips` (torchvision's AlexNet file) and `image_text` (a CLIP model's folder) add these measures to the step cache's page.
+    """
 
     prompts: str
     seed: int = 1000
     reference: Literal["float32", "bfloat16"] = "float32"
+    lpips: str | None = None
+    image_text: str | None = None
 
 
 class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fluxc.fidelity.metrics import psnr, significant, ssim
+from fluxc.fidelity.perceptual import Judges
 from fluxc.recipe import StepCache as Settings
 from fluxc.recipe import most_skipped
 from fluxc.stepcache.policy import PUBLISHED, best_schedules, find_threshold
@@ -86,8 +87,13 @@ def draw_all(
     return np.stack(pictures), skipped
 
 
-def figures(pictures: np.ndarray, full: np.ndarray, skipped: list[list[int]], steps: int) -> dict[str, Any]:
-    """Quality of `pictures` against the full run: mean, 5th percentile, worst prompt; steps computed a picture."""
+def figures(
+    pictures: np.ndarray, full: np.ndarray, skipped: list[list[int]], steps: int, judged: list[dict[str, float]]
+) -> dict[str, Any]:
+    """Quality of `pictures` against the full run: mean, 5th percentile, worst prompt; steps computed a picture.
+
+    `judged` holds further measures by picture, see Judges.
+    """
     psnrs = [psnr(ours, reference) for ours, reference in zip(pictures, full, strict=True)]
     ssims = [ssim(ours, reference) for ours, reference in zip(pictures, full, strict=True)]
     return {
@@ -99,9 +105,11 @@ def figures(pictures: np.ndarray, full: np.ndarray, skipped: list[list[int]], st
         "worst_prompt": int(np.argmin(psnrs)),
         "ssim": significant(float(np.mean(ssims)), 6),
         "ssim_worst": significant(min(ssims), 6),
+        **{name: significant(float(np.mean([row[name] for row in judged]))) for name in judged[0]},
         "by_prompt": [
             {"skipped": left_out, "psnr_db": significant(p), "ssim": significant(s, 6)}
-            for left_out, p, s in zip(skipped, psnrs, ssims, strict=True)
+            | {name: significant(value) for name, value in row.items()}
+            for left_out, p, s, row in zip(skipped, psnrs, ssims, judged, strict=True)
         ],
     }
 
@@ -114,6 +122,7 @@ def measure_point(
     methods: dict[str, dict[str, Any]],
     full: np.ndarray,
     keep: Iterable[str],
+    judges: Judges,
     advance: Callable[[], None],
 ) -> None:
     """Write figures.json into `folder`, and METHOD.npy with the pictures of every method in `keep`."""
@@ -121,7 +130,8 @@ def measure_point(
     for method, policy in methods.items():
         pictures, skipped = draw_all(bundle, target, request, policy, advance)
         steps = policy.get("steps", request.steps)
-        found[method] = figures(pictures, full, skipped, steps) | {"policy": policy}
+        judged = judges.figures(pictures, full, request.prompts)
+        found[method] = figures(pictures, full, skipped, steps, judged) | {"policy": policy}
         if method in keep:
             kept[method] = pictures
     (folder / "figures.json").write_text(json.dumps(found))

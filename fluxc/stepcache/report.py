@@ -21,6 +21,7 @@ NAMES = {
     "published": "NVIDIA's FLUX.2 rule",
     "fewer steps": "simply fewer steps",
 }
+JUDGED = {"lpips": "LPIPS, mean", "image_text": "image-text agreement, mean"}
 
 
 def write_page(
@@ -70,6 +71,7 @@ def write_page(
             points=points,
             methods={key: NAMES[key] for key in METHODS},
             chosen=chosen,
+            judged={name: title for name, title in JUDGED.items() if name in chosen},
             onset=request.prompts[worst[0]] if by_count else None,
             worst=[(request.prompts[number], chosen["by_prompt"][number]) for number in worst],
         ),

@@ -116,10 +116,26 @@ def run_step_cache(cache: StageCache, recipe: Recipe, size: tuple[int, int], tra
     return msgspec.json.decode((folder / POLICY).read_bytes(), type=format.StepCache)
 
 
+def judges_of(loaded: LoadedRecipe) -> dict[str, Path | None]:
+    """Where the weights of LPIPS and of image-text agreement are; RecipeError where the recipe names what is not there."""
+    fidelity = loaded.recipe.fidelity
+    found: dict[str, Path | None] = {}
+    for field, is_there in (("lpips", Path.is_file), ("image_text", Path.is_dir)):
+        name = getattr(fidelity, field)
+        found[field] = None if name is None else loaded.folder / name
+        if found[field] and not is_there(loaded.folder / name):
+            what = "file" if field == "lpips" else "folder"
+            raise RecipeError(
+                f"fidelity.{field}: there is no {what} {loaded.folder / name}; weights are not downloaded"
+            )
+    return found
+
+
 def run_frontier(
-    cache: StageCache, recipe: Recipe, bundle: format.Bundle, trace: Path, prompts: list[str]
+    cache: StageCache, loaded: LoadedRecipe, bundle: format.Bundle, trace: Path, prompts: list[str]
 ) -> Path | None:
     """report/step-cache.html with its table, plot and pictures, and figures.json; None where no target runs here."""
+    recipe = loaded.recipe
     target = next((target.name for target in recipe.targets if target.runs_here), None)
     step_cache = bundle.manifest.step_cache
     if target is None or step_cache is None:
@@ -136,6 +152,14 @@ def run_frontier(
         msgspec.to_builtins([bundle.manifest.prompting, bundle.manifest.sampling, bundle.target(target)]),
         target,
         request.__dict__,
+    ]
+    weights = judges_of(loaded)
+    judged_by = [
+        cache.file_digest(file)
+        for path in weights.values()
+        if path
+        for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+        if file.is_file()
     ]
 
     def point(
@@ -155,11 +179,13 @@ def run_frontier(
                 pictures, _ = frontier.draw_all(bundle, target, request, {}, advance)
                 np.save(folder / "full.npy", pictures)
             else:
-                frontier.measure_point(
-                    folder, bundle, target, request, methods, np.load(full / "full.npy"), keep, advance
-                )
+                from fluxc.fidelity.perceptual import Judges
 
-        return cache.run(f"step-cache-{name}", title, [*drawn, methods, list(keep)], work)
+                judges = Judges(**weights)
+                original = np.load(full / "full.npy")
+                frontier.measure_point(folder, bundle, target, request, methods, original, keep, judges, advance)
+
+        return cache.run(f"step-cache-{name}", title, [*drawn, methods, list(keep), judged_by if full else []], work)
 
     full = point("full", "draw without step cache", {"full": {}}, (), None)
     points = {}
