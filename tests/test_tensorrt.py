@@ -169,7 +169,7 @@ def test_devs_whole_transformer_is_a_few_small_plans(tmp_path: Path) -> None:
     write_sources(cutter.cut, tmp_path)
     engine = build_engine(target, cutter.cut, tmp_path)
     blocks = [name for name in engine.plans if not name.startswith("prologue_")]
-    assert blocks == ["double", "single", "residual", "epilogue"]
+    assert blocks == ["signal_signal", "signal_change", "double", "single", "residual", "epilogue"]
     calls = Counter(call.plan for call in engine.programs["body"].calls)
     assert calls == {"double": 8, "single": 48, "residual": 1}
     fp4 = sum(engine.audit[name]["gemms"].get("nvfp4", 0) * count for name, count in calls.items())

@@ -15,7 +15,8 @@ from fluxc.progress import Report
 from fluxc.reference import Drawing, draw
 from fluxc.stepcache.file import TraceFile, read_trace, write_trace
 from fluxc.stepcache.loop import FullPrecisionLoop
-from fluxc.stepcache.trace import StepObserver, StepTrace, joined
+from fluxc.stepcache.observer import StepObserver
+from fluxc.stepcache.trace import StepTrace, joined
 
 
 def record_steps(
