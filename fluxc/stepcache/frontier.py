@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from fluxc.fidelity.metrics import psnr, significant, ssim
@@ -148,13 +149,9 @@ def _decisions(policy: dict[str, Any], steps: int) -> Decisions | None:
 
 
 def _as_json(rule: CacheRule) -> dict[str, Any]:
-    import msgspec
-
     plain: dict[str, Any] = msgspec.to_builtins(rule)
     return plain
 
 
 def _rule(plain: dict[str, Any]) -> CacheRule:
-    import msgspec
-
     return msgspec.convert(plain, CacheRule)
