@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fluxc.cache import PROGRESS, StageCache, key_of, tool_versions
+from fluxc.cache import PROGRESS, StageCache, key_of, locked, tool_versions
 from fluxc.calibrate.amax import input_amax
 from fluxc.calibrate.file import read_calibration, write_calibration
 from fluxc.checkpoint.flux2 import pixels_per_token
@@ -18,8 +20,8 @@ from fluxc.components import WEIGHTS_FILE, small_files
 from fluxc.engine.library import installed_version
 from fluxc.errors import RecipeError
 from fluxc.measured import CHECKPOINT_PARTS, Origin, check_origin
-from fluxc.planned_source import Source, kept_tensors
-from fluxc.progress import Report
+from fluxc.planned_source import Source, kept_tensors, read_source
+from fluxc.progress import Report, StageProgress
 from fluxc.quantize.formats import Scales
 from fluxc.quantize.plan import to_quantize
 from fluxc.recipe import LoadedRecipe, Recipe
@@ -306,6 +308,25 @@ def check_prompts(loaded: LoadedRecipe, source: Source, prompting: Prompting) ->
             encoder.encode(prompts)
         except RequestError as error:
             raise RecipeError(f"{field}.prompts: {error}") from error
+
+
+@contextmanager
+def measuring(
+    loaded: LoadedRecipe, out: Path, progress: StageProgress
+) -> Iterator[tuple[StageCache, Source, dict[str, dict[str, str]]]]:
+    """(cache, source, checkpoint's digests) for a command that measures the checkpoint into the file `out`.
+
+    Prompts are checked first. The cache is in `.fluxc/` beside `out`, locked meanwhile and pruned after.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    cache = StageCache(out.resolve().parent / ".fluxc", progress)
+    with locked(cache.root):
+        source = read_source(loaded)
+        with progress.stage("hash checkpoint") as report:
+            digests = checkpoint_digests(source.checkpoint, cache, report)
+        check_prompts(loaded, source, run_prompting(cache, loaded.recipe, source, digests))
+        yield cache, source, digests
+        cache.prune()
 
 
 def sampling_entry(recipe: Recipe, source: Source) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fluxc import stages
-from fluxc.cache import PROGRESS, StageCache, locked
+from fluxc.cache import PROGRESS
 from fluxc.calibrate.file import CalibrationFile, read_calibration
 from fluxc.errors import BuildError, FluxError
-from fluxc.planned_source import read_source
 from fluxc.progress import StageProgress
 from fluxc.recipe import LoadedRecipe
 
@@ -24,15 +23,6 @@ def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: St
             read_calibration(out)
         except FluxError as error:
             raise BuildError(f"{out}: exists and is not a calibration file; give another --out") from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    cache = StageCache(out.resolve().parent / ".fluxc", progress)
-    with locked(cache.root):
-        source = read_source(loaded)
-        with progress.stage("hash checkpoint") as report:
-            digests = stages.checkpoint_digests(source.checkpoint, cache, report)
-        prompting = stages.run_prompting(cache, loaded.recipe, source, digests)
-        stages.check_prompts(loaded, source, prompting)
-        with progress.stage("calibrate") as report:
-            stages.make_calibration(loaded, source, digests, out, cache.root / PROGRESS / out.stem, device, report)
-        cache.prune()
+    with stages.measuring(loaded, out, progress) as (cache, source, digests), progress.stage("calibrate") as report:
+        stages.make_calibration(loaded, source, digests, out, cache.root / PROGRESS / out.stem, device, report)
     return read_calibration(out)

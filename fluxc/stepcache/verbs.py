@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fluxc import stages
-from fluxc.cache import PROGRESS, StageCache, locked
+from fluxc.cache import PROGRESS
 from fluxc.errors import BuildError, FluxError, RecipeError
-from fluxc.planned_source import read_source
 from fluxc.progress import StageProgress
 from fluxc.recipe import LoadedRecipe
 from fluxc.stepcache.file import TraceFile, merge_traces, read_trace, write_trace
@@ -33,17 +32,8 @@ def trace_to_file(
     if parts > asked:
         raise BuildError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
     pictures = list(range((number - 1) * asked // parts, number * asked // parts))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    cache = StageCache(out.resolve().parent / ".fluxc", progress)
-    with locked(cache.root):
-        source = read_source(loaded)
-        with progress.stage("hash checkpoint") as report:
-            digests = stages.checkpoint_digests(source.checkpoint, cache, report)
-        prompting = stages.run_prompting(cache, loaded.recipe, source, digests)
-        stages.check_prompts(loaded, source, prompting)
-        with progress.stage("trace steps") as report:
-            make_trace(loaded, source, digests, pictures, out, cache.root / PROGRESS / out.stem, device, report)
-        cache.prune()
+    with stages.measuring(loaded, out, progress) as (cache, source, digests), progress.stage("trace steps") as report:
+        make_trace(loaded, source, digests, pictures, out, cache.root / PROGRESS / out.stem, device, report)
     return read_trace(out)
 
 
