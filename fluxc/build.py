@@ -149,7 +149,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             pictures = json.loads((fidelity / "pictures.json").read_text())
             manifest = msgspec.structs.replace(
                 manifest,
-                fidelity={"reference": figures["reference"], "targets": summary} | _cached_figures(cached),
+                fidelity={"reference": figures["reference"], "targets": summary, "ranks": figures["ranks"]}
+                | _cached_figures(cached),
                 step_cache=step_cache,
                 pictures=tuple(msgspec.convert(p, format.Picture) for p in pictures),
                 files=_files(staging, cache),

@@ -26,7 +26,7 @@ from fluxc.planned_source import Source, read_source
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
 from fluxc.recipe import Budget, LoadedRecipe, Target
-from fluxc.target_stages import check_targets
+from fluxc.target_stages import check_targets, shares_of_target
 from fluxrt.bundle import Bundle, Engine
 from fluxrt.choose import choose, obstacle, this_machine
 
@@ -58,6 +58,9 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
     for target in recipe.targets:
         table.add_row(target.name, escape(_what_it_does(target)))
     console.print(table)
+    for target in (target for target in recipe.targets if target.gpus > 1):
+        for shares in shares_of_target(target, recipe, source):
+            console.print(f"{target.name}: {shares}")
     sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
     branches = "two passes a step (guidance)" if source.guidance_branches else "one pass a step"
     console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
@@ -102,7 +105,8 @@ def _what_it_does(target: Target) -> str:
             where = f"built and audited on this machine's GPU ({target.kind} {version})"
         else:
             where = "its graphs are written here; `fluxc finish` builds the plans on the GPU"
-        return f"compute capability {gpus}; {weights}; {shapes}; {where}"
+        ranks = f"{target.gpus} GPUs (Ulysses), each of " if target.gpus > 1 else ""
+        return f"{ranks}compute capability {gpus}; {weights}; {shapes}; {where}"
     if target.device == "cuda":
         return (
             f"ONNX Runtime on an NVIDIA GPU of compute capability 9.0 or later; NVFP4 weights 4-bit in memory, dequantized by "
@@ -114,7 +118,8 @@ def _what_it_does(target: Target) -> str:
         if target.activations == "none"
         else "inputs of quantized layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
     )
-    return f"ONNX Runtime on the CPU; {weights}; {inputs}; built and run on this machine"
+    where = f"in {target.gpus} processes on the CPU" if target.gpus > 1 else "on the CPU"
+    return f"ONNX Runtime {where}; {weights}; {inputs}; built and run on this machine"
 
 
 def _auto_sentence(budget: Budget | None) -> str:
@@ -201,8 +206,14 @@ def print_bundle(bundle: Bundle) -> None:
     for target in manifest.targets:
         figures = manifest.fidelity.get("targets", {}).get(target.name, {"step_cosine": "not run"})
         keys = ("step_cosine", "image_psnr_db", "image_psnr_db_worst", "image_ssim")
-        table.add_row(target.name, *(str(figures.get(key, "")) for key in keys))
+        if target.name not in manifest.fidelity.get("ranks", {}):
+            table.add_row(target.name, *(str(figures.get(key, "")) for key in keys))
     console.print(table)
+    for name, figures in manifest.fidelity.get("ranks", {}).items():
+        console.print(
+            f"{name}: {figures['ranks']} processes draw what {figures['against']} draws in one: PSNR "
+            f"{figures['image_psnr_db']} dB mean, {figures['image_psnr_db_worst']} dB worst"
+        )
     for target in manifest.targets:
         if target.engine:
             console.print(_engine_table(target.name, target.engine))
@@ -250,7 +261,8 @@ def print_targets(bundle: Bundle) -> None:
     """Which of a bundle's targets this machine runs, which it would choose, and what stands in the others' way."""
     machine = this_machine()
     obstacles = {target.name: obstacle(bundle, target, machine) for target in bundle.manifest.targets}
-    chosen = choose(bundle, machine)[0].name if None in obstacles.values() else None
+    able = [target for target in bundle.manifest.targets if obstacles[target.name] is None and target.gpus == 1]
+    chosen = choose(bundle, machine)[0].name if able else None
     table = Table("target", "runs here", "why", title=f"targets of {bundle.manifest.name}", title_justify="left")
     for name, reason in obstacles.items():
         ready = "chosen" if name == chosen else "yes"

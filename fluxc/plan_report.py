@@ -11,6 +11,7 @@ from fluxc.quantize.memory import WeightsMemory, weights_memory
 from fluxc.quantize.plan import LayerPlan, precision_plan, summary_by_format
 from fluxc.quantize.presets import PRESETS, Preset, absent_parts
 from fluxc.recipe import ComponentPrecision, LoadedRecipe
+from fluxc.target_stages import shares_of_target
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def plan_as_json(loaded: LoadedRecipe, source: Source) -> dict[str, Any]:
         },
         "weights_bytes": {name: asdict(memory) for name, memory in memory_by_component(source).items()},
         "targets": [target.name for target in recipe.targets],
+        "ranks": {
+            target.name: [shares.as_json() for shares in shares_of_target(target, recipe, source)]
+            for target in recipe.targets
+            if target.gpus > 1
+        },
     }
 
 

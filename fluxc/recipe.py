@@ -114,6 +114,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensorrt_rtx, tensorrt: `compute_capabilities` are the GPUs; `weights: baked` puts them into the plans, in segments that
     can be built in `memory_gib`; `shapes` makes an optimization profile of every size, or one that spans them; `allow` lists
     patterns of layers that may run otherwise than planned.
+
+    `gpus` shards the transformer by sequence (Ulysses) for so many GPUs, onnxruntime for so many processes on the CPU.
     """
 
     kind: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
@@ -126,6 +128,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_gib: float = 16.0
     shapes: Literal["profiles", "range"] = "profiles"
     allow: tuple[str, ...] = ()
+    gpus: int = 1
 
     @property
     def name(self) -> str:
@@ -135,6 +138,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parts += [self.activations] if self.activations != "none" and not self.is_tensorrt else []
         parts += [self.weights_in_memory] if self.weights_in_memory != "8-bit" else []
         parts += [self.weights] if self.weights != "bound" else []
+        parts += [f"{self.gpus}gpus"] if self.gpus > 1 else []
         return "-".join(parts)
 
     @property
@@ -149,8 +153,18 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def runs_here(self) -> bool:
-        """Whether the machine that builds can draw with it, so that it is compared with diffusers."""
-        return not self.is_for_gpu
+        """Whether the machine that builds can draw with it in one process, so that it is compared with diffusers."""
+        return not self.is_for_gpu and self.gpus == 1
+
+    @property
+    def is_for_processes(self) -> bool:
+        """Whether the machine that builds can draw with it in several processes."""
+        return not self.is_for_gpu and self.gpus > 1
+
+    @property
+    def in_one(self) -> Target:
+        """The same target, not sharded."""
+        return msgspec.structs.replace(self, gpus=1)
 
     @property
     def rounds_inputs(self) -> bool:
@@ -404,6 +418,12 @@ def _check_values(recipe: Recipe, path: Path) -> None:
     for at, target in enumerate(recipe.targets):
         _check_target(target, f"targets[{at}]", refuse)
     names = [target.name for target in recipe.targets]
+    for at, target in enumerate(recipe.targets):
+        if target.is_for_processes and target.in_one.name not in names:
+            refuse(
+                f"targets[{at}]",
+                f"what {target.gpus} processes draw is held against what one draws; add the same target without gpus",
+            )
     for name in names:
         if names.count(name) > 1:
             refuse("targets", f"{name!r} appears twice")
@@ -468,6 +488,12 @@ def _check_target(target: Target, field: str, refuse: Callable[[str, str], None]
         plain = Target("onnxruntime")
         if not target.is_tensorrt and target.device != needed and getattr(target, option) != getattr(plain, option):
             refuse(f"{field}.{option}", f"goes with device: {needed}")
+    if target.gpus < 1:
+        refuse(f"{field}.gpus", f"must be at least 1, got {target.gpus}")
+    if target.gpus > 1 and target.kind == "onnxruntime" and target.device == "cuda":
+        refuse(
+            f"{field}.gpus", "ONNX Runtime has no collectives for device: cuda; use a tensorrt target, or device: cpu"
+        )
     if len(set(target.compute_capabilities)) != len(target.compute_capabilities):
         refuse(f"{field}.compute_capabilities", "one appears twice")
     if not target.memory_gib > 1:

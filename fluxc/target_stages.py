@@ -17,6 +17,7 @@ from fluxc.errors import RecipeError
 from fluxc.planned_source import Source
 from fluxc.progress import Report
 from fluxc.recipe import LoadedRecipe, Recipe, Target
+from fluxc.sharding import Shares, check_sharding, needs_padding, shares_of
 from fluxc.targets.stray import check_no_stray
 from fluxrt import bundle as format
 
@@ -32,6 +33,15 @@ def check_targets(loaded: LoadedRecipe, source: Source) -> None:
                 raise RecipeError(
                     f"{field}: {target.kind} builds for one kind of GPU, the one it is finished on; give one"
                 )
+        if target.gpus > 1:
+            check_sharding(
+                f"targets[{at}].gpus",
+                target.gpus,
+                source.checkpoint.components["transformer"].config,
+                loaded.recipe.text.length,
+                tokens_of_sizes(loaded.recipe, source),
+                target.is_tensorrt,
+            )
     gates = loaded.recipe.gates
     gated = [field for field in ("step_cosine", "image_psnr_db") if getattr(gates, field) is not None]
     if gated and not any(target.runs_here for target in loaded.recipe.targets):
@@ -41,6 +51,22 @@ def check_targets(loaded: LoadedRecipe, source: Source) -> None:
         )
 
 
+def tokens_of_sizes(recipe: Recipe, source: Source) -> dict[tuple[int, int], int]:
+    """Image tokens of every size (height, width) of the recipe."""
+    pixels = pixels_per_token(source.checkpoint)
+    return {(height, width): height // pixels * (width // pixels) for height, width in recipe.sizes}
+
+
+def shares_of_target(target: Target, recipe: Recipe, source: Source) -> list[Shares]:
+    """What each rank of a sharded target holds, for every size of the recipe."""
+    config = source.checkpoint.components["transformer"].config
+    branches, itemsize = 2 if source.guidance_branches else 1, 2 if target.is_for_gpu else 4
+    return [
+        shares_of(target.gpus, size, tokens, config, recipe.text.length, branches, itemsize)
+        for size, tokens in tokens_of_sizes(recipe, source).items()
+    ]
+
+
 def check_libraries(recipe: Recipe) -> None:
     """Refuse, before anything long runs, a target whose library is missing here although it could build here."""
     for target in recipe.targets:
@@ -48,10 +74,15 @@ def check_libraries(recipe: Recipe) -> None:
             load_library(target.kind)
 
 
-def run_pieces(cache: StageCache, component: str, loaded: LoadedRecipe, source: Source, dtype: str) -> Path:
-    """The component's neutral graphs in a 16-bit type as .onnx files, one for each kind of block: GPU targets start there."""
+def run_pieces(
+    cache: StageCache, component: str, loaded: LoadedRecipe, source: Source, dtype: str, ranks: int = 1
+) -> Path:
+    """The component's neutral graphs as .onnx files, one for each kind of block: GPU and sharded targets start there.
+
+    With `ranks` they are the transformer's for one rank's share of tokens.
+    """
     config = source.checkpoint.components[component].config
-    length, family = loaded.recipe.text.length, source.family
+    length, family = loaded.recipe.text.length // ranks, source.family
 
     def work(folder: Path, report: Report) -> None:
         import torch
@@ -59,7 +90,9 @@ def run_pieces(cache: StageCache, component: str, loaded: LoadedRecipe, source: 
         from fluxc.graph import trace
 
         if component == "transformer":
-            pieces = trace.trace_transformer(config, length, source.guidance_branches, getattr(torch, dtype))
+            pieces = trace.trace_transformer(
+                config, length, source.guidance_branches, getattr(torch, dtype), part=ranks > 1
+            )
         elif component == "text_encoder":
             pieces = trace.trace_text_encoder(config, length, family, getattr(torch, dtype))
         else:
@@ -67,8 +100,9 @@ def run_pieces(cache: StageCache, component: str, loaded: LoadedRecipe, source: 
         for name, model in pieces.items():
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
 
-    inputs = [component, config, length, source.guidance_branches, dtype]
-    return cache.run(f"pieces-{component}", f"trace {component} in {dtype}", inputs, work)
+    inputs = [component, config, length, source.guidance_branches, dtype, ranks > 1]
+    of = f" for one of {ranks} ranks" if ranks > 1 else ""
+    return cache.run(f"pieces-{component}", f"trace {component} in {dtype}{of}", inputs, work)
 
 
 def run_graphs(
@@ -76,8 +110,14 @@ def run_graphs(
 ) -> dict[str, Path]:
     """The neutral graphs that `target` starts from, by component; `traces` are those in fp32."""
     if not target.is_for_gpu:
-        return traces
-    pieces = {name: run_pieces(cache, name, loaded, source, target.dtype) for name in traces if name != "vae"}
+        if target.gpus == 1:
+            return traces
+        return traces | {"transformer": run_pieces(cache, "transformer", loaded, source, "float32", target.gpus)}
+    pieces = {
+        name: run_pieces(cache, name, loaded, source, target.dtype, target.gpus if name == "transformer" else 1)
+        for name in traces
+        if name != "vae"
+    }
     if target.is_tensorrt:
         return pieces | {"vae": run_pieces(cache, "vae", loaded, source, target.dtype)}
     return pieces | {"vae": traces["vae"]}
@@ -148,6 +188,9 @@ def _onnxruntime_target(target: Target, recipe: Recipe, source: Source, parts: _
     from fluxc.targets import onnxruntime as module
 
     graphs = {name: model for pieces in parts.neutral.values() for name, model in pieces.items()}
+    sharding = None
+    if target.gpus > 1:
+        graphs, sharding = _sharded(target, recipe, source, graphs)
     if target.is_for_gpu:
         config, text_layers = source.checkpoint.components["transformer"].config, source.family.text_layers
         body = compose_body(graphs, config["num_layers"], config["num_single_layers"], recipe.text.length)
@@ -160,11 +203,41 @@ def _onnxruntime_target(target: Target, recipe: Recipe, source: Source, parts: _
         (parts.folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
     module.check_loads(parts.folder, [graph.entry.file for graph in built.values()], target.is_for_gpu)
     graph_entries = {name: graph.entry for name, graph in built.items()}
-    return format.Target(target.name, target.kind, target.activations, graph_entries, device=target.device)
+    return format.Target(
+        target.name, target.kind, target.activations, graph_entries, device=target.device, sharding=sharding
+    )
+
+
+def _sharded(
+    target: Target, recipe: Recipe, source: Source, graphs: dict[str, Any]
+) -> tuple[dict[str, Any], format.Sharding]:
+    """The graphs of one rank, the body in pieces between its exchanges, and what becomes of them."""
+    from fluxc.graph.compose import compose_body
+    from fluxc.graph.ulysses import Exchange, hide_padding, shard, split_at_exchanges
+    from fluxc.targets.onnxruntime import port_of
+
+    config = source.checkpoint.components["transformer"].config
+    padded = needs_padding(target.gpus, list(tokens_of_sizes(recipe, source).values()))
+    text_tokens = recipe.text.length // target.gpus
+    body = compose_body(graphs, config["num_layers"], config["num_single_layers"], text_tokens)
+    kept = {name: graph for name, graph in graphs.items() if not name.endswith("_block")}
+    if padded and "signal" in kept:
+        kept["signal"] = hide_padding(kept["signal"])
+    order: list[str | format.Exchange] = []
+    for part in split_at_exchanges(shard(body, config, target.gpus, padded)):
+        if isinstance(part, Exchange):
+            port = port_of(part.sends)
+            order.append(format.Exchange(port.name, part.receives.name, port.dtype, port.shape))
+        else:
+            name = f"body-{sum(isinstance(known, str) for known in order)}"
+            order.append(name)
+            kept[name] = part
+    return kept, format.Sharding(target.gpus, text_tokens, padded, tuple(order))
 
 
 def _tensorrt_target(target: Target, recipe: Recipe, source: Source, parts: _Parts, report: Report) -> format.Target:
     from fluxc.engine.cut import Component
+    from fluxc.graph.ulysses import shard
     from fluxc.targets import tensorrt as module
 
     components = {
@@ -176,7 +249,14 @@ def _tensorrt_target(target: Target, recipe: Recipe, source: Source, parts: _Par
         grids=tuple((height // pixels, width // pixels) for height, width in recipe.sizes),
         branches=(1, 2) if source.guidance_branches else (1,),
         text_length=recipe.text.length,
+        ranks=target.gpus,
     )
+    sharding = None
+    if target.gpus > 1:
+        blocks = parts.neutral["transformer"]
+        config = source.checkpoint.components["transformer"].config
+        blocks |= {name: shard(blocks[name], config, target.gpus) for name in blocks if name.endswith("_block")}
+        sharding = format.Sharding(target.gpus, recipe.text.length // target.gpus)
     cut = module.cut_target(target, parts.neutral, components, sizes, source.family.text_layers)
     for name, tensors in parts.refs.items():
         spare = module.spare_scales(source.plans.get(name, []), cut.tensors[name])
@@ -188,7 +268,9 @@ def _tensorrt_target(target: Target, recipe: Recipe, source: Source, parts: _Par
         engine = module.unfinished_engine(target, cut)
     counts = [rows * columns for rows, columns in sizes.grids]
     tokens = (min(counts), max(counts)) if target.shapes == "range" else None
-    return format.Target(target.name, target.kind, "nvfp4", {}, device="cuda", tokens=tokens, engine=engine)
+    return format.Target(
+        target.name, target.kind, "nvfp4", {}, device="cuda", tokens=tokens, engine=engine, sharding=sharding
+    )
 
 
 def _builds_here(target: Target) -> bool:

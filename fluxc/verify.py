@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+import fluxrt
 from fluxc.errors import BuildError
 from fluxc.fidelity.metrics import psnr
 from fluxrt.bundle import Bundle, Picture, Target, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle, this_machine
-from fluxrt.pipeline import Pipeline
 
 LEAST_PSNR_DB = 40.0
 LEAST_PSNR_DB_OF_ANOTHER = 25.0
@@ -41,14 +42,15 @@ def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
         if recorded is None:
             yield f"target {entry.name}: no picture was recorded"
             continue
-        result = Pipeline(bundle, target=entry.name)(
-            recorded.prompt,
-            seed=recorded.seed,
-            steps=recorded.steps,
-            guidance=recorded.guidance,
-            size=recorded.size,
-            step_cache=False,
-        )
+        with contextlib.closing(fluxrt.load(path, target=entry.name)) as pipeline:
+            result = pipeline(
+                recorded.prompt,
+                seed=recorded.seed,
+                steps=recorded.steps,
+                guidance=recorded.guidance,
+                size=recorded.size,
+                step_cache=False,
+            )
         with Image.open(bundle.path(recorded.file)) as image:
             expected = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
         agreement = psnr(np.asarray(result.images[0], dtype=np.float64) / 255, expected)

@@ -13,12 +13,28 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from fluxrt.bundle import Bundle, Plan, Target
 from fluxrt.cuda import Gpu, OutOfMemoryError
 from fluxrt.errors import BackendError
+from fluxrt.group import Group
 from fluxrt.weights import size_of
 from trt_reference import BF16, DTYPES, E2M1, OPERATORS
+
+
+def all_to_all(group: Group) -> type[OpRun]:
+    """DistCollective among ranks that are threads of this process."""
+
+    class DistCollective(OpRun):
+        op_domain = "trt"
+
+        def _run(self, x: np.ndarray, **attributes: Any) -> tuple[np.ndarray]:
+            assert (attributes["collective_operation"], attributes["nb_rank"]) == ("all_to_all", group.ranks)
+            return (group.all_to_all(np.ascontiguousarray(x)),)
+
+    return DistCollective
+
 
 RTX = Gpu("a made-up RTX", "12.0", "13.0")
 
@@ -131,8 +147,18 @@ class FakeLibrary:
     class DynamicShapesKernelSpecializationStrategy:
         EAGER = "eager"
 
-    def __init__(self, bundle: Bundle, target: Target, driver: FakeDriver, version: str | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: Target,
+        driver: FakeDriver,
+        version: str | None = None,
+        group: Group | None = None,
+        refuses_communicator: bool = False,
+    ) -> None:
         assert target.engine is not None
+        self.refuses_communicator = refuses_communicator
+        operators = [*OPERATORS, *([all_to_all(group)] if group else [])]
         self.__version__ = version or str(target.engine.version)
         self.driver, self.scratch = driver, 4096
         self.not_capturable: set[str] = set()
@@ -141,7 +167,7 @@ class FakeLibrary:
         for name, plan in target.engine.plans.items():
             model = onnx.load(bundle.path(plan.source))
             digest = bundle.manifest.files[str(plan.file)].sha256
-            self.plans[digest] = (name, plan, ReferenceEvaluator(model, new_ops=OPERATORS))
+            self.plans[digest] = (name, plan, ReferenceEvaluator(model, new_ops=operators))
 
     def Runtime(self, logger: Any) -> FakeLibrary:
         return self
@@ -208,8 +234,14 @@ class FakeContext:
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._scratch = (0, 0)
+        self._communicator: object = None
         plan = engine.plan
         self._ports = {port.name: port for port in (*plan.inputs, *plan.outputs, *plan.weights)}
+
+    def set_communicator(self, capsule: object) -> bool:
+        assert self._engine.plan.expected["collectives"]
+        self._communicator = capsule
+        return not self._engine.library.refuses_communicator
 
     def set_device_memory(self, address: int, nbytes: int) -> None:
         self._scratch = (address, nbytes)
@@ -243,6 +275,7 @@ class FakeContext:
         assert stream == self._driver.stream
         assert self._addresses.keys() == self._ports.keys(), "every port must be bound"
         assert self._scratch[1] >= self._engine.library.scratch
+        assert self._communicator or not self._engine.plan.expected["collectives"], "a collective needs a communicator"
         self._driver.at(*self._scratch)
         addresses, shapes = dict(self._addresses), dict(self._shapes)
         self._engine.library.compiled.add(self._engine.name)

@@ -22,14 +22,13 @@ from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.errors import BuildError
 from fluxc.fidelity.metrics import relative_error
 from fluxc.graph import LINEAR_DOMAIN, OPSET
-from fluxc.graph.bind import bind
+from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_body
 from fluxc.graph.lower import lower
 from fluxc.graph.trace import make_model, trace_transformer
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.recipe import ComponentPrecision
 from fluxc.targets.cuda_kernels import TABLE_OPSET, check_kernels
-from fluxc.targets.onnxruntime import ARGUMENTS
 from test_onnxruntime_cuda import MatMulBlockQuantizedFp4Weight
 from trt_reference import DequantizeLinear, MatMul
 
@@ -134,8 +133,8 @@ def lowered(request: pytest.FixtureRequest) -> dict[str, onnx.ModelProto]:
     graphs, bound = {}, []
     stored = {name: ref.dtype for name, ref in refs.items()}
     for name, neutral in (("prologue", pieces["prologue"]), ("body", body), ("epilogue", pieces["epilogue"])):
-        graphs[name] = lower(neutral, ARGUMENTS[name], stored, plan, dtype=request.param)
-        bound += bind(graphs[name], ARGUMENTS[name], refs)
+        graphs[name] = lower(neutral, argument_names(neutral), stored, plan, dtype=request.param)
+        bound += bind(graphs[name], argument_names(neutral), refs)
         weights_as_inputs(graphs[name])
     assert sorted(bound) == sorted(refs)
     return graphs

@@ -14,10 +14,10 @@ import torch
 
 from conftest import QUICK, compile_into, copy_checkpoint
 from fluxc.fidelity.metrics import relative_error
+from fluxc.graph.bind import argument_names
 from fluxc.graph.compose import compose_body
 from fluxc.graph.lower import lower
 from fluxc.graph.trace import trace_transformer
-from fluxc.targets.onnxruntime import ARGUMENTS
 from fluxrt.schedule import flow_match_sigmas
 
 
@@ -127,11 +127,12 @@ def run(
     neutral: onnx.ModelProto, name: str, weights: dict[str, np.ndarray], state: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Run a neutral graph with fp32 weights held in the graph."""
-    lowered = lower(neutral, ARGUMENTS[name], dict.fromkeys(weights, "F32"), {}, "none")
+    arguments = argument_names(neutral)
+    lowered = lower(neutral, arguments, dict.fromkeys(weights, "F32"), {}, "none")
     wanted = [value.name for value in lowered.graph.input]
-    for weight in [w for w in wanted if w not in ARGUMENTS[name]]:
+    for weight in [w for w in wanted if w not in arguments]:
         lowered.graph.initializer.append(onnx.numpy_helper.from_array(weights[weight], weight))
-    kept = [value for value in lowered.graph.input if value.name in ARGUMENTS[name]]
+    kept = [value for value in lowered.graph.input if value.name in arguments]
     inputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
     del lowered.graph.input[:]
     lowered.graph.input.extend(inputs)

@@ -24,11 +24,11 @@ from fluxc.checkpoint.flux2 import Linear, transformer_linears, transformer_tens
 from fluxc.checkpoint.safetensors_file import TensorRef, read_header
 from fluxc.engine.audit import Audit, Expected, audit
 from fluxc.engine.builder import PlanRequest, build_plan
-from fluxc.engine.cut import Component, Cutter, argument_names, without_prefix
+from fluxc.engine.cut import Component, Cutter, without_prefix
 from fluxc.engine.program import read_programs
 from fluxc.errors import BuildError, RecipeError
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
-from fluxc.graph.bind import bind
+from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_steps
 from fluxc.graph.lower import lower
 from fluxc.graph.lower_tensorrt import Lowered, fix_shapes, lower_tensorrt

@@ -5,10 +5,13 @@
 3. Every attention is one fused kernel.
 4. The plan runs on the GPUs it was asked for and on no others, and it can be captured in a CUDA graph.
 5. Of bound weights, a run copies block scales and vectors only, never a quantized or a Linear's weight.
+6. Every collective is there, of the kind and among as many ranks as asked for. TensorRT has been reported to forget the number
+   of ranks when a plain attention follows; such a plan loads, and its collectives do nothing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,24 +20,29 @@ from fluxc.engine.program import Kernel, Program, Tensor, read_programs
 
 OPERAND = {"nvfp4": "fp4_e2m1", "fp8": "fp8_e4m3"}
 GEMM_KINDS = ("fully_connected",)
+ALL_TO_ALL = "comm_alltoall"
+_COMPILERS = re.compile(r"( \[profile \d+\])?(_U\d+)?$")
+"""What the compiler appends to the names it takes over."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a plan must be: GEMMs with their formats, the groups that are one GEMM, attention nodes, and the inputs that hold
-    weights of Linears (`matrices`) or anything else that is bound (`vectors`)."""
+    """What a plan must be: GEMMs with their formats, the groups that are one GEMM, attention nodes, the inputs that hold
+    weights of Linears (`matrices`) or anything else that is bound (`vectors`), and the all-to-alls among `ranks` GPUs."""
 
     gemms: Mapping[str, str]
     groups: tuple[tuple[str, ...], ...]
     attentions: tuple[str, ...]
     matrices: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
+    collectives: tuple[str, ...] = ()
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
 class Audit:
     """What was found in a plan: GEMMs by format as they run, fused attentions, kernels a run, bytes of weights a run copies,
-    and in `faults` everything that is not as it must be, naming the layer."""
+    collectives, and in `faults` everything that is not as it must be, naming the layer."""
 
     gemms: dict[str, int]
     attentions: int
@@ -43,6 +51,7 @@ class Audit:
     copied_bytes: int
     compute_capabilities: tuple[str, ...]
     faults: tuple[str, ...] = field(default=())
+    collectives: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +102,8 @@ def _audit_program(program: Program, expected: Expected, compute_capabilities: t
     moved = [(kernel, weight) for kernel, weight, _ in copies if weight in expected.matrices]
     for kernel, weight in dict.fromkeys([*moved, *_read_outside(program, expected)]):
         faults.append(f"{weight}: {kernel.name} moves the whole weight at every run")
+    collectives = [kernel for kernel in program.kernels if kernel.kind.startswith("comm_")]
+    faults += _collective_faults(program.ranks, collectives, expected)
     wanted = len(expected.gemms) + len(expected.attentions)
     good = sum(gemms.values()) + fused - sum(1 for f in faults if "runs as" in f)
     return Audit(
@@ -103,7 +114,19 @@ def _audit_program(program: Program, expected: Expected, compute_capabilities: t
         copied_bytes=sum(nbytes for _, _, nbytes in copies),
         compute_capabilities=found,
         faults=tuple(faults),
+        collectives=len(collectives),
     )
+
+
+def _collective_faults(ranks: int, found: list[Kernel], expected: Expected) -> Iterable[str]:
+    if expected.collectives and ranks != expected.ranks:
+        yield f"the plan is for {ranks} ranks, not {expected.ranks}: its collectives would do nothing, or hang"
+    kinds = {_COMPILERS.sub("", kernel.name): kernel.kind for kernel in found}
+    for name in expected.collectives:
+        if kinds.get(name) != ALL_TO_ALL:
+            yield f"{name}: planned as an all-to-all, the plan has {kinds.get(name, 'nothing')} in its place"
+    for name in kinds.keys() - set(expected.collectives):
+        yield f"{name}: a collective that was not asked for"
 
 
 def _gemm_of(program: Program, name: str) -> Kernel | None:

@@ -19,7 +19,7 @@ from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.engine.audit import Expected
 from fluxc.engine.builder import Profile
 from fluxc.errors import BuildError
-from fluxc.graph.bind import bind
+from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import (
     Composition,
     attention_apart,
@@ -29,6 +29,7 @@ from fluxc.graph.compose import (
     one_output_each,
 )
 from fluxc.graph.lower_tensorrt import Lowered, fix_shapes, lower_tensorrt, port_dtype
+from fluxc.graph.ulysses import COLLECTIVE, ranks_of
 from fluxc.quantize.plan import LayerPlan
 from fluxrt.bundle import Call, Plan, Port, Program
 
@@ -196,12 +197,15 @@ class Cutter:
         matrices = {port.name for port in lowered.weights if linears.intersection(port.tensors)}
         graph = lowered.model.graph
         weights = {port.name for port in lowered.weights}
+        collectives = [node for node in graph.node if node.op_type == COLLECTIVE]
         expected = Expected(
             gemms=lowered.gemms,
             groups=tuple(tuple(group) for group in groups.values()),
             attentions=tuple(node.name for node in graph.node if node.op_type == "Attention"),
             matrices=tuple(sorted(matrices)),
             vectors=tuple(sorted(weights - matrices)),
+            collectives=tuple(node.name for node in collectives),
+            ranks=ranks_of(collectives[0]) if collectives else 1,
         )
         return PlanGraph(
             name=name,
@@ -238,11 +242,6 @@ class Cutter:
             return ({symbol: (min(sizes), sizes[0], max(sizes)) for symbol, sizes in every.items()},)
         found = {tuple((symbol, request[symbol]) for symbol in sorted(symbols)): None for request in self._requests}
         return tuple({symbol: (size, size, size) for symbol, size in request} for request in found)
-
-
-def argument_names(model: onnx.ModelProto) -> set[str]:
-    """The inputs of a neutral graph that are no weights; tensors of a checkpoint have a dot in their name, arguments none."""
-    return {value.name for value in model.graph.input if "." not in value.name}
 
 
 def without_prefix(plan: Iterable[LayerPlan], prefix: str) -> dict[str, LayerPlan]:

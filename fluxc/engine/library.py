@@ -34,6 +34,9 @@ GPUS = {
 }
 
 
+KEEPS_RANKS = (11, 2)
+
+
 @dataclass(frozen=True)
 class Library:
     """One of the libraries: how it is imported and installed, what it builds for, and whether that needs the GPU itself."""
@@ -83,6 +86,16 @@ def installed_version(kind: str) -> str | None:
         return str(importlib.import_module(kind).__version__)
     except ImportError:
         return None
+
+
+def check_keeps_ranks(module: ModuleType) -> None:
+    """Refuse the TensorRT versions whose plans can lose the number of ranks; BuildError says which do not."""
+    version = tuple(int(part) for part in str(module.__version__).split(".")[:2])
+    if module.__name__ == "tensorrt" and version < KEEPS_RANKS:
+        raise BuildError(
+            f"TensorRT {module.__version__} can lose the number of ranks of a sharded plan, whose collectives then do nothing; "
+            f"use {'.'.join(map(str, KEEPS_RANKS))} or newer"
+        )
 
 
 def check_capabilities(kind: str, capabilities: tuple[str, ...], formats: set[str], field: str) -> None:

@@ -53,9 +53,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Program:
-    """What a plan runs. `accelerators` are the GPUs it was compiled for ("sm120"), `inputs` the plan's own."""
+    """What a plan runs. `accelerators` are the GPUs it was compiled for ("sm120"), `inputs` the plan's own, `ranks` how many
+    GPUs run it together."""
 
     accelerators: tuple[str, ...]
+    ranks: int
     capturable: bool
     inputs: tuple[str, ...]
     tensors: dict[str, Tensor]
@@ -91,6 +93,7 @@ def _program(text: str) -> Program:
     head, _, rest = text.partition("descriptors {")
     described, _, main = rest.partition("\nmain {")
     accelerators = re.search(r"accelerators=\{([^}]*)\}", head)
+    ranks = re.search(r"^  world_size = (\d+)$", head, re.M)
     inputs = re.search(r"^  inputs=\{([^}]*)\}", head, re.M)
     if accelerators is None or inputs is None or not main:
         raise BuildError("the program inside the plan has another form than is known; it cannot be audited")
@@ -100,6 +103,7 @@ def _program(text: str) -> Program:
         tensors[name] = Tensor(type, _dimensions(dims), root)
     return Program(
         accelerators=tuple(sorted(accelerators[1].split())),
+        ranks=int(ranks[1]) if ranks else 1,
         capturable="stream_capturable=1" in head,
         inputs=tuple(_QUOTED.findall(inputs[1])),
         tensors=tensors,

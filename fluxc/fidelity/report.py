@@ -56,6 +56,7 @@ def write_report(folder: Path, figures: dict[str, Any], pictures: dict[str, list
             sensitivity=figures["sensitivity"],
             engines=figures["engines"],
             not_run=figures["not_run"],
+            ranks=figures["ranks"],
             step_cache=figures["step_cache"],
             sheet_width=min(sheet.width, 1400),
         ),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fluxc.fidelity.compare import Reference, compare_target
+from fluxc.fidelity.compare import Reference, compare_ranks, compare_target
 from fluxc.fidelity.report import write_report
 from fluxc.fidelity.trace import record, tokens_of_final
 from fluxc.planned_source import Source
@@ -35,7 +35,8 @@ def measure(
     """
     size, steps, guidance = recipe.sizes[0], recipe.sampling.steps, recipe.sampling.guidance
     runnable = [target for target in recipe.targets if target.runs_here]
-    total = len(prompts) * (1 + len(runnable))
+    sharded = [target for target in recipe.targets if target.is_for_processes]
+    total = len(prompts) * (1 + len(runnable) + len(sharded))
     done = 0
 
     def advance() -> None:
@@ -61,7 +62,8 @@ def measure(
         "size": list(size),
         "prompts": prompts,
         "targets": {},
-        "not_run": [target.name for target in recipe.targets if not target.runs_here],
+        "ranks": {},
+        "not_run": [target.name for target in recipe.targets if target not in (*runnable, *sharded)],
         "engines": {t.name: _engine(t.engine) for t in bundle.manifest.targets if t.engine},
         "layers": layers,
         "sensitivity": sensitivity,
@@ -71,6 +73,11 @@ def measure(
     for target in runnable:
         figures["targets"][target.name], pictures[target.name] = compare_target(
             bundle, target.name, references, size=size, steps=steps, guidance=guidance, on_picture=advance
+        )
+    for target in sharded:
+        whole = target.in_one.name
+        figures["ranks"][target.name], pictures[target.name] = compare_ranks(
+            bundle, target.name, whole, pictures[whole], references, steps, guidance, size, advance
         )
     write_report(folder / "report", figures, pictures)
     recorded = [
@@ -83,7 +90,7 @@ def measure(
             "guidance": guidance,
             "size": size,
         }
-        for target in runnable
+        for target in (*runnable, *sharded)
         for number, reference in enumerate(references)
     ]
     (folder / "pictures.json").write_text(json.dumps(recorded))

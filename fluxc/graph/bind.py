@@ -23,6 +23,11 @@ ONNX_TYPES = {
 }
 
 
+def argument_names(model: onnx.ModelProto) -> set[str]:
+    """The inputs of a neutral graph that are no weights; tensors of a checkpoint have a dot in their name, arguments none."""
+    return {value.name for value in model.graph.input if "." not in value.name}
+
+
 def bind(model: onnx.ModelProto, arguments: set[str], weights: dict[str, TensorRef]) -> set[str]:
     """Turn every input of `model` outside `arguments` into an external initializer, in place.
 

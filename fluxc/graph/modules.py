@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 
-class Prologue(nn.Module):
+class _Prologue(nn.Module):
     """latents [1, S, C], text [B, L, T], sigma () -> hidden, text_hidden, modulation, rope.
 
     hidden [B, S, D], text_hidden [B, L, D], temb [1, D], modulation_* [1, 6D or 3D], rope_cos and rope_sin [L + S, head_dim].
@@ -30,13 +30,15 @@ class Prologue(nn.Module):
         self.context_embedder = transformer.context_embedder
         self.pos_embed = transformer.pos_embed
 
-    def forward(
+    def _compute(
         self,
         latents: torch.Tensor,
         text: torch.Tensor,
         sigma: torch.Tensor,
         columns: torch.Tensor,
-        guidance: torch.Tensor | None = None,
+        guidance: torch.Tensor | None,
+        first_token: torch.Tensor | None = None,
+        first_text: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         # diffusers rounds sigma to the model's dtype before the sinusoids; in bf16 neighbouring steps would become one.
         embed, dtype = self.time_guidance_embed, self.x_embedder.weight.dtype
@@ -45,9 +47,11 @@ class Prologue(nn.Module):
             temb = temb + embed.guidance_embedder(embed.time_proj(guidance.reshape(1) * 1000).to(dtype))
         hidden = self.x_embedder(latents.to(dtype)).expand(text.shape[0], -1, -1)
         index = torch.arange(latents.shape[1], device=latents.device)
+        index = index if first_token is None else index + first_token
         nothing = torch.zeros_like(index)
         image_ids = torch.stack([nothing, index // columns, index % columns, nothing], dim=1)
         place = torch.arange(text.shape[1], device=latents.device)
+        place = place if first_text is None else place + first_text
         zero = torch.zeros_like(place)
         text_ids = torch.stack([zero, zero, zero, place], dim=1)
         rope_cos, rope_sin = self.pos_embed(torch.cat([text_ids, image_ids]))
@@ -61,6 +65,20 @@ class Prologue(nn.Module):
             rope_cos,
             rope_sin,
         )
+
+
+class Prologue(_Prologue):
+    """The prologue of a whole picture."""
+
+    def forward(self, latents, text, sigma, columns, guidance=None):
+        return self._compute(latents, text, sigma, columns, guidance)
+
+
+class PartPrologue(_Prologue):
+    """The prologue of a part of a picture's tokens; `first_token` and `first_text` () int64 are where the part begins."""
+
+    def forward(self, latents, text, sigma, columns, first_token, first_text, guidance=None):
+        return self._compute(latents, text, sigma, columns, guidance, first_token, first_text)
 
 
 class Signal(nn.Module):

@@ -21,15 +21,33 @@ from onnx import helper, numpy_helper
 from fluxc.checkpoint.flux2 import Family
 from fluxc.errors import BuildError
 from fluxc.graph import LINEAR_DOMAIN, OPSET
-from fluxc.graph.modules import DoubleBlock, Epilogue, Prologue, Signal, SingleBlock, TextLayer, TextStem, VaeDecoder
+from fluxc.graph.modules import (
+    DoubleBlock,
+    Epilogue,
+    PartPrologue,
+    Prologue,
+    Signal,
+    SingleBlock,
+    TextLayer,
+    TextStem,
+    VaeDecoder,
+)
 
 Input = tuple[torch.Tensor, dict[int, str] | None]
 
 
 def trace_transformer(
-    config: dict[str, Any], text_length: int, guidance_branches: bool, dtype: torch.dtype = torch.float32
+    config: dict[str, Any],
+    text_length: int,
+    guidance_branches: bool,
+    dtype: torch.dtype = torch.float32,
+    part: bool = False,
 ) -> dict[str, onnx.ModelProto]:
-    """The neutral graphs prologue, signal, double_block, single_block and epilogue of a Flux2Transformer2DModel in `dtype`."""
+    """The neutral graphs prologue, signal, double_block, single_block and epilogue of a Flux2Transformer2DModel in `dtype`.
+
+    With `part` they are those of a part of a picture's tokens, `text_length` text tokens among them: the prologue takes the
+    text's part as `text_share`, and `first_token` and `first_text`.
+    """
     from diffusers import Flux2Transformer2DModel
 
     small = {
@@ -54,7 +72,7 @@ def trace_transformer(
 
     prologue_inputs = {
         "latents": (latents, only_tokens),
-        "text": (_meta(branches, length, features, dtype=dtype), only_branches),
+        ("text_share" if part else "text"): (_meta(branches, length, features, dtype=dtype), only_branches),
         "sigma": (scalar, None),
         "columns": (torch.empty((), dtype=torch.int64, device="meta"), None),
     }
@@ -66,6 +84,9 @@ def trace_transformer(
         "sigma": (scalar, None),
         "next_sigma": (scalar, None),
     }
+    if part:
+        index = torch.empty((), dtype=torch.int64, device="meta")
+        prologue_inputs |= {"first_token": (index, None), "first_text": (index, None)}
     if embeds:
         prologue_inputs["guidance"] = (scalar, None)
     if guidance_branches:
@@ -92,7 +113,7 @@ def trace_transformer(
     }
     graphs = {
         "prologue": trace(
-            Prologue(model),
+            (PartPrologue if part else Prologue)(model),
             prologue_inputs,
             (
                 "hidden",

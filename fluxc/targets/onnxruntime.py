@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.errors import BuildError
-from fluxc.graph.bind import bind
+from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.lower import lower
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe import Target
@@ -25,14 +25,6 @@ COMPONENT_OF = {
     "body": "transformer",
     "epilogue": "transformer",
     "vae_decoder": "vae",
-}
-ARGUMENTS = {
-    "text_encoder": {"input_ids", "attention_mask"},
-    "prologue": {"latents", "text", "sigma", "columns", "guidance"},
-    "signal": {"hidden", "modulation_img", "modulation_single", "previous_signal"},
-    "body": {"hidden", "text_hidden", "modulation_img", "modulation_txt", "modulation_single", "rope_cos", "rope_sin"},
-    "epilogue": {"latents", "hidden", "residual", "temb", "sigma", "next_sigma", "guidance"},
-    "vae_decoder": {"latent_grid"},
 }
 DTYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
@@ -59,25 +51,25 @@ def build_graphs(
     target: Target,
     unused: dict[str, tuple[str, ...]],
 ) -> dict[str, BuiltGraph]:
-    """Lower and bind the five graphs.
+    """Lower and bind the graphs; those named "body-N" are pieces of the body.
 
     `weights` describes each component's written tensors, `entries` names its weights file or index, `unused` the name
     prefixes no graph needs. Raises BuildError naming tensors that no graph uses, so that nothing is dropped in silence.
     """
     built, bound = {}, {component: set[str]() for component in weights}
     for name, model in neutral.items():
-        component = COMPONENT_OF[name]
+        component, arguments = COMPONENT_OF[name.partition("-")[0]], argument_names(model)
         stored = {tensor: ref.dtype for tensor, ref in weights[component].items()}
         planned = {entry.layer.name: entry for entry in plans.get(component, [])}
         # The VAE stays in fp32: the CUDA provider has no bf16 kernel for Resize.
         dtype = PRECISIONS[target.dtype] if target.is_for_gpu and component != "vae" else TensorProto.FLOAT
-        lowered = lower(model, ARGUMENTS[name], stored, planned, target.activations, target.weights_in_memory, dtype)
-        bound[component] |= bind(lowered, ARGUMENTS[name], weights[component])
+        lowered = lower(model, arguments, stored, planned, target.activations, target.weights_in_memory, dtype)
+        bound[component] |= bind(lowered, arguments, weights[component])
         entry = Graph(
             file=f"{component}/{name}.onnx",
             weights=f"{component}/{entries[component]}",
-            inputs=tuple(_port(value) for value in lowered.graph.input),
-            outputs=tuple(_port(value) for value in lowered.graph.output),
+            inputs=tuple(port_of(value) for value in lowered.graph.input),
+            outputs=tuple(port_of(value) for value in lowered.graph.output),
         )
         if target.is_for_gpu:
             check_kernels(name, lowered)
@@ -122,7 +114,8 @@ def check_loads(folder: Path, files: list[str], for_gpu: bool = False) -> None:
             raise BuildError(f"{file}: ONNX Runtime {onnxruntime.__version__} does not load it: {error}") from error
 
 
-def _port(value: onnx.ValueInfoProto) -> Port:
+def port_of(value: onnx.ValueInfoProto) -> Port:
+    """A graph's input or output as the manifest has it."""
     tensor = value.type.tensor_type
     shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
     return Port(value.name, DTYPES[tensor.elem_type], shape)

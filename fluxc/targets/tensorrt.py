@@ -17,7 +17,7 @@ import onnx
 from fluxc.engine.audit import Audit, Expected, audit
 from fluxc.engine.builder import PlanRequest, build_plan
 from fluxc.engine.cut import MEMORY_A_BYTE, Component, Cut, Cutter
-from fluxc.engine.library import load_library
+from fluxc.engine.library import check_keeps_ranks, load_library
 from fluxc.errors import BuildError
 from fluxc.progress import Report
 from fluxc.quantize.plan import LayerPlan
@@ -30,16 +30,18 @@ BASE_GIB = 1.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a target serves: image tokens as (rows, columns) for every size, branches, text tokens."""
+    """What a target serves: image tokens as (rows, columns) for every size, branches, text tokens; shared by `ranks`."""
 
     grids: tuple[tuple[int, int], ...]
     branches: tuple[int, ...]
     text_length: int
+    ranks: int = 1
 
     def requests(self) -> list[dict[str, int]]:
-        """Every combination of size and branches, what each dimension counts; the first size with the most branches first."""
+        """Every combination of size and branches, what each dimension counts on a rank; the first size with the most branches
+        first."""
         return [
-            {"branches": branches, "tokens": rows * columns, "rows": rows, "columns": columns}
+            {"branches": branches, "tokens": rows * columns // self.ranks, "rows": rows, "columns": columns}
             for rows, columns in self.grids
             for branches in sorted(self.branches, reverse=True)
         ]
@@ -52,13 +54,15 @@ def cut_target(
     sizes: Sizes,
     text_layers: tuple[int, ...],
 ) -> Cut:
-    """Plans and programs of `target`; `pieces` are the bf16 neutral graphs by component."""
+    """Plans and programs of `target`; `pieces` are the bf16 neutral graphs by component, the transformer's of one rank."""
     cutter = Cutter(sizes.requests(), target.shapes == "range", target.name, f"engines/{target.name}")
     segment_bytes = None
     if target.weights == "baked":
         segment_bytes = largest_segment(target.memory_gib)
     cutter.text_encoder(pieces["text_encoder"], components["text_encoder"], text_layers)
-    cutter.transformer(pieces["transformer"], components["transformer"], sizes.text_length, segment_bytes)
+    cutter.transformer(
+        pieces["transformer"], components["transformer"], sizes.text_length // sizes.ranks, segment_bytes
+    )
     cutter.vae_decoder(pieces["vae"]["vae_decoder"], components["vae"])
     for component in components.values():
         check_group_scales(component)
@@ -130,7 +134,12 @@ def build_engine(target: Target, cut: Cut, folder: Path, report: Report | None =
 
 
 def build_audited(module: ModuleType, request: PlanRequest, expected: Expected, path: Path) -> Audit:
-    """Build one plan into the file `path` and say what was found in it; the caller refuses faults (check_audits)."""
+    """Build one plan into the file `path` and say what was found in it; the caller refuses faults (check_audits).
+
+    Raises BuildError for a sharded plan and a TensorRT that is known to lose its ranks.
+    """
+    if expected.collectives:
+        check_keeps_ranks(module)
     built = build_plan(module, request)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(built)

@@ -19,7 +19,7 @@ import msgspec
 from fluxrt.errors import BundleError
 
 FORMAT = "fluxc-bundle"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "bundle.json"
 
 
@@ -128,12 +128,36 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [name for name, plan in self.plans.items() if plan.file is None]
 
 
+class Exchange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An all-to-all: part i of the buffer `sends` goes to rank i, part i of `receives` came from it; dimension 0 counts
+    ranks."""
+
+    sends: str
+    receives: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Sharding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a target divides a picture among `ranks`: every rank has `text_tokens` of the text, and an equal share of the image.
+
+    With `padded` any number of image tokens is filled up to a multiple of `ranks`. `body` is what the stage of that name
+    comes to where collectives are not part of a graph: graphs, and exchanges between them.
+    """
+
+    ranks: int
+    text_tokens: int
+    padded: bool = False
+    body: tuple[str | Exchange, ...] = ()
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One way of running the bundle: the kind of engine, how activations are treated, and its graphs by name, or for the
     TensorRT kinds its engine.
 
     `device` is where the graphs run. `tokens` is the range of image tokens any size may have, where it is not limited to
-    the sizes listed under `sampling`.
+    the sizes listed under `sampling`. With `sharding` several processes run it, one a rank, and what its graphs count as
+    "tokens" are those of one rank.
     """
 
     name: str
@@ -143,6 +167,12 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: str = "cpu"
     tokens: tuple[int, int] | None = None
     engine: Engine | None = None
+    sharding: Sharding | None = None
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs, or on a CPU processes, it takes."""
+        return self.sharding.ranks if self.sharding else 1
 
     def reads(self, name: str) -> bool:
         """Whether a graph or plan has an input of this name; a model without embedded guidance reads none, for example."""

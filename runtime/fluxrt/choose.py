@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fluxrt.errors import BackendError
+from fluxrt.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     from fluxrt.bundle import Bundle, Target
@@ -17,21 +17,23 @@ BEST_FIRST = (("tensorrt", "cuda"), ("tensorrt_rtx", "cuda"), ("onnxruntime", "c
 
 @dataclass(frozen=True)
 class Machine:
-    """What targets need: a GPU, or why there is none; versions of the libraries installed; ONNX Runtime's providers."""
+    """What targets need: a GPU, or why there is none, and how many; versions of the libraries installed; ONNX Runtime's
+    providers."""
 
     gpu: Gpu | None
     no_gpu: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    gpus: int = 1
 
 
 def this_machine() -> Machine:
     """What is installed here; imports the GPU libraries that are."""
-    from fluxrt.cuda import first_gpu
+    from fluxrt.cuda import count_gpus, first_gpu
 
-    gpu, reason = None, ""
+    gpu, count, reason = None, 0, ""
     try:
-        gpu = first_gpu()
+        gpu, count = first_gpu(), count_gpus()
     except BackendError as error:
         reason = str(error)
     versions = {}
@@ -42,12 +44,12 @@ def this_machine() -> Machine:
             continue
     import onnxruntime
 
-    return Machine(gpu, reason, versions, tuple(onnxruntime.get_available_providers()))
+    return Machine(gpu, reason, versions, tuple(onnxruntime.get_available_providers()), count)
 
 
 def obstacle(bundle: Bundle, target: Target, machine: Machine) -> str | None:
     """Why `target` does not run on `machine`, in one sentence or two; None if it does."""
-    from fluxrt.backends.library import EXTRA, check_finished, check_gpu, check_version
+    from fluxrt.backends.library import EXTRA, check_finished, check_gpu, check_gpus, check_version
 
     if (target.kind, target.device) not in BEST_FIRST:
         return f"this fluxrt cannot run targets of kind {target.kind!r}; install a newer one"
@@ -67,17 +69,25 @@ def obstacle(bundle: Bundle, target: Target, machine: Machine) -> str | None:
         check_finished(bundle, target)
         check_version(bundle, target, version)
         check_gpu(bundle, target, machine.gpu)
+        check_gpus(target, machine.gpus)
     except BackendError as error:
         return str(error)
     return None
 
 
-def choose(bundle: Bundle, machine: Machine | None = None) -> tuple[Target, dict[str, str | None]]:
-    """The best target `machine` (this one by default) runs, and by target what stands in its way.
+def choose(bundle: Bundle, machine: Machine | None = None, gpus: int = 1) -> tuple[Target, dict[str, str | None]]:
+    """The best target for `gpus` GPUs that `machine` (this one by default) runs, and by target what stands in its way.
 
-    Of targets of one rank the first listed is taken. Raises BackendError naming every obstacle when none runs.
+    Of equally good targets the first listed is taken. Raises BackendError naming every obstacle when none runs, and
+    RequestError when the bundle has no target for so many.
     """
-    targets = bundle.manifest.targets
+    targets = [target for target in bundle.manifest.targets if target.gpus == gpus]
+    if not targets:
+        known = ", ".join(f"{target.name} for {target.gpus}" for target in bundle.manifest.targets)
+        raise RequestError(
+            f"{bundle.root}: no target of this bundle is for {gpus} GPUs; it has {known}. Ask for one of these with --gpus, or "
+            f"add `gpus: {gpus}` to a target of the recipe and rebuild"
+        )
     if machine is None and all(target.device == "cpu" for target in targets):
         machine = Machine(None)
     found = machine or this_machine()

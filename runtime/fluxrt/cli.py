@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -43,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--threshold", type=float, help="let the step cache's rule decide with this threshold: larger skips more"
     )
-    generate.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    generate.add_argument(
+        "--gpus", type=int, help="draw with a target sharded for so many GPUs, or on a CPU processes (default: one)"
+    )
+    generate.add_argument("--threads", type=int, help="CPU threads of each rank (default: all cores, divided)")
     generate.set_defaults(run=_generate)
     return parser
 
@@ -54,23 +58,24 @@ def _generate(options: argparse.Namespace) -> int:
         raise RequestError(f"--out {out}: pictures are written as PNG; give a name that ends in .png")
     if not out.parent.is_dir():
         raise RequestError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-    pipeline = fluxrt.load(options.bundle, target=options.target, threads=options.threads)
     showing = sys.stderr.isatty()
 
     def on_step(done: int, total: int) -> None:
         print(f"\rstep {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
-    result = pipeline(
-        options.prompt,
-        seed=options.seed,
-        steps=options.steps,
-        guidance=options.guidance,
-        size=options.size,
-        step_cache=False if options.no_step_cache else None,
-        threshold=options.threshold,
-        on_step=on_step if showing else None,
-    )
-    for note in (*result.notes, *pipeline.backend.notes):
+    pipeline = fluxrt.load(options.bundle, target=options.target, threads=options.threads, gpus=options.gpus)
+    with contextlib.closing(pipeline):
+        result = pipeline(
+            options.prompt,
+            seed=options.seed,
+            steps=options.steps,
+            guidance=options.guidance,
+            size=options.size,
+            step_cache=False if options.no_step_cache else None,
+            threshold=options.threshold,
+            on_step=on_step if showing else None,
+        )
+    for note in (*result.notes, *pipeline.notes):
         print(f"fluxrt: {note}", file=sys.stderr)
     several = len(result.images) > 1
     for number, image in enumerate(result.images):

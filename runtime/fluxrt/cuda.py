@@ -89,12 +89,17 @@ class Driver(Protocol):
 
 
 class CudaDriver:
-    """The first GPU that CUDA shows (CUDA_VISIBLE_DEVICES chooses another), through its primary context."""
+    """The GPU `number` of those that CUDA shows (CUDA_VISIBLE_DEVICES chooses them), through its primary context."""
 
-    def __init__(self) -> None:
-        self._api = _driver_api()
+    def __init__(self, number: int = 0) -> None:
+        self._api, count = _driver_api()
+        if number >= count:
+            raise BackendError(
+                f"rank {number} needs a GPU of its own and the driver shows {count}; check CUDA_VISIBLE_DEVICES, or choose "
+                "fewer --gpus"
+            )
         self._graphs: dict[int, Any] = {}
-        self._device = self._call("cuDeviceGet", 0)
+        self._device = self._call("cuDeviceGet", number)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
         self._call("cuCtxSetCurrent", self._context)
         self._thread = threading.get_ident()
@@ -196,7 +201,13 @@ def first_gpu() -> Gpu:
         driver.close()
 
 
-def _driver_api() -> Any:
+def count_gpus() -> int:
+    """How many GPUs CUDA shows; BackendError without any."""
+    return _driver_api()[1]
+
+
+def _driver_api() -> tuple[Any, int]:
+    """The driver's functions, and how many GPUs it shows."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -217,4 +228,4 @@ def _driver_api() -> Any:
             f"the NVIDIA driver shows no GPU on this machine ({result.name}); check CUDA_VISIBLE_DEVICES and the driver, or "
             "choose a target that runs on the CPU with --target"
         )
-    return driver
+    return driver, int(count)

@@ -13,6 +13,7 @@ from fluxrt.choose import choose
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.prompt import PromptEncoder
 from fluxrt.schedule import SCHEDULES
+from fluxrt.share import Share
 from fluxrt.stepcache import Decisions, decisions_for
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fluxrt.bundle import Bundle
+    from fluxrt.group import Group
 
 STEP = ("prologue", "body", "epilogue")
 
@@ -40,14 +42,36 @@ class Result:
 
 
 class Pipeline:
-    """A bundle ready to draw with one of its targets."""
+    """A bundle ready to draw with one of its targets; of a sharded one, what one rank of `group` does for a picture.
 
-    def __init__(self, bundle: Bundle, *, target: str | None = None, threads: int | None = None) -> None:
+    Every rank is asked for the same pictures. Rank 0 encodes the text and decodes the pictures, the others return none.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, target: str | None = None, threads: int | None = None, group: Group | None = None
+    ) -> None:
         self.bundle = bundle
         self.target = choose(bundle)[0] if target is None else bundle.target(target)
-        self.backend: Backend = make_backend(bundle, self.target, threads)
+        ranks = group.ranks if group else 1
+        if self.target.gpus != ranks:
+            raise RequestError(
+                f"target {self.target.name!r} is sharded for {self.target.gpus} ranks, not {ranks}; "
+                f"load the bundle with gpus={self.target.gpus} (fluxrt generate --gpus {self.target.gpus})"
+            )
+        self._group = group
+        self.backend: Backend = make_backend(bundle, self.target, threads, group)
         self._encoder: PromptEncoder | None = None
         self._sizes: dict[str, int] = {}
+        self._share: Share | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What did not go as it should and was worked around."""
+        return self.backend.notes
+
+    def close(self) -> None:
+        """Give back what the backend holds."""
+        self.backend.close()
 
     def __call__(
         self,
@@ -108,9 +132,10 @@ class Pipeline:
                 if on_step:
                     on_step(done, steps * len(prompts))
             skipped.append(tuple(left_out))
-            final = self.backend.get("latents")
+            final = self.latents()
             stepped = time.perf_counter()
-            images.append(to_image(self.decode(final, grid)[0]))
+            if self._is_first:
+                images.append(to_image(self.decode(final, grid)[0]))
             decoded = time.perf_counter()
             for what, took in (("text", encoded - began), ("steps", stepped - encoded), ("decode", decoded - stepped)):
                 seconds[what] += took
@@ -129,6 +154,12 @@ class Pipeline:
             raise RequestError(
                 f"size {size[0]}x{size[1]} (height x width) was not compiled; this bundle has {known}; "
                 "choose one of them, or add it to sizes in the recipe and rebuild"
+            )
+        sharding = self.target.sharding
+        if sharding and not sharding.padded and rows * columns % sharding.ranks:
+            raise RequestError(
+                f"size {size[0]}x{size[1]} (height x width) has {rows * columns} image tokens, which {sharding.ranks} ranks "
+                f"cannot share equally; choose a size with a multiple of {sharding.ranks}"
             )
         return rows, columns
 
@@ -171,12 +202,15 @@ class Pipeline:
 
         given = text[0] if isinstance(text, tuple) else text
         self._prepare(len(given), grid)
-        if isinstance(text, tuple):
+        if isinstance(text, tuple) and self._is_first:
             self.backend.put("input_ids", text[0])
             self.backend.put("attention_mask", text[1])
             self.backend.play(("text_encoder",))
-        else:
+        elif not isinstance(text, tuple):
             self.backend.put("text", text)
+        if self._share:
+            latents = self._share.image(latents)
+            self._put_share(self._share, len(given))
         self.backend.put("latents", np.ascontiguousarray(latents, dtype=np.float32))
         self.backend.put("columns", np.array(grid[1], dtype=np.int64))
         if self.target.reads("guidance"):
@@ -209,7 +243,8 @@ class Pipeline:
             if decisions.needs_change(number):
                 self._put_sigmas(sigma, next_sigma)
                 self.backend.play(front, carry)
-                moved, before = (float(part) for part in self.backend.get("change"))
+                sums = self.backend.get("change")
+                moved, before = (float(part) for part in (self._group.sum(sums) if self._group else sums))
                 change = moved / before if before else 0.0
             skips = decisions.skip(number, change)
             back = ("epilogue",) if skips else ("body", "epilogue")
@@ -219,6 +254,11 @@ class Pipeline:
             else:
                 self.backend.play(back, {"next_latents": "latents"})
             yield skips
+
+    def latents(self) -> np.ndarray:
+        """The latents of the whole picture, fp32 [1, tokens, channels], on every rank."""
+        own = self.backend.get("latents")
+        return self._share.whole(self._group.gather(own)) if self._share and self._group else own
 
     def decode(self, latents: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Picture fp32 [1, height, width, 3] in 0..1 from `latents` [1, tokens, channels]."""
@@ -231,9 +271,33 @@ class Pipeline:
         self.backend.put("sigma", np.array(sigma, dtype=np.float32))
         self.backend.put("next_sigma", np.array(next_sigma, dtype=np.float32))
 
+    @property
+    def _is_first(self) -> bool:
+        return self._group is None or self._group.rank == 0
+
+    def _put_share(self, share: Share, branches: int) -> None:
+        """Fill the buffers of a sharded target that say which part of the picture is this rank's; rank 0 has the text."""
+        import numpy as np
+
+        assert self._group is not None
+        features = self.target.input("text_share").shape[-1]
+        parts = share.text_parts(self.backend.get("text")) if self._is_first else None
+        shape = (branches, share.text_tokens, dimension_size(features, self._sizes))
+        self.backend.put("text_share", self._group.scatter(parts, shape))
+        self.backend.put("first_token", np.array(share.first_token, dtype=np.int64))
+        self.backend.put("first_text", np.array(share.first_text, dtype=np.int64))
+        if self.target.reads("keys"):
+            self.backend.put("keys", share.keys())
+        if self.target.reads("image_tokens"):
+            self.backend.put("image_tokens", share.is_token())
+
     def _prepare(self, branches: int, grid: tuple[int, int]) -> None:
         rows, columns = grid
-        self._sizes = {"branches": branches, "tokens": rows * columns, "rows": rows, "columns": columns}
+        tokens = rows * columns
+        if self._group and self.target.sharding:
+            self._share = Share(self._group.rank, self._group.ranks, tokens, self.target.sharding.text_tokens)
+            tokens = self._share.tokens
+        self._sizes = {"branches": branches, "tokens": tokens, "rows": rows, "columns": columns}
         self.backend.prepare(self._sizes)
 
 

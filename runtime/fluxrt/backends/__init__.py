@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fluxrt.bundle import Bundle, Target
+    from fluxrt.group import Group
 
 
 class Backend(Protocol):
@@ -58,8 +59,8 @@ def run(backend: Backend, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[
     return {name: backend.get(name) for name in backend.outputs(graph)}
 
 
-def make_backend(bundle: Bundle, target: Target, threads: int | None) -> Backend:
-    """The backend for `target.kind`; BackendError when this fluxrt has none."""
+def make_backend(bundle: Bundle, target: Target, threads: int | None, group: Group | None = None) -> Backend:
+    """The backend for `target.kind`, of a sharded target for one rank of `group`; BackendError when this fluxrt has none."""
     if target.kind == "onnxruntime" and target.device == "cuda":
         from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
@@ -67,11 +68,11 @@ def make_backend(bundle: Bundle, target: Target, threads: int | None) -> Backend
     if target.kind == "onnxruntime":
         from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(bundle, target, threads)
+        return OnnxRuntimeBackend(bundle, target, threads, group)
     if target.kind in ("tensorrt", "tensorrt_rtx"):
         from fluxrt.backends.tensorrt import TensorRTBackend
 
-        return TensorRTBackend(bundle, target)
+        return TensorRTBackend(bundle, target, group=group)
     raise BackendError(
         f"{bundle.root}: target {target.name!r} is of kind {target.kind!r}, which this fluxrt cannot run; "
         "choose another target of the bundle or install a newer fluxrt"

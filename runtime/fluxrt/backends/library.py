@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError
@@ -74,3 +75,14 @@ def make_logger(trt: Any) -> Any:
             return "; ".join(self._lines) or "it gave no reason"
 
     return Logger()
+
+
+def check_gpus(target: Target, count: int) -> None:
+    """Refuse a machine with fewer GPUs than `target` is sharded for, or without NCCL."""
+    if target.gpus > count:
+        raise BackendError(
+            f"target {target.name!r} is sharded for {target.gpus} GPUs, this machine shows {count}; check "
+            "CUDA_VISIBLE_DEVICES, or choose another --target"
+        )
+    if target.gpus > 1 and importlib.util.find_spec("nccl") is None:
+        raise BackendError(f"target {target.name!r} needs NCCL for its {target.gpus} GPUs; pip install 'fluxrt[nccl]'")

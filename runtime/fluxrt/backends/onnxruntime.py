@@ -11,16 +11,22 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fluxrt.bundle import Bundle, Graph, Target
+    from fluxrt.bundle import Bundle, Graph, Sharding, Target
+    from fluxrt.group import Group
 
 
 class OnnxRuntimeBackend:
-    """Sessions are made when a graph first runs and kept for the life of the backend; buffers are numpy arrays."""
+    """Sessions are made when a graph first runs and kept for the life of the backend; buffers are numpy arrays.
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int | None = None) -> None:
+    The body of a sharded target is several graphs; `group` carries out the exchanges between them.
+    """
+
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None = None, group: Group | None = None) -> None:
         self._bundle = bundle
         self._target = target
         self._threads = threads
+        self._group = group
+        self._last_uses: list[list[str]] = []
         self._sessions: dict[str, Any] = {}
         self._buffers: dict[str, Any] = {}
         self.notes: list[str] = []
@@ -40,23 +46,57 @@ class OnnxRuntimeBackend:
     def play(self, graphs: tuple[str, ...], carry: Mapping[str, str] | None = None) -> None:
         """Run graphs in order; raises BackendError when one is missing, does not load, or an input is missing."""
         for graph in graphs:
-            described = self._described(graph)
-            missing = [port.name for port in described.inputs if port.name not in self._buffers]
-            if missing:
-                raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
-            results = self._run(self._session(graph), described)
-            self._buffers.update(zip((port.name for port in described.outputs), results, strict=True))
+            if graph == "body" and self._target.sharding:
+                self._play_sharded(self._target.sharding)
+            else:
+                self._play_one(graph)
         for source, target in (carry or {}).items():
             self._buffers[target] = self._buffers.pop(source)
 
     def outputs(self, graph: str) -> tuple[str, ...]:
         """The results of `graph`."""
-        return tuple(port.name for port in self._described(graph).outputs)
+        last = self._target.sharding.body[-1] if graph == "body" and self._target.sharding else graph
+        return tuple(port.name for port in self._described(str(last)).outputs)
 
     def close(self) -> None:
         """Drop sessions and buffers."""
         self._sessions.clear()
         self._buffers.clear()
+
+    def _play_one(self, graph: str) -> None:
+        described = self._described(graph)
+        missing = [port.name for port in described.inputs if port.name not in self._buffers]
+        if missing:
+            raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
+        results = self._run(self._session(graph), described)
+        self._buffers.update(zip((port.name for port in described.outputs), results, strict=True))
+
+    def _play_sharded(self, sharding: Sharding) -> None:
+        """The parts of the body in order; what one leaves for others is dropped after its last use."""
+        assert self._group is not None
+        if not self._last_uses:
+            self._last_uses = self._find_last_uses(sharding)
+        for part, done_with in zip(sharding.body, self._last_uses, strict=True):
+            if isinstance(part, str):
+                self._play_one(part)
+            else:
+                self._buffers[part.receives] = self._group.all_to_all(self._buffers[part.sends])
+            for name in done_with:
+                del self._buffers[name]
+
+    def _find_last_uses(self, sharding: Sharding) -> list[list[str]]:
+        """For every part of the body, the buffers made in the body that no later part reads."""
+        made: set[str] = set()
+        last: dict[str, int] = {}
+        for at, part in enumerate(sharding.body):
+            if isinstance(part, str):
+                graph = self._described(part)
+                reads, makes = [port.name for port in graph.inputs], [port.name for port in graph.outputs]
+            else:
+                reads, makes = [part.sends], [part.receives]
+            last |= {name: at for name in reads if name in made}
+            made.update(makes)
+        return [[name for name, use in last.items() if use == at] for at in range(len(sharding.body))]
 
     def _run(self, session: Any, described: Graph) -> list[Any]:
         """The outputs of `described`, in order, from the buffers its inputs name."""

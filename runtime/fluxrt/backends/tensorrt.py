@@ -26,6 +26,7 @@ from fluxrt.backends.buffers import (
 )
 from fluxrt.backends.kernel_cache import KernelCaches
 from fluxrt.backends.library import check_finished, check_gpu, check_version, load_library, make_logger
+from fluxrt.backends.nccl import Communicator
 from fluxrt.backends.numbers import from_bf16, to_bf16
 from fluxrt.cuda import CudaDriver, Driver, OutOfMemoryError
 from fluxrt.errors import BackendError, RequestError
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fluxrt.bundle import Bundle, Program, Target
+    from fluxrt.group import Group
 
 UPLOAD_BYTES = 64 << 20
 
@@ -62,15 +64,24 @@ class TensorRTBackend:
     """One target of a bundle on one GPU. `notes` says what did not go as it should and was worked around."""
 
     def __init__(
-        self, bundle: Bundle, target: Target, driver: Driver | None = None, library: Any | None = None
+        self,
+        bundle: Bundle,
+        target: Target,
+        driver: Driver | None = None,
+        library: Any | None = None,
+        group: Group | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         assert target.engine is not None
         self._bundle, self._target, self._engine = bundle, target, target.engine
         check_finished(bundle, target)
         self._trt = load_library(target.engine) if library is None else library
         check_version(bundle, target, str(self._trt.__version__))
-        self._driver: Driver = CudaDriver() if driver is None else driver
+        self._driver: Driver = CudaDriver(group.rank if group else 0) if driver is None else driver
         check_gpu(bundle, target, self._driver.gpu)
+        if group and communicator is None:
+            communicator = Communicator(group)
+        self._communicator = communicator
         self.notes: list[str] = []
         self._logger = make_logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
@@ -162,6 +173,8 @@ class TensorRTBackend:
         """Give back graphs, contexts, engines, weights and buffers, and the GPU itself."""
         self._driver.activate()
         self._release()
+        if self._communicator:
+            self._communicator.close()
         self._driver.close()
 
     def _capture(self, sequence: _Sequence, graphs: tuple[str, ...], moves: tuple[tuple[str, str], ...]) -> None:
@@ -314,7 +327,16 @@ class TensorRTBackend:
             raise BackendError(f"plan {name}: its optimization profile {profile} was refused: {self._logger.told()}")
         if self._scratch[1]:
             context.set_device_memory(*self._scratch)
+        if self._engine.plans[name].expected.get("collectives"):
+            self._connect(name, context)
         self._contexts[name, profile] = context
+
+    def _connect(self, name: str, context: Any) -> None:
+        """Give a new context the communicator; TensorRT waits in it until every rank has done the same."""
+        if self._communicator is None or not context.set_communicator(self._communicator.capsule):
+            raise BackendError(
+                f"plan {name}: TensorRT refused the communicator, so its collectives would not run: {self._logger.told()}"
+            )
 
     def _context(self, name: str) -> Any:
         assert self._sizes is not None

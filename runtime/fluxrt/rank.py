@@ -1,0 +1,121 @@
+"""One rank's process: started by RankedPipeline with everything it needs to know as JSON in its first argument."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fluxrt.channel import Channel
+from fluxrt.errors import FluxError, RequestError
+from fluxrt.group import Group, PeerError
+
+HEARTBEAT = 0.5
+"""Seconds between signs of life."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Which rank this is; file descriptors of the command's channel, the common memory and the other ranks; the
+    bundle's folder and what to load of it."""
+
+    rank: int
+    control: int
+    memory: int
+    half: int
+    peers: dict[int, int]
+    timeout: float
+    root: str
+    target: str
+    threads: int
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(asdict(self)).decode()
+
+
+def main(argument: str) -> int:
+    """Load the bundle, then draw what the command asks for until it closes its end."""
+    # The command ends its ranks itself when it is interrupted.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start = msgspec.json.decode(argument, type=Start)
+    control = Channel(socket.socket(fileno=start.control))
+    threading.Thread(target=_beat, args=(control,), daemon=True).start()
+    try:
+        pipeline = _load(start, control)
+        control.send({"kind": "ready"})
+        while (message := control.receive()) is not None:
+            control.send(_draw(pipeline, message, control))
+    except PeerError as error:
+        return _report(control, "peer", error)
+    except FluxError as error:
+        return _report(control, "error", error)
+    return 0
+
+
+def _load(start: Start, control: Channel) -> Any:
+    from fluxrt.bundle import Bundle, Manifest
+    from fluxrt.pipeline import Pipeline
+
+    # The manifest as the command read it, so that all ranks have the same.
+    message = control.receive()
+    if message is None:
+        raise SystemExit(1)
+    bundle = Bundle(Path(start.root), msgspec.json.decode(message["manifest"], type=Manifest))
+
+    peers = {rank: socket.socket(fileno=fd) for rank, fd in start.peers.items()}
+    memory = mmap.mmap(start.memory, 2 * (len(peers) + 1) * start.half)
+    group = Group(start.rank, peers, memory, start.half, start.timeout)
+    return Pipeline(bundle, target=start.target, threads=start.threads, group=group)
+
+
+def _draw(pipeline: Any, request: dict[str, Any], control: Channel) -> dict[str, Any]:
+    """Draw what is asked for; a request that the bundle cannot serve is refused by every rank alike, before any exchange."""
+    import numpy as np
+
+    latents = request.pop("latents")
+    if latents is not None:
+        request["latents"] = np.frombuffer(latents["data"], np.float32).reshape(latents["shape"])
+
+    def on_step(done: int, total: int) -> None:
+        control.send({"kind": "step", "done": done, "total": total})
+
+    try:
+        result = pipeline(**request, on_step=on_step)
+    except RequestError as error:
+        return {"kind": "refused", "text": str(error)}
+    return {
+        "kind": "done",
+        "images": [{"size": image.size, "data": image.tobytes()} for image in result.images],
+        "seconds": result.seconds,
+        "skipped": result.skipped,
+        "notes": result.notes,
+        "backend_notes": pipeline.notes,
+    }
+
+
+def _report(control: Channel, kind: str, error: FluxError) -> int:
+    control.send({"kind": kind, "text": str(error)})
+    return 1
+
+
+def _beat(control: Channel) -> None:
+    """Signs of life; a rank whose command is gone ends, whatever it is doing."""
+    while True:
+        try:
+            control.send({"kind": "alive"})
+        except OSError:
+            os._exit(1)
+        time.sleep(HEARTBEAT)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

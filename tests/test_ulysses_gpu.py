@@ -1,0 +1,201 @@
+"""Sharded TensorRT targets: real plans read back, their graphs through fakes of CUDA and TensorRT, one thread a rank.
+
+Nothing here ran on a GPU; no collective of NCCL's was called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import QUICK, compile_into
+from fake_gpu import RTX as FAKE_RTX
+from fake_gpu import FakeDriver, FakeLibrary
+from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
+from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.engine.audit import Expected, audit
+from fluxc.engine.cut import Component, Cutter
+from fluxc.engine.library import check_keeps_ranks
+from fluxc.errors import BuildError
+from fluxc.fidelity.metrics import psnr
+from fluxc.graph.trace import trace_transformer
+from fluxc.graph.ulysses import shard
+from fluxc.quantize.plan import precision_plan
+from fluxc.quantize.writer import planned_tensors
+from fluxc.recipe import ComponentPrecision, Target
+from fluxc.targets.tensorrt import build_engine, write_sources
+from fluxrt.backends.nccl import Communicator
+from fluxrt.backends.tensorrt import TensorRTBackend
+from fluxrt.bundle import Bundle, Engine, open_bundle
+from fluxrt.choose import Machine, obstacle
+from fluxrt.errors import BackendError
+from fluxrt.group import Group
+from fluxrt.pipeline import Pipeline
+from ranks import on_every_rank
+from test_flux2_tables import DEV, KLEIN_4B
+from test_tensorrt import RTX
+
+trt = pytest.importorskip("tensorrt_rtx", reason="the plans need tensorrt-rtx-cu13, as `make test` installs it")
+
+PROMPT = "a small white ring at the top on a red background"
+CAPSULE = SimpleNamespace(capsule=object(), close=lambda: None)
+
+
+# Plans at real shapes.
+
+
+@pytest.fixture(scope="module", params=[("klein-4B", KLEIN_4B, 20), ("dev", DEV, 48)], ids=lambda param: param[0])
+def model(request: pytest.FixtureRequest) -> tuple[dict[str, Any], int, Component]:
+    """Config, number of single-stream blocks, and the transformer as modelopt's preset plans it, from shapes alone."""
+    _, config, singles = request.param
+    settings = ComponentPrecision(default="nvfp4", preset="modelopt-flux2")
+    plan = precision_plan("transformer", transformer_linears(config), settings)
+    source = {
+        name: TensorRef(name, "BF16", shape, Path(), 0, 2 * math.prod(shape))
+        for name, shape in transformer_tensors(config).items()
+    }
+    return config, singles, Component("transformer", planned_tensors(source, plan), plan, "")
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_sharded_plans_hold_fp4_gemms_and_two_collectives_a_block(
+    model: tuple[dict[str, Any], int, Component], ranks: int, tmp_path: Path
+) -> None:
+    config, singles, component = model
+    pieces = trace_transformer(config, 512 // ranks, False, torch.bfloat16, part=True)
+    pieces |= {name: shard(piece, config, ranks) for name, piece in pieces.items() if name.endswith("_block")}
+    target = Target("tensorrt_rtx", compute_capabilities=("12.0", "12.1"), gpus=ranks)
+    request = {"branches": 1, "tokens": 4096 // ranks, "rows": 64, "columns": 64}
+    cutter = Cutter([request], False, target.name, f"engines/{target.name}")
+    cutter.transformer(pieces, component, 512 // ranks, None)
+    write_sources(cutter.cut, tmp_path)
+    engine = build_engine(target, cutter.cut, tmp_path)
+    calls = Counter(call.plan for call in engine.programs["body"].calls)
+    assert calls["single"] == singles
+    for name in ("double", "single"):
+        found = engine.audit[name]
+        assert (found["collectives"], found["attentions"], found["faults"]) == (2, 1, ())
+        assert found["gemms"] == {"nvfp4": 8 if name == "double" else 2}
+        assert (tmp_path / str(engine.plans[name].file)).stat().st_size < 6e6
+    assert sum(engine.audit[name]["collectives"] for name in engine.plans) == 4
+    check_tampering(engine, tmp_path)
+
+
+def check_tampering(engine: Engine, folder: Path) -> None:
+    """The audit sees a plan that forgot its ranks, and one that lost a collective or has another in its place."""
+    plan = engine.plans["single"]
+    data = (folder / str(plan.file)).read_bytes()
+    expected = Expected(**{**plan.expected, "groups": tuple(map(tuple, plan.expected["groups"]))})
+    assert audit(data, expected, engine.compute_capabilities).faults == ()
+    ranks = b"world_size = %d" % expected.ranks
+    for old, new, said in (
+        (ranks, b"world_size = 1", "is for 1 ranks, not"),
+        (b"comm_alltoall={", b"comm_allgathr={", "comm_allgathr in its place"),
+        (b"comm_alltoall={", b"function     ={", "nothing in its place"),
+    ):
+        assert data.count(old) >= 1
+        faults = audit(data.replace(old, new, 1), expected, engine.compute_capabilities).faults
+        assert any(said in fault for fault in faults), faults
+    plain = Expected(**{**expected.__dict__, "collectives": ()})
+    assert any("not asked for" in fault for fault in audit(data, plain, engine.compute_capabilities).faults)
+
+
+def test_a_tensorrt_that_loses_ranks_is_refused() -> None:
+    for name, version, refused in (
+        ("tensorrt", "11.0.1", True),
+        ("tensorrt", "11.1.9", True),
+        ("tensorrt", "11.2.0", False),
+        ("tensorrt", "12.0", False),
+        ("tensorrt_rtx", "1.7.1", False),
+    ):
+        module: Any = SimpleNamespace(__name__=name, __version__=version)
+        if refused:
+            with pytest.raises(BuildError, match=r"use 11\.2 or newer"):
+                check_keeps_ranks(module)
+        else:
+            check_keeps_ranks(module)
+
+
+# flux2-nano, drawn through fakes.
+
+
+@pytest.fixture(scope="module")
+def bundle(workshop: Path) -> Bundle:
+    targets = "targets=[{kind: tensorrt_rtx}, {kind: tensorrt_rtx, gpus: 2}, {kind: onnxruntime, activations: nvfp4}]"
+    cache = "step_cache={skip: 4, mode: dynamic, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
+    changes = ("sampling.steps=10", "calibration.steps=3")
+    return open_bundle(compile_into(workshop / "rtx-ranks", *QUICK, *changes, cache, targets, recipe=RTX))
+
+
+def drawn(bundle: Bundle, ranks: int, **request: Any) -> list[tuple[np.ndarray, tuple[int, ...], FakeDriver]]:
+    """Of every rank: the picture's latents, the steps skipped, and its driver."""
+    target = bundle.target("tensorrt_rtx" + (f"-{ranks}gpus" if ranks > 1 else ""))
+
+    def work(group: Group | None) -> tuple[np.ndarray, tuple[int, ...], FakeDriver]:
+        driver = FakeDriver()
+        library = FakeLibrary(bundle, target, driver, None, group)
+        backend = TensorRTBackend(bundle, target, driver, library, group, CAPSULE if group else None)
+        pipeline = Pipeline.__new__(Pipeline)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fluxrt.pipeline.make_backend", lambda *_: backend)
+            pipeline.__init__(bundle, target=target.name, group=group)
+        result = pipeline(PROMPT, seed=2, **request)
+        return pipeline.latents(), result.skipped[0], driver
+
+    return on_every_rank(ranks, work) if ranks > 1 else [work(None)]
+
+
+@pytest.fixture(autouse=True)
+def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_ranks_on_fake_gpus_draw_what_one_draws(bundle: Bundle) -> None:
+    """The graphs handed to TensorRT, rank by rank in ONNX's reference evaluator, captured and launched: one picture, one set
+    of decisions; bf16 rounds products at other places, so the picture is near and not equal."""
+    ((whole, skipped, _),) = drawn(bundle, 1, steps=10)
+    found = drawn(bundle, 2, steps=10)
+    assert all(np.array_equal(latents, found[0][0]) for latents, _, _ in found)
+    assert {steps for _, steps, _ in found} == {found[0][1]}
+    assert abs(len(found[0][1]) - len(skipped)) <= 1
+    cpu = Pipeline(bundle, target="onnxruntime-nvfp4")
+    if found[0][1] == skipped:
+        assert psnr(*(cpu.decode(latents, (8, 8))[0] for latents in (found[0][0], whole))) > 35
+    for rank, (_, _, driver) in enumerate(found):
+        # Rank 0 alone has the text encoder; every rank captured its steps and launched them.
+        assert any(entry.startswith("run text_layer") for entry in driver.log) == (rank == 0)
+        assert "launch" in driver.log
+
+
+def test_a_refused_communicator_is_fatal(bundle: Bundle) -> None:
+    target = bundle.target("tensorrt_rtx-2gpus")
+
+    def work(group: Group) -> None:
+        driver = FakeDriver()
+        library = FakeLibrary(bundle, target, driver, None, group, refuses_communicator=True)
+        backend = TensorRTBackend(bundle, target, driver, library, group, CAPSULE)
+        backend.prepare({"branches": 1, "tokens": 32, "rows": 8, "columns": 8})
+        backend.play(("body",))
+
+    with pytest.raises(BackendError, match="TensorRT refused the communicator"):
+        on_every_rank(2, work)
+
+
+def test_a_machine_with_too_few_gpus_is_told(bundle: Bundle) -> None:
+    target = bundle.target("tensorrt_rtx-2gpus")
+    machine = Machine(FAKE_RTX, versions={"tensorrt_rtx": str(target.engine.version)}, gpus=1)
+    assert "sharded for 2 GPUs, this machine shows 1" in str(obstacle(bundle, target, machine))
+
+
+def test_nccl_that_is_missing_is_told() -> None:
+    if __import__("importlib").util.find_spec("nccl"):
+        pytest.skip("nccl4py is installed")
+    with pytest.raises(BackendError, match=r"pip install 'fluxrt\[nccl\]'"):
+        on_every_rank(2, lambda group: Communicator(group))
