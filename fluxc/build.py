@@ -22,6 +22,7 @@ from fluxc.planned_source import Source, read_source, with_auto
 from fluxc.progress import Report, StageProgress
 from fluxc.recipe import LoadedRecipe
 from fluxc.stepcache import stages as step_stages
+from fluxc.targets.visual_gen_check import faults_of
 from fluxrt import bundle as format
 
 
@@ -85,7 +86,9 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
         if only == "weights":
             return None
         targets = {
-            t.name: target_stages.run_target(cache, t, recipe, source, graphs_of[t.name], weights)
+            t.name: target_stages.run_visual_gen(cache, t, recipe, source, weights, step_cache)
+            if t.is_visual_gen
+            else target_stages.run_target(cache, t, recipe, source, graphs_of[t.name], weights)
             for t in recipe.targets
         }
         if only == "targets":
@@ -192,8 +195,32 @@ def _place_targets(loaded: LoadedRecipe, targets: dict[str, Path], staging: Path
             for file in filter(None, (plan.source, plan.file)):
                 (staging / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / file, staging / file)
+        if entry.visual_gen:
+            _place_visual_gen(folder, entry.visual_gen, staging)
         entries.append(msgspec.structs.replace(entry, graphs=graphs))
     return tuple(entries)
+
+
+def _place_visual_gen(folder: Path, entry: format.VisualGen, staging: Path) -> None:
+    """Put the folder into the bundle, with links to the bundle's own files, and refuse one that VisualGen would not take."""
+    for file in sorted(path for path in (folder / entry.folder).rglob("*") if path.is_file()):
+        target = staging / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Of a large file one copy on the disk is enough; the others may be edited.
+        try:
+            target.hardlink_to(file) if file.suffix == ".safetensors" else shutil.copyfile(file, target)
+        except OSError:
+            shutil.copyfile(file, target)
+    for name, file in json.loads((folder / "links.json").read_text()).items():
+        link = staging / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(staging / file, link.parent))
+    faults = faults_of(staging / entry.folder, entry.text_length)
+    if faults:
+        raise BuildError(
+            f"target visual_gen: TensorRT-LLM would not take the folder: {'; '.join(faults[:4])}"
+            f"{' and more' if len(faults) > 4 else ''}. No bundle was written"
+        )
 
 
 def _run_fidelity(

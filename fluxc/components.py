@@ -67,17 +67,22 @@ def write_small_files(
             continue
         config = _without_machine(component.config)
         if name == "text_encoder":
-            config["num_hidden_layers"] = kept_text_layers
-            if config.get("layer_types"):
-                config["layer_types"] = config["layer_types"][:kept_text_layers]
-            # Prompts are encoded without the language-model head, which is not stored; tied, it needs no tensor.
-            config["tie_word_embeddings"] = True
+            config = text_encoder_config(config, kept_text_layers)
         quantization = quantization_config(plans.get(name, []))
         if quantization:
             if name == "text_encoder":
                 quantization["ignore"].append("lm_head")
             config[QUANTIZATION] = quantization
         _write_json(target / "config.json", config)
+
+
+def text_encoder_config(config: dict[str, Any], kept_layers: int) -> dict[str, Any]:
+    """The text encoder's config for its first `kept_layers` layers."""
+    config = _without_machine(config) | {"num_hidden_layers": kept_layers}
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:kept_layers]
+    # Prompts are encoded without the language-model head, which is not stored; tied, it needs no tensor.
+    return config | {"tie_word_embeddings": True}
 
 
 def quantization_config(plan: list[LayerPlan]) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
 from fluxc.recipe import Budget, LoadedRecipe, Target
 from fluxc.target_stages import check_targets, shares_of_target
+from fluxc.targets.visual_gen import SCHEMA
 from fluxrt.bundle import Bundle, Engine
 from fluxrt.choose import choose, obstacle, this_machine
 
@@ -58,7 +59,7 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
     for target in recipe.targets:
         table.add_row(target.name, escape(_what_it_does(target)))
     console.print(table)
-    for target in (target for target in recipe.targets if target.gpus > 1):
+    for target in (target for target in recipe.targets if target.ranks > 1):
         for shares in shares_of_target(target, recipe, source):
             console.print(f"{target.name}: {shares}")
     sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
@@ -105,8 +106,14 @@ def _what_it_does(target: Target) -> str:
             where = f"built and audited on this machine's GPU ({target.kind} {version})"
         else:
             where = "its graphs are written here; `fluxc finish` builds the plans on the GPU"
-        ranks = f"{target.gpus} GPUs (Ulysses), each of " if target.gpus > 1 else ""
+        ranks = f"{target.ranks} GPUs (Ulysses), each of " if target.ranks > 1 else ""
         return f"{ranks}compute capability {gpus}; {weights}; {shapes}; {where}"
+    if target.is_visual_gen:
+        counts = ", ".join(map(str, target.gpu_counts))
+        return (
+            f"a folder that TensorRT-LLM's VisualGen loads ({SCHEMA}), with settings for {counts} GPUs; checked field by field "
+            "and tensor by tensor here, run where tensorrt-llm is installed"
+        )
     if target.device == "cuda":
         return (
             f"ONNX Runtime on an NVIDIA GPU of compute capability 9.0 or later; NVFP4 weights 4-bit in memory, dequantized by "
@@ -118,7 +125,7 @@ def _what_it_does(target: Target) -> str:
         if target.activations == "none"
         else "inputs of quantized layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
     )
-    where = f"in {target.gpus} processes on the CPU" if target.gpus > 1 else "on the CPU"
+    where = f"in {target.ranks} processes on the CPU" if target.ranks > 1 else "on the CPU"
     return f"ONNX Runtime {where}; {weights}; {inputs}; built and run on this machine"
 
 

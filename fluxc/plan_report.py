@@ -85,7 +85,7 @@ def plan_as_json(loaded: LoadedRecipe, source: Source) -> dict[str, Any]:
         "ranks": {
             target.name: [shares.as_json() for shares in shares_of_target(target, recipe, source)]
             for target in recipe.targets
-            if target.gpus > 1
+            if target.ranks > 1
         },
     }
 

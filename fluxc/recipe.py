@@ -116,9 +116,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     patterns of layers that may run otherwise than planned.
 
     `gpus` shards the transformer by sequence (Ulysses) for so many GPUs, onnxruntime for so many processes on the CPU.
+
+    visual_gen is a folder for TensorRT-LLM's VisualGen; `gpus` lists the numbers of GPUs it can be served with.
     """
 
-    kind: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+    kind: Literal["onnxruntime", "tensorrt_rtx", "tensorrt", "visual_gen"]
     activations: Literal["none", "nvfp4"] = "none"
     weights_in_memory: Literal["8-bit", "4-bit"] = "8-bit"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -128,7 +130,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_gib: float = 16.0
     shapes: Literal["profiles", "range"] = "profiles"
     allow: tuple[str, ...] = ()
-    gpus: int = 1
+    gpus: int | tuple[int, ...] = 1
 
     @property
     def name(self) -> str:
@@ -138,28 +140,43 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parts += [self.activations] if self.activations != "none" and not self.is_tensorrt else []
         parts += [self.weights_in_memory] if self.weights_in_memory != "8-bit" else []
         parts += [self.weights] if self.weights != "bound" else []
-        parts += [f"{self.gpus}gpus"] if self.gpus > 1 else []
+        parts += [f"{self.ranks}gpus"] if self.ranks > 1 else []
         return "-".join(parts)
 
     @property
     def is_tensorrt(self) -> bool:
         """Whether it is compiled to TensorRT plans."""
-        return self.kind != "onnxruntime"
+        return self.kind in ("tensorrt_rtx", "tensorrt")
+
+    @property
+    def is_visual_gen(self) -> bool:
+        """Whether it is a folder for TensorRT-LLM's VisualGen."""
+        return self.kind == "visual_gen"
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks its graphs are sharded for; 1 where another program divides the work."""
+        return self.gpus if isinstance(self.gpus, int) and not self.is_visual_gen else 1
+
+    @property
+    def gpu_counts(self) -> tuple[int, ...]:
+        """The numbers of GPUs a visual_gen folder can be served with."""
+        return (self.gpus,) if isinstance(self.gpus, int) else self.gpus
 
     @property
     def is_for_gpu(self) -> bool:
-        """Whether its graphs are made from the blocks as traced in 16 bits."""
-        return self.is_tensorrt or self.device == "cuda"
+        """Whether it runs on a GPU, in 16 bits."""
+        return self.is_tensorrt or self.is_visual_gen or self.device == "cuda"
 
     @property
     def runs_here(self) -> bool:
         """Whether the machine that builds can draw with it in one process, so that it is compared with diffusers."""
-        return not self.is_for_gpu and self.gpus == 1
+        return not self.is_for_gpu and self.ranks == 1
 
     @property
     def is_for_processes(self) -> bool:
         """Whether the machine that builds can draw with it in several processes."""
-        return not self.is_for_gpu and self.gpus > 1
+        return not self.is_for_gpu and self.ranks > 1
 
     @property
     def in_one(self) -> Target:
@@ -169,7 +186,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def rounds_inputs(self) -> bool:
         """Whether inputs of quantized layers are rounded to the weights' format."""
-        return self.activations != "none" or self.is_tensorrt
+        return self.activations != "none" or self.is_tensorrt or self.is_visual_gen
 
 
 class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -422,7 +439,7 @@ def _check_values(recipe: Recipe, path: Path) -> None:
         if target.is_for_processes and target.in_one.name not in names:
             refuse(
                 f"targets[{at}]",
-                f"what {target.gpus} processes draw is held against what one draws; add the same target without gpus",
+                f"what {target.ranks} processes draw is held against what one draws; add the same target without gpus",
             )
     for name in names:
         if names.count(name) > 1:
@@ -480,17 +497,25 @@ def _check_target(target: Target, field: str, refuse: Callable[[str, str], None]
         "onnxruntime": ("activations", "weights_in_memory", "device", "dtype"),
         "tensorrt": ("compute_capabilities", "weights", "memory_gib", "shapes", "allow"),
     }
-    foreign = only["onnxruntime" if target.is_tensorrt else "tensorrt"]
-    for option in foreign:
+    own = "tensorrt" if target.is_tensorrt else target.kind
+    for option in (option for kind, options in only.items() if kind != own for option in options):
         if getattr(target, option) != getattr(Target(target.kind), option):
             refuse(f"{field}.{option}", f"a target of kind {target.kind} has no such option")
     for option, needed in (("activations", "cpu"), ("weights_in_memory", "cpu"), ("dtype", "cuda")):
         plain = Target("onnxruntime")
-        if not target.is_tensorrt and target.device != needed and getattr(target, option) != getattr(plain, option):
+        if (
+            target.kind == "onnxruntime"
+            and target.device != needed
+            and getattr(target, option) != getattr(plain, option)
+        ):
             refuse(f"{field}.{option}", f"goes with device: {needed}")
-    if target.gpus < 1:
+    if not target.gpu_counts or min(target.gpu_counts) < 1:
         refuse(f"{field}.gpus", f"must be at least 1, got {target.gpus}")
-    if target.gpus > 1 and target.kind == "onnxruntime" and target.device == "cuda":
+    if len(set(target.gpu_counts)) != len(target.gpu_counts):
+        refuse(f"{field}.gpus", "one appears twice")
+    if not target.is_visual_gen and not isinstance(target.gpus, int):
+        refuse(f"{field}.gpus", f"a target of kind {target.kind} takes one number; make a target of each")
+    if target.ranks > 1 and target.kind == "onnxruntime" and target.device == "cuda":
         refuse(
             f"{field}.gpus", "ONNX Runtime has no collectives for device: cuda; use a tensorrt target, or device: cpu"
         )

@@ -25,6 +25,7 @@ from fluxc.progress import Report, StageProgress
 from fluxc.quantize.formats import Scales
 from fluxc.quantize.plan import to_quantize
 from fluxc.recipe import LoadedRecipe, Recipe
+from fluxc.targets.visual_gen import is_split
 from fluxrt.bundle import Prompting
 from fluxrt.errors import RequestError
 
@@ -214,6 +215,12 @@ def run_weights(
         else []
     )
     formats = [[entry.layer.name, entry.format, entry.layer.group] for entry in plan]
+    # VisualGen wants these under other names, and everything else from the same files as everyone.
+    apart = (
+        [f"{entry.layer.name}.weight" for entry in plan if is_split(entry.layer.name)]
+        if component == "transformer" and any(target.is_visual_gen for target in recipe.targets)
+        else []
+    )
     tensors = kept_tensors(source, component)
 
     def work(folder: Path, report: Report) -> None:
@@ -228,6 +235,7 @@ def run_weights(
             scales=scales,
             input_rows=lambda layer: records[layer].rows,
             shard_bytes=shard_bytes,
+            apart=apart,
             on_progress=report,
         )
         layers = [
@@ -248,7 +256,7 @@ def run_weights(
         ]
         (folder / "layers.json").write_text(json.dumps(layers))
 
-    inputs = [component, digests[component], formats, measured_by, list(tensors), scales, shard_bytes]
+    inputs = [component, digests[component], formats, measured_by, list(tensors), scales, shard_bytes, apart]
     return cache.run(f"weights-{component}", f"write {component} weights", inputs, work)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,25 @@ import msgspec
 from fluxc.cache import StageCache, key_of
 from fluxc.checkpoint.flux2 import pixels_per_token
 from fluxc.checkpoint.safetensors_file import TensorRef
-from fluxc.components import weights_entry, weights_files, weights_tensors
+from fluxc.checkpoint.source import HF_QUANT_CONFIG
+from fluxc.components import (
+    INDEX,
+    WEIGHTS_FILE,
+    small_files,
+    text_encoder_config,
+    weights_entry,
+    weights_files,
+    weights_tensors,
+)
 from fluxc.engine.library import LIBRARIES, check_capabilities, gpu_here, installed_version, load_library
 from fluxc.errors import RecipeError
-from fluxc.planned_source import Source
+from fluxc.planned_source import Source, kept_tensors
 from fluxc.progress import Report
 from fluxc.recipe import LoadedRecipe, Recipe, Target
 from fluxc.sharding import Shares, check_sharding, needs_padding, shares_of
+from fluxc.targets import visual_gen
 from fluxc.targets.stray import check_no_stray
+from fluxc.targets.visual_gen import check_visual_gen
 from fluxrt import bundle as format
 
 
@@ -33,10 +45,22 @@ def check_targets(loaded: LoadedRecipe, source: Source) -> None:
                 raise RecipeError(
                     f"{field}: {target.kind} builds for one kind of GPU, the one it is finished on; give one"
                 )
-        if target.gpus > 1:
+        if target.is_visual_gen:
+            check_visual_gen(
+                loaded.recipe,
+                source.stored_plan("transformer"),
+                source.checkpoint.components["transformer"].config["num_attention_heads"],
+                tokens_of_sizes(loaded.recipe, source),
+            )
+            if source.quantized.get("text_encoder"):
+                raise RecipeError(
+                    f"targets[{at}]: VisualGen takes a bf16 text encoder, this checkpoint's is quantized; start from one that "
+                    "is not, or leave this target out"
+                )
+        if target.ranks > 1:
             check_sharding(
                 f"targets[{at}].gpus",
-                target.gpus,
+                target.ranks,
                 source.checkpoint.components["transformer"].config,
                 loaded.recipe.text.length,
                 tokens_of_sizes(loaded.recipe, source),
@@ -62,7 +86,7 @@ def shares_of_target(target: Target, recipe: Recipe, source: Source) -> list[Sha
     config = source.checkpoint.components["transformer"].config
     branches, itemsize = 2 if source.guidance_branches else 1, 2 if target.is_for_gpu else 4
     return [
-        shares_of(target.gpus, size, tokens, config, recipe.text.length, branches, itemsize)
+        shares_of(target.ranks, size, tokens, config, recipe.text.length, branches, itemsize)
         for size, tokens in tokens_of_sizes(recipe, source).items()
     ]
 
@@ -109,12 +133,14 @@ def run_graphs(
     cache: StageCache, target: Target, loaded: LoadedRecipe, source: Source, traces: dict[str, Path]
 ) -> dict[str, Path]:
     """The neutral graphs that `target` starts from, by component; `traces` are those in fp32."""
+    if target.is_visual_gen:
+        return {}
     if not target.is_for_gpu:
-        if target.gpus == 1:
+        if target.ranks == 1:
             return traces
-        return traces | {"transformer": run_pieces(cache, "transformer", loaded, source, "float32", target.gpus)}
+        return traces | {"transformer": run_pieces(cache, "transformer", loaded, source, "float32", target.ranks)}
     pieces = {
-        name: run_pieces(cache, name, loaded, source, target.dtype, target.gpus if name == "transformer" else 1)
+        name: run_pieces(cache, name, loaded, source, target.dtype, target.ranks if name == "transformer" else 1)
         for name in traces
         if name != "vae"
     }
@@ -189,7 +215,7 @@ def _onnxruntime_target(target: Target, recipe: Recipe, source: Source, parts: _
 
     graphs = {name: model for pieces in parts.neutral.values() for name, model in pieces.items()}
     sharding = None
-    if target.gpus > 1:
+    if target.ranks > 1:
         graphs, sharding = _sharded(target, recipe, source, graphs)
     if target.is_for_gpu:
         config, text_layers = source.checkpoint.components["transformer"].config, source.family.text_layers
@@ -217,14 +243,14 @@ def _sharded(
     from fluxc.targets.onnxruntime import port_of
 
     config = source.checkpoint.components["transformer"].config
-    padded = needs_padding(target.gpus, list(tokens_of_sizes(recipe, source).values()))
-    text_tokens = recipe.text.length // target.gpus
+    padded = needs_padding(target.ranks, list(tokens_of_sizes(recipe, source).values()))
+    text_tokens = recipe.text.length // target.ranks
     body = compose_body(graphs, config["num_layers"], config["num_single_layers"], text_tokens)
     kept = {name: graph for name, graph in graphs.items() if not name.endswith("_block")}
     if padded and "signal" in kept:
         kept["signal"] = hide_padding(kept["signal"])
     order: list[str | format.Exchange] = []
-    for part in split_at_exchanges(shard(body, config, target.gpus, padded)):
+    for part in split_at_exchanges(shard(body, config, target.ranks, padded)):
         if isinstance(part, Exchange):
             port = port_of(part.sends)
             order.append(format.Exchange(port.name, part.receives.name, port.dtype, port.shape))
@@ -232,7 +258,7 @@ def _sharded(
             name = f"body-{sum(isinstance(known, str) for known in order)}"
             order.append(name)
             kept[name] = part
-    return kept, format.Sharding(target.gpus, text_tokens, padded, tuple(order))
+    return kept, format.Sharding(target.ranks, text_tokens, padded, tuple(order))
 
 
 def _tensorrt_target(target: Target, recipe: Recipe, source: Source, parts: _Parts, report: Report) -> format.Target:
@@ -249,14 +275,14 @@ def _tensorrt_target(target: Target, recipe: Recipe, source: Source, parts: _Par
         grids=tuple((height // pixels, width // pixels) for height, width in recipe.sizes),
         branches=(1, 2) if source.guidance_branches else (1,),
         text_length=recipe.text.length,
-        ranks=target.gpus,
+        ranks=target.ranks,
     )
     sharding = None
-    if target.gpus > 1:
+    if target.ranks > 1:
         blocks = parts.neutral["transformer"]
         config = source.checkpoint.components["transformer"].config
-        blocks |= {name: shard(blocks[name], config, target.gpus) for name in blocks if name.endswith("_block")}
-        sharding = format.Sharding(target.gpus, recipe.text.length // target.gpus)
+        blocks |= {name: shard(blocks[name], config, target.ranks) for name in blocks if name.endswith("_block")}
+        sharding = format.Sharding(target.ranks, recipe.text.length // target.ranks)
     cut = module.cut_target(target, parts.neutral, components, sizes, source.family.text_layers)
     for name, tensors in parts.refs.items():
         spare = module.spare_scales(source.plans.get(name, []), cut.tensors[name])
@@ -284,3 +310,60 @@ def _scalar_digest(folder: Path, component: str) -> str:
     """A hash of a component's scalar scales, which decide whether its fusion groups can be one."""
     scalars = [bytes(ref.bytes_view()).hex() for ref in weights_tensors(folder, component).values() if ref.shape == ()]
     return key_of(scalars)
+
+
+def run_visual_gen(
+    cache: StageCache,
+    target: Target,
+    recipe: Recipe,
+    source: Source,
+    weights: dict[str, Path],
+    step_cache: format.StepCache | None,
+) -> Path:
+    """The files of the visual_gen folder that are its own, links.json (path to the bundle's file), and target.json."""
+    plan = source.stored_plan("transformer")
+    config = source.checkpoint.components["transformer"].config
+    is_bf16 = all(entry.format == "bf16" for entry in source.plans.get("text_encoder", []))
+    linked = _linked_files(source, weights, is_bf16)
+    inputs: list[Any] = [
+        [cache.file_digest(file.resolve()) for file in weights_files(weights["transformer"], "transformer")],
+        [[entry.layer.name, entry.format] for entry in plan],
+        [config, linked, is_bf16, msgspec.to_builtins([target, recipe.sizes, recipe.text.length, step_cache])],
+        []
+        if is_bf16
+        else [cache.file_digest(file) for file in source.checkpoint.components["text_encoder"].weight_files],
+        recipe.step_cache.min_r2 if recipe.step_cache else None,
+    ]
+
+    def work(folder: Path, report: Report) -> None:
+        tensors = weights_tensors(weights["transformer"], "transformer")
+        written = visual_gen.write_folder(folder, recipe, config, plan, tensors, linked, step_cache, report)
+        if not is_bf16:
+            from fluxc.quantize.writer import write_weights
+
+            encoder = folder / visual_gen.FOLDER / "text_encoder"
+            encoder.mkdir()
+            write_weights(encoder / WEIGHTS_FILE["text_encoder"], kept_tensors(source, "text_encoder"), [], {})
+            settings = text_encoder_config(source.checkpoint.components["text_encoder"].config, source.text_layers_kept)
+            (encoder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        (folder / "links.json").write_text(json.dumps(written.links))
+        configs = {str(number): file for number, file in written.configs.items()}
+        served = format.VisualGen(visual_gen.FOLDER, visual_gen.SCHEMA, configs, recipe.text.length)
+        entry = format.Target(target.name, target.kind, "nvfp4", {}, device="cuda", visual_gen=served)
+        (folder / "target.json").write_bytes(msgspec.json.encode(entry, order="deterministic"))
+
+    return cache.run(f"target-{target.name}", f"build {target.name}", inputs, work)
+
+
+def _linked_files(source: Source, weights: dict[str, Path], with_text_encoder: bool) -> list[str]:
+    """The files of a bundle, by path, that VisualGen reads as they are."""
+    files = ["model_index.json"]
+    for name, component in source.checkpoint.components.items():
+        if name == "transformer" or (name == "text_encoder" and not with_text_encoder):
+            continue
+        files += [f"{name}/{file.name}" for file in small_files(component) if file.name != HF_QUANT_CONFIG]
+        if name in weights:
+            entry = weights_entry(weights[name], name)
+            files += [f"{name}/{file.name}" for file in weights_files(weights[name], name)]
+            files += [f"{name}/{entry}"] if entry.endswith(INDEX) else []
+    return list(dict.fromkeys(files))

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,20 +122,24 @@ def write_weights(
     scales: Scales = "max",
     input_rows: Rows | None = None,
     shard_bytes: int | None = None,
+    apart: Container[str] = (),
     on_progress: Report | None = None,
 ) -> list[LayerReport]:
     """Write `path` from the checkpoint's `tensors` under `plan`; `input_amax` holds each layer's largest input magnitude.
 
     `scales` says how NVFP4 block scales are chosen (see cpu.nvfp4_scales), `input_rows` gives sampled inputs fp32 [rows, in]
     of a layer for its output error. When the tensors exceed `shard_bytes`, NAME-0000i-of-0000n.safetensors and
-    NAME.safetensors.index.json are written in place of `path`. Returns one report a quantized layer. `on_progress` counts
-    source bytes. Raises CheckpointError naming tensor and position of a NaN or infinity; no file appears unless all are
-    complete.
+    NAME.safetensors.index.json are written in place of `path`; tensors in `apart` get files of their own, the last. Returns
+    one report a quantized layer. `on_progress` counts source bytes. Raises CheckpointError naming tensor and position of a
+    NaN or infinity; no file appears unless all are complete.
     """
     quantized = {f"{entry.layer.name}.weight": entry for entry in to_quantize(plan)}
     input_scale_amax = _group_input_amax(quantized, input_amax)
     units = _units(tensors, plan)
-    shards = _shards(units, tensors, quantized, shard_bytes)
+    shards = []
+    for is_apart in (False, True):
+        some = [unit for unit in units if any(name in apart for name in unit) == is_apart]
+        shards += _shards(some, tensors, quantized, shard_bytes) if some else []
     names = _file_names(path.name, len(shards))
     progress = _Progress(sum(ref.nbytes for ref in tensors.values()), len(tensors), on_progress)
     reports: list[LayerReport] = []
@@ -169,6 +173,37 @@ def write_weights(
         for leftover in (*partial.values(), path.with_name(f".{path.name}.index.partial")):
             leftover.unlink(missing_ok=True)
     return reports
+
+
+@dataclass(frozen=True)
+class View:
+    """Bytes `start:stop` of a tensor under another name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    ref: TensorRef
+    start: int
+    stop: int
+
+
+def write_views(path: Path, views: list[View], report: Report | None = None) -> int:
+    """Write `path` with these tensors, copied in chunks; the bytes of their data. It appears when complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    file = _File(partial, [_Entry(view.name, view.ref.dtype, view.shape, 0) for view in views])
+    progress = _Progress(file.data_bytes, len(views), report)
+    try:
+        for view in views:
+            for start in range(view.start, view.stop, CHUNK_BYTES):
+                data = view.ref.bytes_view(start, min(view.stop, start + CHUNK_BYTES))
+                file.write(view.name, start - view.start, data)
+                progress.add(len(data))
+            progress.add(0, finished=1)
+        file.sync()
+        partial.replace(path)
+    finally:
+        file.close()
+        partial.unlink(missing_ok=True)
+    return file.data_bytes
 
 
 def planned_tensors(tensors: dict[str, TensorRef], plan: list[LayerPlan]) -> dict[str, TensorRef]:

@@ -151,6 +151,16 @@ class Sharding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body: tuple[str | Exchange, ...] = ()
 
 
+class VisualGen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A folder that TensorRT-LLM's VisualGen loads: where it is, what its settings are written for, and by number of GPUs
+    (as text) the file with them. Prompts are padded to `text_length` tokens."""
+
+    folder: str
+    schema: str
+    configs: dict[str, str]
+    text_length: int
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One way of running the bundle: the kind of engine, how activations are treated, and its graphs by name, or for the
     TensorRT kinds its engine.
@@ -168,11 +178,16 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: tuple[int, int] | None = None
     engine: Engine | None = None
     sharding: Sharding | None = None
+    visual_gen: VisualGen | None = None
 
     @property
     def gpus(self) -> int:
-        """How many GPUs, or on a CPU processes, it takes."""
+        """How many GPUs, or on a CPU processes, it takes, where the target itself decides that."""
         return self.sharding.ranks if self.sharding else 1
+
+    def runs_on(self, gpus: int) -> bool:
+        """Whether it can draw with so many GPUs, or on a CPU processes."""
+        return str(gpus) in self.visual_gen.configs if self.visual_gen else self.gpus == gpus
 
     def reads(self, name: str) -> bool:
         """Whether a graph or plan has an input of this name; a model without embedded guidance reads none, for example."""

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from fluxrt.bundle import Bundle, Target
     from fluxrt.cuda import Gpu
 
-BEST_FIRST = (("tensorrt", "cuda"), ("tensorrt_rtx", "cuda"), ("onnxruntime", "cuda"), ("onnxruntime", "cpu"))
+BEST_FIRST = (
+    ("tensorrt", "cuda"),
+    ("tensorrt_rtx", "cuda"),
+    ("visual_gen", "cuda"),
+    ("onnxruntime", "cuda"),
+    ("onnxruntime", "cpu"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,18 @@ def this_machine() -> Machine:
 def obstacle(bundle: Bundle, target: Target, machine: Machine) -> str | None:
     """Why `target` does not run on `machine`, in one sentence or two; None if it does."""
     from fluxrt.backends.library import EXTRA, check_finished, check_gpu, check_gpus, check_version
+    from fluxrt.visual_gen import how_to_serve, is_installed
 
     if (target.kind, target.device) not in BEST_FIRST:
         return f"this fluxrt cannot run targets of kind {target.kind!r}; install a newer one"
     if target.device == "cpu":
         return None
+    if target.visual_gen and not is_installed():
+        return f"needs tensorrt-llm, which is not installed; where it is: {how_to_serve(bundle, target)}"
     if machine.gpu is None:
         return machine.no_gpu
+    if target.visual_gen:
+        return None
     if target.engine is None:
         if "CUDAExecutionProvider" not in machine.providers:
             return "the installed onnxruntime has no CUDA provider; pip install onnxruntime-gpu in its place"
@@ -81,7 +92,7 @@ def choose(bundle: Bundle, machine: Machine | None = None, gpus: int = 1) -> tup
     Of equally good targets the first listed is taken. Raises BackendError naming every obstacle when none runs, and
     RequestError when the bundle has no target for so many.
     """
-    targets = [target for target in bundle.manifest.targets if target.gpus == gpus]
+    targets = [target for target in bundle.manifest.targets if target.runs_on(gpus)]
     if not targets:
         known = ", ".join(f"{target.name} for {target.gpus}" for target in bundle.manifest.targets)
         raise RequestError(

@@ -1,0 +1,120 @@
+"""Draws with a bundle's visual_gen folder through TensorRT-LLM's VisualGen, where tensorrt-llm is installed.
+
+VisualGen starts from noise of its own (torch's generator), so a seed gives another picture than with the other targets.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxrt.errors import BackendError, RequestError
+from fluxrt.pipeline import Result
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+
+    from fluxrt.bundle import Bundle, Target
+
+
+def how_to_serve(bundle: Bundle, target: Target, gpus: int = 1) -> str:
+    """The command that serves the folder with TensorRT-LLM."""
+    assert target.visual_gen is not None
+    folder, config = bundle.root / target.visual_gen.folder, target.visual_gen.configs.get(str(gpus))
+    return f"trtllm-serve {folder} --visual_gen_args {bundle.root / (config or 'Ngpu.yaml')}"
+
+
+def is_installed() -> bool:
+    """Whether tensorrt-llm with VisualGen can be imported; importing it takes its time, so it is only looked for."""
+    from importlib.util import find_spec
+
+    return find_spec("tensorrt_llm") is not None
+
+
+class VisualGenPipeline:
+    """The folder loaded by VisualGen on `gpus` GPUs; TensorRT-LLM starts the ranks itself."""
+
+    def __init__(self, bundle: Bundle, target: Target, gpus: int = 1) -> None:
+        entry = target.visual_gen
+        assert entry is not None
+        if str(gpus) not in entry.configs:
+            raise RequestError(
+                f"{bundle.root}: the visual_gen folder has settings for {', '.join(entry.configs)} GPUs, not {gpus}; choose "
+                "one of these with --gpus, or add it to the recipe's gpus and rebuild"
+            )
+        try:
+            from tensorrt_llm import VisualGen, VisualGenArgs
+        except (ImportError, OSError) as error:
+            raise BackendError(
+                f"target {target.name!r} needs tensorrt-llm, which cannot be imported here ({error}). Where it is installed, "
+                f"run this again, or serve the folder: {how_to_serve(bundle, target, gpus)}"
+            ) from error
+        self.bundle, self.target, self._entry = bundle, target, entry
+        self.notes: list[str] = []
+        config = bundle.checked_file(entry.configs[str(gpus)])
+        self._args = VisualGenArgs.from_yaml(str(config))
+        self._engine = VisualGen(model=str(bundle.root / entry.folder), args=self._args)
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        seed: int | list[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+        latents: np.ndarray | None = None,
+        step_cache: bool | None = None,
+        threshold: float | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """Draw one picture a prompt, as Pipeline does; `on_step` is called after every picture.
+
+        Raises RequestError for what VisualGen decides by itself: the starting noise, and skipped steps.
+        """
+        sampling = self.bundle.manifest.sampling
+        if latents is not None:
+            raise RequestError("VisualGen makes its own starting noise; give a seed")
+        if threshold is not None or (step_cache is False and self._args.cache_config is not None):
+            raise RequestError(
+                "VisualGen takes its step cache from the YAML it was loaded with; edit cache_config there"
+            )
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        seeds = [seed + number for number in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed, or one a prompt")
+        size = sampling.sizes[0] if size is None else (int(size[0]), int(size[1]))
+        if size not in sampling.sizes:
+            known = ", ".join(f"{height}x{width}" for height, width in sampling.sizes)
+            raise RequestError(f"size {size[0]}x{size[1]} (height x width) was not compiled; this bundle has {known}")
+        images, began = [], time.perf_counter()
+        for number, (words, start) in enumerate(zip(prompts, seeds, strict=True)):
+            params = self._engine.default_params
+            params.height, params.width = size
+            params.num_inference_steps = sampling.steps if steps is None else steps
+            params.guidance_scale = sampling.guidance if guidance is None else guidance
+            params.max_sequence_length, params.seed = self._entry.text_length, start
+            images.append(_picture(self._engine.generate(inputs=words, params=params)))
+            if on_step:
+                on_step(number + 1, len(prompts))
+        seconds = {"text": 0.0, "steps": time.perf_counter() - began, "decode": 0.0}
+        return Result(images, seconds, [()] * len(images))
+
+    def close(self) -> None:
+        """End VisualGen's processes."""
+        self._engine.shutdown()
+
+
+def _picture(output: Any) -> Any:
+    """The picture of a generation, by way of the file that VisualGen writes."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory(prefix="fluxrt-") as folder:
+        path = Path(folder) / "picture.png"
+        output.save(str(path))
+        with Image.open(path) as image:
+            return image.convert("RGB")

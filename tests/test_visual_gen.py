@@ -1,0 +1,392 @@
+"""The visual_gen folder: held against what VisualGen was read to take, and loaded by a rendering of its loader.
+
+TensorRT-LLM itself was not run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import yaml
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+from PIL import Image
+
+import fluxrt
+from conftest import NANO, QUICK, compile_into, copy_checkpoint, quantized_by_modelopt, write_hollow
+from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
+from fluxc.checkpoint.safetensors_file import TensorRef, read_header
+from fluxc.components import weights_tensors
+from fluxc.errors import RecipeError
+from fluxc.quantize.plan import precision_plan
+from fluxc.quantize.writer import View, planned_tensors, write_views
+from fluxc.recipe import ComponentPrecision, load_recipe
+from fluxc.targets.visual_gen import write_folder
+from fluxc.targets.visual_gen_check import faults_of
+from fluxrt.bundle import Bundle, open_bundle, verify_files
+from fluxrt.choose import Machine, obstacle
+from test_flux2_tables import KLEIN_4B
+
+RECIPE = NANO.parent.parent / "recipes" / "flux2-nano.yaml"
+TARGETS = "targets=[{kind: onnxruntime}, {kind: visual_gen, gpus: [1, 2, 4]}]"
+PROMPT = "a small white ring at the top on a red background"
+
+
+@pytest.fixture(scope="module")
+def bundle(workshop: Path) -> Bundle:
+    """With a step cache whose polynomial for latents, which explains little here, is taken all the same."""
+    cache = "step_cache={skip: 4, min_r2: -9, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
+    steps = ("sampling.steps=10", "calibration.steps=3")
+    return open_bundle(compile_into(workshop / "visual-gen", *QUICK, *steps, cache, TARGETS))
+
+
+@pytest.fixture
+def folder(bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy of the folder with files in place of links, to be damaged."""
+    return Path(shutil.copytree(bundle.root / "visual_gen", tmp_path / "visual_gen"))
+
+
+def faults(folder: Path) -> list[str]:
+    return faults_of(folder, text_tokens=32)
+
+
+# The folder.
+
+
+def test_it_passes_and_holds_nothing_twice(bundle: Bundle) -> None:
+    folder = bundle.root / "visual_gen"
+    assert faults(folder) == []
+    verify_files(bundle)
+    own = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    links = [path for path in folder.rglob("*") if path.is_symlink()]
+    assert all(path.resolve().is_relative_to(bundle.root.resolve()) for path in links)
+    assert {path.suffix for path in own} == {".json", ".yaml", ".safetensors"}
+    halves = read_header(folder / "transformer" / "gate_up.safetensors")
+    assert all("linear_in_" in name for name in halves)
+    assert len(links) > 8
+    entry = bundle.target("visual_gen").visual_gen
+    assert entry.configs == {str(n): f"visual_gen/{n}gpu.yaml" for n in (1, 2, 4)}
+    assert "1.3 and 1.4" in entry.schema
+
+
+def test_settings_say_ranks_sizes_and_the_latents_polynomial(bundle: Bundle) -> None:
+    rule = bundle.manifest.step_cache.visual_gen
+    for number in (1, 2, 4):
+        text = (bundle.root / "visual_gen" / f"{number}gpu.yaml").read_text()
+        args = yaml.safe_load(text)
+        assert "VisualGenArgs of TensorRT-LLM 1.3 and 1.4" in text
+        assert args["parallel_config"] == {"cfg_size": 1, "ulysses_size": number, "ring_size": 1, "tp_size": 1}
+        assert args["compilation_config"]["resolutions"] == [[64, 64]]
+        assert args["cache_config"]["coefficients"] == list(rule.coefficients)
+        assert args["cache_config"]["teacache_thresh"] == rule.threshold
+        assert "quant_config" not in args
+
+
+def test_a_polynomial_that_explains_nothing_is_not_used(workshop: Path) -> None:
+    cache = "step_cache={skip: 4, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
+    steps = ("sampling.steps=10", "calibration.steps=3")
+    bundle = open_bundle(compile_into(workshop / "visual-gen-off", *QUICK, *steps, cache, TARGETS))
+    assert bundle.manifest.step_cache.fit["latent"]["r2"] < 0.3
+    text = (bundle.root / "visual_gen" / "2gpu.yaml").read_text()
+    assert "# TeaCache is off." in text
+    assert "cache_config" not in yaml.safe_load(text)
+
+
+# The loader, rewritten from what was read of it.
+
+
+def loaded(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], Counter[str]]:
+    """Modules by VisualGen's names with their fused tensors, and how often each stored tensor was taken."""
+    weight_map = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
+    stored = {n: ref for file in sorted(set(weight_map.values())) for n, ref in read_header(folder / file).items()}
+    assert stored.keys() == weight_map.keys()
+    taken: Counter[str] = Counter()
+
+    def take(name: str) -> dict[str, np.ndarray]:
+        parts = {}
+        for part in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
+            if f"{name}.{part}" in stored:
+                taken[f"{name}.{part}"] += 1
+                parts[part] = array(stored[f"{name}.{part}"])
+        assert "weight" in parts, name
+        return parts
+
+    def fused(*names: str) -> dict[str, np.ndarray]:
+        members = [take(name) for name in names]
+        for part in ("weight_scale_2", "input_scale"):
+            assert len({float(member[part]) for member in members if part in member}) <= 1, part
+        rows = {p: np.concatenate([m[p] for m in members]) for p in members[0] if members[0][p].ndim}
+        return members[0] | rows
+
+    config = json.loads((folder / "config.json").read_text())
+    modules = {}
+    for number in range(config["num_layers"]):
+        at = f"transformer_blocks.{number}"
+        modules[f"{at}.attn.qkv_proj"] = fused(*(f"{at}.attn.to_{x}" for x in "qkv"))
+        modules[f"{at}.attn.add_qkv_proj"] = fused(*(f"{at}.attn.add_{x}_proj" for x in "qkv"))
+        for name in ("attn.to_out.0", "attn.to_add_out"):
+            modules[f"{at}.{name}"] = take(f"{at}.{name}")
+        for stream in ("ff", "ff_context"):
+            modules[f"{at}.{stream}.gate_up_proj"] = fused(*(f"{at}.{stream}.linear_in_{x}" for x in ("gate", "up")))
+            modules[f"{at}.{stream}.down_proj"] = take(f"{at}.{stream}.linear_out")
+    for number in range(config["num_single_layers"]):
+        at = f"single_transformer_blocks.{number}.attn"
+        modules[f"{at}.to_qkv_mlp_proj.proj"] = take(f"{at}.to_qkv_mlp_proj")
+        modules[f"{at}.to_out.proj"] = take(f"{at}.to_out")
+    blocks = ("transformer_blocks.", "single_transformer_blocks.")
+    outside = [layer.name for layer in transformer_linears(config) if not layer.name.startswith(blocks)]
+    modules |= {name: take(name) for name in outside}
+    taken.update(name for name in stored if "norm" in name and name not in taken)
+    return modules, taken
+
+
+def array(ref: TensorRef) -> np.ndarray:
+    types = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+    return ref.bytes_view().view(types[ref.dtype]).reshape(ref.shape)
+
+
+def dense(parts: dict[str, np.ndarray]) -> np.ndarray:
+    """A module's weight: E2M1 values by ml_dtypes, low nibble first."""
+    weight = parts["weight"]
+    if "weight_scale" not in parts:
+        return weight.astype(np.float32)
+    codes = np.stack([weight & 15, weight >> 4], axis=-1).reshape(len(weight), -1)
+    values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    scales = parts["weight_scale"].astype(np.float32) * parts["weight_scale_2"]
+    return values * np.repeat(scales, 16, axis=1)
+
+
+def by_modelopt(tensors: dict[str, TensorRef], layer: str) -> np.ndarray:
+    """The weight as modelopt reads it from the bundle's own, unsplit transformer."""
+    weight = torch.from_numpy(array(tensors[f"{layer}.weight"]).copy().view(np.uint8))
+    if f"{layer}.weight_scale" not in tensors:
+        return array(tensors[f"{layer}.weight"]).astype(np.float32)
+    scale = torch.from_numpy(array(tensors[f"{layer}.weight_scale"]).copy().view(np.uint8)).view(torch.float8_e4m3fn)
+    double = torch.from_numpy(array(tensors[f"{layer}.weight_scale_2"]).copy())
+    quantized = NVFP4QTensor((weight.shape[0], weight.shape[1] * 2), torch.float32, weight)
+    return quantized.dequantize(scale=scale, double_scale=double, block_sizes={-1: 16}).numpy()
+
+
+def test_the_loader_takes_every_tensor_once_and_gets_the_same_weights(bundle: Bundle) -> None:
+    modules, taken = loaded(bundle.root / "visual_gen" / "transformer")
+    tensors = weights_tensors(bundle.root / "transformer", "transformer")
+    split = {name for name in tensors if ".linear_in." in name}
+    assert set(taken.values()) == {1}
+    assert len(taken) == len(tensors) + len(split)
+    members = {
+        "qkv_proj": ["to_q", "to_k", "to_v"],
+        "add_qkv_proj": ["add_q_proj", "add_k_proj", "add_v_proj"],
+        "gate_up_proj": ["linear_in"],
+        "down_proj": ["linear_out"],
+    }
+    for module, parts in modules.items():
+        stem, _, last = module.removesuffix(".proj").rpartition(".")
+        layers = [f"{stem}.{member}" for member in members[last]] if last in members else [module.removesuffix(".proj")]
+        expected = np.concatenate([by_modelopt(tensors, layer) for layer in layers])
+        np.testing.assert_array_equal(dense(parts), expected)
+
+
+def test_a_stock_modelopt_export_fails_for_the_known_reasons(bundle: Bundle, tmp_path: Path) -> None:
+    from modelopt.torch.export import export_hf_checkpoint
+
+    outside = ("x_embedder", "context_embedder", "time_guidance_embed", "modulation", "norm_out", "proj_out")
+    pipeline = quantized_by_modelopt(*({"quantizer_name": f"*{name}*", "enable": False} for name in outside))
+    stock = copy_checkpoint(tmp_path / "stock")
+    shutil.rmtree(stock / "transformer")
+    export_hf_checkpoint(pipeline.transformer, export_dir=stock / "transformer")
+    for file in (bundle.root / "visual_gen").glob("*.yaml"):
+        shutil.copy(file, stock)
+    found = "; ".join(faults(stock))
+    assert "is not split into gate and up" in found
+    assert "linear_in_gate" in found
+
+
+def test_a_checkpoint_of_klein_4bs_shape_passes(bundle: Bundle, tmp_path: Path) -> None:
+    """Shapes and names of 3.9 billion parameters; the values are zeros."""
+    settings = ComponentPrecision(default="nvfp4", preset="modelopt-flux2")
+    plan = precision_plan("transformer", transformer_linears(KLEIN_4B), settings)
+    hollow = tmp_path / "hollow.safetensors"
+    write_hollow(hollow, transformer_tensors(KLEIN_4B))
+    planned = planned_tensors(read_header(hollow), plan)
+    (tmp_path / "transformer").mkdir()
+    zeros = tmp_path / "zeros"
+    with zeros.open("wb") as file:
+        file.truncate(max(ref.nbytes for ref in planned.values()))
+    views = [
+        View(name, ref.shape, TensorRef(name, ref.dtype, ref.shape, zeros, 0, ref.nbytes), 0, ref.nbytes)
+        for name, ref in planned.items()
+    ]
+    for number, is_split in enumerate((False, True)):
+        some = [view for view in views if (".linear_in." in view.name) == is_split]
+        write_views(tmp_path / "transformer" / f"{number}.safetensors", some)
+    tensors = {
+        n: r for number in (0, 1) for n, r in read_header(tmp_path / "transformer" / f"{number}.safetensors").items()
+    }
+    recipe = load_recipe(
+        RECIPE,
+        ["sizes=[[1024, 1024]]", "text.length=512", "targets=[{kind: visual_gen, gpus: [1, 2, 4, 8]}]", "gates={}"],
+    ).recipe
+    made = tmp_path / "made"
+    written = write_folder(made, recipe, KLEIN_4B, plan, tensors, [], None)
+    for name, file in written.links.items():
+        (made / name).hardlink_to(tmp_path / file)
+    for part in ("model_index.json", "text_encoder", "vae", "tokenizer", "scheduler"):
+        source = bundle.root / part
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, made / "visual_gen" / part)
+    vae = json.loads((made / "visual_gen/vae/config.json").read_text())
+    (made / "visual_gen/vae/config.json").write_text(json.dumps(vae | {"block_out_channels": [128, 256, 512, 512]}))
+    assert sorted(written.configs) == [1, 2, 4, 8]
+    assert faults_of(made / "visual_gen") == []
+
+
+# What the validator finds.
+
+
+def edit_json(path: Path, change: Any) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.unlink()
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda q: q.update(quant_algo="MIXED_PRECISION"), "quant_algo"),
+        (lambda q: q["ignore"].append("nothing.like.it"), "'nothing.like.it' matches nothing"),
+        (lambda q: q["ignore"].remove("x_embedder"), "x_embedder.weight is BF16"),
+        (lambda q: q["ignore"].append("*.gate_up_proj"), "are not both in it"),
+        (lambda q: q["config_groups"]["group_0"]["weights"].update(dynamic=True), "is not static NVFP4"),
+        (lambda q: q.update(surprise=1), "surprise"),
+    ],
+)
+def test_a_wrong_quantization_config_is_named(folder: Path, change: Any, said: str) -> None:
+    edit_json(folder / "transformer" / "config.json", lambda config: change(config["quantization_config"]))
+    assert said in "; ".join(faults(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quant_config": {"quant_algo": "NVFP4"}}, "overrides the checkpoint"),
+        ({"parallel": {"dit_ulysses_size": 2}}, "unknown field"),
+        ({"parallel_config": {"ulysses_size": 2, "tp_size": 2}}, "drops scales"),
+        ({"parallel_config": {"ulysses_size": 4}}, "not the 2 GPUs of its name"),
+        ({"parallel_config": {"ulysses_size": 2, "ring_size": 2}}, "must be 1"),
+        ({"compilation_config": {"resolutions": [[56, 56]]}}, "cannot share the 49 image tokens of 56x56"),
+        ({"compilation_config": {"resolutions": [[60, 64]]}}, "not a multiple of 8 pixels"),
+        ({"compilation_config": {}}, "resolutions is missing"),
+        ({"cache_config": {"cache_backend": "teacache", "coefficients": None}}, "there are none for klein"),
+        ({"cache_config": {"cache_backend": "teacache", "teacache_thresh": 0.0, "coefficients": [1.0]}}, "more than 0"),
+    ],
+)
+def test_wrong_settings_are_named(folder: Path, change: dict[str, Any], said: str) -> None:
+    file = folder / "2gpu.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
+    assert said in "; ".join(faults(folder))
+
+
+def test_a_missing_input_scale_and_a_stray_file_are_named(folder: Path) -> None:
+    transformer = folder / "transformer"
+    index = transformer / "diffusion_pytorch_model.safetensors.index.json"
+    file = transformer / "gate_up.safetensors"
+    tensors = read_header(file)
+    gone = next(name for name in tensors if name.endswith("input_scale"))
+    views = [View(n, ref.shape, ref, 0, ref.nbytes) for n, ref in tensors.items() if n != gone]
+    write_views(transformer / "fewer.safetensors", views)
+    (transformer / "fewer.safetensors").replace(file)
+    edit_json(index, lambda data: data["weight_map"].pop(gone))
+    assert "uninitialised memory" in "; ".join(faults(folder))
+    edit_json(folder / "model_index.json", lambda data: data.update(_class_name="FluxPipeline"))
+    assert "does not select the FLUX.2 pipeline" in "; ".join(faults(folder))
+
+
+def test_an_fp8_text_encoder_is_not_taken(folder: Path, bundle: Bundle) -> None:
+    edit_json(folder / "text_encoder" / "config.json", lambda data: data.update(quantization_config={}))
+    assert "has a quantization_config" in "; ".join(faults(folder))
+
+
+def test_beside_an_fp8_text_encoder_the_folder_has_its_own_in_bf16(workshop: Path) -> None:
+    encoder = "precision.text_encoder={default: fp8}"
+    bundle = open_bundle(compile_into(workshop / "visual-gen-fp8", *QUICK, encoder, TARGETS))
+    own = bundle.root / "visual_gen" / "text_encoder" / "model.safetensors"
+    assert not own.is_symlink()
+    assert {ref.dtype for ref in read_header(own).values()} == {"BF16"}
+    assert faults(bundle.root / "visual_gen") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (['precision.transformer.rules=[{match: "*.ff_context.*", format: fp8}]'], "one quantized format and bf16"),
+        (["targets=[{kind: visual_gen, gpus: 3}]"], "3 GPUs cannot share the 4 attention heads"),
+        (["targets=[{kind: visual_gen, gpus: []}]"], "must be at least 1"),
+        (["targets=[{kind: visual_gen, activations: nvfp4}]"], "has no such option"),
+        (["targets=[{kind: onnxruntime, gpus: [1, 2]}]"], "takes one number"),
+    ],
+)
+def test_recipes_it_cannot_serve_are_refused(tmp_path: Path, changes: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        compile_into(tmp_path / "bundle", *QUICK, TARGETS, *changes)
+    assert not (tmp_path / "bundle").exists()
+
+
+# The runtime.
+
+
+def test_without_tensorrt_llm_the_message_says_how_to_serve(bundle: Bundle) -> None:
+    with pytest.raises(fluxrt.BackendError, match=r"trtllm-serve .*visual_gen --visual_gen_args .*2gpu\.yaml"):
+        fluxrt.load(bundle.root, target="visual_gen", gpus=2)
+    with pytest.raises(fluxrt.RequestError, match="settings for 1, 2, 4 GPUs, not 3"):
+        fluxrt.load(bundle.root, target="visual_gen", gpus=3)
+    assert "trtllm-serve" in str(obstacle(bundle, bundle.target("visual_gen"), Machine(None, "no GPU")))
+
+
+def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a fake of VisualGen's Python interface, as its own example uses it."""
+    asked: list[Any] = []
+
+    class VisualGen:
+        def __init__(self, model: str, args: Any) -> None:
+            asked.append((model, args))
+
+        @property
+        def default_params(self) -> SimpleNamespace:
+            return SimpleNamespace()
+
+        def generate(self, inputs: str, params: Any) -> Any:
+            asked.append((inputs, vars(params)))
+            return SimpleNamespace(save=lambda path: Image.new("RGB", (64, 64), "red").save(path))
+
+        def shutdown(self) -> None:
+            asked.append("shutdown")
+
+    class VisualGenArgs:
+        @staticmethod
+        def from_yaml(path: str) -> Any:
+            return SimpleNamespace(**{"cache_config": None} | yaml.safe_load(Path(path).read_text()))
+
+    fake: Any = ModuleType("tensorrt_llm")
+    fake.VisualGen, fake.VisualGenArgs = VisualGen, VisualGenArgs
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", fake)
+    pipeline = fluxrt.load(bundle.root, target="visual_gen", gpus=2)
+    assert asked[0][0] == str(bundle.root / "visual_gen")
+    assert asked[0][1].parallel_config["ulysses_size"] == 2
+    result = pipeline([PROMPT, "another"], seed=7, steps=5, guidance=2.0)
+    params = {"height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 2.0, "max_sequence_length": 32}
+    assert asked[1:3] == [(PROMPT, params | {"seed": 7}), ("another", params | {"seed": 8})]
+    assert [image.size for image in result.images] == [(64, 64)] * 2
+    for request in ({"step_cache": False}, {"threshold": 0.1}, {"latents": np.zeros((1, 64, 32))}, {"size": (8, 8)}):
+        with pytest.raises(fluxrt.RequestError):
+            pipeline(PROMPT, **request)
+    pipeline.close()
+    assert asked[-1] == "shutdown"
