@@ -46,10 +46,9 @@ def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_fake_gpu(bundle: Bundle, driver: FakeDriver) -> Pipeline:
-    pipeline = Pipeline(bundle, target=CPU)
-    pipeline.target = target = bundle.target("tensorrt_rtx")
-    pipeline.backend = TensorRTBackend(bundle, target, driver, FakeLibrary(bundle, target, driver, None))
-    return pipeline
+    target = bundle.target("tensorrt_rtx")
+    backend = TensorRTBackend(bundle, target, driver, FakeLibrary(bundle, target, driver, None))
+    return Pipeline(bundle, target=target.name, backend=backend)
 
 
 @pytest.mark.usefixtures("kernel_cache")

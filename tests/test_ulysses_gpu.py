@@ -6,6 +6,7 @@ Nothing here ran on a GPU; no collective of NCCL's was called.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,10 +143,7 @@ def drawn(bundle: Bundle, ranks: int, **request: Any) -> list[tuple[np.ndarray, 
         driver = FakeDriver()
         library = FakeLibrary(bundle, target, driver, None, group)
         backend = TensorRTBackend(bundle, target, driver, library, group, CAPSULE if group else None)
-        pipeline = Pipeline.__new__(Pipeline)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fluxrt.pipeline.make_backend", lambda *_: backend)
-            pipeline.__init__(bundle, target=target.name, group=group)
+        pipeline = Pipeline(bundle, target=target.name, group=group, backend=backend)
         result = pipeline(PROMPT, seed=2, **request)
         return pipeline.latents(), result.skipped[0], driver
 
@@ -194,8 +192,7 @@ def test_a_machine_with_too_few_gpus_is_told(bundle: Bundle) -> None:
     assert "sharded for 2 GPUs, this machine shows 1" in str(obstacle(bundle, target, machine))
 
 
-def test_nccl_that_is_missing_is_told() -> None:
-    if __import__("importlib").util.find_spec("nccl"):
-        pytest.skip("nccl4py is installed")
+def test_nccl_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nccl", None)
     with pytest.raises(BackendError, match=r"pip install 'fluxrt\[nccl\]'"):
         on_every_rank(2, lambda group: Communicator(group))

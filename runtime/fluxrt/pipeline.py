@@ -45,10 +45,17 @@ class Pipeline:
     """A bundle ready to draw with one of its targets; of a sharded one, what one rank of `group` does for a picture.
 
     Every rank is asked for the same pictures. Rank 0 encodes the text and decodes the pictures, the others return none.
+    `backend` replaces the one that the target's kind has.
     """
 
     def __init__(
-        self, bundle: Bundle, *, target: str | None = None, threads: int | None = None, group: Group | None = None
+        self,
+        bundle: Bundle,
+        *,
+        target: str | None = None,
+        threads: int | None = None,
+        group: Group | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.bundle = bundle
         self.target = choose(bundle)[0] if target is None else bundle.target(target)
@@ -59,7 +66,7 @@ class Pipeline:
                 f"load the bundle with gpus={self.target.gpus} (fluxrt generate --gpus {self.target.gpus})"
             )
         self._group = group
-        self.backend: Backend = make_backend(bundle, self.target, threads, group)
+        self.backend: Backend = backend or make_backend(bundle, self.target, threads, group)
         self._encoder: PromptEncoder | None = None
         self._sizes: dict[str, int] = {}
         self._share: Share | None = None
