@@ -125,8 +125,15 @@ class RankedPipeline:
             "step_cache": step_cache,
             "threshold": threshold,
         }
-        self._send(request)
-        done = self._wait("done", on_step)[0]
+        try:
+            self._send(request)
+            done = self._wait("done", on_step)[0]
+        except RequestError:
+            raise
+        except BaseException:
+            # Ranks in the middle of a picture would answer the next request with it.
+            self.close()
+            raise
         self.notes = done["backend_notes"]
         images = [Image.frombytes("RGB", tuple(image["size"]), image["data"]) for image in done["images"]]
         return Result(images, done["seconds"], [tuple(steps) for steps in done["skipped"]], done["notes"])
