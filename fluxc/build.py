@@ -22,6 +22,7 @@ from fluxc.planned_source import Source, read_source, with_auto
 from fluxc.progress import Report, StageProgress
 from fluxc.recipe import LoadedRecipe
 from fluxc.stepcache import stages as step_stages
+from fluxc.stepcache.summary import step_cache_lines
 from fluxc.targets.visual_gen_check import faults_of
 from fluxrt import bundle as format
 
@@ -76,6 +77,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, only: str | 
             trace = trace or step_stages.run_step_trace(cache, loaded, original, digests)
             size = recipe.calibration.size or recipe.sizes[0]
             step_cache = step_stages.run_step_cache(cache, recipe, size, trace)
+            for line in step_cache_lines(step_cache):
+                progress.say(line)
         if only == "step-cache":
             return None
         sensitivity: dict[str, Any] | None = None

@@ -44,6 +44,10 @@ class StageProgress:
             yield lambda done, total, detail="": progress.update(task, completed=done, total=total, detail=detail)
         self._console.print(f"[green]done[/]   {title}  [dim]{time.perf_counter() - began:.1f} s[/]")
 
+    def say(self, line: str) -> None:
+        """Print a finding that must be seen, terminal or not."""
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
     def cached(self, title: str) -> None:
         """Say that a stage's result was already there."""
         if self._console.is_terminal:
