@@ -24,13 +24,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from cpu_step import cpu_name
 from plans import PRESET, tensors_of, write_random
 
+from fluxrt import bundle as format
 from models import MODELS
 
 TEXT_LENGTH, SIGMA, NEXT_SIGMA = 512, 0.7, 0.68
@@ -138,6 +138,16 @@ def diffusers_step(config: dict[str, Any], tokens: int, length: int, how: str, d
     return step
 
 
+class Unsealed(format.Bundle):
+    """A folder with graphs and weights and no manifest."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def checked_file(self, name: str) -> Path:
+        return self.root / name
+
+
 def fluxrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path, device: str) -> Callable[[], None]:
     """fluxrt's own backend on graphs of this shape; on a CPU the fp32 form of them, which its provider runs."""
     import torch
@@ -166,10 +176,10 @@ def fluxrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path, 
     )
     for graph in built.values():
         (folder / graph.entry.file).write_bytes(graph.model.SerializeToString())
-    entries = SimpleNamespace(name=target.name, graphs={name: graph.entry for name, graph in built.items()})
-    bundle = SimpleNamespace(root=folder, checked_file=lambda name: folder / name)
+    graphs_of = {name: graph.entry for name, graph in built.items()}
+    entry = format.Target(target.name, target.kind, target.activations, graphs_of, device=device)
     providers = (PROVIDER,) if device == "cuda" else ("CPUExecutionProvider",)
-    backend = OnnxRuntimeCudaBackend(bundle, entries, device, providers)  # type: ignore[arg-type]
+    backend = OnnxRuntimeCudaBackend(Unsealed(folder), entry, device, providers)
     rng = np.random.default_rng(0)
     backend.put("latents", rng.standard_normal((1, tokens, config["in_channels"]), dtype=np.float32))
     backend.put("text", rng.standard_normal((1, length, config["joint_attention_dim"]), dtype=np.float32))
