@@ -21,7 +21,7 @@ from fluxc.engine.program import Kernel, Program, Tensor, read_programs
 OPERAND = {"nvfp4": "fp4_e2m1", "fp8": "fp8_e4m3"}
 GEMM_KINDS = ("fully_connected",)
 ALL_TO_ALL = "comm_alltoall"
-_COMPILERS = re.compile(r"( \[profile \d+\])?(_U\d+)?$")
+_APPENDED = re.compile(r"( \[profile \d+\])?(_U\d+)?$")
 """What the compiler appends to the names it takes over."""
 
 
@@ -121,7 +121,7 @@ def _audit_program(program: Program, expected: Expected, compute_capabilities: t
 def _collective_faults(ranks: int, found: list[Kernel], expected: Expected) -> Iterable[str]:
     if expected.collectives and ranks != expected.ranks:
         yield f"the plan is for {ranks} ranks, not {expected.ranks}: its collectives would do nothing, or hang"
-    kinds = {_COMPILERS.sub("", kernel.name): kernel.kind for kernel in found}
+    kinds = {_APPENDED.sub("", kernel.name): kernel.kind for kernel in found}
     for name in expected.collectives:
         if kinds.get(name) != ALL_TO_ALL:
             yield f"{name}: planned as an all-to-all, the plan has {kinds.get(name, 'nothing')} in its place"
