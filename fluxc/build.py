@@ -209,11 +209,8 @@ def _place_visual_gen(folder: Path, entry: format.VisualGen, staging: Path) -> N
     for file in sorted(path for path in (folder / entry.folder).rglob("*") if path.is_file()):
         target = staging / file.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Of a large file one copy on the disk is enough; the others may be edited.
-        try:
-            target.hardlink_to(file) if file.suffix == ".safetensors" else shutil.copyfile(file, target)
-        except OSError:
-            shutil.copyfile(file, target)
+        # Of weights one copy on the disk is enough; the others are small, and may be edited.
+        (_link_or_copy if file.suffix == ".safetensors" else shutil.copyfile)(file, target)
     for name, file in json.loads((folder / "links.json").read_text()).items():
         link = staging / name
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -315,13 +312,19 @@ def _take_weights(cached: Path, target: Path, cache_root: Path, out: Path) -> No
     source = cached.resolve()
     ours = source.is_relative_to(out.resolve())
     if ours or (source.is_relative_to(cache_root) and source.stat().st_nlink == 1):
-        try:
-            target.hardlink_to(source)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP):
-                raise
-    shutil.copyfile(source, target)
+        _link_or_copy(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Another name for a file, or a copy where the file system gives it none."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)
 
 
 def _leave_weights(weights: dict[str, Path], out: Path) -> None:

@@ -11,6 +11,13 @@ from fluxrt.share import Share
 MOST_GPUS = 64
 
 
+def undivided(gpus: int, heads: int, text_tokens: int, image_tokens: dict[tuple[int, int], int]) -> list[str]:
+    """What so many GPUs cannot share equally, in words; `image_tokens` by size (height, width)."""
+    counted = {"attention heads": heads, "text tokens": text_tokens}
+    counted |= {f"image tokens of {height}x{width}": count for (height, width), count in image_tokens.items()}
+    return [f"the {count} {what}" for what, count in counted.items() if count % gpus]
+
+
 def check_sharding(
     field: str,
     gpus: int,
@@ -25,12 +32,10 @@ def check_sharding(
     needs equal shares, and two heads on each GPU: TensorRT-RTX 1.7.1 has no kernel for a sharded attention of one.
     """
     heads = config["num_attention_heads"]
-    divided = {"attention heads": heads, "text tokens (text.length)": text_length}
-    if is_tensorrt:
-        divided |= {f"image tokens of {height}x{width}": count for (height, width), count in tokens.items()}
 
     def faults(number: int) -> list[str]:
-        found = [f"the {count} {what} cannot be shared equally" for what, count in divided.items() if count % number]
+        shared = undivided(number, heads, text_length, tokens if is_tensorrt else {})
+        found = [f"{what} cannot be shared equally" for what in shared]
         if is_tensorrt and heads == number:
             found.append(
                 f"of {heads} attention heads each would have one, which TensorRT does not compute in one kernel"

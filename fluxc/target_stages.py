@@ -30,7 +30,6 @@ from fluxc.recipe import LoadedRecipe, Recipe, Target
 from fluxc.sharding import Shares, check_sharding, needs_padding, shares_of
 from fluxc.targets import visual_gen
 from fluxc.targets.stray import check_no_stray
-from fluxc.targets.visual_gen import check_visual_gen
 from fluxrt import bundle as format
 
 
@@ -46,10 +45,12 @@ def check_targets(loaded: LoadedRecipe, source: Source) -> None:
                     f"{field}: {target.kind} builds for one kind of GPU, the one it is finished on; give one"
                 )
         if target.is_visual_gen:
-            check_visual_gen(
-                loaded.recipe,
+            visual_gen.check_visual_gen(
+                f"targets[{at}]",
+                target.gpu_counts,
                 source.stored_plan("transformer"),
                 source.checkpoint.components["transformer"].config["num_attention_heads"],
+                loaded.recipe.text.length,
                 tokens_of_sizes(loaded.recipe, source),
             )
             if source.quantized.get("text_encoder"):

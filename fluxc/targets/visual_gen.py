@@ -24,6 +24,7 @@ from fluxc.errors import RecipeError
 from fluxc.progress import Report
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe import Recipe
+from fluxc.sharding import undivided
 from fluxrt.bundle import StepCache
 
 if TYPE_CHECKING:
@@ -61,31 +62,35 @@ def is_split(layer: str) -> bool:
     return layer.startswith("transformer_blocks.") and layer.endswith(".linear_in")
 
 
-def check_visual_gen(recipe: Recipe, plan: list[LayerPlan], heads: int, tokens: dict[tuple[int, int], int]) -> None:
-    """Refuse what VisualGen does not take; RecipeError names the field of the recipe and what to write there.
+def check_visual_gen(
+    field: str,
+    gpu_counts: tuple[int, ...],
+    plan: list[LayerPlan],
+    heads: int,
+    text_length: int,
+    tokens: dict[tuple[int, int], int],
+) -> None:
+    """Refuse what VisualGen does not take; RecipeError names `field`, the target in the recipe, and what to write there.
 
     `plan` covers the transformer's Linears, `tokens` are the image tokens of every size.
     """
-    at = next(number for number, target in enumerate(recipe.targets) if target.is_visual_gen)
     formats = {entry.format for entry in plan if entry.format != "bf16"}
     if len(formats) > 1:
         raise RecipeError(
-            f"targets[{at}]: VisualGen takes one quantized format and bf16, this plan has {', '.join(sorted(formats))}; keep "
+            f"{field}: VisualGen takes one quantized format and bf16, this plan has {', '.join(sorted(formats))}; keep "
             "to one of them in precision.transformer, or leave this target out"
         )
     smoothed = [entry.layer.name for entry in plan if entry.low_rank or "pre_quant_scale" in entry.parts]
     if smoothed:
         raise RecipeError(
-            f"targets[{at}]: VisualGen does not take layers with a pre_quant_scale or low-rank factors, as {smoothed[0]} has; "
+            f"{field}: VisualGen does not take layers with a pre_quant_scale or low-rank factors, as {smoothed[0]} has; "
             "quantize from the unquantized checkpoint, or leave this target out"
         )
-    for number in recipe.targets[at].gpu_counts:
-        divided = {"attention heads": heads, "text tokens (text.length)": recipe.text.length}
-        divided |= {f"image tokens of {height}x{width}": count for (height, width), count in tokens.items()}
-        faults = [f"the {count} {what}" for what, count in divided.items() if count % number]
+    for number in gpu_counts:
+        faults = undivided(number, heads, text_length, tokens)
         if faults:
             raise RecipeError(
-                f"targets[{at}].gpus: {number} GPUs cannot share {' nor '.join(faults)} equally, and VisualGen does not fill "
+                f"{field}.gpus: {number} GPUs cannot share {' nor '.join(faults)} equally, and VisualGen does not fill "
                 "up; take another number, or other sizes"
             )
 

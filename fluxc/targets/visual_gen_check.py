@@ -20,6 +20,7 @@ from fluxc.checkpoint.safetensors_file import TensorRef, read_header
 from fluxc.components import INDEX, WEIGHTS_FILE
 from fluxc.errors import FluxError
 from fluxc.quantize.formats import BLOCK
+from fluxc.sharding import undivided
 from fluxc.targets.visual_gen import HALVES, ignored, is_split, module_of
 
 TEXT_TOKENS = 512
@@ -279,16 +280,15 @@ def _args_faults(
         yield "parallel_config.tp_size above 1 drops scales of static NVFP4 in single-stream blocks"
     if (parallel.cfg_size, parallel.ring_size, parallel.attn2d_size) != (1, 1, (1, 1)):
         yield "parallel_config: cfg_size, ring_size and attn2d_size must be 1"
-    divided = {"attention heads": config["num_attention_heads"], "text tokens": text_tokens}
+    tokens = {}
     for height, width in args.compilation_config.resolutions or []:
         if height % pixels or width % pixels:
             yield f"compilation_config.resolutions: {height}x{width} is not a multiple of {pixels} pixels"
-        divided[f"image tokens of {height}x{width}"] = height // pixels * (width // pixels)
+        tokens[height, width] = height // pixels * (width // pixels)
     if not args.compilation_config.resolutions:
         yield "compilation_config.resolutions is missing, so nothing is compiled for the sizes served"
-    for what, count in divided.items():
-        if count % parallel.ulysses_size:
-            yield f"{parallel.ulysses_size} GPUs cannot share the {count} {what}, and VisualGen does not fill up"
+    for what in undivided(parallel.ulysses_size, config["num_attention_heads"], text_tokens, tokens):
+        yield f"{parallel.ulysses_size} GPUs cannot share {what}, and VisualGen does not fill up"
     cache = args.cache_config
     if cache and not cache.teacache_thresh > 0:
         yield f"cache_config.teacache_thresh must be more than 0, is {cache.teacache_thresh}"

@@ -11,7 +11,7 @@ from fluxrt.backends import Backend, make_backend, run
 from fluxrt.bundle import dimension_size
 from fluxrt.choose import choose
 from fluxrt.errors import BackendError, RequestError
-from fluxrt.prompt import PromptEncoder
+from fluxrt.prompt import PromptEncoder, with_seeds
 from fluxrt.schedule import SCHEDULES
 from fluxrt.share import Share
 from fluxrt.stepcache import Decisions, decisions_for
@@ -104,10 +104,7 @@ class Pipeline:
         import numpy as np
 
         sampling = self.bundle.manifest.sampling
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed, or one a prompt")
+        prompts, seeds = with_seeds(prompt, seed)
         steps = sampling.steps if steps is None else steps
         if steps < 1:
             raise RequestError(f"steps must be at least 1, got {steps}")

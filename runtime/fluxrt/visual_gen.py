@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.pipeline import Result
+from fluxrt.prompt import with_seeds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,10 +84,7 @@ class VisualGenPipeline:
             raise RequestError(
                 "VisualGen takes its step cache from the YAML it was loaded with; edit cache_config there"
             )
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed + number for number in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed, or one a prompt")
+        prompts, seeds = with_seeds(prompt, seed)
         size = sampling.sizes[0] if size is None else (int(size[0]), int(size[1]))
         if size not in sampling.sizes:
             known = ", ".join(f"{height}x{width}" for height, width in sampling.sizes)
