@@ -245,7 +245,9 @@ def _engine_table(name: str, engine: Engine) -> Table:
     built = f"{engine.library} {engine.version}" if engine.version else f"to be built by {engine.library} on the GPU"
     title = f"{name}: {built}, compute capability {', '.join(engine.compute_capabilities)}"
     title += f", finished on {engine.gpu} (driver {engine.driver})" if engine.gpu else ""
-    table = Table("plan", "runs", "GEMMs", "fused attentions", "kernels", "weights copied a run", "allowed faults")
+    table = Table(
+        "plan", "runs", "GEMMs", "fused attentions", "all-to-alls", "kernels", "weights copied a run", "allowed faults"
+    )
     table.title, table.title_justify = title, "left"
     runs = Counter(call.plan for program in engine.programs.values() for call in program.calls)
     for plan in engine.plans:
@@ -256,6 +258,7 @@ def _engine_table(name: str, engine: Engine) -> Table:
         gemms = ", ".join(f"{count} {format}" for format, count in found["gemms"].items())
         figures = (
             found["attentions"],
+            found["collectives"],
             found["kernels"],
             f"{found['copied_bytes']:,} bytes",
             "; ".join(found["faults"]),

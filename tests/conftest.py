@@ -35,12 +35,13 @@ QUICK = (
 
 
 class RecordingProgress(StageProgress):
-    """Remembers which stages were found in the cache and which did work."""
+    """Remembers which stages were found in the cache and which did work, and what was said."""
 
     def __init__(self) -> None:
         super().__init__(Console(quiet=True))
         self.ran: list[str] = []
         self.found: list[str] = []
+        self.said: list[str] = []
 
     def stage(self, title: str):
         self.ran.append(title)
@@ -48,6 +49,9 @@ class RecordingProgress(StageProgress):
 
     def cached(self, title: str) -> None:
         self.found.append(title)
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
 
 
 def compile_into(out: Path, *changes: str, progress: StageProgress | None = None, recipe: Path = RECIPE) -> Path:

@@ -256,6 +256,10 @@ def test_another_number_of_steps_to_skip_repeats_the_fit_and_the_comparison_alon
     again = RecordingProgress()
     compile_into(made / "other", *CHANGES, f"step_cache={CACHE.replace('skip: 4', 'skip: 5')}}}", progress=again)
     assert set(again.ran) <= {"hash checkpoint"}
+    # How well the polynomial fits is said at every build.
+    quality = open_bundle(other).manifest.step_cache.fit["residual"]
+    for said in (progress.said, again.said):
+        assert f"R2 {quality['r2']}, RMSE {quality['rmse']}, largest error {quality['worst']}" in " ".join(said)
 
 
 def test_two_builds_from_clean_are_the_same_to_the_byte(bundle: Path, tmp_path: Path) -> None:

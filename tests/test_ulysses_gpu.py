@@ -21,6 +21,7 @@ from fake_gpu import RTX as FAKE_RTX
 from fake_gpu import FakeDriver, FakeLibrary
 from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
 from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.describe import print_bundle
 from fluxc.engine.audit import Expected, audit
 from fluxc.engine.cut import Component, Cutter
 from fluxc.engine.library import check_keeps_ranks
@@ -31,6 +32,7 @@ from fluxc.graph.ulysses import shard
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe import ComponentPrecision, Target
+from fluxc.targets.export_onnx import export_onnx
 from fluxc.targets.tensorrt import build_engine, write_sources
 from fluxrt.backends.nccl import Communicator
 from fluxrt.backends.tensorrt import TensorRTBackend
@@ -190,6 +192,23 @@ def test_a_machine_with_too_few_gpus_is_told(bundle: Bundle) -> None:
     target = bundle.target("tensorrt_rtx-2gpus")
     machine = Machine(FAKE_RTX, versions={"tensorrt_rtx": str(target.engine.version)}, gpus=1)
     assert "sharded for 2 GPUs, this machine shows 1" in str(obstacle(bundle, target, machine))
+
+
+def test_inspect_counts_collectives_and_export_takes_another_target(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        BuildError, match="no TensorRT target tensorrt_rtx-2gpus for one GPU in this bundle; it has: tens"
+    ):
+        export_onnx(bundle, "tensorrt_rtx-2gpus", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    found = bundle.target("tensorrt_rtx-2gpus").engine.audit
+    assert {name: plan["collectives"] for name, plan in found.items() if plan["collectives"]} == {
+        "double": 2,
+        "single": 2,
+    }
+    print_bundle(bundle)
+    assert "all-to-alls" in capsys.readouterr().out
 
 
 def test_nccl_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

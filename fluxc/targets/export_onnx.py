@@ -27,10 +27,12 @@ def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
 
     Returns the trtexec command that builds each. Raises BuildError when `out` exists, or the bundle has no such target.
     """
-    engines = {t.name: t.engine for t in bundle.manifest.targets if t.engine}
+    engines = {t.name: t.engine for t in bundle.manifest.targets if t.engine and not t.sharding}
     if (target or next(iter(engines), None)) not in engines:
         known = ", ".join(engines) or "none"
-        raise BuildError(f"{bundle.root}: no TensorRT target {target or ''} in this bundle; it has: {known}")
+        raise BuildError(
+            f"{bundle.root}: no TensorRT target {target or ''} for one GPU in this bundle; it has: {known}"
+        )
     if out.exists():
         raise BuildError(
             f"{out}: exists; give a folder that does not, so that nothing in it is taken for part of the export"
