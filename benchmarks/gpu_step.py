@@ -30,8 +30,8 @@ import numpy as np
 from cpu_step import cpu_name
 from plans import PRESET, tensors_of, write_random
 
+from fluxc.checkpoint.published import MODELS
 from fluxrt import bundle as format
-from models import MODELS
 
 TEXT_LENGTH, SIGMA, NEXT_SIGMA = 512, 0.7, 0.68
 TINY = {

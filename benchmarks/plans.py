@@ -26,11 +26,11 @@ import numpy as np
 from cpu_step import cpu_name
 
 from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
+from fluxc.checkpoint.published import MODELS
 from fluxc.checkpoint.safetensors_file import TensorRef, read_header
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe import ComponentPrecision, Target
-from models import MODELS
 
 PRESET = "modelopt-flux2"
 TEXT_LENGTH, TOKENS = 512, 4096

@@ -29,11 +29,11 @@ from cpu_step import cpu_name
 
 from fluxc.calibrate.records import ROWS
 from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
+from fluxc.checkpoint.published import KLEIN_4B
 from fluxc.checkpoint.safetensors_file import read_header
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import write_weights
 from fluxc.recipe import ComponentPrecision
-from models import KLEIN_4B
 
 WEIGHT_AMAX = {
     "attn.to_q": 0.142,

@@ -11,7 +11,9 @@ from typing import Any
 import click
 
 import fluxc
+from fluxc.checkpoint.published import MODELS
 from fluxc.errors import FluxError
+from fluxc.predict.gpus import GPUS
 
 BUILD_STAGES = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 
@@ -113,19 +115,61 @@ def merge_traces(traces: tuple[Path, ...], out: Path) -> None:
     click.echo(f"{out}")
 
 
+def counts_of(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Numbers of GPUs, separated by commas, in rising order."""
+    if value is None:
+        return None
+    try:
+        counts = sorted({int(word) for word in value.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise click.BadParameter(f"{value!r} is not a list of numbers of GPUs, for example 1,2,4,8")
+    return tuple(counts)
+
+
 @main.command()
-@recipe_argument
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @set_option
 @click.option("--layers/--no-layers", default=True, help="List every layer, or the summary alone.")
 @click.option("--presets", is_flag=True, help="Compare the presets on this checkpoint instead.")
+@click.option(
+    "--on", type=click.Choice(tuple(GPUS), case_sensitive=False), help="Predict time and memory on GPUs instead."
+)
+@click.option("--gpus", metavar="N,...", callback=counts_of, help="With --on: how many (default: 1,2,4,8).")
+@click.option("--model", type=click.Choice(tuple(MODELS)), help="With --on, without RECIPE: a published model (dev).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 @reports_errors
-def plan(recipe: Path, changes: tuple[str, ...], layers: bool, presets: bool, as_json: bool) -> None:
-    """Show what building RECIPE would do: precision of every layer and why, sizes, memory, targets. Writes nothing."""
-    from fluxc.describe import print_plan, print_plan_json, print_presets
+def plan(
+    recipe: Path | None,
+    changes: tuple[str, ...],
+    layers: bool,
+    presets: bool,
+    on: str | None,
+    gpus: tuple[int, ...] | None,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Show what building RECIPE would do: precision of every layer and why, sizes, memory, targets. Writes nothing.
+
+    With --on, predict how long it would take on such GPUs; without RECIPE, how long FLUX.2-dev would.
+    """
+    from fluxc.describe import print_plan, print_plan_json, print_prediction, print_presets
     from fluxc.recipe import load_recipe
 
-    loaded = load_recipe(recipe, changes)
+    if recipe is None and on is None:
+        raise click.UsageError("name a RECIPE, or a GPU with --on")
+    if recipe is None and changes:
+        raise click.UsageError("--set goes with a RECIPE")
+    if model and (recipe or not on):
+        raise click.UsageError("--model goes with --on and without a RECIPE, which names its own model")
+    if gpus and on is None:
+        raise click.UsageError("--gpus goes with --on; a build's own is `gpus` in a target of the recipe")
+    loaded = load_recipe(recipe, changes) if recipe else None
+    if on is not None:
+        print_prediction(loaded, model or "dev", on, gpus or (1, 2, 4, 8), as_json)
+        return
+    assert loaded is not None
     if as_json:
         print_plan_json(loaded, presets)
     elif presets:

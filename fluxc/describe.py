@@ -184,6 +184,20 @@ def print_presets(loaded: LoadedRecipe) -> None:
     console.print("Use one with `precision: {transformer: {default: nvfp4, preset: NAME}}`.")
 
 
+def print_prediction(loaded: LoadedRecipe | None, model: str, on: str, counts: tuple[int, ...], as_json: bool) -> None:
+    """Predicted time and memory of the recipe's model, or of the published `model` without one, on `counts` GPUs."""
+    from fluxc.predict.gpus import GPUS as PEAKS
+    from fluxc.predict.report import print_scaling
+    from fluxc.predict.scaling import predict, published_model, recipe_model, scaling_as_json
+
+    subject = recipe_model(loaded, read_source(loaded)) if loaded else published_model(model)
+    scaling = predict(subject, PEAKS[on.lower()], counts)
+    if as_json:
+        print(json.dumps(scaling_as_json(scaling), indent=1))
+    else:
+        print_scaling(_console(), scaling)
+
+
 def print_bundle(bundle: Bundle) -> None:
     """The manifest in words: what was compiled, formats, targets, fidelity, sizes."""
     manifest = bundle.manifest
@@ -246,7 +260,15 @@ def _engine_table(name: str, engine: Engine) -> Table:
     title = f"{name}: {built}, compute capability {', '.join(engine.compute_capabilities)}"
     title += f", finished on {engine.gpu} (driver {engine.driver})" if engine.gpu else ""
     table = Table(
-        "plan", "runs", "GEMMs", "fused attentions", "all-to-alls", "kernels", "weights copied a run", "allowed faults"
+        "plan",
+        "runs",
+        "GEMMs",
+        "fused attentions",
+        "all-to-alls",
+        "kernels",
+        "weights copied a run",
+        "working memory",
+        "allowed faults",
     )
     table.title, table.title_justify = title, "left"
     runs = Counter(call.plan for program in engine.programs.values() for call in program.calls)
@@ -261,6 +283,7 @@ def _engine_table(name: str, engine: Engine) -> Table:
             found["collectives"],
             found["kernels"],
             f"{found['copied_bytes']:,} bytes",
+            f"{found.get('working_bytes', 0):,} bytes",
             "; ".join(found["faults"]),
         )
         table.add_row(plan, str(runs[plan]), gemms, *map(str, figures))

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "models" / "flux2-nano"
 RECIPE = ROOT / "recipes" / "flux2-nano.yaml"
 sys.path.insert(0, str(NANO))
+pytest.register_assert_rewrite("predicted")
 
 QUICK = (
     "calibration.prompts=../tests/data/two-prompts.txt",

@@ -9,31 +9,8 @@ import torch
 
 from conftest import NANO
 from fluxc.checkpoint.flux2 import text_linears, text_tensors, transformer_linears, transformer_tensors
+from fluxc.checkpoint.published import DEV, KLEIN_4B, KLEIN_9B
 
-DEV = {
-    "num_layers": 8,
-    "num_single_layers": 48,
-    "num_attention_heads": 48,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 15360,
-    "in_channels": 128,
-    "mlp_ratio": 3.0,
-    "guidance_embeds": True,
-}
-KLEIN_9B = {
-    **DEV,
-    "num_single_layers": 24,
-    "num_attention_heads": 32,
-    "joint_attention_dim": 12288,
-    "guidance_embeds": False,
-}
-KLEIN_4B = {
-    **KLEIN_9B,
-    "num_layers": 5,
-    "num_single_layers": 20,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 7680,
-}
 NANO_CONFIG = {
     key: value
     for key, value in json.loads((NANO / "transformer" / "config.json").read_text()).items()

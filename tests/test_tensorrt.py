@@ -43,6 +43,7 @@ from fluxc.targets.tensorrt import build_engine, check_audits, check_group_scale
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.pipeline import Pipeline
 from fluxrt.schedule import flow_match_sigmas
+from predicted import check_prediction
 from test_flux2_tables import DEV
 from trt_reference import BF16, OPERATORS, Player, read_tensor, unrounded
 
@@ -179,6 +180,7 @@ def test_devs_whole_transformer_is_a_few_small_plans(tmp_path: Path) -> None:
     assert sum((tmp_path / str(entry.file)).stat().st_size for entry in engine.plans.values()) < 20e6
     block_scales = (36864 + 18432) * 6144 // 16 + 6144 * (6144 + 18432) // 16
     assert engine.audit["single"]["copied_bytes"] == pytest.approx(2 * block_scales, rel=1e-3)
+    check_prediction(engine, tmp_path, DEV, plan, 1)
 
 
 # The numbers.

@@ -41,6 +41,7 @@ from fluxrt.choose import Machine, obstacle
 from fluxrt.errors import BackendError
 from fluxrt.group import Group
 from fluxrt.pipeline import Pipeline
+from predicted import check_prediction
 from ranks import on_every_rank
 from test_flux2_tables import DEV, KLEIN_4B
 from test_tensorrt import RTX
@@ -88,6 +89,7 @@ def test_sharded_plans_hold_fp4_gemms_and_two_collectives_a_block(
         assert found["gemms"] == {"nvfp4": 8 if name == "double" else 2}
         assert (tmp_path / str(engine.plans[name].file)).stat().st_size < 6e6
     assert sum(engine.audit[name]["collectives"] for name in engine.plans) == 4
+    check_prediction(engine, tmp_path, config, component.plan, ranks)
     check_tampering(engine, tmp_path)
 
 

@@ -42,7 +42,7 @@ class Expected:
 @dataclass(frozen=True)
 class Audit:
     """What was found in a plan: GEMMs by format as they run, fused attentions, kernels a run, bytes of weights a run copies,
-    collectives, and in `faults` everything that is not as it must be, naming the layer."""
+    collectives, bytes of working memory, and in `faults` everything that is not as it must be, naming the layer."""
 
     gemms: dict[str, int]
     attentions: int
@@ -52,6 +52,7 @@ class Audit:
     compute_capabilities: tuple[str, ...]
     faults: tuple[str, ...] = field(default=())
     collectives: int = 0
+    working_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,6 +116,7 @@ def _audit_program(program: Program, expected: Expected, compute_capabilities: t
         compute_capabilities=found,
         faults=tuple(faults),
         collectives=len(collectives),
+        working_bytes=program.working_bytes,
     )
 
 

@@ -22,6 +22,7 @@ _UNPRINTABLE = re.compile(r"[^\t\n\x20-\x7e]+")
 _TENSOR = re.compile(r'^ +tensor=\{.*?dims=\{([^}]*)\}.*? name="([^"]*)".*? region="?([^ "]*)"? .*?type=(\w+)', re.M)
 _VIEW = re.compile(r'^ +sub_tensor=\{ base="([^"]*)".*?dims=\{([^}]*)\}.*? name="([^"]*)".*?type=(\w+)', re.M)
 _KERNEL = re.compile(r'^  (\w+)=\{ name=(?:"([^"]*)"|(\S+)) (.*?)(?=^  \w+=\{|^\}|\Z)', re.M | re.S)
+_REGION = re.compile(r"^  region = \{ name=devmem\w* size=(\d+) ", re.M)
 _QUOTED = re.compile(r'"([^"]*)"')
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
@@ -54,7 +55,7 @@ class Kernel:
 @dataclass(frozen=True)
 class Program:
     """What a plan runs. `accelerators` are the GPUs it was compiled for ("sm120"), `inputs` the plan's own, `ranks` how many
-    GPUs run it together."""
+    GPUs run it together, `working_bytes` the memory it wants beside inputs and outputs (0 where only a run knows)."""
 
     accelerators: tuple[str, ...]
     ranks: int
@@ -62,6 +63,7 @@ class Program:
     inputs: tuple[str, ...]
     tensors: dict[str, Tensor]
     kernels: tuple[Kernel, ...]
+    working_bytes: int = 0
 
     @property
     def is_fragment(self) -> bool:
@@ -108,6 +110,7 @@ def _program(text: str) -> Program:
         inputs=tuple(_QUOTED.findall(inputs[1])),
         tensors=tensors,
         kernels=tuple(_kernel(*found) for found in _KERNEL.findall(main) if found[0] not in ("signal", "wait")),
+        working_bytes=sum(map(int, _REGION.findall(head))),
     )
 
 

@@ -1,6 +1,10 @@
-"""The transformers of FLUX.2 as their config.json files describe them: what the benchmarks take their shapes from."""
+"""The transformers of FLUX.2 as their config.json files describe them, for what needs shapes and no checkpoint."""
 
-KLEIN_4B = {
+from __future__ import annotations
+
+from typing import Any
+
+KLEIN_4B: dict[str, Any] = {
     "num_layers": 5,
     "num_single_layers": 20,
     "num_attention_heads": 24,
@@ -10,14 +14,14 @@ KLEIN_4B = {
     "mlp_ratio": 3.0,
     "guidance_embeds": False,
 }
-KLEIN_9B = {
+KLEIN_9B: dict[str, Any] = {
     **KLEIN_4B,
     "num_layers": 8,
     "num_single_layers": 24,
     "num_attention_heads": 32,
     "joint_attention_dim": 12288,
 }
-DEV = {
+DEV: dict[str, Any] = {
     **KLEIN_9B,
     "num_single_layers": 48,
     "num_attention_heads": 48,

@@ -1,0 +1,47 @@
+"""Peak rates of GPUs as NVIDIA states them, without sparsity. Nothing here was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: dense products in FLOP/s by format (with FP32 sums), memory in bytes/s and bytes, and bytes/s that it can send
+    to others; `link` names what it sends over. A format it does not multiply is computed in bf16.
+    """
+
+    name: str
+    products: dict[str, float]
+    memory_rate: float
+    memory: float
+    link_rate: float
+    link: str = "NVLink 5"
+
+    def rate(self, format: str) -> float:
+        """FLOP/s of products of `format`, or of bf16 where it has none."""
+        return self.products.get(format, self.products["bf16"])
+
+
+_H100 = Gpu("H100 SXM", {"bf16": 989e12, "fp8": 1979e12}, 3.35e12, 80e9, 450e9, "NVLink 4")
+_B200 = Gpu("B200", {"bf16": 2.25e15, "fp8": 4.5e15, "nvfp4": 9e15}, 8e12, 180e9, 900e9)
+GPUS = {
+    "h100": _H100,
+    "h200": replace(_H100, name="H200 SXM", memory_rate=4.8e12, memory=141e9),
+    "b200": _B200,
+    "gb200": replace(_B200, name="GB200", products={"bf16": 2.5e15, "fp8": 5e15, "nvfp4": 1e16}, memory=186e9),
+    "gb300": replace(_B200, name="GB300", products={"bf16": 2.5e15, "fp8": 5e15, "nvfp4": 1.5e16}, memory=279e9),
+    "rtx-pro-6000": Gpu(
+        "RTX PRO 6000 Blackwell",
+        {"bf16": 503e12, "fp8": 1007e12, "nvfp4": 2015e12},
+        1.792e12,
+        96e9,
+        64e9,
+        "PCIe 5.0 x16",
+    ),
+    "rtx-5090": Gpu(
+        "RTX 5090", {"bf16": 209.5e12, "fp8": 419e12, "nvfp4": 1676e12}, 1.792e12, 32e9, 64e9, "PCIe 5.0 x16"
+    ),
+}
+"""By the name `--on` takes. From the data sheets of H100, H200, DGX B200 (an eighth of the system), GB200 and GB300 NVL72 (a
+72nd), RTX PRO 6000 Blackwell Workstation Edition, and the RTX Blackwell architecture paper."""

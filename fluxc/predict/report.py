@@ -1,0 +1,164 @@
+"""What `plan --on GPU` prints: the prediction, named as one, what it rests on, and its error where figures are known."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from statistics import median
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fluxc.predict.published import CALIBRATED_ON, STEPS, TEACACHE, calibrated, checked, steps_computed_with_teacache
+from fluxc.predict.rates import EXCHANGE_LATENCY, KERNEL_GAP
+from fluxc.predict.scaling import Prediction, RankMemory, Scaling, Subject
+from fluxc.quantize.plan import summary_by_format
+
+
+def print_scaling(console: Console, scaling: Scaling) -> None:
+    """The tables of a prediction."""
+    subject, gpu = scaling.subject, scaling.gpu
+    formats = ", ".join(
+        f"{count} Linears {format}" for format, (count, _, _, _) in sorted(summary_by_format(subject.plan).items())
+    )
+    height, width = subject.size
+    branches = "two passes a step (guidance)" if subject.branches == 2 else "one pass a step"
+    console.print(f"PREDICTED, not measured: {subject.name} on {gpu.name}", style="bold")
+    console.print(
+        f"{formats}; {height}x{width}, {subject.tokens} image and {subject.text_tokens} text tokens; {subject.steps} steps, "
+        f"{branches}"
+    )
+    console.print(_time_table(scaling))
+    for count, reason in scaling.impossible.items():
+        console.print(f"{count} GPUs: {reason}")
+    if subject.skipped is None:
+        console.print("How many steps the step cache skips is known once the recipe is built, so it is not counted.")
+    console.print(_memory_table(scaling))
+    if subject.first_rank is None:
+        console.print("Memory is the transformer's alone; text encoder and VAE, on the first GPU, are not counted.")
+    console.print(
+        "CUDA's and NCCL's own memory is not counted. Weights are the same on every rank: sharding divides activations."
+    )
+    if any(entry.format not in gpu.products for entry in subject.plan):
+        console.print(
+            f"{gpu.name} does not multiply every format of this plan: those layers are counted as bf16 products."
+        )
+    console.print(_points_table())
+    errors = [abs(c.error_without) for c in checked()]
+    console.print(
+        f"So expect an error of {median(errors):.0%}; it has been as large as {max(errors):.0%}, on a figure of torch as it "
+        "comes, whose pauses between kernels are not modelled."
+    )
+    if gpu.name not in CALIBRATED_ON:
+        console.print(
+            f"None of these figures is of {gpu.name}: it is taken to reach the same shares of its peak rates as "
+            f"{', '.join(CALIBRATED_ON)}."
+        )
+    computed = steps_computed_with_teacache()
+    console.print(
+        f"{TEACACHE.what}: {TEACACHE.published:.2f} s ({TEACACHE.source}), published without the number of steps computed; by "
+        f"this model {computed:.0f} of {STEPS}."
+    )
+    console.print(_assumptions(scaling))
+
+
+def _time_table(scaling: Scaling) -> Table:
+    subject = scaling.subject
+    steps: list[tuple[str, float]] = [("picture, s", subject.steps)]
+    if subject.skipped:
+        steps.append((f"{subject.skipped:g} steps skipped, s", subject.steps - subject.skipped))
+    table = Table(
+        "GPUs",
+        "a step, ms",
+        "products",
+        "attention",
+        "memory traffic",
+        "all-to-alls",
+        "launches",
+        *(title for title, _ in steps),
+        "speed-up",
+        "of ideal",
+        title="predicted time",
+        title_justify="left",
+    )
+    alone = scaling.predictions[0]
+    for p in scaling.predictions:
+        parts = (p.time.products, p.time.attention, p.time.memory, p.time.exchanges, p.time.launches)
+        faster = alone.time.seconds / p.time.seconds
+        table.add_row(
+            str(p.gpus),
+            *(f"{1e3 * seconds:.3g}" for seconds in (p.time.seconds, *parts)),
+            *(f"{count * p.time.seconds:.3g}" for _, count in steps),
+            f"{faster:.2f}x",
+            f"{faster * alone.gpus / p.gpus:.0%}",
+        )
+    return table
+
+
+def _memory_table(scaling: Scaling) -> Table:
+    small = scaling.predictions[0].first.total < 2**30
+    unit, size = ("MiB", 2**20) if small else ("GiB", 2**30)
+    table = Table(
+        "GPUs",
+        "rank",
+        f"weights, {unit}",
+        "plans' working memory",
+        "buffers",
+        "all",
+        f"of {scaling.gpu.memory / 1e9:.0f} GB",
+        title="predicted memory of each rank",
+        title_justify="left",
+    )
+    for p in scaling.predictions:
+        for rank, memory in _ranks(p, scaling.subject):
+            parts = (memory.weights, memory.working, memory.buffers, memory.total)
+            share = memory.total / scaling.gpu.memory
+            fits = f"{share:.1%}" if share < 1 else f"{share:.1%}: does not fit"
+            table.add_row(str(p.gpus), rank, *(f"{part / size:.2f}" for part in parts), fits)
+    return table
+
+
+def _ranks(prediction: Prediction, subject: Subject) -> list[tuple[str, RankMemory]]:
+    if prediction.others is None:
+        return [("0", prediction.first)]
+    if subject.first_rank is None:
+        return [("each", prediction.others)]
+    others = f"1 to {prediction.gpus - 1}" if prediction.gpus > 2 else "1"
+    return [("0", prediction.first), (others, prediction.others)]
+
+
+def _points_table() -> Table:
+    table = Table(
+        "published, FLUX.2-dev, 1024x1024, 50 steps",
+        "published",
+        "predicted",
+        "error",
+        "error, calibrated without it",
+        "read in",
+        title="what it was calibrated on, and its error there",
+        title_justify="left",
+    )
+    for c in checked():
+        unit = "" if c.point.unit == "x" else " "
+        table.add_row(
+            escape(c.point.what),
+            f"{c.point.published:g}{unit}{c.point.unit}",
+            f"{c.predicted:.3g}{unit}{c.point.unit}",
+            f"{c.error:+.0%}",
+            f"{c.error_without:+.0%}",
+            c.point.source,
+        )
+    return table
+
+
+def _assumptions(scaling: Scaling) -> str:
+    gpu = scaling.gpu
+    shares = {name.replace("_", " "): share for name, share in asdict(calibrated()).items()}
+    rates = ", ".join(f"{format} {rate / 1e12:,.0f}" for format, rate in gpu.products.items())
+    return (
+        f"Stated peak rates of {gpu.name}: {rates} TFLOP/s, memory {gpu.memory_rate / 1e12:g} TB/s, {gpu.link} "
+        f"{gpu.link_rate / 1e9:.0f} GB/s to others. Shares of them, as calibrated: "
+        f"{', '.join(f'{name} {share:.0%}' for name, share in shares.items())}. Assumed: {1e6 * EXCHANGE_LATENCY:.0f} us an "
+        f"all-to-all and {1e6 * KERNEL_GAP:.0f} us a kernel besides; skipped steps take no time; text encoding and VAE are not "
+        "in it. No published figure is of this compiler's plans."
+    )

@@ -1,0 +1,196 @@
+"""A model on 1, 2, 4 ... GPUs of one kind: predicted time of a step and of a picture, and the memory of each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
+from fluxc.checkpoint.published import MODELS
+from fluxc.errors import RecipeError
+from fluxc.plan_report import memory_by_component
+from fluxc.planned_source import Source
+from fluxc.predict.gpus import Gpu
+from fluxc.predict.published import calibrated, checked, steps_computed_with_teacache
+from fluxc.predict.rates import StepTime, step_time
+from fluxc.predict.work import ACTIVATION, VAE_WORKING, Work, work_of
+from fluxc.quantize.memory import weights_memory
+from fluxc.quantize.plan import LayerPlan, precision_plan
+from fluxc.recipe import ComponentPrecision, LoadedRecipe
+from fluxc.sharding import check_sharding, shares_of
+from fluxc.target_stages import tokens_of_sizes
+
+PRESET = "modelopt-flux2"
+SIZE, TOKENS, TEXT_TOKENS, STEPS = (1024, 1024), 4096, 512, 50
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is predicted: a transformer's config and plan, one size, and what else the GPU of the first rank holds.
+
+    `skipped`: steps that a step cache skips on average, None where it is not known before a build. `first_rank` are bytes of
+    weights of text encoder and VAE, and `decoder` of the VAE's working memory, None where they are not known.
+    """
+
+    name: str
+    config: dict[str, Any]
+    plan: list[LayerPlan]
+    size: tuple[int, int]
+    tokens: int
+    text_tokens: int
+    branches: int
+    steps: int
+    weights: int
+    skipped: float | None = 0.0
+    first_rank: int | None = None
+    decoder: int = 0
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one GPU: weights, working memory of plans, and buffers between them; contexts of CUDA and NCCL not counted."""
+
+    weights: float
+    working: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.working + self.buffers
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One number of GPUs: the step of a rank, and memory of the first rank and of each other (None: there is none)."""
+
+    gpus: int
+    work: Work
+    time: StepTime
+    first: RankMemory
+    others: RankMemory | None
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Predictions for every number of GPUs that can share the model, and for the others the reason why not."""
+
+    subject: Subject
+    gpu: Gpu
+    predictions: tuple[Prediction, ...]
+    impossible: Mapping[int, str]
+
+
+def published_model(name: str) -> Subject:
+    """A published model at 1024x1024, all but modelopt's keep list in NVFP4, from its shapes alone."""
+    config = MODELS[name]
+    plan = precision_plan("transformer", transformer_linears(config), ComponentPrecision("nvfp4", preset=PRESET))
+    weights = weights_memory(transformer_tensors(config), plan).planned
+    return Subject(f"FLUX.2 {name}", config, plan, SIZE, TOKENS, TEXT_TOKENS, 1, STEPS, weights)
+
+
+def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
+    """The model of a recipe, as planned there, at its first size."""
+    recipe = loaded.recipe
+    components = source.checkpoint.components
+    memory = memory_by_component(source)
+    size, tokens = next(iter(tokens_of_sizes(recipe, source).items()))
+    cache = recipe.step_cache
+    decoder = VAE_WORKING * ACTIVATION * components["vae"].config["block_out_channels"][0] * size[0] * size[1]
+    return Subject(
+        name=recipe.name,
+        config=components["transformer"].config,
+        plan=source.plans["transformer"],
+        size=size,
+        tokens=tokens,
+        text_tokens=recipe.text.length,
+        branches=2 if source.guidance_branches else 1,
+        steps=recipe.sampling.steps,
+        weights=memory["transformer"].planned,
+        skipped=0.0 if cache is None else cache.skip if isinstance(cache.skip, float) else None,
+        first_rank=memory["text_encoder"].planned + memory["vae"].planned,
+        decoder=int(decoder),
+    )
+
+
+def predict(subject: Subject, gpu: Gpu, counts: tuple[int, ...]) -> Scaling:
+    """Predict `subject` on each number of GPUs in `counts`; RecipeError when none of them can share it."""
+    predictions, impossible = [], {}
+    for count in counts:
+        try:
+            check_sharding(
+                "--gpus", count, subject.config, subject.text_tokens, {subject.size: subject.tokens}, count > 1
+            )
+        except RecipeError as error:
+            impossible[count] = str(error)
+            continue
+        predictions.append(_predict(subject, gpu, count))
+    if not predictions:
+        raise RecipeError(next(iter(impossible.values())))
+    return Scaling(subject, gpu, tuple(predictions), impossible)
+
+
+def _predict(subject: Subject, gpu: Gpu, count: int) -> Prediction:
+    shares = shares_of(
+        count, subject.size, subject.tokens, subject.config, subject.text_tokens, subject.branches, ACTIVATION
+    )
+    work = work_of(subject.config, subject.plan, shares, subject.branches)
+    held = rank_memory(subject, work)
+    first = RankMemory(held.weights + (subject.first_rank or 0), max(held.working, subject.decoder), held.buffers)
+    return Prediction(count, work, step_time(work, gpu, calibrated()), first, held if count > 1 else None)
+
+
+def rank_memory(subject: Subject, work: Work) -> RankMemory:
+    """What the transformer takes on one rank that does `work`.
+
+    Between plans lie the image tokens before the first block and all tokens before and after each, text as it was encoded,
+    rotations in fp32, and in fp32 what a step cache may keep: a step's residual, and the signal of two steps.
+    """
+    config, count = subject.config, work.ranks
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    image, text = subject.tokens / count, subject.text_tokens / count
+    tokens = width * (ACTIVATION * image + 2 * ACTIVATION * (image + text) + 3 * 4 * image)
+    encoded = config["joint_attention_dim"] * ACTIVATION * text
+    rotations = 2 * 4 * config["attention_head_dim"] * (image + text)
+    return RankMemory(subject.weights, work.working_bytes, subject.branches * (tokens + encoded) + rotations)
+
+
+def scaling_as_json(scaling: Scaling) -> dict[str, Any]:
+    """The prediction for scripts; times in seconds, memory in bytes."""
+    subject = scaling.subject
+    return {
+        "predicted": True,
+        "model": subject.name,
+        "gpu": asdict(scaling.gpu),
+        "size": list(subject.size),
+        "steps": subject.steps,
+        "skipped": subject.skipped,
+        "shares_of_peak": asdict(calibrated()),
+        "gpus": [
+            {
+                "gpus": p.gpus,
+                "step_seconds": p.time.seconds,
+                "parts_seconds": asdict(p.time),
+                "operations": p.work.operations,
+                "moved_bytes": p.work.moved_bytes,
+                "sent_bytes": p.work.sent_bytes,
+                "first_rank_bytes": asdict(p.first),
+                "other_ranks_bytes": None if p.others is None else asdict(p.others),
+            }
+            for p in scaling.predictions
+        ],
+        "impossible": {str(count): reason for count, reason in scaling.impossible.items()},
+        "points": [
+            {
+                "what": c.point.what,
+                "published": c.point.published,
+                "unit": c.point.unit,
+                "predicted": c.predicted,
+                "error": c.error,
+                "error_without_it": c.error_without,
+                "source": c.point.source,
+            }
+            for c in checked()
+        ],
+        "teacache_steps_implied": steps_computed_with_teacache(),
+    }

@@ -1,0 +1,161 @@
+"""What one rank does in one denoising step: products, memory traffic, exchanges, counted from the config and the plan.
+
+1. Every Linear is a product over the tokens of its stream; those outside the streams run once a guidance branch.
+2. Attention is 4 T^2 D operations a block and branch, divided among the ranks by heads.
+3. Everything else moves data: what each pass of a block reads and writes, as TensorRT-RTX's plans pass over it.
+4. A rank gives four activations of its tokens a block to all-to-alls; 1/ranks of them stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fluxc.quantize.formats import BLOCK, stored_bytes
+from fluxc.quantize.plan import LayerPlan
+from fluxc.sharding import Shares
+
+ACTIVATION = 2
+"""Bytes of an activation: bf16."""
+BITS = {"bf16": 16, "fp8": 8, "nvfp4": 4 + 8 / BLOCK}
+"""Bits of a value that a product reads, with its share of block scales."""
+
+KERNELS = {"double": 31, "single": 12}
+"""Kernels of a bf16 block of one rank in TensorRT-RTX 1.7.1's plans."""
+KERNELS_QUANTIZING = 3
+KERNELS_SHARDED = 4
+
+VAE_WORKING = 6.2
+"""Working memory of a decoder's plan, in activations of the picture's pixels by the VAE's first width."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """`count` equal products a step: operations and bytes read and written, of one."""
+
+    format: str
+    operations: float
+    nbytes: float
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one of `ranks` does in a step. `moved_bytes`: read and written by everything but products and attention;
+    `sent_bytes`: what leaves the rank; `working_bytes`: the most that one plan needs beside its inputs and outputs.
+    """
+
+    ranks: int
+    products: tuple[Product, ...]
+    attention_operations: float
+    moved_bytes: float
+    sent_bytes: float
+    exchanges: int
+    kernels: int
+    working_bytes: float
+
+    @property
+    def operations(self) -> float:
+        """Floating point operations a step, a multiplication and an addition being two."""
+        return self.attention_operations + sum(product.operations * product.count for product in self.products)
+
+
+def work_of(config: dict[str, Any], plan: list[LayerPlan], shares: Shares, branches: int) -> Work:
+    """The work of one rank that holds `shares`, with the transformer's `config` and precision `plan`."""
+    ranks, text, image = shares.ranks, branches * shares.text_tokens, branches * shares.image_tokens
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    hidden = int(width * config["mlp_ratio"])
+    blocks = config["num_layers"] + config["num_single_layers"]
+    tokens = text + image
+    products: dict[Product, int] = {}
+    moved = 0.0
+    kernels = KERNELS["double"] * config["num_layers"] + KERNELS["single"] * config["num_single_layers"]
+    for layer in _fused(plan):
+        rows = _rows(layer.name, text, image, branches)
+        product = _product(layer, rows)
+        products[product] = products.get(product, 0) + 1
+        moved += _quantizing(layer) * rows + _swizzling(layer)
+        kernels += KERNELS_QUANTIZING * (layer.format != "bf16")
+    double = _passes(width, width) + _queries(width) + _passes(3 * width, 3 * width) + _passes(width, width)
+    double += _passes(2 * width, 2 * width) + _passes(2 * hidden, hidden) + _passes(2 * width, width)
+    single = _passes(width, width) + _queries(width) + _passes(3 * width + 2 * hidden, 3 * width + hidden)
+    single += _passes(width + hidden, width + hidden) + _passes(2 * width, width)
+    moved += tokens * (double * config["num_layers"] + single * config["num_single_layers"])
+    if ranks > 1:
+        # Packing queries, keys and values, unpacking them in the other order, and the output's turn.
+        moved += tokens * blocks * (_passes(width, width) + _passes(3 * width, 3 * width) + _passes(width, width))
+        kernels += KERNELS_SHARDED * blocks
+    whole = (shares.text_tokens + shares.image_tokens) * ranks
+    largest = max((_swizzling(layer) / 2 for layer in _fused(plan)), default=0.0)
+    return Work(
+        ranks=ranks,
+        products=tuple(Product(p.format, p.operations, p.nbytes, count) for p, count in products.items()),
+        attention_operations=4.0 * whole**2 * width * branches * blocks / ranks,
+        moved_bytes=moved,
+        sent_bytes=shares.exchanged_bytes * (ranks - 1) / ranks,
+        exchanges=2 * blocks if ranks > 1 else 0,
+        kernels=kernels,
+        # Where a single-stream block is fullest: its product's output, and the next product's input in fp32.
+        working_bytes=tokens * (ACTIVATION * (3 * width + 2 * hidden) + 4 * (width + hidden)) + largest,
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Linears that an engine merges into one product: [out, in] of all together."""
+
+    name: str
+    out_features: int
+    in_features: int
+    format: str
+
+    @property
+    def parameters(self) -> int:
+        return self.out_features * self.in_features
+
+
+def _fused(plan: list[LayerPlan]) -> list[_Layer]:
+    """The plan's Linears, those of one fusion group as one layer."""
+    layers: dict[str, _Layer] = {}
+    for entry in plan:
+        key = entry.layer.group or entry.layer.name
+        outputs = entry.layer.out_features + (layers[key].out_features if key in layers else 0)
+        layers[key] = _Layer(entry.layer.name, outputs, entry.layer.in_features, entry.format)
+    return list(layers.values())
+
+
+def _rows(name: str, text: int, image: int, branches: int) -> int:
+    """How many tokens of a rank the Linear `name` is applied to."""
+    if name.startswith("single_transformer_blocks."):
+        return text + image
+    if name.startswith("transformer_blocks."):
+        return text if any(part in name for part in (".add_", ".to_add_out", ".ff_context.")) else image
+    return {"x_embedder": image, "proj_out": image, "context_embedder": text}.get(name, branches)
+
+
+def _product(layer: _Layer, rows: int) -> Product:
+    weight = 2 * layer.parameters if layer.format == "bf16" else stored_bytes(layer.format, layer.parameters)
+    read = weight + rows * layer.in_features * BITS[layer.format] / 8
+    return Product(layer.format, 2.0 * rows * layer.parameters, read + ACTIVATION * rows * layer.out_features)
+
+
+def _quantizing(layer: _Layer) -> float:
+    """Bytes a token: the pass before leaves a quantized layer's input in fp32, which one more pass quantizes."""
+    if layer.format == "bf16":
+        return 0.0
+    return layer.in_features * ((4 - ACTIVATION) + 4 + BITS[layer.format] / 8)
+
+
+def _swizzling(layer: _Layer) -> float:
+    """Bytes a step: block scales of bound weights are brought into the order of the tensor cores in two copies."""
+    return 4 * layer.parameters / BLOCK if layer.format == "nvfp4" else 0.0
+
+
+def _queries(width: int) -> float:
+    """Norms of queries and keys, then their rotation, which reads each with its pair."""
+    return _passes(2 * width, 2 * width) + _passes(4 * width, 2 * width)
+
+
+def _passes(read: int, written: int) -> float:
+    """Bytes a token of a pass that reads and writes so many values."""
+    return ACTIVATION * (read + written)

@@ -1,0 +1,48 @@
+"""Holds a prediction against compiled plans: what they move, hold and launch, read out of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxc.engine.audit import GEMM_KINDS
+from fluxc.engine.program import Program, read_programs
+from fluxc.predict.scaling import Subject, rank_memory
+from fluxc.predict.work import work_of
+from fluxc.quantize.plan import LayerPlan
+from fluxc.sharding import shares_of
+from fluxrt.backends.buffers import plan_buffers
+from fluxrt.bundle import Engine
+
+STAGES = ("prologue", "body", "epilogue")
+
+
+def check_prediction(engine: Engine, folder: Path, config: dict[str, Any], plan: list[LayerPlan], ranks: int) -> None:
+    """Within 15 %: memory traffic of a step, kernels, working memory and buffers of 1024x1024 with 512 text tokens."""
+    work = work_of(config, plan, shares_of(ranks, (1024, 1024), 4096, config, 512, 1, 2), 1)
+    programs = {}
+    for name, entry in engine.plans.items():
+        (programs[name],) = (p for p in read_programs((folder / str(entry.file)).read_bytes()) if not p.is_fragment)
+    called = [programs[call.plan] for stage in STAGES for call in engine.programs[stage].calls]
+    assert work.moved_bytes == pytest.approx(sum(map(moved, called)), rel=0.15)
+    assert work.kernels == pytest.approx(sum(len(program.kernels) for program in called), rel=0.15)
+    largest = max(found["working_bytes"] for found in engine.audit.values())
+    subject = Subject("", config, plan, (1024, 1024), 4096, 512, 1, 50, weights=0)
+    memory = rank_memory(subject, work)
+    assert memory.working == pytest.approx(largest, rel=0.15)
+    sizes = {"branches": 1, "tokens": 4096 // ranks, "rows": 64, "columns": 64}
+    buffers = sum(buffer.nbytes for buffer in plan_buffers(engine, sizes).values())
+    assert memory.buffers == pytest.approx(buffers, rel=0.15)
+
+
+def moved(program: Program) -> int:
+    """Bytes that everything but products, attention and exchanges reads and writes."""
+    return sum(
+        program.tensors[name].nbytes
+        for kernel in program.kernels
+        if kernel.kind not in GEMM_KINDS and "mha" not in kernel.name and not kernel.kind.startswith("comm_")
+        for name in (*kernel.inputs, *kernel.outputs)
+        if name in program.tensors
+    )

@@ -1,0 +1,198 @@
+"""Predicted scaling: what is counted against torch's own counter, the fit, and what `plan --on` says.
+
+What compiled plans move and hold is compared in test_ulysses_gpu.py, where plans of real shapes are built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import RECIPE
+from fluxc.checkpoint.flux2 import transformer_linears
+from fluxc.checkpoint.published import DEV, KLEIN_4B
+from fluxc.cli import main
+from fluxc.predict import published
+from fluxc.predict.gpus import GPUS
+from fluxc.predict.rates import ASSUMED, Shares, fit, step_time
+from fluxc.predict.report import print_scaling
+from fluxc.predict.scaling import predict, published_model
+from fluxc.predict.work import Work, work_of
+from fluxc.quantize.plan import precision_plan
+from fluxc.recipe import ComponentPrecision
+from fluxc.sharding import shares_of
+from test_flux2_tables import NANO_CONFIG
+
+SIZE = (1024, 1024)
+console = Console(width=200)
+
+
+def work(config: dict[str, Any], ranks: int = 1, branches: int = 1, format: str = "nvfp4") -> Work:
+    plan = precision_plan("transformer", transformer_linears(config), ComponentPrecision(default=format))
+    return work_of(config, plan, shares_of(ranks, SIZE, 4096, config, 512, branches, 2), branches)
+
+
+@pytest.mark.parametrize(
+    ("config", "branches"), [(DEV, 1), (KLEIN_4B, 1), (NANO_CONFIG, 2)], ids=["dev", "klein", "nano"]
+)
+def test_operations_are_those_torch_counts_in_diffusers(config: dict[str, Any], branches: int) -> None:
+    from diffusers import Flux2Transformer2DModel
+
+    with torch.device("meta"):
+        model = Flux2Transformer2DModel.from_config(config)
+        inputs = {
+            "hidden_states": torch.empty(branches, 4096, config["in_channels"]),
+            "encoder_hidden_states": torch.empty(branches, 512, config["joint_attention_dim"]),
+            "timestep": torch.empty(branches),
+            "guidance": torch.empty(branches) if config["guidance_embeds"] else None,
+            "img_ids": torch.empty(4096, 4),
+            "txt_ids": torch.empty(512, 4),
+        }
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**inputs)
+    assert work(config, branches=branches).operations == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_share_the_operations_and_send_what_the_docs_say(ranks: int) -> None:
+    alone, one = work(DEV), work(DEV, ranks)
+    outside_the_streams = sum(p.operations * p.count for p in alone.products if p.operations < 1e10)
+    assert ranks * one.operations == pytest.approx(alone.operations + (ranks - 1) * outside_the_streams, rel=1e-3)
+    assert one.sent_bytes == (ranks - 1) / ranks * 56 * 4 * (4608 // ranks) * 6144 * 2
+    assert (one.exchanges, alone.exchanges, alone.sent_bytes) == (112, 0, 0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure that the model itself gave at known shares of the peaks."""
+
+    published: float
+    formula: Callable[[Shares], float]
+    doubt: float = 1e-3
+
+    def predicted(self, shares: Shares) -> float:
+        return self.formula(shares)
+
+
+def test_a_fit_finds_the_shares_that_made_the_figures() -> None:
+    truth = Shares(nvfp4=0.4, other_products=0.7, attention=0.5, memory=0.8, link=0.6)
+    one, four, bf16 = work(DEV), work(DEV, 4), work(DEV, format="bf16")
+    formulas: list[Callable[[Shares], float]] = [
+        lambda shares: step_time(one, GPUS["b200"], shares).products,
+        lambda shares: step_time(one, GPUS["b200"], shares).attention,
+        lambda shares: step_time(one, GPUS["b200"], shares).memory,
+        lambda shares: step_time(four, GPUS["b200"], shares).seconds,
+        lambda shares: step_time(bf16, GPUS["h200"], shares).seconds,
+    ]
+    found = fit([Measured(formula(truth), formula) for formula in formulas])
+    assert astuple(found) == pytest.approx(astuple(truth), rel=0.02)
+    assert fit([]) == ASSUMED
+
+
+def test_the_published_figures_are_predicted_and_every_error_is_told() -> None:
+    errors = {c.point.what: c.error for c in published.checked()}
+    assert len(errors) == 8
+    assert abs(errors["B200, NVFP4"]) < 0.05
+    outlier = errors.pop("B200 against H200, bf16")
+    assert 0.2 < outlier < 0.4
+    assert max(map(abs, errors.values())) < 0.15
+    assert 15 < published.steps_computed_with_teacache() < 25
+
+
+def test_an_error_without_a_point_does_not_come_from_that_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = published.checked()[0]
+    altered = replace(published.POINTS[0], published=50.0)
+    monkeypatch.setattr(published, "POINTS", (altered, *published.POINTS[1:]))
+    shares = fit(published.POINTS)
+    assert altered.predicted(shares) > 1.5 * before.predicted
+    others = fit([point for point in published.POINTS if point is not altered])
+    assert altered.predicted(others) == pytest.approx(before.without, rel=1e-6)
+
+
+def test_more_gpus_are_faster_but_never_ideal_and_hold_the_same_weights() -> None:
+    found = predict(published_model("dev"), GPUS["b200"], (1, 2, 4, 8)).predictions
+    steps = [p.time.seconds for p in found]
+    for count, step in zip((2, 4, 8), steps[1:], strict=True):
+        assert steps[0] / count < step < steps[0]
+    assert found[0].others is None
+    for p in found[1:]:
+        assert p.others is not None
+        assert p.others.weights == found[0].first.weights
+        assert p.others.working < found[0].first.working
+
+
+def test_a_gpu_without_fp4_multiplies_nvfp4_layers_in_bf16() -> None:
+    nvfp4, bf16 = work(DEV), work(DEV, format="bf16")
+    assert step_time(nvfp4, GPUS["h200"], ASSUMED).products == pytest.approx(
+        step_time(bf16, GPUS["h200"], ASSUMED).products, rel=0.02
+    )
+    assert step_time(nvfp4, GPUS["b200"], ASSUMED).products < 0.5 * step_time(bf16, GPUS["b200"], ASSUMED).products
+
+
+def plan(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["plan", *arguments])
+
+
+def test_plan_predicts_a_published_model_and_names_it_a_prediction() -> None:
+    result = plan("--on", "B200", "--gpus", "8,1,3,2,4")
+    assert result.exit_code == 0
+    assert result.output.startswith("PREDICTED, not measured: FLUX.2 dev on B200")
+    assert "3 GPUs: --gpus: among 3 GPUs the 512 text tokens cannot be shared equally" in result.output
+    for row in ("5.6 s", "3.61 s", "6.94 s", "6.3x", "10.2x", "calibrated without it", "text encoder and VAE"):
+        assert row in result.output
+
+
+def test_plan_predicts_a_recipe_as_planned_with_its_text_encoder_and_vae_on_the_first_rank() -> None:
+    result = plan(str(RECIPE), "--on", "b200", "--gpus", "1,2", "--json", "--set", "step_cache={skip: 8}")
+    assert result.exit_code == 0
+    told = json.loads(result.output)
+    assert (told["predicted"], told["steps"], told["skipped"]) == (True, 24, 8)
+    one, two = told["gpus"]
+    assert two["first_rank_bytes"]["weights"] > two["other_ranks_bytes"]["weights"]
+    assert one["other_ranks_bytes"] is None
+    assert one["step_seconds"] == pytest.approx(sum(one["parts_seconds"].values()))
+    text = plan(str(RECIPE), "--on", "b200", "--gpus", "1,2", "--set", "step_cache={skip: 8}").output
+    assert "8 steps skipped, s" in text
+    assert "two passes a step (guidance)" in text
+
+
+def test_a_gpu_without_published_figures_and_one_that_is_too_small_are_named() -> None:
+    told = plan("--on", "rtx-5090", "--gpus", "1").output
+    assert "None of these figures is of RTX 5090" in told
+    assert "None of these figures" not in plan("--on", "b200", "--gpus", "1").output
+    dev_in_bf16 = replace(published_model("dev"), weights=64 * 10**9)
+    with console.capture() as capture:
+        print_scaling(console, predict(dev_in_bf16, GPUS["rtx-5090"], (1, 2)))
+    assert capture.get().count("does not fit") == 2
+
+
+def test_a_step_cache_that_chooses_for_itself_is_not_counted() -> None:
+    result = plan(str(RECIPE), "--on", "b200", "--set", "step_cache={skip: auto}")
+    assert "is known once the recipe is built" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "name a RECIPE, or a GPU with --on"),
+        (["--on", "b300x"], "'b300x' is not one of"),
+        (["--on", "b200", "--gpus", "two"], "'two' is not a list of numbers of GPUs"),
+        (["--on", "b200", "--gpus", "0,1"], "is not a list of numbers of GPUs"),
+        (["--gpus", "2", str(RECIPE)], "--gpus goes with --on"),
+        (["--on", "b200", "--model", "dev", str(RECIPE)], "without a RECIPE"),
+        (["--on", "b200", "--set", "text.length=7"], "--set goes with a RECIPE"),
+        (["--on", "b200", "--gpus", "3,5"], "among 3 GPUs the 512 text tokens cannot be shared equally"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(arguments: list[str], says: str) -> None:
+    result = plan(*arguments)
+    assert result.exit_code == 2
+    assert says in result.output
