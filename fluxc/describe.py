@@ -195,7 +195,10 @@ def print_prediction(loaded: LoadedRecipe | None, model: str, on: str, counts: t
     if as_json:
         print(json.dumps(scaling_as_json(scaling), indent=1))
     else:
-        print_scaling(_console(), scaling)
+        console = _console()
+        print_scaling(console, scaling)
+        if loaded and loaded.recipe.precision.transformer.keep == "auto":
+            console.print(_auto_sentence(loaded.recipe.precision.transformer.budget))
 
 
 def print_bundle(bundle: Bundle) -> None:

@@ -22,7 +22,7 @@ from fluxc.checkpoint.published import DEV, KLEIN_4B
 from fluxc.cli import main
 from fluxc.predict import published
 from fluxc.predict.gpus import GPUS
-from fluxc.predict.rates import ASSUMED, Shares, fit, step_time
+from fluxc.predict.rates import ASSUMED, Reached, fit, step_time
 from fluxc.predict.report import print_scaling
 from fluxc.predict.scaling import predict, published_model
 from fluxc.predict.work import Work, work_of
@@ -75,17 +75,17 @@ class Measured:
     """A figure that the model itself gave at known shares of the peaks."""
 
     published: float
-    formula: Callable[[Shares], float]
+    formula: Callable[[Reached], float]
     doubt: float = 1e-3
 
-    def predicted(self, shares: Shares) -> float:
+    def predicted(self, shares: Reached) -> float:
         return self.formula(shares)
 
 
 def test_a_fit_finds_the_shares_that_made_the_figures() -> None:
-    truth = Shares(nvfp4=0.4, other_products=0.7, attention=0.5, memory=0.8, link=0.6)
+    truth = Reached(nvfp4=0.4, other_products=0.7, attention=0.5, memory=0.8, link=0.6)
     one, four, bf16 = work(DEV), work(DEV, 4), work(DEV, format="bf16")
-    formulas: list[Callable[[Shares], float]] = [
+    formulas: list[Callable[[Reached], float]] = [
         lambda shares: step_time(one, GPUS["b200"], shares).products,
         lambda shares: step_time(one, GPUS["b200"], shares).attention,
         lambda shares: step_time(one, GPUS["b200"], shares).memory,
@@ -162,6 +162,11 @@ def test_plan_predicts_a_recipe_as_planned_with_its_text_encoder_and_vae_on_the_
     text = plan(str(RECIPE), "--on", "b200", "--gpus", "1,2", "--set", "step_cache={skip: 8}").output
     assert "8 steps skipped, s" in text
     assert "two passes a step (guidance)" in text
+
+
+def test_published_kleins_are_drawn_in_four_steps() -> None:
+    told = json.loads(plan("--on", "b200", "--model", "klein-4b", "--json", "--gpus", "1").output)
+    assert (told["model"], told["steps"]) == ("FLUX.2 klein-4b", 4)
 
 
 def test_a_gpu_without_published_figures_and_one_that_is_too_small_are_named() -> None:

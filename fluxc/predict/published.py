@@ -13,7 +13,7 @@ from functools import cache
 from fluxc.checkpoint.flux2 import transformer_linears
 from fluxc.checkpoint.published import DEV
 from fluxc.predict.gpus import GPUS
-from fluxc.predict.rates import Shares, fit, step_time
+from fluxc.predict.rates import Reached, fit, step_time
 from fluxc.predict.work import Work, work_of
 from fluxc.quantize.plan import precision_plan
 from fluxc.recipe import ComponentPrecision
@@ -31,10 +31,10 @@ class Published:
     published: float
     unit: str
     source: str
-    formula: Callable[[Shares], float]
+    formula: Callable[[Reached], float]
     doubt: float = 0.08
 
-    def predicted(self, shares: Shares) -> float:
+    def predicted(self, shares: Reached) -> float:
         return self.formula(shares)
 
 
@@ -65,15 +65,15 @@ def dev_work(format: str, ranks: int, preset: str | None = None) -> Work:
     return work_of(DEV, plan, shares_of(ranks, SIZE, IMAGE_TOKENS, DEV, TEXT_TOKENS, 1, 2), 1)
 
 
-def _step(gpu: str, format: str, ranks: int = 1, preset: str | None = None) -> Callable[[Shares], float]:
+def _step(gpu: str, format: str, ranks: int = 1, preset: str | None = None) -> Callable[[Reached], float]:
     return lambda shares: step_time(dev_work(format, ranks, preset), GPUS[gpu], shares).seconds
 
 
-def _picture(step: Callable[[Shares], float], steps: int = STEPS) -> Callable[[Shares], float]:
+def _picture(step: Callable[[Reached], float], steps: int = STEPS) -> Callable[[Reached], float]:
     return lambda shares: steps * step(shares)
 
 
-def _ratio(slow: Callable[[Shares], float], fast: Callable[[Shares], float]) -> Callable[[Shares], float]:
+def _ratio(slow: Callable[[Reached], float], fast: Callable[[Reached], float]) -> Callable[[Reached], float]:
     return lambda shares: slow(shares) / fast(shares)
 
 
@@ -115,7 +115,7 @@ TEACACHE = Published(
 
 
 @cache
-def calibrated() -> Shares:
+def calibrated() -> Reached:
     """The shares that agree best with every published point."""
     return fit(POINTS)
 

@@ -23,7 +23,7 @@ KERNEL_GAP = 1e-6
 
 
 @dataclass(frozen=True)
-class Shares:
+class Reached:
     """Shares of peak rates that are reached: of products in FP4 and in other formats, of bf16 products by attention, of memory
     and of the link between GPUs."""
 
@@ -34,8 +34,8 @@ class Shares:
     link: float
 
 
-ASSUMED = Shares(nvfp4=0.50, other_products=0.65, attention=0.55, memory=0.75, link=0.70)
-DOUBT = Shares(nvfp4=0.30, other_products=0.20, attention=0.20, memory=0.10, link=0.20)
+ASSUMED = Reached(nvfp4=0.50, other_products=0.65, attention=0.55, memory=0.75, link=0.70)
+DOUBT = Reached(nvfp4=0.30, other_products=0.20, attention=0.20, memory=0.10, link=0.20)
 """Standard deviations of the logarithms of ASSUMED."""
 
 
@@ -63,16 +63,16 @@ class Point(Protocol):
     @property
     def doubt(self) -> float: ...
 
-    def predicted(self, shares: Shares) -> float: ...
+    def predicted(self, shares: Reached) -> float: ...
 
 
-def step_time(work: Work, gpu: Gpu, shares: Shares) -> StepTime:
+def step_time(work: Work, gpu: Gpu, shares: Reached) -> StepTime:
     """How long `work` takes on `gpu` at these shares of its peak rates."""
     memory = gpu.memory_rate * shares.memory
 
     def seconds(format: str, operations: float, nbytes: float) -> float:
-        reached = shares.nvfp4 if format == "nvfp4" and "nvfp4" in gpu.products else shares.other_products
-        return max(operations / (gpu.rate(format) * reached), nbytes / memory)
+        share = shares.nvfp4 if format == "nvfp4" and "nvfp4" in gpu.products else shares.other_products
+        return max(operations / (gpu.rate(format) * share), nbytes / memory)
 
     return StepTime(
         products=sum(p.count * seconds(p.format, p.operations, p.nbytes) for p in work.products),
@@ -83,7 +83,7 @@ def step_time(work: Work, gpu: Gpu, shares: Shares) -> StepTime:
     )
 
 
-def fit(points: Sequence[Point]) -> Shares:
+def fit(points: Sequence[Point]) -> Reached:
     """The shares that agree best with `points` and with what is assumed; without points, what is assumed."""
     import numpy as np
     from scipy.optimize import least_squares
@@ -91,9 +91,9 @@ def fit(points: Sequence[Point]) -> Shares:
     centre, doubt = np.log(astuple(ASSUMED)), np.array(astuple(DOUBT))
 
     def residuals(logarithms: np.ndarray) -> np.ndarray:
-        shares = Shares(*np.exp(logarithms))
+        shares = Reached(*np.exp(logarithms))
         missed = [math.log(p.predicted(shares) / p.published) / p.doubt for p in points]
         return np.concatenate([(logarithms - centre) / doubt, missed])
 
     found = least_squares(residuals, centre, bounds=(-np.inf, 0.0), xtol=1e-10, ftol=1e-10)
-    return Shares(*(float(value) for value in np.exp(found.x)))
+    return Reached(*(float(value) for value in np.exp(found.x)))

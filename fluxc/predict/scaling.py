@@ -22,15 +22,17 @@ from fluxc.sharding import check_sharding, shares_of
 from fluxc.target_stages import tokens_of_sizes
 
 PRESET = "modelopt-flux2"
-SIZE, TOKENS, TEXT_TOKENS, STEPS = (1024, 1024), 4096, 512, 50
+SIZE, TOKENS, TEXT_TOKENS = (1024, 1024), 4096, 512
+STEPS = {"dev": 50, "klein-4b": 4, "klein-9b": 4}
+"""Of the published models; klein's are those of its distilled ones."""
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is predicted: a transformer's config and plan, one size, and what else the GPU of the first rank holds.
 
-    `skipped`: steps that a step cache skips on average, None where it is not known before a build. `first_rank` are bytes of
-    weights of text encoder and VAE, and `decoder` of the VAE's working memory, None where they are not known.
+    `skipped`: steps that a step cache skips on average, None where it is not known before a build. `first_rank`: bytes of the
+    weights of text encoder and VAE, None where they are not known; `decoder`: of the VAE's working memory.
     """
 
     name: str
@@ -86,7 +88,7 @@ def published_model(name: str) -> Subject:
     config = MODELS[name]
     plan = precision_plan("transformer", transformer_linears(config), ComponentPrecision("nvfp4", preset=PRESET))
     weights = weights_memory(transformer_tensors(config), plan).planned
-    return Subject(f"FLUX.2 {name}", config, plan, SIZE, TOKENS, TEXT_TOKENS, 1, STEPS, weights)
+    return Subject(f"FLUX.2 {name}", config, plan, SIZE, TOKENS, TEXT_TOKENS, 1, STEPS[name], weights)
 
 
 def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
