@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ PROMPT = "a large red circle at the left on a white background"
 
 
 @pytest.fixture(scope="module")
-def pipeline(quick_bundle: Path) -> fluxrt.Pipeline:
-    return fluxrt.load(quick_bundle)
+def pipeline(quick_bundle: Path) -> Iterator[fluxrt.Pipeline]:
+    with fluxrt.load(quick_bundle) as loaded:
+        yield loaded
 
 
 def test_the_same_seed_draws_the_same_picture(pipeline: fluxrt.Pipeline) -> None:

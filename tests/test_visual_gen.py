@@ -378,15 +378,19 @@ def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: p
     fake: Any = ModuleType("tensorrt_llm")
     fake.VisualGen, fake.VisualGenArgs = VisualGen, VisualGenArgs
     monkeypatch.setitem(sys.modules, "tensorrt_llm", fake)
-    pipeline = fluxrt.load(bundle.root, target="visual_gen", gpus=2)
-    assert asked[0][0] == str(bundle.root / "visual_gen")
-    assert asked[0][1].parallel_config["ulysses_size"] == 2
-    result = pipeline([PROMPT, "another"], seed=7, steps=5, guidance=2.0)
-    params = {"height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 2.0, "max_sequence_length": 32}
-    assert asked[1:3] == [(PROMPT, params | {"seed": 7}), ("another", params | {"seed": 8})]
-    assert [image.size for image in result.images] == [(64, 64)] * 2
-    for request in ({"step_cache": False}, {"threshold": 0.1}, {"latents": np.zeros((1, 64, 32))}, {"size": (8, 8)}):
-        with pytest.raises(fluxrt.RequestError):
-            pipeline(PROMPT, **request)
-    pipeline.close()
+    with fluxrt.load(bundle.root, target="visual_gen", gpus=2) as pipeline:
+        assert asked[0][0] == str(bundle.root / "visual_gen")
+        assert asked[0][1].parallel_config["ulysses_size"] == 2
+        result = pipeline([PROMPT, "another"], seed=7, steps=5, guidance=2.0)
+        params = {"height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 2.0, "max_sequence_length": 32}
+        assert asked[1:3] == [(PROMPT, params | {"seed": 7}), ("another", params | {"seed": 8})]
+        assert [image.size for image in result.images] == [(64, 64)] * 2
+        for request in (
+            {"step_cache": False},
+            {"threshold": 0.1},
+            {"latents": np.zeros((1, 64, 32))},
+            {"size": (8, 8)},
+        ):
+            with pytest.raises(fluxrt.RequestError):
+                pipeline(PROMPT, **request)
     assert asked[-1] == "shutdown"

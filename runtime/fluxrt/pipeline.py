@@ -71,6 +71,12 @@ class Pipeline:
         self._sizes: dict[str, int] = {}
         self._share: Share | None = None
 
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def notes(self) -> list[str]:
         """What did not go as it should and was worked around."""

@@ -102,6 +102,12 @@ class VisualGenPipeline:
         seconds = {"text": 0.0, "steps": time.perf_counter() - began, "decode": 0.0}
         return Result(images, seconds, [()] * len(images))
 
+    def __enter__(self) -> VisualGenPipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End VisualGen's processes."""
         self._engine.shutdown()
