@@ -17,6 +17,7 @@ from rich.console import Console
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from fluxc.build import build
+from fluxc.checkpoint.flux2 import text_tensors, transformer_tensors
 from fluxc.progress import StageProgress
 from fluxc.recipe import LoadedRecipe, load_recipe
 
@@ -112,6 +113,31 @@ def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(8 + len(encoded) + position)
+
+
+QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+QWEN3_8B = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288}
+
+
+def hollow_checkpoint(root: Path, transformer: dict[str, Any], text_encoder: dict[str, Any]) -> Path:
+    """A checkpoint with these configs, as published, and flux2-nano's VAE; the large weights are holes."""
+    copy_checkpoint(root)
+    parts: list[tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] = [
+        ("transformer", "diffusion_pytorch_model.safetensors", transformer, transformer_tensors(transformer)),
+        ("text_encoder", "model.safetensors", text_encoder, text_tensors(text_encoder, 36)),
+    ]
+    for name, weights, config, shapes in parts:
+        (root / name / "config.json").write_text(json.dumps(config))
+        write_hollow(root / name / weights, shapes)
+    return root
 
 
 @pytest.fixture(scope="session")

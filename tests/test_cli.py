@@ -9,21 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from conftest import NANO, QUICK, RECIPE, copy_checkpoint, write_hollow
-from fluxc.checkpoint.flux2 import text_tensors, transformer_tensors
+from conftest import NANO, QUICK, QWEN3_4B, RECIPE, hollow_checkpoint
 from fluxc.cli import main
 from fluxc.quantize.presets import PRESETS
 from test_flux2_tables import KLEIN_4B
-
-QWEN3_4B = {
-    "vocab_size": 151936,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
 
 
 def invoke(*arguments: object) -> Result:
@@ -57,15 +46,7 @@ def test_plan_totals_equal_what_a_build_writes(nano_bundle: Path) -> None:
 @pytest.fixture(scope="module")
 def klein_4b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with klein-4B's configs and headers, and flux2-nano's VAE; the large weights are holes."""
-    root = copy_checkpoint(tmp_path_factory.mktemp("klein") / "klein-4B")
-    parts: list[tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] = [
-        ("transformer", "diffusion_pytorch_model.safetensors", KLEIN_4B, transformer_tensors(KLEIN_4B)),
-        ("text_encoder", "model.safetensors", QWEN3_4B, text_tensors(QWEN3_4B, 36)),
-    ]
-    for name, weights, config, shapes in parts:
-        (root / name / "config.json").write_text(json.dumps(config))
-        write_hollow(root / name / weights, shapes)
-    return root
+    return hollow_checkpoint(tmp_path_factory.mktemp("klein") / "klein-4B", KLEIN_4B, QWEN3_4B)
 
 
 def plan_json(*arguments: object) -> Any:

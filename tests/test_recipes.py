@@ -1,0 +1,55 @@
+"""The recipes in recipes/: each is planned on a checkpoint of the shapes it is for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from conftest import NANO, QWEN3_4B, QWEN3_8B, ROOT, hollow_checkpoint
+from fluxc.checkpoint.published import KLEIN_4B, KLEIN_9B
+from fluxc.cli import main
+from fluxc.recipe import load_recipe
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By what a recipe's file name begins with: a checkpoint of that model's shapes."""
+    folder = tmp_path_factory.mktemp("klein")
+    found = {"flux2-nano": NANO}
+    for name, transformer, encoder in (("klein-4b", KLEIN_4B, QWEN3_4B), ("klein-9b", KLEIN_9B, QWEN3_8B)):
+        root = found[f"flux2-{name}"] = hollow_checkpoint(folder / name, transformer, encoder)
+        index = json.loads((root / "model_index.json").read_text())
+        (root / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+        # The VAE at hand has tokens of 8 pixels, klein's has 16: as many tokens at half the side.
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_it_plans_for_its_model(recipe: Path, checkpoints: dict[str, Path]) -> None:
+    model = next(name for name in checkpoints if recipe.stem.startswith(name))
+    changes = ["--set", f"model.source={checkpoints[model]}"]
+    changes += ["--set", "sizes=[[512, 512]]"] if "klein" in model else []
+    result = CliRunner().invoke(main, ["plan", str(recipe), "--json", *changes])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.output)
+    assert plan["formats"]["transformer"]["nvfp4"]["share"] > 0.8
+    for target, shares in plan["ranks"].items():
+        assert [share["ranks"] for share in shares] == [int(target.rpartition("-")[2].removesuffix("gpus"))]
+        assert all(share["fill"] == 0 for share in shares)
+    if recipe.stem.endswith("b200"):
+        assert list(plan["ranks"]) == ["tensorrt-2gpus", "tensorrt-4gpus", "tensorrt-8gpus"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_no_prompt_is_both_calibrated_on_and_held_out(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    fields: dict[str, Any] = {"calibration": loaded.recipe.calibration, "fidelity": loaded.recipe.fidelity}
+    calibrated, held_out = (set(loaded.prompts(name, field.prompts)) for name, field in fields.items())
+    assert not calibrated & held_out
+    assert min(len(calibrated), len(held_out)) >= 8
