@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 @dataclass(frozen=True)
 class Gpu:
     """One GPU: dense products in FLOP/s by format (with FP32 sums), memory in bytes/s and bytes, and bytes/s that it can send
-    to others; `link` names what it sends over. A format it does not multiply is computed in bf16.
+    to others; `link` names what it sends over.
     """
 
     name: str
@@ -17,10 +17,6 @@ class Gpu:
     memory: float
     link_rate: float
     link: str = "NVLink 5"
-
-    def rate(self, format: str) -> float:
-        """FLOP/s of products of `format`, or of bf16 where it has none."""
-        return self.products.get(format, self.products["bf16"])
 
 
 _H100 = Gpu("H100 SXM", {"bf16": 989e12, "fp8": 1979e12}, 3.35e12, 80e9, 450e9, "NVLink 4")

@@ -67,16 +67,16 @@ class Point(Protocol):
 
 
 def step_time(work: Work, gpu: Gpu, shares: Reached) -> StepTime:
-    """How long `work` takes on `gpu` at these shares of its peak rates."""
+    """How long `work`, in formats that `gpu` multiplies, takes on it at these shares of its peak rates."""
     memory = gpu.memory_rate * shares.memory
 
     def seconds(format: str, operations: float, nbytes: float) -> float:
-        share = shares.nvfp4 if format == "nvfp4" and "nvfp4" in gpu.products else shares.other_products
-        return max(operations / (gpu.rate(format) * share), nbytes / memory)
+        share = shares.nvfp4 if format == "nvfp4" else shares.other_products
+        return max(operations / (gpu.products[format] * share), nbytes / memory)
 
     return StepTime(
         products=sum(p.count * seconds(p.format, p.operations, p.nbytes) for p in work.products),
-        attention=work.attention_operations / (gpu.rate("bf16") * shares.attention),
+        attention=work.attention_operations / (gpu.products["bf16"] * shares.attention),
         memory=work.moved_bytes / memory,
         exchanges=work.sent_bytes / (gpu.link_rate * shares.link) + work.exchanges * EXCHANGE_LATENCY,
         launches=work.kernels * KERNEL_GAP,

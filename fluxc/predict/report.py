@@ -41,7 +41,7 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
     )
     if any(entry.format not in gpu.products for entry in subject.plan):
         console.print(
-            f"{gpu.name} does not multiply every format of this plan: those layers are counted as bf16 products."
+            f"{gpu.name} does not multiply every format of this plan: those layers are taken to be computed in bf16."
         )
     console.print(_points_table())
     errors = [abs(c.error_without) for c in checked()]

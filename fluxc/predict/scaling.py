@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
@@ -116,7 +116,10 @@ def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
 
 
 def predict(subject: Subject, gpu: Gpu, counts: tuple[int, ...]) -> Scaling:
-    """Predict `subject` on each number of GPUs in `counts`; RecipeError when none of them can share it."""
+    """Predict `subject` on each number of GPUs in `counts`; RecipeError when none of them can share it.
+
+    A layer in a format that `gpu` does not multiply is computed in bf16, and keeps its bytes in memory.
+    """
     predictions, impossible = [], {}
     for count in counts:
         try:
@@ -136,7 +139,8 @@ def _predict(subject: Subject, gpu: Gpu, count: int) -> Prediction:
     shares = shares_of(
         count, subject.size, subject.tokens, subject.config, subject.text_tokens, subject.branches, ACTIVATION
     )
-    work = work_of(subject.config, subject.plan, shares, subject.branches)
+    computed = [entry if entry.format in gpu.products else replace(entry, format="bf16") for entry in subject.plan]
+    work = work_of(subject.config, computed, shares, subject.branches)
     held = rank_memory(subject, work)
     first = RankMemory(held.weights + (subject.first_rank or 0), max(held.working, subject.decoder), held.buffers)
     return Prediction(count, work, step_time(work, gpu, calibrated()), first, held if count > 1 else None)

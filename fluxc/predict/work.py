@@ -76,14 +76,10 @@ def work_of(config: dict[str, Any], plan: list[LayerPlan], shares: Shares, branc
         products[product] = products.get(product, 0) + 1
         moved += _quantizing(layer) * rows + _swizzling(layer)
         kernels += KERNELS_QUANTIZING * (layer.format != "bf16")
-    double = _passes(width, width) + _queries(width) + _passes(3 * width, 3 * width) + _passes(width, width)
-    double += _passes(2 * width, 2 * width) + _passes(2 * hidden, hidden) + _passes(2 * width, width)
-    single = _passes(width, width) + _queries(width) + _passes(3 * width + 2 * hidden, 3 * width + hidden)
-    single += _passes(width + hidden, width + hidden) + _passes(2 * width, width)
+    double, single, exchanging = (ACTIVATION * sum(map(sum, passes)) for passes in _passes(width, hidden))
     moved += tokens * (double * config["num_layers"] + single * config["num_single_layers"])
     if ranks > 1:
-        # Packing queries, keys and values, unpacking them in the other order, and the output's turn.
-        moved += tokens * blocks * (_passes(width, width) + _passes(3 * width, 3 * width) + _passes(width, width))
+        moved += tokens * blocks * exchanging
         kernels += KERNELS_SHARDED * blocks
     whole = (shares.text_tokens + shares.image_tokens) * ranks
     largest = max((_swizzling(layer) / 2 for layer in _fused(plan)), default=0.0)
@@ -151,11 +147,32 @@ def _swizzling(layer: _Layer) -> float:
     return 4 * layer.parameters / BLOCK if layer.format == "nvfp4" else 0.0
 
 
-def _queries(width: int) -> float:
-    """Norms of queries and keys, then their rotation, which reads each with its pair."""
-    return _passes(2 * width, 2 * width) + _passes(4 * width, 2 * width)
-
-
-def _passes(read: int, written: int) -> float:
-    """Bytes a token of a pass that reads and writes so many values."""
-    return ACTIVATION * (read + written)
+def _passes(width: int, hidden: int) -> tuple[list[tuple[int, int]], ...]:
+    """The passes over every token of a double-stream block, a single-stream block, and around the exchanges of either, each
+    as (values read, values written)."""
+    queries = [
+        (2 * width, 2 * width),  # norms of queries and keys
+        (4 * width, 2 * width),  # their rotation, which reads each with its pair
+    ]
+    double = [
+        (width, width),  # norm and modulation
+        (3 * width, 3 * width),  # the product's output into queries, keys and values
+        *queries,
+        (width, width),  # attention's output into streams
+        (2 * width, 2 * width),  # gate and residual, then norm and modulation
+        (2 * hidden, hidden),  # SwiGLU
+        (2 * width, width),  # gate and residual
+    ]
+    single = [
+        (width, width),
+        (3 * width + 2 * hidden, 3 * width + hidden),  # the same, with SwiGLU in it
+        *queries,
+        (width + hidden, width + hidden),  # attention beside SwiGLU
+        (2 * width, width),
+    ]
+    exchanging = [
+        (width, width),  # queries, keys and values into parts for the ranks
+        (3 * width, 3 * width),  # what came from the ranks into the order of attention
+        (width, width),  # the output into parts
+    ]
+    return double, single, exchanging
