@@ -45,7 +45,7 @@ def check_sharding(
     if faults(gpus):
         works = [number for number in range(1, MOST_GPUS + 1) if number == 1 or not faults(number)]
         raise RecipeError(
-            f"{field}: among {gpus} GPUs {', '.join(faults(gpus))}; this recipe can be sharded for "
+            f"{field}: among {gpus} GPUs {', '.join(faults(gpus))}; it can be sharded for "
             f"{', '.join(map(str, works))}, or take other sizes"
         )
 
