@@ -161,6 +161,8 @@ def plan(
         raise click.UsageError("name a RECIPE, or a GPU with --on")
     if recipe is None and changes:
         raise click.UsageError("--set goes with a RECIPE")
+    if presets and on:
+        raise click.UsageError("--presets and --on show different things; ask for one of them")
     if model and (recipe or not on):
         raise click.UsageError("--model goes with --on and without a RECIPE, which names its own model")
     if gpus and on is None:

@@ -194,6 +194,7 @@ def test_a_step_cache_that_chooses_for_itself_is_not_counted() -> None:
         (["--on", "b200", "--gpus", "0,1"], "is not a list of numbers of GPUs"),
         (["--gpus", "2", str(RECIPE)], "--gpus goes with --on"),
         (["--on", "b200", "--model", "dev", str(RECIPE)], "without a RECIPE"),
+        (["--on", "b200", "--presets", str(RECIPE)], "ask for one of them"),
         (["--on", "b200", "--set", "text.length=7"], "--set goes with a RECIPE"),
         (["--on", "b200", "--gpus", "3,5"], "among 3 GPUs the 512 text tokens cannot be shared equally"),
     ],
