@@ -7,20 +7,25 @@ from typing import Any
 
 import pytest
 
+from fluxc.checkpoint.flux2 import transformer_tensors
 from fluxc.engine.audit import GEMM_KINDS
+from fluxc.engine.cut import Component
 from fluxc.engine.program import Program, read_programs
 from fluxc.predict.scaling import Subject, rank_memory
 from fluxc.predict.work import work_of
-from fluxc.quantize.plan import LayerPlan
+from fluxc.quantize.memory import weights_memory
 from fluxc.sharding import shares_of
-from fluxrt.backends.buffers import plan_buffers
+from fluxrt.backends.buffers import plan_arena, plan_buffers
 from fluxrt.bundle import Engine
+from fluxrt.weights import StoredTensor
 
 STAGES = ("prologue", "body", "epilogue")
 
 
-def check_prediction(engine: Engine, folder: Path, config: dict[str, Any], plan: list[LayerPlan], ranks: int) -> None:
-    """Within 15 %: memory traffic of a step, kernels, working memory and buffers of 1024x1024 with 512 text tokens."""
+def check_prediction(engine: Engine, folder: Path, config: dict[str, Any], component: Component, ranks: int) -> None:
+    """Within 15 %: memory traffic of a step, kernels, working memory and buffers of 1024x1024 with 512 text tokens; within
+    1 %: the weights that a rank uploads."""
+    plan = component.plan
     work = work_of(config, plan, shares_of(ranks, (1024, 1024), 4096, config, 512, 1, 2), 1)
     programs = {}
     for name, entry in engine.plans.items():
@@ -29,8 +34,11 @@ def check_prediction(engine: Engine, folder: Path, config: dict[str, Any], plan:
     assert work.moved_bytes == pytest.approx(sum(map(moved, called)), rel=0.15)
     assert work.kernels == pytest.approx(sum(len(program.kernels) for program in called), rel=0.15)
     largest = max(found["working_bytes"] for found in engine.audit.values())
-    subject = Subject("", config, plan, (1024, 1024), 4096, 512, 1, 50, weights=0)
-    memory = rank_memory(subject, work)
+    held = weights_memory(transformer_tensors(config), plan).planned
+    memory = rank_memory(Subject("", config, plan, (1024, 1024), 4096, 512, 1, 50, held), work)
+    stored = {n: StoredTensor(ref.dtype, ref.file, ref.offset, ref.nbytes) for n, ref in component.weights.items()}
+    uploaded = sum(plan_arena(engine.programs[stage], engine, stored).nbytes for stage in STAGES)
+    assert memory.weights == pytest.approx(uploaded, rel=0.01)
     assert memory.working == pytest.approx(largest, rel=0.15)
     sizes = {"branches": 1, "tokens": 4096 // ranks, "rows": 64, "columns": 64}
     buffers = sum(buffer.nbytes for buffer in plan_buffers(engine, sizes).values())

@@ -166,7 +166,8 @@ def test_devs_whole_transformer_is_a_few_small_plans(tmp_path: Path) -> None:
     cutter = Cutter(
         [{"branches": 1, "tokens": 4096, "rows": 64, "columns": 64}], False, target.name, "engines/tensorrt_rtx"
     )
-    cutter.transformer(pieces, Component("transformer", planned_tensors(source, plan), plan, ""), 512, None)
+    component = Component("transformer", planned_tensors(source, plan), plan, "")
+    cutter.transformer(pieces, component, 512, None)
     write_sources(cutter.cut, tmp_path)
     engine = build_engine(target, cutter.cut, tmp_path)
     blocks = [name for name in engine.plans if not name.startswith("prologue_")]
@@ -180,7 +181,7 @@ def test_devs_whole_transformer_is_a_few_small_plans(tmp_path: Path) -> None:
     assert sum((tmp_path / str(entry.file)).stat().st_size for entry in engine.plans.values()) < 20e6
     block_scales = (36864 + 18432) * 6144 // 16 + 6144 * (6144 + 18432) // 16
     assert engine.audit["single"]["copied_bytes"] == pytest.approx(2 * block_scales, rel=1e-3)
-    check_prediction(engine, tmp_path, DEV, plan, 1)
+    check_prediction(engine, tmp_path, DEV, component, 1)
 
 
 # The numbers.

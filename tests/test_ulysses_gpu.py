@@ -89,7 +89,7 @@ def test_sharded_plans_hold_fp4_gemms_and_two_collectives_a_block(
         assert found["gemms"] == {"nvfp4": 8 if name == "double" else 2}
         assert (tmp_path / str(engine.plans[name].file)).stat().st_size < 6e6
     assert sum(engine.audit[name]["collectives"] for name in engine.plans) == 4
-    check_prediction(engine, tmp_path, config, component.plan, ranks)
+    check_prediction(engine, tmp_path, config, component, ranks)
     check_tampering(engine, tmp_path)
 
 

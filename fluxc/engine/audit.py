@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fluxc.engine.program import Kernel, Program, Tensor, read_programs
@@ -68,7 +68,8 @@ def audit(plan: bytes, expected: Expected, compute_capabilities: tuple[str, ...]
     audits = [_audit_program(program, expected, compute_capabilities) for program in whole]
     faults = tuple(dict.fromkeys(fault for found in audits for fault in found.faults))
     worst = max(audits, key=lambda found: (len(found.faults), found.copied_bytes))
-    return Audit(**{**worst.__dict__, "faults": faults})
+    working = max(found.working_bytes for found in audits)
+    return replace(worst, faults=faults, working_bytes=working)
 
 
 def _audit_program(program: Program, expected: Expected, compute_capabilities: tuple[str, ...]) -> Audit:
