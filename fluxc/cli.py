@@ -169,7 +169,7 @@ def plan(
         raise click.UsageError("--gpus goes with --on; a build's own is `gpus` in a target of the recipe")
     loaded = load_recipe(recipe, changes) if recipe else None
     if on is not None:
-        print_prediction(loaded, model or "dev", on, gpus or (1, 2, 4, 8), as_json)
+        print_prediction(loaded, model or "dev", GPUS[on], gpus or (1, 2, 4, 8), as_json)
         return
     assert loaded is not None
     if as_json:

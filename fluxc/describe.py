@@ -23,6 +23,7 @@ from fluxc.plan_report import (
     widened_groups,
 )
 from fluxc.planned_source import Source, read_source
+from fluxc.predict.gpus import Gpu
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
 from fluxc.recipe import Budget, LoadedRecipe, Target
@@ -184,14 +185,13 @@ def print_presets(loaded: LoadedRecipe) -> None:
     console.print("Use one with `precision: {transformer: {default: nvfp4, preset: NAME}}`.")
 
 
-def print_prediction(loaded: LoadedRecipe | None, model: str, on: str, counts: tuple[int, ...], as_json: bool) -> None:
+def print_prediction(loaded: LoadedRecipe | None, model: str, gpu: Gpu, counts: tuple[int, ...], as_json: bool) -> None:
     """Predicted time and memory of the recipe's model, or of the published `model` without one, on `counts` GPUs."""
-    from fluxc.predict.gpus import GPUS as PEAKS
     from fluxc.predict.report import print_scaling
     from fluxc.predict.scaling import predict, published_model, recipe_model, scaling_as_json
 
     subject = recipe_model(loaded, read_source(loaded)) if loaded else published_model(model)
-    scaling = predict(subject, PEAKS[on.lower()], counts)
+    scaling = predict(subject, gpu, counts)
     if as_json:
         print(json.dumps(scaling_as_json(scaling), indent=1))
     else:

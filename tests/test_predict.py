@@ -6,8 +6,10 @@ What compiled plans move and hold is compared in test_ulysses_gpu.py, where plan
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,23 +21,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import RECIPE
 from fluxc.checkpoint.flux2 import transformer_linears
 from fluxc.checkpoint.published import DEV, KLEIN_4B
+from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.cli import main
+from fluxc.engine.cut import Component, Cutter
+from fluxc.graph.trace import trace_vae_decoder
 from fluxc.predict import published
 from fluxc.predict.gpus import GPUS
 from fluxc.predict.rates import ASSUMED, Reached, fit, step_time
 from fluxc.predict.report import print_scaling
 from fluxc.predict.scaling import predict, published_model
-from fluxc.predict.work import Work, work_of
+from fluxc.predict.work import ACTIVATION, VAE_WORKING, Work, work_of
 from fluxc.quantize.plan import precision_plan
-from fluxc.recipe import ComponentPrecision
+from fluxc.recipe import ComponentPrecision, Format, Target
 from fluxc.sharding import shares_of
+from fluxc.targets.tensorrt import build_engine, write_sources
 from test_flux2_tables import NANO_CONFIG
 
 SIZE = (1024, 1024)
 console = Console(width=200)
 
 
-def work(config: dict[str, Any], ranks: int = 1, branches: int = 1, format: str = "nvfp4") -> Work:
+def work(config: dict[str, Any], ranks: int = 1, branches: int = 1, format: Format = "nvfp4") -> Work:
     plan = precision_plan("transformer", transformer_linears(config), ComponentPrecision(default=format))
     return work_of(config, plan, shares_of(ranks, SIZE, 4096, config, 512, branches, 2), branches)
 
@@ -68,6 +74,24 @@ def test_ranks_share_the_operations_and_send_what_the_docs_say(ranks: int) -> No
     assert ranks * one.operations == pytest.approx(alone.operations + (ranks - 1) * outside_the_streams, rel=1e-3)
     assert one.sent_bytes == (ranks - 1) / ranks * 56 * 4 * (4608 // ranks) * 6144 * 2
     assert (one.exchanges, alone.exchanges, alone.sent_bytes) == (112, 0, 0)
+
+
+@pytest.mark.parametrize("side", [512, 1024])
+def test_the_vae_wants_the_working_memory_its_plan_states(side: int, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the plan needs tensorrt-rtx-cu13, as `make test` installs it")
+    with torch.device("meta"):
+        from diffusers import AutoencoderKLFlux2
+
+        config = {k: v for k, v in AutoencoderKLFlux2().config.items() if not k.startswith("_")}
+    model, tensors = trace_vae_decoder(config, torch.bfloat16)
+    weights = {n: TensorRef(n, "BF16", shape, Path(), 0, 2 * math.prod(shape)) for n, shape in tensors.items()}
+    target = Target("tensorrt_rtx", compute_capabilities=("12.0",))
+    rows = side // 16
+    cutter = Cutter([{"branches": 1, "tokens": rows**2, "rows": rows, "columns": rows}], False, target.name, "engines")
+    cutter.vae_decoder(model, Component("vae", weights, [], ""))
+    write_sources(cutter.cut, tmp_path)
+    found = build_engine(target, cutter.cut, tmp_path).audit["vae_decoder"]["working_bytes"]
+    assert found == pytest.approx(VAE_WORKING * ACTIVATION * config["block_out_channels"][0] * side**2, rel=0.05)
 
 
 @dataclass(frozen=True)

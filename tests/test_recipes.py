@@ -26,7 +26,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         root = found[f"flux2-{name}"] = hollow_checkpoint(folder / name, transformer, encoder)
         index = json.loads((root / "model_index.json").read_text())
         (root / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
-        # The VAE at hand has tokens of 8 pixels, klein's has 16: as many tokens at half the side.
     return found
 
 
@@ -34,6 +33,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_it_plans_for_its_model(recipe: Path, checkpoints: dict[str, Path]) -> None:
     model = next(name for name in checkpoints if recipe.stem.startswith(name))
     changes = ["--set", f"model.source={checkpoints[model]}"]
+    # The VAE at hand has tokens of 8 pixels, klein's of 16: as many tokens at half the side.
     changes += ["--set", "sizes=[[512, 512]]"] if "klein" in model else []
     result = CliRunner().invoke(main, ["plan", str(recipe), "--json", *changes])
     assert result.exit_code == 0, result.output

@@ -1,7 +1,7 @@
 """Published times of FLUX.2-dev at 1024x1024 with 50 steps, which the model is calibrated on and held against.
 
 None of them is of fluxc's own engines: no time of a FLUX.2 NVFP4 plan has been published. They are of TensorRT-LLM VisualGen,
-of torch, and of TensorRT in bf16. Text encoding and the VAE are in some of them, and under 2 % of any.
+of torch, and of TensorRT in bf16. Those of whole pictures have text encoding and the VAE in them, which the model has not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fluxc.predict.gpus import GPUS
 from fluxc.predict.rates import Reached, fit, step_time
 from fluxc.predict.work import Work, work_of
 from fluxc.quantize.plan import precision_plan
-from fluxc.recipe import ComponentPrecision
+from fluxc.recipe import ComponentPrecision, Format
 from fluxc.sharding import shares_of
 
 STEPS, SKIPPED = 50, 16
@@ -58,14 +58,13 @@ class Checked:
 
 
 @cache
-def dev_work(format: str, ranks: int, preset: str | None = None) -> Work:
-    """A step of dev in `format`, its layers but the preset's."""
-    precision = ComponentPrecision(default=format, preset=preset)  # type: ignore[arg-type]
-    plan = precision_plan("transformer", transformer_linears(DEV), precision)
+def dev_work(format: Format, ranks: int, preset: str | None = None) -> Work:
+    """A step of dev on one of `ranks` GPUs, its layers in `format` but those the preset keeps."""
+    plan = precision_plan("transformer", transformer_linears(DEV), ComponentPrecision(default=format, preset=preset))
     return work_of(DEV, plan, shares_of(ranks, SIZE, IMAGE_TOKENS, DEV, TEXT_TOKENS, 1, 2), 1)
 
 
-def _step(gpu: str, format: str, ranks: int = 1, preset: str | None = None) -> Callable[[Reached], float]:
+def _step(gpu: str, format: Format, ranks: int = 1, preset: str | None = None) -> Callable[[Reached], float]:
     return lambda shares: step_time(dev_work(format, ranks, preset), GPUS[gpu], shares).seconds
 
 

@@ -2,7 +2,7 @@
 
 A product takes as long as its operations or its bytes, whichever is longer; attention, memory traffic and exchanges follow each
 other, as they do in a plan. Each takes (amount / peak rate) / share. The five shares are the model's only parameters: they
-start from what such kernels are commonly reported to reach and are moved by published figures, each weighed by how sure it is
+start from assumed values and are moved by published figures, each weighed by how sure it is
 (least squares of logarithms, which is the most probable value under log-normal errors).
 """
 

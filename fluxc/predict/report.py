@@ -67,6 +67,7 @@ def _time_table(scaling: Scaling) -> Table:
     steps: list[tuple[str, float]] = [("picture, s", subject.steps)]
     if subject.skipped:
         steps.append((f"{subject.skipped:g} steps skipped, s", subject.steps - subject.skipped))
+    fewest = scaling.predictions[0]
     table = Table(
         "GPUs",
         "a step, ms",
@@ -76,21 +77,20 @@ def _time_table(scaling: Scaling) -> Table:
         "all-to-alls",
         "launches",
         *(title for title, _ in steps),
-        "speed-up",
+        f"against {fewest.gpus}",
         "of ideal",
         title="predicted time",
         title_justify="left",
     )
-    alone = scaling.predictions[0]
     for p in scaling.predictions:
         parts = (p.time.products, p.time.attention, p.time.memory, p.time.exchanges, p.time.launches)
-        faster = alone.time.seconds / p.time.seconds
+        faster = fewest.time.seconds / p.time.seconds
         table.add_row(
             str(p.gpus),
             *(f"{1e3 * seconds:.3g}" for seconds in (p.time.seconds, *parts)),
             *(f"{count * p.time.seconds:.3g}" for _, count in steps),
             f"{faster:.2f}x",
-            f"{faster * alone.gpus / p.gpus:.0%}",
+            f"{faster * fewest.gpus / p.gpus:.0%}",
         )
     return table
 

@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fluxc.quantize.formats import BLOCK, stored_bytes
@@ -67,13 +68,13 @@ def work_of(config: dict[str, Any], plan: list[LayerPlan], shares: Shares, branc
     hidden = int(width * config["mlp_ratio"])
     blocks = config["num_layers"] + config["num_single_layers"]
     tokens = text + image
-    products: dict[Product, int] = {}
+    products: Counter[Product] = Counter()
     moved = 0.0
     kernels = KERNELS["double"] * config["num_layers"] + KERNELS["single"] * config["num_single_layers"]
-    for layer in _fused(plan):
+    layers = _fused(plan)
+    for layer in layers:
         rows = _rows(layer.name, text, image, branches)
-        product = _product(layer, rows)
-        products[product] = products.get(product, 0) + 1
+        products[_product(layer, rows)] += 1
         moved += _quantizing(layer) * rows + _swizzling(layer)
         kernels += KERNELS_QUANTIZING * (layer.format != "bf16")
     double, single, exchanging = (ACTIVATION * sum(map(sum, passes)) for passes in _passes(width, hidden))
@@ -82,17 +83,17 @@ def work_of(config: dict[str, Any], plan: list[LayerPlan], shares: Shares, branc
         moved += tokens * blocks * exchanging
         kernels += KERNELS_SHARDED * blocks
     whole = (shares.text_tokens + shares.image_tokens) * ranks
-    largest = max((_swizzling(layer) / 2 for layer in _fused(plan)), default=0.0)
+    copies = max(_swizzling(layer) / 2 for layer in layers)
     return Work(
         ranks=ranks,
-        products=tuple(Product(p.format, p.operations, p.nbytes, count) for p, count in products.items()),
+        products=tuple(replace(product, count=count) for product, count in products.items()),
         attention_operations=4.0 * whole**2 * width * branches * blocks / ranks,
         moved_bytes=moved,
         sent_bytes=shares.exchanged_bytes * (ranks - 1) / ranks,
         exchanges=2 * blocks if ranks > 1 else 0,
         kernels=kernels,
-        # Where a single-stream block is fullest: its product's output, and the next product's input in fp32.
-        working_bytes=tokens * (ACTIVATION * (3 * width + 2 * hidden) + 4 * (width + hidden)) + largest,
+        # Where a single-stream block is fullest: a product's output, the next one's input in fp32, copies of block scales.
+        working_bytes=tokens * (ACTIVATION * (3 * width + 2 * hidden) + 4 * (width + hidden)) + copies,
     )
 
 
