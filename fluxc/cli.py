@@ -185,7 +185,7 @@ def plan(
 @reports_errors
 def inspect(bundle: Path) -> None:
     """Show what BUNDLE holds, from its manifest."""
-    from fluxc.describe import print_bundle
+    from fluxc.describe_bundle import print_bundle
     from fluxrt.bundle import open_bundle
 
     print_bundle(open_bundle(bundle))
@@ -235,7 +235,7 @@ def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path) -> N
 @reports_errors
 def doctor(bundle: Path | None) -> None:
     """Show what this machine can build and run, and what to install for the rest; of BUNDLE, which target it would choose."""
-    from fluxc.describe import print_doctor, print_targets
+    from fluxc.describe_bundle import print_doctor, print_targets
     from fluxrt.bundle import open_bundle
 
     opened = open_bundle(bundle) if bundle else None

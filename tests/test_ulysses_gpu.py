@@ -21,7 +21,7 @@ from fake_gpu import RTX as FAKE_RTX
 from fake_gpu import FakeDriver, FakeLibrary
 from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
 from fluxc.checkpoint.safetensors_file import TensorRef
-from fluxc.describe import print_bundle
+from fluxc.describe_bundle import print_bundle
 from fluxc.engine.audit import Expected, audit
 from fluxc.engine.cut import Component, Cutter
 from fluxc.engine.library import check_keeps_ranks
