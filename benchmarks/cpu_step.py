@@ -59,9 +59,9 @@ def main() -> None:
 
 def prepare(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
     """(checkpoint, bundle): flux2-nano, or flux2-nano with a random transformer."""
-    from fluxc.build import build
-    from fluxc.progress import StageProgress
-    from fluxc.recipe import load_recipe
+    from fluxc.base.progress import StageProgress
+    from fluxc.build.build import build
+    from fluxc.recipe.load import load_recipe
 
     changes = [f"sizes=[[{options.side}, {options.side}]]", "gates={}"]
     checkpoint = NANO

@@ -30,7 +30,7 @@ import numpy as np
 from cpu_step import cpu_name
 from plans import PRESET, tensors_of, write_random
 
-from fluxc.checkpoint.published import MODELS
+from fluxc.models.published import MODELS
 from fluxrt import bundle as format
 
 TEXT_LENGTH, SIGMA, NEXT_SIGMA = 512, 0.7, 0.68
@@ -152,13 +152,13 @@ def fluxrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path, 
     """fluxrt's own backend on graphs of this shape; on a CPU the fp32 form of them, which its provider runs."""
     import torch
 
-    from fluxc.checkpoint.flux2 import transformer_linears
-    from fluxc.checkpoint.safetensors_file import read_header
+    from fluxc.base.safetensors import read_header
     from fluxc.graph.compose import compose_body
-    from fluxc.graph.trace import trace_transformer
+    from fluxc.graph.export import trace_transformer
+    from fluxc.models.flux2 import transformer_linears
     from fluxc.quantize.plan import precision_plan
-    from fluxc.recipe import ComponentPrecision, Target
-    from fluxc.targets.onnxruntime import build_graphs
+    from fluxc.recipe.structs import ComponentPrecision, Target
+    from fluxc.targets.onnxruntime.build import build_graphs
     from fluxrt.backends.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaBackend
 
     plan = precision_plan(
@@ -215,7 +215,7 @@ def load_plan(path: Path) -> str:
     """What TensorRT-RTX says to a plan on this GPU."""
     import tensorrt_rtx as trt
 
-    from fluxc.engine.program import read_programs
+    from fluxc.targets.tensorrt.program import read_programs
 
     plan = path.read_bytes()
     built_for = ", ".join(read_programs(plan)[0].accelerators)

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 from cpu_step import cpu_name
 
-from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
-from fluxc.checkpoint.published import MODELS
-from fluxc.checkpoint.safetensors_file import TensorRef, read_header
+from fluxc.base.safetensors import TensorRef, read_header
+from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.published import MODELS
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.writer import planned_tensors
-from fluxc.recipe import ComponentPrecision, Target
+from fluxc.recipe.structs import ComponentPrecision, Target
 
 PRESET = "modelopt-flux2"
 TEXT_LENGTH, TOKENS = 512, 4096
@@ -75,9 +75,9 @@ def measure(model: str, baked: bool, memory_gib: float) -> dict[str, Any]:
     """Trace, cut, build and audit the transformer's plans."""
     import torch
 
-    from fluxc.engine.cut import Component, Cutter
-    from fluxc.graph.trace import trace_transformer
-    from fluxc.targets.tensorrt import build_engine, largest_segment, write_sources
+    from fluxc.graph.export import trace_transformer
+    from fluxc.targets.tensorrt.build import build_engine, largest_segment, write_sources
+    from fluxc.targets.tensorrt.cut import Component, Cutter
 
     config = MODELS[model]
     began = time.perf_counter()

@@ -22,10 +22,10 @@ from importlib.metadata import version
 import torch
 from cpu_step import cpu_name
 
-from fluxc.checkpoint.flux2 import transformer_linears
-from fluxc.checkpoint.published import KLEIN_4B
-from fluxc.quantize import nvfp4
-from fluxc.quantize.formats import Scales
+from fluxc.formats import nvfp4
+from fluxc.formats.constants import Scales
+from fluxc.models.flux2 import transformer_linears
+from fluxc.models.published import KLEIN_4B
 
 BASE, COPY = "fluxc max", "copy"
 TURN = 0.2

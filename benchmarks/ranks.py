@@ -53,9 +53,9 @@ def prepare(folder: Path, options: argparse.Namespace) -> Path:
     """A bundle with a sharded target for every number of processes asked for."""
     import shutil
 
-    from fluxc.build import build
-    from fluxc.progress import StageProgress
-    from fluxc.recipe import load_recipe
+    from fluxc.base.progress import StageProgress
+    from fluxc.build.build import build
+    from fluxc.recipe.load import load_recipe
 
     kinds = [f"{{kind: onnxruntime, gpus: {ranks}}}" for ranks in options.ranks if ranks > 1]
     prompts = "../tests/data/two-prompts.txt"

@@ -291,8 +291,8 @@ def diffusers_rows(path: Path, count: int) -> list[list[str]]:
     import torch
     from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
+    from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
     from fluxc.checkpoint.source import open_checkpoint
-    from fluxc.reference import Drawing, draw, load_pipeline
     from fluxrt.bundle import open_bundle
     from fluxrt.stepcache import Decisions
 

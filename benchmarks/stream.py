@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 from cpu_step import cpu_name
 
+from fluxc.base.safetensors import read_header
 from fluxc.calibrate.records import ROWS
-from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
-from fluxc.checkpoint.published import KLEIN_4B
-from fluxc.checkpoint.safetensors_file import read_header
+from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.published import KLEIN_4B
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import write_weights
-from fluxc.recipe import ComponentPrecision
+from fluxc.recipe.structs import ComponentPrecision
 
 WEIGHT_AMAX = {
     "attn.to_q": 0.142,

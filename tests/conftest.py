@@ -16,10 +16,10 @@ from rich.console import Console
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from fluxc.build import build
-from fluxc.checkpoint.flux2 import text_tensors, transformer_tensors
-from fluxc.progress import StageProgress
-from fluxc.recipe import LoadedRecipe, load_recipe
+from fluxc.base.progress import StageProgress
+from fluxc.build.build import build
+from fluxc.models.flux2 import text_tensors, transformer_tensors
+from fluxc.recipe.load import LoadedRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "models" / "flux2-nano"
@@ -85,8 +85,8 @@ def quantized_by_modelopt(*changes: dict[str, Any]) -> Any:
     import modelopt.torch.quantization as mtq
     import torch
 
+    from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
     from fluxc.checkpoint.source import open_checkpoint
-    from fluxc.reference import Drawing, draw, load_pipeline
 
     checkpoint = open_checkpoint(str(NANO), None, ROOT)
     pipeline = load_pipeline(checkpoint, torch.bfloat16)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from fluxc.checkpoint.flux2 import transformer_tensors
-from fluxc.engine.audit import GEMM_KINDS
-from fluxc.engine.cut import Component
-from fluxc.engine.program import Program, read_programs
+from fluxc.models.flux2 import transformer_tensors
 from fluxc.predict.scaling import Subject, rank_memory
 from fluxc.predict.work import work_of
 from fluxc.quantize.memory import weights_memory
-from fluxc.sharding import shares_of
+from fluxc.targets.sharding import shares_of
+from fluxc.targets.tensorrt.audit import GEMM_KINDS
+from fluxc.targets.tensorrt.cut import Component
+from fluxc.targets.tensorrt.program import Program, read_programs
 from fluxrt.backends.buffers import plan_arena, plan_buffers
 from fluxrt.bundle import Engine
 from fluxrt.weights import StoredTensor

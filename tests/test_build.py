@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import QUICK, RECIPE, RecordingProgress, compile_into, contents, quantized_by_modelopt
-from fluxc.errors import BuildError, GateError, RecipeError
+from fluxc.base.errors import BuildError, GateError, RecipeError
 from fluxc.fidelity.compare import _check_finite
 from fluxc.fidelity.gates import check_gates
-from fluxc.recipe import Gates
-from fluxc.verify import verify_bundle
+from fluxc.fidelity.verify import verify_bundle
+from fluxc.recipe.structs import Gates
 from fluxrt.bundle import open_bundle
 
 
@@ -45,7 +45,7 @@ def test_nothing_runs_when_nothing_changed(quick_bundle: Path) -> None:
 def test_a_cached_build_never_imports_torch(quick_bundle: Path) -> None:
     code = (
         "import sys\n"
-        "from fluxc.cli import main\n"
+        "from fluxc.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as e: assert not e.code, e.code\n"
         "assert not {'torch', 'diffusers', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
@@ -183,7 +183,7 @@ def test_input_scales_equal_modelopts_own_calibration(quick_bundle: Path) -> Non
 
 
 def test_fusion_groups_share_scales_and_lie_side_by_side(nano_bundle: Path) -> None:
-    from fluxc.checkpoint.safetensors_file import read_header
+    from fluxc.base.safetensors import read_header
 
     path = nano_bundle / "transformer" / "diffusion_pytorch_model.safetensors"
     refs, tensors = read_header(path), load_file(path)
@@ -299,7 +299,7 @@ def test_a_folder_that_is_not_a_bundle_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_two_builds_in_one_folder_do_not_mix(tmp_path: Path) -> None:
-    from fluxc.cache import locked
+    from fluxc.base.cache import locked
 
     with locked(tmp_path / ".fluxc"), pytest.raises(BuildError, match="another fluxc build is using"):
         compile_into(tmp_path / "out", *QUICK)

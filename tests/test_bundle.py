@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import fluxrt
-from fluxc.errors import BuildError
-from fluxc.verify import verify_bundle
+from fluxc.base.errors import BuildError
+from fluxc.fidelity.verify import verify_bundle
 from fluxrt import BundleError
 from fluxrt.bundle import Manifest, encode_manifest, manifest_digest, open_bundle, verify_files
 

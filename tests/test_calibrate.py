@@ -17,7 +17,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
-from fluxc import stages
+from fluxc.base.errors import BuildError, CheckpointError, RecipeError
+from fluxc.base.measured import CHECKPOINT_PARTS, Origin, check_origin
+from fluxc.build import stages
 from fluxc.calibrate import run
 from fluxc.calibrate.amax import input_amax, least_error, percentile
 from fluxc.calibrate.file import Records, read_calibration, write_calibration
@@ -28,14 +30,13 @@ from fluxc.calibrate.run import calibrate
 from fluxc.calibrate.sample import sample_points
 from fluxc.calibrate.summary import outliers
 from fluxc.calibrate.verb import calibrate_to_file
-from fluxc.checkpoint.flux2 import Linear
+from fluxc.checkpoint.reference import Drawing, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
-from fluxc.errors import BuildError, CheckpointError, RecipeError
-from fluxc.measured import CHECKPOINT_PARTS, Origin, check_origin
-from fluxc.quantize import fp8, nvfp4
+from fluxc.formats import fp8, nvfp4
+from fluxc.models.flux2 import Linear
 from fluxc.quantize.plan import LayerPlan
-from fluxc.recipe import Calibration, load_recipe
-from fluxc.reference import Drawing, load_pipeline
+from fluxc.recipe.load import load_recipe
+from fluxc.recipe.structs import Calibration
 from fluxrt.bundle import open_bundle
 
 DRAWING = Drawing((64, 64), 2, 1.5, 0, 32, (9, 18, 27))

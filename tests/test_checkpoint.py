@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, compile_into, copy_checkpoint
-from fluxc.checkpoint.safetensors_file import read_header
+from fluxc.base.errors import CheckpointError, FluxError
+from fluxc.base.safetensors import read_header
 from fluxc.checkpoint.source import open_checkpoint
-from fluxc.errors import CheckpointError, FluxError
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

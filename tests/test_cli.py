@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from conftest import NANO, QUICK, QWEN3_4B, RECIPE, hollow_checkpoint
-from fluxc.cli import main
+from fluxc.cli.main import main
 from fluxc.quantize.presets import PRESETS
 from test_flux2_tables import KLEIN_4B
 

@@ -15,11 +15,10 @@ from click.testing import CliRunner
 
 from conftest import QUICK, compile_into
 from fluxc import cli
-from fluxc.engine import library
-from fluxc.errors import BuildError
-from fluxc.targets import finish
-from fluxc.targets.finish import finish_bundle
-from fluxc.verify import verify_bundle
+from fluxc.base.errors import BuildError
+from fluxc.fidelity.verify import verify_bundle
+from fluxc.targets.tensorrt import finish, library
+from fluxc.targets.tensorrt.finish import finish_bundle
 from fluxrt.bundle import open_bundle
 from fluxrt.cuda import Gpu
 from fluxrt.errors import BackendError, BundleError
@@ -114,9 +113,9 @@ def test_without_a_gpu_finish_says_so(bundle: Path) -> None:
 def test_with_the_library_and_the_gpu_at_hand_a_build_finishes_at_once(
     workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fluxc.target_stages.gpu_here", lambda capabilities: capabilities == ("12.0",))
-    monkeypatch.setattr("fluxc.target_stages.installed_version", lambda kind: str(trt.__version__))
-    monkeypatch.setattr("fluxc.targets.tensorrt.load_library", lambda kind: trt)
+    monkeypatch.setattr("fluxc.build.target_stages.gpu_here", lambda capabilities: capabilities == ("12.0",))
+    monkeypatch.setattr("fluxc.build.target_stages.installed_version", lambda kind: str(trt.__version__))
+    monkeypatch.setattr("fluxc.targets.tensorrt.build.load_library", lambda kind: trt)
     built = open_bundle(compile_into(workshop / "b200-here", *QUICK, TARGETS, recipe=RTX))
     engine = built.target("tensorrt").engine
     assert engine is not None

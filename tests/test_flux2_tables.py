@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conftest import NANO
-from fluxc.checkpoint.flux2 import text_linears, text_tensors, transformer_linears, transformer_tensors
-from fluxc.checkpoint.published import DEV, KLEIN_4B, KLEIN_9B
+from fluxc.models.flux2 import text_linears, text_tensors, transformer_linears, transformer_tensors
+from fluxc.models.published import DEV, KLEIN_4B, KLEIN_9B
 
 NANO_CONFIG = {
     key: value

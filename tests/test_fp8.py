@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxc.quantize import fp8
+from fluxc.formats import fp8
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (96, 32), (128, 512)])

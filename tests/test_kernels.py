@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from conftest import NANO
-from fluxc.quantize import cpu, fp8, mxfp4, nvfp4
-from fluxc.quantize.formats import E2M1_VALUES
+from fluxc.formats import cpu, fp8, mxfp4, nvfp4
+from fluxc.formats.constants import E2M1_VALUES
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SCALES = ["max", "four-over-six", "mse"]
@@ -182,7 +182,7 @@ def test_members_of_a_fusion_group_share_the_scale_of_least_joint_error() -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_error_the_writer_reports_is_the_error(dtype: torch.dtype) -> None:
-    from fluxc.quantize.tensors import patterns_of
+    from fluxc.formats.tensors import patterns_of
 
     weight = awkward(3, dtype)
     ours = nvfp4.quantize(weight)

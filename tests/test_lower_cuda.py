@@ -17,18 +17,18 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from conftest import NANO
-from fluxc.checkpoint.flux2 import Linear, transformer_linears, transformer_tensors
-from fluxc.checkpoint.safetensors_file import TensorRef
-from fluxc.errors import BuildError
+from fluxc.base.errors import BuildError
+from fluxc.base.safetensors import TensorRef
 from fluxc.fidelity.metrics import relative_error
 from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_body
-from fluxc.graph.lower import lower
-from fluxc.graph.trace import make_model, trace_transformer
+from fluxc.graph.export import make_model, trace_transformer
+from fluxc.models.flux2 import Linear, transformer_linears, transformer_tensors
 from fluxc.quantize.plan import LayerPlan, precision_plan
-from fluxc.recipe import ComponentPrecision
-from fluxc.targets.cuda_kernels import TABLE_OPSET, check_kernels
+from fluxc.recipe.structs import ComponentPrecision
+from fluxc.targets.onnxruntime.cuda_kernels import TABLE_OPSET, check_kernels
+from fluxc.targets.onnxruntime.lower import lower
 from test_onnxruntime_cuda import MatMulBlockQuantizedFp4Weight
 from trt_reference import DequantizeLinear, MatMul
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from conftest import NANO
-from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
-from fluxc.checkpoint.safetensors_file import read_header
+from fluxc.base.safetensors import read_header
+from fluxc.models.flux2 import transformer_linears, transformer_tensors
 from fluxc.quantize.memory import weights_memory
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import write_weights
-from fluxc.recipe import ComponentPrecision, Rule
+from fluxc.recipe.structs import ComponentPrecision, Rule
 from test_flux2_tables import DEV, NANO_CONFIG
 
 

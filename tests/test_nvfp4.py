@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from fluxc.graph.lower import fake_quantize_function
-from fluxc.quantize import nvfp4
+from fluxc.formats import nvfp4
+from fluxc.targets.onnxruntime.lower import fake_quantize_function
 
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 

@@ -17,11 +17,11 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from conftest import QUICK, compile_into
-from fluxc.errors import BuildError, RecipeError
+from fluxc.base.errors import BuildError, RecipeError
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
-from fluxc.recipe import load_recipe
-from fluxc.targets.cuda_kernels import check_kernels
-from fluxc.targets.onnxruntime import check_loads
+from fluxc.recipe.load import load_recipe
+from fluxc.targets.onnxruntime.build import check_loads
+from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
 from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.errors import BackendError

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fluxrt
+from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
-from fluxc.recipe import LoadedRecipe
-from fluxc.reference import Drawing, draw, load_pipeline
+from fluxc.recipe.load import LoadedRecipe
 from oracle import follows, read
 from pictures import render, split_specs
 
@@ -43,7 +43,7 @@ def reference_agreement(recipe_of_module: LoadedRecipe) -> float:
 @pytest.fixture(scope="module")
 def recipe_of_module() -> LoadedRecipe:
     from conftest import RECIPE
-    from fluxc.recipe import load_recipe
+    from fluxc.recipe.load import load_recipe
 
     return load_recipe(RECIPE)
 

@@ -16,8 +16,8 @@ from conftest import QUICK, compile_into, copy_checkpoint
 from fluxc.fidelity.metrics import relative_error
 from fluxc.graph.bind import argument_names
 from fluxc.graph.compose import compose_body
-from fluxc.graph.lower import lower
-from fluxc.graph.trace import trace_transformer
+from fluxc.graph.export import trace_transformer
+from fluxc.targets.onnxruntime.lower import lower
 from fluxrt.schedule import flow_match_sigmas
 
 

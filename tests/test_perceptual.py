@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from conftest import NANO, QUICK, RECIPE, compile_into
-from fluxc.errors import BuildError, RecipeError
+from fluxc.base.errors import BuildError, RecipeError
 from fluxc.fidelity.perceptual import Judges
 
 SIDE = 32

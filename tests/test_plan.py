@@ -6,10 +6,10 @@ from typing import Any, get_args
 
 import pytest
 
-from fluxc.checkpoint.flux2 import Linear, transformer_linears
-from fluxc.errors import RecipeError
+from fluxc.base.errors import RecipeError
+from fluxc.models.flux2 import Linear, transformer_linears
 from fluxc.quantize.plan import LayerPlan, precision_plan
-from fluxc.recipe import ComponentPrecision, Format, Rule
+from fluxc.recipe.structs import ComponentPrecision, Format, Rule
 from test_flux2_tables import KLEIN_4B
 
 

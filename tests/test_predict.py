@@ -19,12 +19,11 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import RECIPE
-from fluxc.checkpoint.flux2 import transformer_linears
-from fluxc.checkpoint.published import DEV, KLEIN_4B
-from fluxc.checkpoint.safetensors_file import TensorRef
-from fluxc.cli import main
-from fluxc.engine.cut import Component, Cutter
-from fluxc.graph.trace import trace_vae_decoder
+from fluxc.base.safetensors import TensorRef
+from fluxc.cli.main import main
+from fluxc.graph.export import trace_vae_decoder
+from fluxc.models.flux2 import transformer_linears
+from fluxc.models.published import DEV, KLEIN_4B
 from fluxc.predict import published
 from fluxc.predict.gpus import GPUS
 from fluxc.predict.rates import ASSUMED, Reached, fit, step_time
@@ -32,9 +31,10 @@ from fluxc.predict.report import print_scaling
 from fluxc.predict.scaling import predict, published_model
 from fluxc.predict.work import ACTIVATION, VAE_WORKING, Work, work_of
 from fluxc.quantize.plan import precision_plan
-from fluxc.recipe import ComponentPrecision, Format, Target
-from fluxc.sharding import shares_of
-from fluxc.targets.tensorrt import build_engine, write_sources
+from fluxc.recipe.structs import ComponentPrecision, Format, Target
+from fluxc.targets.sharding import shares_of
+from fluxc.targets.tensorrt.build import build_engine, write_sources
+from fluxc.targets.tensorrt.cut import Component, Cutter
 from test_flux2_tables import NANO_CONFIG
 
 SIZE = (1024, 1024)

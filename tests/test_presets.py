@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
-from fluxc.errors import RecipeError
+from fluxc.base.errors import RecipeError
+from fluxc.models.flux2 import transformer_linears, transformer_tensors
 from fluxc.quantize.memory import weights_memory
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.presets import PRESETS, absent_parts
-from fluxc.recipe import ComponentPrecision, Rule
+from fluxc.recipe.structs import ComponentPrecision, Rule
 from test_flux2_tables import DEV, KLEIN_4B, KLEIN_9B, NANO_CONFIG
 
 FAMILIES = {"dev": DEV, "klein-9B": KLEIN_9B, "klein-4B": KLEIN_4B, "nano": NANO_CONFIG}

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, RECIPE, ROOT, RecordingProgress, compile_into, copy_checkpoint, quantized_by_modelopt
+from fluxc.base.errors import BuildError, CheckpointError, RecipeError
+from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
-from fluxc.errors import BuildError, CheckpointError, RecipeError
-from fluxc.planned_source import Source, read_source
-from fluxc.recipe import load_recipe
-from fluxc.reference import Drawing, draw, load_pipeline
+from fluxc.quantize.source import Source, read_source
+from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
 
 TENSORS = "diffusion_pytorch_model.safetensors"

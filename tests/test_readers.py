@@ -14,12 +14,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from fluxc.checkpoint.flux2 import Linear
+from fluxc.formats import mxfp4, nvfp4
 from fluxc.graph import LINEAR_DOMAIN
-from fluxc.graph.lower import lower
-from fluxc.graph.trace import make_model
-from fluxc.quantize import mxfp4, nvfp4
+from fluxc.graph.export import make_model
+from fluxc.models.flux2 import Linear
 from fluxc.quantize.plan import LayerPlan
+from fluxc.targets.onnxruntime.lower import lower
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # OCP MX v1.0, section 5.3.3: sign, two exponent bits with bias 1, one mantissa bit; exponent 0 is subnormal.

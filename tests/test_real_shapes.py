@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
-from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.base.safetensors import TensorRef
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_body
-from fluxc.graph.lower import lower
-from fluxc.graph.trace import trace_transformer
+from fluxc.graph.export import trace_transformer
+from fluxc.models.flux2 import transformer_linears, transformer_tensors
 from fluxc.quantize.plan import precision_plan
-from fluxc.recipe import ComponentPrecision
+from fluxc.recipe.structs import ComponentPrecision
+from fluxc.targets.onnxruntime.lower import lower
 from test_flux2_tables import DEV, KLEIN_4B
 
 KEEP = ("x_embedder", "context_embedder", "time_guidance_embed*", "*modulation*", "norm_out*", "proj_out")

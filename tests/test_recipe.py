@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from conftest import RECIPE, ROOT
-from fluxc.errors import RecipeError
-from fluxc.recipe import load_recipe
+from fluxc.base.errors import RecipeError
+from fluxc.recipe.load import load_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 

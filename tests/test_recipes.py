@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import NANO, QWEN3_4B, QWEN3_8B, ROOT, hollow_checkpoint
-from fluxc.checkpoint.published import KLEIN_4B, KLEIN_9B
-from fluxc.cli import main
-from fluxc.recipe import load_recipe
+from fluxc.cli.main import main
+from fluxc.models.published import KLEIN_4B, KLEIN_9B
+from fluxc.recipe.load import load_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 

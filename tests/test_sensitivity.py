@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
+from fluxc.base.errors import RecipeError
 from fluxc.calibrate.sensitivity import GroupCost, Simulation, choose, output_error, record_states
-from fluxc.checkpoint.flux2 import transformer_linears
+from fluxc.checkpoint.reference import Drawing, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
-from fluxc.errors import RecipeError
-from fluxc.planned_source import read_source
-from fluxc.quantize import nvfp4
+from fluxc.formats import nvfp4
+from fluxc.models.flux2 import transformer_linears
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.presets import PRESETS
-from fluxc.recipe import ComponentPrecision, load_recipe
-from fluxc.reference import Drawing, load_pipeline
+from fluxc.quantize.source import read_source
+from fluxc.recipe.load import load_recipe
+from fluxc.recipe.structs import ComponentPrecision
 from fluxrt.bundle import open_bundle
 
 DRAWING = Drawing((64, 64), 3, 1.5, 0, 32, (9, 18, 27))

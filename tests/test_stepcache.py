@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from conftest import ROOT
-from fluxc.errors import BuildError
-from fluxc.recipe import LAGS, StepCache, most_skipped
+from fluxc.base.errors import BuildError
+from fluxc.recipe.structs import LAGS, StepCache, most_skipped
 from fluxc.stepcache.choose import make_step_cache
 from fluxc.stepcache.fit import fit_polynomial, quality
 from fluxc.stepcache.policy import (

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from conftest import QUICK, compile_into
 from fake_gpu import FakeDriver, FakeLibrary
-from fluxc.targets.export_onnx import export_onnx
+from fluxc.targets.tensorrt.export_onnx import export_onnx
 from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle

@@ -20,26 +20,27 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
 from conftest import NANO, QUICK, RecordingProgress, compile_into, contents
-from fluxc.checkpoint.flux2 import Linear, transformer_linears, transformer_tensors
-from fluxc.checkpoint.safetensors_file import TensorRef, read_header
-from fluxc.engine.audit import Audit, Expected, audit
-from fluxc.engine.builder import PlanRequest, build_plan
-from fluxc.engine.cut import Component, Cutter, without_prefix
-from fluxc.engine.program import read_programs
-from fluxc.errors import BuildError, RecipeError
+from fluxc.base.errors import BuildError, RecipeError
+from fluxc.base.safetensors import TensorRef, read_header
+from fluxc.build.target_stages import check_targets
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_steps
-from fluxc.graph.lower import lower
-from fluxc.graph.lower_tensorrt import Lowered, fix_shapes, lower_tensorrt
-from fluxc.graph.trace import trace_transformer
-from fluxc.planned_source import read_source
+from fluxc.graph.export import trace_transformer
+from fluxc.models.flux2 import Linear, transformer_linears, transformer_tensors
 from fluxc.quantize.plan import precision_plan
+from fluxc.quantize.source import read_source
 from fluxc.quantize.writer import planned_tensors
-from fluxc.recipe import ComponentPrecision, Target, load_recipe
-from fluxc.target_stages import check_targets
-from fluxc.targets.export_onnx import export_onnx
-from fluxc.targets.tensorrt import build_engine, check_audits, check_group_scales, write_sources
+from fluxc.recipe.load import load_recipe
+from fluxc.recipe.structs import ComponentPrecision, Target
+from fluxc.targets.onnxruntime.lower import lower
+from fluxc.targets.tensorrt.audit import Audit, Expected, audit
+from fluxc.targets.tensorrt.build import build_engine, check_audits, check_group_scales, write_sources
+from fluxc.targets.tensorrt.builder import PlanRequest, build_plan
+from fluxc.targets.tensorrt.cut import Component, Cutter, without_prefix
+from fluxc.targets.tensorrt.export_onnx import export_onnx
+from fluxc.targets.tensorrt.lower import Lowered, fix_shapes, lower_tensorrt
+from fluxc.targets.tensorrt.program import read_programs
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.pipeline import Pipeline
 from fluxrt.schedule import flow_match_sigmas

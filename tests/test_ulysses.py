@@ -23,13 +23,13 @@ from PIL import Image
 
 import fluxrt
 from conftest import NANO, QUICK, compile_into, copy_checkpoint
-from fluxc.errors import BuildError, RecipeError
+from fluxc.base.errors import BuildError, RecipeError
 from fluxc.fidelity.metrics import psnr
 from fluxc.graph import LINEAR_DOMAIN
 from fluxc.graph.compose import compose_body
-from fluxc.graph.trace import trace_transformer
+from fluxc.graph.export import trace_transformer
 from fluxc.graph.ulysses import COLLECTIVE_DOMAIN, Exchange, hide_padding, shard, split_at_exchanges
-from fluxc.recipe import load_recipe
+from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import Bundle, dimension_size, open_bundle
 from fluxrt.choose import choose
 from fluxrt.group import Group, PeerError

@@ -19,21 +19,21 @@ import torch
 from conftest import QUICK, compile_into
 from fake_gpu import RTX as FAKE_RTX
 from fake_gpu import FakeDriver, FakeLibrary
-from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
-from fluxc.checkpoint.safetensors_file import TensorRef
-from fluxc.describe_bundle import print_bundle
-from fluxc.engine.audit import Expected, audit
-from fluxc.engine.cut import Component, Cutter
-from fluxc.engine.library import check_keeps_ranks
-from fluxc.errors import BuildError
+from fluxc.base.errors import BuildError
+from fluxc.base.safetensors import TensorRef
+from fluxc.cli.describe_bundle import print_bundle
 from fluxc.fidelity.metrics import psnr
-from fluxc.graph.trace import trace_transformer
+from fluxc.graph.export import trace_transformer
 from fluxc.graph.ulysses import shard
+from fluxc.models.flux2 import transformer_linears, transformer_tensors
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import planned_tensors
-from fluxc.recipe import ComponentPrecision, Target
-from fluxc.targets.export_onnx import export_onnx
-from fluxc.targets.tensorrt import build_engine, write_sources
+from fluxc.recipe.structs import ComponentPrecision, Target
+from fluxc.targets.tensorrt.audit import Expected, audit
+from fluxc.targets.tensorrt.build import build_engine, write_sources
+from fluxc.targets.tensorrt.cut import Component, Cutter
+from fluxc.targets.tensorrt.export_onnx import export_onnx
+from fluxc.targets.tensorrt.library import check_keeps_ranks
 from fluxrt.backends.nccl import Communicator
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, Engine, open_bundle

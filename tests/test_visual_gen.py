@@ -23,15 +23,16 @@ from PIL import Image
 
 import fluxrt
 from conftest import NANO, QUICK, compile_into, copy_checkpoint, quantized_by_modelopt, write_hollow
-from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
-from fluxc.checkpoint.safetensors_file import TensorRef, read_header
-from fluxc.components import weights_tensors
-from fluxc.errors import RecipeError
+from fluxc.base.errors import RecipeError
+from fluxc.base.safetensors import TensorRef, read_header
+from fluxc.checkpoint.components import weights_tensors
+from fluxc.models.flux2 import transformer_linears, transformer_tensors
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import View, planned_tensors, write_views
-from fluxc.recipe import ComponentPrecision, load_recipe
-from fluxc.targets.visual_gen import write_folder
-from fluxc.targets.visual_gen_check import faults_of
+from fluxc.recipe.load import load_recipe
+from fluxc.recipe.structs import ComponentPrecision
+from fluxc.targets.visual_gen.check import faults_of
+from fluxc.targets.visual_gen.folder import write_folder
 from fluxrt.bundle import Bundle, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle
 from test_flux2_tables import KLEIN_4B

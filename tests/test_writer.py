@@ -16,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxc.checkpoint.flux2 import Linear
-from fluxc.checkpoint.safetensors_file import TensorRef, read_header
-from fluxc.errors import BuildError, CheckpointError
-from fluxc.quantize import cpu, fp8, nvfp4, writer
+from fluxc.base.errors import BuildError, CheckpointError
+from fluxc.base.safetensors import TensorRef, read_header
+from fluxc.formats import cpu, fp8, nvfp4
+from fluxc.models.flux2 import Linear
+from fluxc.quantize import writer
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.writer import CHUNK_BYTES, LayerReport, write_weights
-from fluxc.recipe import ComponentPrecision, Rule
+from fluxc.recipe.structs import ComponentPrecision, Rule
 
 LAYERS = [
     *(Linear(f"block.attn.to_{part}", 64, 128, "block.attn.qkv") for part in "qkv"),
@@ -232,8 +233,8 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from fluxc.checkpoint.flux2 import Linear
-from fluxc.checkpoint.safetensors_file import read_header
+from fluxc.models.flux2 import Linear
+from fluxc.base.safetensors import read_header
 from fluxc.quantize.plan import LayerPlan
 from fluxc.quantize.writer import write_weights
 source, out = map(Path, sys.argv[1:])

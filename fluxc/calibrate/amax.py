@@ -6,7 +6,7 @@ import numpy as np
 
 from fluxc.calibrate.records import LayerInputs, bin_edges, merge
 from fluxc.quantize.plan import LayerPlan, to_quantize
-from fluxc.recipe import Calibration
+from fluxc.recipe.structs import Calibration
 
 CANDIDATES = 17
 
@@ -51,7 +51,7 @@ def least_error(inputs: list[LayerInputs], format: str) -> float:
     """
     import torch
 
-    from fluxc.quantize import fp8, nvfp4
+    from fluxc.formats import fp8, nvfp4
 
     record = merge(inputs)
     rows = torch.from_numpy(record.rows)

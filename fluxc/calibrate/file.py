@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxc.base.errors import BuildError
+from fluxc.base.measured import Kind, Origin, read_measured, write_measured
 from fluxc.calibrate.records import BINS, LayerInputs
-from fluxc.errors import BuildError
-from fluxc.measured import Kind, Origin, read_measured, write_measured
 
 KIND = Kind("fluxc-calibration", 1, "calibration file", "calibrate")
 

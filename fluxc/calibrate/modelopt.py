@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from fluxc.base.errors import BuildError
+from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.errors import BuildError
 from fluxc.quantize.plan import LayerPlan
-from fluxc.reference import Drawing, draw, load_pipeline
 
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 FP8 = {"num_bits": (4, 3), "axis": None}

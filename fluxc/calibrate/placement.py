@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from fluxc.base.errors import BuildError
 from fluxc.checkpoint.dequantized import PlainTensors, empty_model, weights_bytes
+from fluxc.checkpoint.reference import load_pipeline
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.errors import BuildError
-from fluxc.reference import load_pipeline
 
 # Left free for activations and the allocator.
 ROOM = 0.8

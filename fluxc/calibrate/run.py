@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fluxc.base.errors import BuildError, FluxError
+from fluxc.base.measured import Origin
+from fluxc.base.progress import Report
 from fluxc.calibrate.file import Records, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer
 from fluxc.calibrate.placement import Placement, place
 from fluxc.calibrate.records import merge
 from fluxc.calibrate.sample import sample_points
+from fluxc.checkpoint.reference import Drawing, draw
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.errors import BuildError, FluxError
-from fluxc.measured import Origin
-from fluxc.progress import Report
-from fluxc.reference import Drawing, draw
 
 OBSERVED = ("transformer", "text_encoder")
 

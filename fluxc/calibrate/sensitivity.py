@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.base.errors import BuildError
+from fluxc.base.progress import Report
+from fluxc.base.safetensors import TensorRef
+from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.errors import BuildError
 from fluxc.fidelity.metrics import significant
-from fluxc.progress import Report
-from fluxc.quantize import cpu, fp8, nvfp4
-from fluxc.quantize.formats import Scales
+from fluxc.formats import cpu, fp8, nvfp4
+from fluxc.formats.constants import Scales
 from fluxc.quantize.plan import LayerPlan, to_quantize
-from fluxc.recipe import Budget
-from fluxc.reference import Drawing, draw, load_pipeline
+from fluxc.recipe.structs import Budget
 
 PROMPTS, STEPS = 4, 4
 SEARCHES = 8

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fluxc import stages
-from fluxc.cache import PROGRESS
+from fluxc.base.cache import PROGRESS
+from fluxc.base.errors import BuildError, FluxError
+from fluxc.base.progress import StageProgress
+from fluxc.build import stages
 from fluxc.calibrate.file import CalibrationFile, read_calibration
-from fluxc.errors import BuildError, FluxError
-from fluxc.progress import StageProgress
-from fluxc.recipe import LoadedRecipe
+from fluxc.recipe.load import LoadedRecipe
 
 
 def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: StageProgress) -> CalibrationFile:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.quantized import FORMAT_OF, PARTS
-from fluxc.checkpoint.safetensors_file import TensorRef
 from fluxc.checkpoint.source import Component
-from fluxc.quantize import fp8, nvfp4
+from fluxc.formats import fp8, nvfp4
 
 DTYPES = {
     "BF16": torch.bfloat16,

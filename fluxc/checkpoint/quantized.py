@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluxc.checkpoint.flux2 import Linear, Shape
-from fluxc.checkpoint.safetensors_file import TensorRef
+from fluxc.base.errors import CheckpointError
+from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.source import Component
-from fluxc.errors import CheckpointError
-from fluxc.quantize.formats import BLOCK
+from fluxc.formats.constants import BLOCK
+from fluxc.models.flux2 import Linear, Shape
 
 ALGORITHMS = {"NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4", "NVFP4_SVD": "nvfp4", "FP8": "fp8"}
 FLOATS = ("BF16", "F16", "F32")

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fluxc.checkpoint.safetensors_file import TensorRef, read_header
-from fluxc.errors import CheckpointError
+from fluxc.base.errors import CheckpointError
+from fluxc.base.safetensors import TensorRef, read_header
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 QUANTIZATION = "quantization_config"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxc.errors import BuildError
+from fluxc.base.errors import BuildError
 from fluxc.fidelity.metrics import cosine, psnr, relative_error, significant, ssim
 from fluxc.fidelity.trace import Trace
 from fluxrt.backends import run

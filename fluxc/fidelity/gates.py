@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fluxc.errors import GateError
-from fluxc.recipe import Gates
+from fluxc.base.errors import GateError
+from fluxc.recipe.structs import Gates
 
 
 def check_gates(

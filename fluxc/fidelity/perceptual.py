@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fluxc.errors import BuildError
+from fluxc.base.errors import BuildError
 
 
 class Judges:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from fluxc.base.progress import Report
+from fluxc.checkpoint.reference import Drawing, load_pipeline
 from fluxc.fidelity.compare import Reference, compare_ranks, compare_target
 from fluxc.fidelity.report import write_report
 from fluxc.fidelity.trace import record, tokens_of_final
-from fluxc.planned_source import Source
-from fluxc.progress import Report
-from fluxc.recipe import Recipe
-from fluxc.reference import Drawing, load_pipeline
+from fluxc.quantize.source import Source
+from fluxc.recipe.structs import Recipe
 from fluxrt.bundle import Bundle, Engine
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fluxc.checkpoint.reference import Drawing, draw
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.reference import Drawing, draw
 
 
 @dataclass

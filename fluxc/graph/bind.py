@@ -10,8 +10,8 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto
 
-from fluxc.checkpoint.safetensors_file import TensorRef
-from fluxc.errors import BuildError
+from fluxc.base.errors import BuildError
+from fluxc.base.safetensors import TensorRef
 
 ONNX_TYPES = {
     "F32": TensorProto.FLOAT,

@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from fluxc.errors import BuildError
-from fluxc.graph.trace import make_model
+from fluxc.base.errors import BuildError
+from fluxc.graph.export import make_model
 
 
 class Composition:

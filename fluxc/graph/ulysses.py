@@ -17,9 +17,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from fluxc.errors import BuildError
+from fluxc.base.errors import BuildError
 from fluxc.graph import LINEAR_DOMAIN
-from fluxc.graph.trace import make_model
+from fluxc.graph.export import make_model
 
 COLLECTIVE = "DistCollective"
 COLLECTIVE_DOMAIN = "trt"

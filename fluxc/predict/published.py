@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from fluxc.checkpoint.flux2 import transformer_linears
-from fluxc.checkpoint.published import DEV
+from fluxc.models.flux2 import transformer_linears
+from fluxc.models.published import DEV
 from fluxc.predict.gpus import GPUS
 from fluxc.predict.rates import Reached, fit, step_time
 from fluxc.predict.work import Work, work_of
 from fluxc.quantize.plan import precision_plan
-from fluxc.recipe import ComponentPrecision, Format
-from fluxc.sharding import shares_of
+from fluxc.recipe.structs import ComponentPrecision, Format
+from fluxc.targets.sharding import shares_of
 
 STEPS, SKIPPED = 50, 16
 TEXT_TOKENS, IMAGE_TOKENS, SIZE = 512, 4096, (1024, 1024)

@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fluxc.checkpoint.flux2 import transformer_linears, transformer_tensors
-from fluxc.checkpoint.published import MODELS
-from fluxc.errors import RecipeError
-from fluxc.plan_report import memory_by_component
-from fluxc.planned_source import Source
+from fluxc.base.errors import RecipeError
+from fluxc.build.target_stages import tokens_of_sizes
+from fluxc.cli.plan_report import memory_by_component
+from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.published import MODELS
 from fluxc.predict.gpus import Gpu
 from fluxc.predict.published import calibrated, checked, steps_computed_with_teacache
 from fluxc.predict.rates import StepTime, step_time
 from fluxc.predict.work import ACTIVATION, VAE_WORKING, Work, work_of
 from fluxc.quantize.memory import weights_memory
 from fluxc.quantize.plan import LayerPlan, precision_plan
-from fluxc.recipe import ComponentPrecision, LoadedRecipe
-from fluxc.sharding import check_sharding, shares_of
-from fluxc.target_stages import tokens_of_sizes
+from fluxc.quantize.source import Source
+from fluxc.recipe.load import LoadedRecipe
+from fluxc.recipe.structs import ComponentPrecision
+from fluxc.targets.sharding import check_sharding, shares_of
 
 PRESET = "modelopt-flux2"
 SIZE, TOKENS, TEXT_TOKENS = (1024, 1024), 4096, 512

@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fluxc.quantize.formats import BLOCK, stored_bytes
+from fluxc.formats.constants import BLOCK, stored_bytes
 from fluxc.quantize.plan import LayerPlan
-from fluxc.sharding import Shares
+from fluxc.targets.sharding import Shares
 
 ACTIVATION = 2
 """Bytes of an activation: bf16."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fluxc.quantize.formats import stored_bytes
+from fluxc.formats.constants import stored_bytes
 from fluxc.quantize.plan import LayerPlan
 
 

@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
-from fluxc.errors import RecipeError, nearest
+from fluxc.base.errors import RecipeError, nearest
 
 
 def matching(pattern: str, names: Iterable[str], field: str) -> list[str]:

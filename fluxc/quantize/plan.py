@@ -18,13 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fluxc.checkpoint.flux2 import Linear
+from fluxc.base.errors import RecipeError
 from fluxc.checkpoint.quantized import SourceLayer, unmergeable
-from fluxc.errors import RecipeError
-from fluxc.quantize.formats import BLOCK, stored_bytes
+from fluxc.formats.constants import BLOCK, stored_bytes
+from fluxc.models.flux2 import Linear
 from fluxc.quantize.patterns import matching
 from fluxc.quantize.presets import find_preset, kept_by
-from fluxc.recipe import ComponentPrecision
+from fluxc.recipe.structs import ComponentPrecision
 
 WIDENED = ", widened to the fusion group"
 IN_SOURCE = "quantized in the checkpoint (modelopt)"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fluxc.checkpoint.flux2 import Linear
-from fluxc.errors import RecipeError, nearest
+from fluxc.base.errors import RecipeError, nearest
+from fluxc.models.flux2 import Linear
 from fluxc.quantize.patterns import matched, matching
 
 

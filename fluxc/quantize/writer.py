@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxc.checkpoint.safetensors_file import ITEM_BITS, TensorRef
-from fluxc.errors import BuildError, CheckpointError
-from fluxc.progress import Report
-from fluxc.quantize import cpu
-from fluxc.quantize.formats import BLOCK, Scales
+from fluxc.base.errors import BuildError, CheckpointError
+from fluxc.base.progress import Report
+from fluxc.base.safetensors import ITEM_BITS, TensorRef
+from fluxc.formats import cpu
+from fluxc.formats.constants import BLOCK, Scales
 from fluxc.quantize.plan import LayerPlan, to_quantize
 
 CHUNK_BYTES = 16 << 20

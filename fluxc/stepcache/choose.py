@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fluxc.errors import BuildError
+from fluxc.base.errors import BuildError
 from fluxc.fidelity.metrics import significant
-from fluxc.recipe import StepCache as Settings
+from fluxc.recipe.structs import StepCache as Settings
 from fluxc.stepcache.fit import Fit, fit_polynomial, quality
 from fluxc.stepcache.policy import accumulated_error, average, best_schedules, find_threshold, knee, skipped_by
 from fluxc.stepcache.trace import StepTrace

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxc.errors import BuildError
-from fluxc.measured import Kind, Origin, read_measured, write_measured
+from fluxc.base.errors import BuildError
+from fluxc.base.measured import Kind, Origin, read_measured, write_measured
 from fluxc.stepcache.trace import StepTrace, joined
 
 KIND = Kind("fluxc-step-trace", 1, "trace file", "trace")

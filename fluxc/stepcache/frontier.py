@@ -17,8 +17,8 @@ import numpy as np
 
 from fluxc.fidelity.metrics import psnr, significant, ssim
 from fluxc.fidelity.perceptual import Judges
-from fluxc.recipe import StepCache as Settings
-from fluxc.recipe import most_skipped
+from fluxc.recipe.structs import StepCache as Settings
+from fluxc.recipe.structs import most_skipped
 from fluxc.stepcache.policy import PUBLISHED, best_schedules, find_threshold
 from fluxc.stepcache.trace import StepTrace
 from fluxrt.bundle import Bundle, CacheRule, StepCache

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fluxc.recipe import LAGS
+from fluxc.recipe.structs import LAGS
 from fluxc.stepcache.trace import StepTrace
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from fluxc.base.errors import FluxError
+from fluxc.base.measured import Origin
+from fluxc.base.progress import Report
 from fluxc.calibrate.placement import Placement, place
+from fluxc.checkpoint.reference import Drawing, draw
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.errors import FluxError
-from fluxc.measured import Origin
-from fluxc.progress import Report
-from fluxc.reference import Drawing, draw
 from fluxc.stepcache.file import TraceFile, read_trace, write_trace
 from fluxc.stepcache.loop import FullPrecisionLoop
 from fluxc.stepcache.observer import StepObserver

@@ -9,14 +9,15 @@ from typing import Any
 
 import msgspec
 
-from fluxc.cache import PROGRESS, StageCache, key_of, tool_versions
-from fluxc.errors import RecipeError
-from fluxc.measured import CHECKPOINT_PARTS, Origin, check_origin
-from fluxc.planned_source import Source
-from fluxc.progress import Report
-from fluxc.recipe import LoadedRecipe, Recipe
-from fluxc.recipe import StepCache as Settings
-from fluxc.stages import calibration_request, drawing_of
+from fluxc.base.cache import PROGRESS, StageCache, key_of, tool_versions
+from fluxc.base.errors import RecipeError
+from fluxc.base.measured import CHECKPOINT_PARTS, Origin, check_origin
+from fluxc.base.progress import Report
+from fluxc.build.stages import calibration_request, drawing_of
+from fluxc.quantize.source import Source
+from fluxc.recipe.load import LoadedRecipe
+from fluxc.recipe.structs import Recipe
+from fluxc.recipe.structs import StepCache as Settings
 from fluxrt import bundle as format
 
 TRACE = "trace.safetensors"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fluxc import stages
-from fluxc.cache import PROGRESS
-from fluxc.errors import BuildError, FluxError, RecipeError
-from fluxc.progress import StageProgress
-from fluxc.recipe import LoadedRecipe
+from fluxc.base.cache import PROGRESS
+from fluxc.base.errors import BuildError, FluxError, RecipeError
+from fluxc.base.progress import StageProgress
+from fluxc.build import stages
+from fluxc.recipe.load import LoadedRecipe
 from fluxc.stepcache.file import TraceFile, merge_traces, read_trace, write_trace
 from fluxc.stepcache.stages import make_trace, trace_request
 

@@ -1,0 +1,95 @@
+"""Reads safetensors files lazily: the header first, then only the bytes asked for, by memory map.
+
+The safetensors library hides byte offsets, which graphs need to point into the file, so the header is read here. Format:
+8 bytes little-endian header length, JSON header, data (https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fluxc.base.errors import CheckpointError
+
+ITEM_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+}
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor lies: dtype as safetensors names it, shape, file, byte offset from the file's start, bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    def bytes_view(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Bytes `start:stop` of the tensor as a private uint8 memory map: writing to it does not reach the file."""
+        stop = self.nbytes if stop is None else stop
+        if stop == start:
+            return np.empty(0, dtype=np.uint8)
+        return np.memmap(self.file, dtype=np.uint8, mode="c", offset=self.offset + start, shape=(stop - start,))
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """The tensors of `path` by name, in file order.
+
+    Raises CheckpointError for a file that is truncated, has gaps or overlaps, or is not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(
+                    f"{path}: truncated: {size} bytes, too short for its own header; download the file again"
+                )
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; download the checkpoint again") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file: its header is not JSON ({error})") from error
+    start = 8 + length
+    tensors = {}
+    try:
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            tensors[name] = TensorRef(name, entry["dtype"], tuple(entry["shape"]), path, start + begin, end - begin)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file: malformed header entry ({error!r})") from error
+    position = start
+    for ref in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if ref.dtype not in ITEM_BITS:
+            raise CheckpointError(f"{path}: tensor {ref.name!r} has dtype {ref.dtype}, which fluxc does not read")
+        if ref.offset != position or ref.nbytes * 8 != math.prod(ref.shape) * ITEM_BITS[ref.dtype]:
+            raise CheckpointError(f"{path}: tensor {ref.name!r} does not lie where its shape says; the file is damaged")
+        position += ref.nbytes
+    if position != size:
+        raise CheckpointError(
+            f"{path}: truncated or padded: {size} bytes, but its header describes {position}; download the file again"
+        )
+    return tensors

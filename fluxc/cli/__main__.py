@@ -1,0 +1,5 @@
+"""`python -m fluxc.cli`."""
+
+from fluxc.cli.main import main
+
+main()

@@ -1,0 +1,319 @@
+"""What `plan` prints."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fluxc.build.target_stages import check_targets, shares_of_target
+from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.cli.plan_report import (
+    lacking,
+    memory_by_component,
+    plan_as_json,
+    preset_figures,
+    presets_as_json,
+    widened_groups,
+)
+from fluxc.predict.gpus import Gpu
+from fluxc.quantize.memory import WeightsMemory
+from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
+from fluxc.quantize.source import Source, read_source
+from fluxc.recipe.load import LoadedRecipe
+from fluxc.recipe.structs import Budget, Target
+from fluxc.targets.tensorrt.library import GPUS, LIBRARIES, gpu_here, installed_version
+from fluxc.targets.visual_gen.folder import SCHEMA
+
+
+def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
+    """The precision of every layer with the rule that decided it, sizes before and after, what each target will do."""
+    source = read_source(loaded)
+    check_targets(loaded, source)
+    console = new_console()
+    recipe = loaded.recipe
+    console.print(f"{recipe.name}: {source.checkpoint.pipeline_class} from {recipe.model.source}")
+    for component, plan in source.plans.items():
+        if every_layer:
+            console.print(_layer_table(component, plan))
+        console.print(_format_table(component, plan))
+        if widened_groups(plan):
+            console.print(_widened_table(plan))
+        for sentence in lacking(loaded, component, plan):
+            console.print(sentence)
+        if getattr(recipe.precision, component).keep == "auto":
+            console.print(_auto_sentence(recipe.precision.transformer.budget))
+    console.print(_component_table(source))
+    console.print(_memory_table(memory_by_component(source)))
+    console.print(
+        "What an engine that computes in these formats holds; activations are not counted. "
+        "(FP8 cut dev's memory by over 40%, NVIDIA reports.)"
+    )
+    table = Table("target", "what it will do", title="targets", title_justify="left")
+    for target in recipe.targets:
+        table.add_row(target.name, escape(_what_it_does(target)))
+    console.print(table)
+    for target in (target for target in recipe.targets if target.ranks > 1):
+        for shares in shares_of_target(target, recipe, source):
+            console.print(f"{target.name}: {shares}")
+    sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
+    branches = "two passes a step (guidance)" if source.guidance_branches else "one pass a step"
+    console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
+    if recipe.step_cache:
+        console.print(_cache_sentence(loaded))
+
+
+def _cache_sentence(loaded: LoadedRecipe) -> str:
+    """What the recipe asks of the step cache."""
+    from fluxc.stepcache.stages import trace_request
+
+    cache = loaded.recipe.step_cache
+    assert cache is not None
+    request = trace_request(loaded)
+    height, width = request["size"]
+    asked = f"as many steps as an accumulated error of {cache.max_error} allows, of"
+    if cache.skip is not None:
+        asked = "as many steps as the knee of the curve says, of" if cache.skip == "auto" else f"{cache.skip:g} of"
+    how = "always the same" if cache.mode == "static" else "on average, decided while a picture is drawn"
+    traced = f"traced in {cache.trace}" if cache.trace else f"to be traced in {request['dtype']}"
+    prompts = f"{len(request['prompts'])} prompts at {height}x{width} {traced}"
+    return f"step cache: skips {asked} {request['steps']} steps ({how}); {prompts}"
+
+
+def _what_it_does(target: Target) -> str:
+    """A target in a sentence: engine, formats it computes in, where it is built and run."""
+    if target.is_tensorrt:
+        gpus = ", ".join(f"{c} ({GPUS[c]})" for c in target.compute_capabilities)
+        weights = (
+            "a plan for each kind of block, weights bound when it runs"
+            if target.weights == "bound"
+            else f"plans with the blocks' weights inside, built in at most {target.memory_gib:g} GiB"
+        )
+        shapes = "an optimization profile a size" if target.shapes == "profiles" else "one profile for all sizes"
+        version = installed_version(target.kind)
+        if LIBRARIES[target.kind].builds_without_gpu:
+            where = f"built and audited on this machine ({target.kind} {version})"
+            where = (
+                where if version else f"needs {target.kind} here: pip install 'fluxc[{LIBRARIES[target.kind].extra}]'"
+            )
+        elif version and gpu_here(target.compute_capabilities):
+            where = f"built and audited on this machine's GPU ({target.kind} {version})"
+        else:
+            where = "its graphs are written here; `fluxc finish` builds the plans on the GPU"
+        ranks = f"{target.ranks} GPUs (Ulysses), each of " if target.ranks > 1 else ""
+        return f"{ranks}compute capability {gpus}; {weights}; {shapes}; {where}"
+    if target.is_visual_gen:
+        counts = ", ".join(map(str, target.gpu_counts))
+        return (
+            f"a folder that TensorRT-LLM's VisualGen loads ({SCHEMA}), with settings for {counts} GPUs; checked field by field "
+            "and tensor by tensor here, run where tensorrt-llm is installed"
+        )
+    if target.device == "cuda":
+        return (
+            f"ONNX Runtime on an NVIDIA GPU of compute capability 9.0 or later; NVFP4 weights 4-bit in memory, dequantized by "
+            f"the operator that multiplies; products in {target.dtype}, the VAE in fp32; its graphs are built and checked here"
+        )
+    weights = f"NVFP4 weights {target.weights_in_memory} in memory; matrix products in fp32"
+    inputs = (
+        "activations in full precision"
+        if target.activations == "none"
+        else "inputs of quantized layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
+    )
+    where = f"in {target.ranks} processes on the CPU" if target.ranks > 1 else "on the CPU"
+    return f"ONNX Runtime {where}; {weights}; {inputs}; built and run on this machine"
+
+
+def _auto_sentence(budget: Budget | None) -> str:
+    """What `keep: auto` leaves open until the model has run."""
+    assert budget is not None
+    limit = (
+        f"at most {budget.share:.2%} of the parameters"
+        if budget.share is not None
+        else f"as few parameters as bring the velocity's error to {budget.error}"
+    )
+    return f"keep: auto chooses during the build, from measurements, {limit} to stay bf16; the tables show none kept"
+
+
+def print_plan_json(loaded: LoadedRecipe, presets: bool) -> None:
+    """The plan, or the comparison of presets, as one JSON document."""
+    source = read_source(loaded)
+    print(json.dumps(presets_as_json(source) if presets else plan_as_json(loaded, source), indent=1))
+
+
+def print_presets(loaded: LoadedRecipe) -> None:
+    """What every preset would keep of this checkpoint, beside what the recipe keeps."""
+    source = read_source(loaded)
+    console = new_console()
+    figures = preset_figures(source)
+    console.print(f"{loaded.recipe.name}: {source.checkpoint.pipeline_class} from {loaded.recipe.model.source}")
+    unit, size = _unit(figures[0].memory)
+    table = Table(
+        "preset",
+        "layers kept in bf16",
+        "share of parameters",
+        f"transformer weights, {unit}",
+        "against bf16",
+        title="presets, everything else nvfp4",
+        title_justify="left",
+    )
+    for row in figures:
+        after = row.memory.planned
+        table.add_row(
+            row.preset.name,
+            str(row.layers),
+            f"{row.share:.2%}",
+            f"{after / size:.2f}",
+            f"{row.memory.planned_change:+.1%}",
+        )
+    plan, memory = source.plans["transformer"], memory_by_component(source)["transformer"]
+    layers, parameters, _, _ = summary_by_format(plan).get("bf16", (0, 0, 0, 0))
+    share = parameters / sum(entry.parameters for entry in plan)
+    table.add_row(
+        "(this recipe)", str(layers), f"{share:.2%}", f"{memory.planned / size:.2f}", f"{memory.planned_change:+.1%}"
+    )
+    table.add_row("(all FP8)", "0", "0.00%", f"{memory.fp8 / size:.2f}", f"{memory.fp8_change:+.1%}")
+    console.print(table)
+    for row in figures:
+        console.print(f"{row.preset.name}: {row.preset.meaning}. From: {row.preset.source}.", soft_wrap=True)
+    console.print("Use one with `precision: {transformer: {default: nvfp4, preset: NAME}}`.")
+
+
+def print_prediction(loaded: LoadedRecipe | None, model: str, gpu: Gpu, counts: tuple[int, ...], as_json: bool) -> None:
+    """Predicted time and memory of the recipe's model, or of the published `model` without one, on `counts` GPUs."""
+    from fluxc.predict.report import print_scaling
+    from fluxc.predict.scaling import predict, published_model, recipe_model, scaling_as_json
+
+    subject = recipe_model(loaded, read_source(loaded)) if loaded else published_model(model)
+    scaling = predict(subject, gpu, counts)
+    if as_json:
+        print(json.dumps(scaling_as_json(scaling), indent=1))
+    else:
+        console = new_console()
+        print_scaling(console, scaling)
+        if loaded and loaded.recipe.precision.transformer.keep == "auto":
+            console.print(_auto_sentence(loaded.recipe.precision.transformer.budget))
+
+
+def _layer_table(component: str, plan: list[LayerPlan]) -> Table:
+    """Layers of the same kind, format and rule in one row, with their block numbers as ranges."""
+    table = Table(
+        "layer",
+        "out x in",
+        "format",
+        "decided by",
+        "share",
+        "bytes before",
+        "bytes after",
+        title=component,
+        title_justify="left",
+    )
+    total = sum(entry.parameters for entry in plan)
+    rows: dict[tuple[str, str, str, str], list[LayerPlan]] = {}
+    for entry in plan:
+        kind = _kind(entry.layer.name)
+        shape = f"{entry.layer.out_features} x {entry.layer.in_features}"
+        rows.setdefault((kind, shape, entry.format, entry.rule), []).append(entry)
+    for (kind, shape, format, rule), entries in rows.items():
+        name = _numbered(kind, [entry.layer.name for entry in entries])
+        before, after = sum(e.source_bytes for e in entries), sum(e.bytes_after for e in entries)
+        share = sum(e.parameters for e in entries) / total
+        table.add_row(name, shape, format, rule, f"{share:.2%}", f"{before:,}", f"{after:,}")
+    return table
+
+
+def _kind(name: str) -> str:
+    """The name with its block number replaced by {}."""
+    return re.sub(r"\.\d+\.", ".{}.", name, count=1)
+
+
+def _numbered(kind: str, names: list[str]) -> str:
+    """`kind` with the block numbers of `names` in place of {}."""
+    numbers = [int(m[1]) for name in names if (m := re.search(r"\.(\d+)\.", name)) and "{}" in kind]
+    return kind.replace("{}", _ranges(numbers)) if numbers else kind
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as '0-2,5'."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _format_table(component: str, plan: list[LayerPlan]) -> Table:
+    table = Table(
+        "format",
+        "layers",
+        "parameters",
+        "share",
+        "bytes before",
+        "bytes after",
+        title=f"{component} Linears",
+        title_justify="left",
+    )
+    total = sum(entry.parameters for entry in plan)
+    for format, (layers, parameters, before, after) in sorted(summary_by_format(plan).items()):
+        table.add_row(format, str(layers), f"{parameters:,}", f"{parameters / total:.2%}", f"{before:,}", f"{after:,}")
+    before, after = sum(entry.source_bytes for entry in plan), sum(entry.bytes_after for entry in plan)
+    table.add_row("all", str(len(plan)), f"{total:,}", "100%", f"{before:,}", f"{after:,} ({after / before - 1:+.0%})")
+    return table
+
+
+def _widened_table(plan: list[LayerPlan]) -> Table:
+    """Fusion groups that follow a rule for one of their members; those of the same kind and rule in one row."""
+    table = Table(
+        "fusion group", "follow", "decided by", title="widened to the whole fusion group", title_justify="left"
+    )
+    rows: dict[tuple[str, tuple[str, ...], str], list[str]] = {}
+    for group, (members, rule) in widened_groups(plan).items():
+        followers = tuple(member.rsplit(".", 1)[-1] for member in members)
+        rows.setdefault((_kind(group), followers, rule), []).append(group)
+    for (kind, followers, rule), groups in rows.items():
+        table.add_row(_numbered(kind, groups), ", ".join(followers), rule.removesuffix(WIDENED))
+    return table
+
+
+def _component_table(source: Source) -> Table:
+    table = Table(
+        "component", "bytes in the checkpoint", "bytes in the bundle", title="weights files", title_justify="left"
+    )
+    for name, memory in memory_by_component(source).items():
+        if name in WEIGHTS_FILE:
+            before = sum(ref.nbytes for ref in source.checkpoint.components[name].tensors.values())
+            table.add_row(name, f"{before:,}", f"{memory.planned:,}")
+    return table
+
+
+def _memory_table(components: dict[str, WeightsMemory]) -> Table:
+    """Of what a bundle stores: of the text encoder only the layers that are needed."""
+    unit, size = _unit(components["all"])
+    table = Table(
+        "component",
+        "bf16",
+        "all FP8",
+        "this plan",
+        title=f"weights in memory, {unit}, scales included",
+        title_justify="left",
+    )
+    for name, memory in components.items():
+        fp8 = f"{memory.fp8 / size:.2f} ({memory.fp8_change:+.1%})"
+        planned = f"{memory.planned / size:.2f} ({memory.planned_change:+.1%})"
+        table.add_row(name, f"{memory.bf16 / size:.2f}", fp8, planned)
+    return table
+
+
+def _unit(memory: WeightsMemory) -> tuple[str, int]:
+    """A unit that suits the weights, and its bytes."""
+    return ("GiB", 2**30) if memory.bf16 >= 2**30 else ("MiB", 2**20)
+
+
+def new_console() -> Console:
+    """Tables keep their full width when they are not shown on a terminal, so that they can be searched."""
+    console = Console()
+    return console if console.is_terminal else Console(width=180)

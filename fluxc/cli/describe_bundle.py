@@ -1,0 +1,164 @@
+"""What `inspect` and `doctor` print: a bundle, and what a machine can do with it."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from importlib import metadata
+
+from rich.markup import escape
+from rich.table import Table
+
+from fluxc.cli.describe import new_console
+from fluxc.targets.tensorrt.library import LIBRARIES, installed_version
+from fluxrt.bundle import Bundle, Engine
+from fluxrt.choose import choose, obstacle, this_machine
+
+
+def print_bundle(bundle: Bundle) -> None:
+    """The manifest in words: what was compiled, formats, targets, fidelity, sizes."""
+    manifest = bundle.manifest
+    console = new_console()
+    console.print(f"{manifest.name}: {manifest.family}, bundle format {manifest.format_version}")
+    console.print(f"from {manifest.provenance.source}, built {manifest.provenance.built_at}")
+    console.print(f"digest {manifest.digest}")
+    sampling = manifest.sampling
+    sizes = ", ".join(f"{height}x{width}" for height, width in sampling.sizes)
+    console.print(
+        f"sizes {sizes}; text {manifest.prompting.length} tokens; {sampling.steps} steps; guidance {sampling.guidance}"
+    )
+    table = Table(
+        "component", "format", "layers", "bytes before", "bytes after", title="precision", title_justify="left"
+    )
+    totals: dict[tuple[str, str], list[int]] = {}
+    for layer in manifest.precision:
+        row = totals.setdefault((layer.component, layer.format), [0, 0, 0])
+        for at, value in enumerate((1, layer.bytes_before, layer.bytes_after)):
+            row[at] += value
+    for (component, format), (layers, before, after) in totals.items():
+        table.add_row(component, format, str(layers), f"{before:,}", f"{after:,}")
+    console.print(table)
+    table = Table(
+        "target", "velocity cosine", "picture PSNR, mean", "worst", "SSIM", title="fidelity", title_justify="left"
+    )
+    for target in manifest.targets:
+        figures = manifest.fidelity.get("targets", {}).get(target.name, {"step_cosine": "not run"})
+        keys = ("step_cosine", "image_psnr_db", "image_psnr_db_worst", "image_ssim")
+        if target.name not in manifest.fidelity.get("ranks", {}):
+            table.add_row(target.name, *(str(figures.get(key, "")) for key in keys))
+    console.print(table)
+    for name, figures in manifest.fidelity.get("ranks", {}).items():
+        console.print(
+            f"{name}: {figures['ranks']} processes draw what {figures['against']} draws in one: PSNR "
+            f"{figures['image_psnr_db']} dB mean, {figures['image_psnr_db_worst']} dB worst"
+        )
+    for target in manifest.targets:
+        if target.engine:
+            console.print(_engine_table(target.name, target.engine))
+    if manifest.step_cache:
+        from fluxc.stepcache.summary import step_cache_lines
+
+        for line in step_cache_lines(manifest.step_cache):
+            console.print(line)
+        cached = manifest.fidelity.get("step_cache")
+        if cached:
+            console.print(
+                f"against every step: PSNR {cached['psnr_db']} dB mean, {cached['psnr_db_p5']} dB 5th percentile, "
+                f"{cached['psnr_db_worst']} dB worst"
+            )
+    size = sum(file.size for file in manifest.files.values())
+    tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items())
+    console.print(f"{len(manifest.files)} files, {size:,} bytes; built with {tools}")
+
+
+def _engine_table(name: str, engine: Engine) -> Table:
+    """The plans of an engine as the audit found them."""
+    built = f"{engine.library} {engine.version}" if engine.version else f"to be built by {engine.library} on the GPU"
+    title = f"{name}: {built}, compute capability {', '.join(engine.compute_capabilities)}"
+    title += f", finished on {engine.gpu} (driver {engine.driver})" if engine.gpu else ""
+    table = Table(
+        "plan",
+        "runs",
+        "GEMMs",
+        "fused attentions",
+        "all-to-alls",
+        "kernels",
+        "weights copied a run",
+        "working memory",
+        "allowed faults",
+    )
+    table.title, table.title_justify = title, "left"
+    runs = Counter(call.plan for program in engine.programs.values() for call in program.calls)
+    for plan in engine.plans:
+        found = engine.audit.get(plan)
+        if found is None:
+            table.add_row(plan, str(runs[plan]), "not built yet")
+            continue
+        gemms = ", ".join(f"{count} {format}" for format, count in found["gemms"].items())
+        figures = (
+            found["attentions"],
+            found["collectives"],
+            found["kernels"],
+            f"{found['copied_bytes']:,} bytes",
+            f"{found.get('working_bytes', 0):,} bytes",
+            "; ".join(found["faults"]),
+        )
+        table.add_row(plan, str(runs[plan]), gemms, *map(str, figures))
+    return table
+
+
+def print_targets(bundle: Bundle) -> None:
+    """Which of a bundle's targets this machine runs, which it would choose, and what stands in the others' way."""
+    machine = this_machine()
+    obstacles = {target.name: obstacle(bundle, target, machine) for target in bundle.manifest.targets}
+    able = [target for target in bundle.manifest.targets if obstacles[target.name] is None and target.gpus == 1]
+    chosen = choose(bundle, machine)[0].name if able else None
+    table = Table("target", "runs here", "why", title=f"targets of {bundle.manifest.name}", title_justify="left")
+    for name, reason in obstacles.items():
+        ready = "chosen" if name == chosen else "yes"
+        table.add_row(name, "no" if reason else ready, escape(reason or ""))
+    new_console().print(table)
+
+
+def print_doctor() -> None:
+    """What this machine can build and run, and what to install for what it cannot."""
+    console = new_console()
+    console.print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    needs: dict[str, tuple[str, ...]] = {
+        "compile": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors"),
+        "run onnxruntime targets": ("onnxruntime", "tokenizers", "numpy", "pillow"),
+    }
+    table = Table("what", "ready", "with")
+    for purpose, packages in needs.items():
+        found = {name: _version(name) for name in packages}
+        missing = [name for name, version in found.items() if version is None]
+        ready = "no" if missing else "yes"
+        detail = f"missing: {', '.join(missing)}; pip install fluxc" if missing else _listed(found)
+        table.add_row(purpose, ready, detail)
+    for library in LIBRARIES.values():
+        version = installed_version(library.kind)
+        builds = "builds plans without a GPU" if library.builds_without_gpu else "builds plans on the GPU they are for"
+        how = version or escape(f"not installed; pip install 'fluxc[{library.extra}]'")
+        table.add_row(f"build {library.kind} targets", "yes" if version else "no", f"{builds}; {how}")
+    import onnxruntime
+    import torch
+
+    providers = ", ".join(onnxruntime.get_available_providers())
+    table.add_row("ONNX Runtime providers", "", providers)
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        table.add_row("GPU", "yes", f"{torch.cuda.get_device_name()}, SM{major}{minor}; calibration runs on it")
+    else:
+        table.add_row("GPU", "no", "not needed: calibration, compiling and the onnxruntime target use the CPU")
+    console.print(table)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _listed(versions: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

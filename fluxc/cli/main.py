@@ -1,0 +1,244 @@
+"""The command line: parse, call, print. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+import fluxc
+from fluxc.base.errors import FluxError
+from fluxc.models.published import MODELS
+from fluxc.predict.gpus import GPUS
+
+BUILD_STAGES = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn a FluxError into one paragraph on stderr and its exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except FluxError as error:
+            click.echo(f"fluxc: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("fluxc: interrupted; finished stages are kept, run the command again to go on", err=True)
+            sys.exit(130)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fluxc.__version__, prog_name="fluxc")
+def main() -> None:
+    """Compile FLUX.2 checkpoints into bundles that a thin runtime draws with."""
+
+
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+set_option = click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a recipe field.")
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+@main.command()
+@recipe_argument
+@set_option
+@click.option("--out", type=click.Path(path_type=Path), help="Bundle folder (default: artifacts/NAME).")
+@click.option("--only", type=click.Choice(BUILD_STAGES), help="Stop after this stage; its result is kept for later.")
+@reports_errors
+def build(recipe: Path, changes: tuple[str, ...], out: Path | None, only: str | None) -> None:
+    """Compile RECIPE into a bundle."""
+    from fluxc.base.progress import StageProgress
+    from fluxc.build.build import build as run
+    from fluxc.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, changes)
+    folder = out or Path("artifacts") / loaded.recipe.name
+    built = run(loaded, folder, StageProgress(), None if only == "bundle" else only)
+    click.echo(f"{built}" if built else f"stage {only} is done; run without --only to make the bundle")
+
+
+@main.command()
+@recipe_argument
+@set_option
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The calibration file to write.")
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", help="Where the model runs.")
+@reports_errors
+def calibrate(recipe: Path, changes: tuple[str, ...], out: Path, device: str) -> None:
+    """Run RECIPE's model over its calibration prompts; a build elsewhere takes the file as `calibration.file`."""
+    from fluxc.base.progress import StageProgress
+    from fluxc.calibrate.summary import print_calibration
+    from fluxc.calibrate.verb import calibrate_to_file
+    from fluxc.recipe.load import load_recipe
+
+    print_calibration(calibrate_to_file(load_recipe(recipe, changes), out, device, StageProgress()))
+    click.echo(f"{out}")
+
+
+@main.command()
+@recipe_argument
+@set_option
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The trace file to write.")
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", help="Where the model runs.")
+@click.option("--part", metavar="I/N", default="1/1", help="Trace the I-th of N parts of the prompts alone.")
+@reports_errors
+def trace(recipe: Path, changes: tuple[str, ...], out: Path, device: str, part: str) -> None:
+    """Record how much every denoising step changes; a build elsewhere takes the file as `step_cache.trace`."""
+    from fluxc.base.progress import StageProgress
+    from fluxc.recipe.load import load_recipe
+    from fluxc.stepcache.summary import print_trace
+    from fluxc.stepcache.verbs import trace_to_file
+
+    number, slash, parts = part.partition("/")
+    if not (slash and number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise click.BadParameter(f"{part!r} is not I/N with I from 1 to N, for example 2/4", param_hint="--part")
+    print_trace(trace_to_file(load_recipe(recipe, changes), out, device, (int(number), int(parts)), StageProgress()))
+    click.echo(f"{out}")
+
+
+@main.command("merge-traces")
+@click.argument("traces", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The trace file to write.")
+@reports_errors
+def merge_traces(traces: tuple[Path, ...], out: Path) -> None:
+    """Put parts of a trace, made on several machines, together."""
+    from fluxc.stepcache.summary import print_trace
+    from fluxc.stepcache.verbs import merge_to_file
+
+    print_trace(merge_to_file(list(traces), out))
+    click.echo(f"{out}")
+
+
+def counts_of(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Numbers of GPUs, separated by commas, in rising order."""
+    if value is None:
+        return None
+    try:
+        counts = sorted({int(word) for word in value.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise click.BadParameter(f"{value!r} is not a list of numbers of GPUs, for example 1,2,4,8")
+    return tuple(counts)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@set_option
+@click.option("--layers/--no-layers", default=True, help="List every layer, or the summary alone.")
+@click.option("--presets", is_flag=True, help="Compare the presets on this checkpoint instead.")
+@click.option(
+    "--on", type=click.Choice(tuple(GPUS), case_sensitive=False), help="Predict time and memory on GPUs instead."
+)
+@click.option("--gpus", metavar="N,...", callback=counts_of, help="With --on: how many (default: 1,2,4,8).")
+@click.option("--model", type=click.Choice(tuple(MODELS)), help="With --on, without RECIPE: a published model (dev).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+@reports_errors
+def plan(
+    recipe: Path | None,
+    changes: tuple[str, ...],
+    layers: bool,
+    presets: bool,
+    on: str | None,
+    gpus: tuple[int, ...] | None,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Show what building RECIPE would do: precision of every layer and why, sizes, memory, targets. Writes nothing.
+
+    With --on, predict how long it would take on such GPUs; without RECIPE, how long FLUX.2-dev would.
+    """
+    from fluxc.cli.describe import print_plan, print_plan_json, print_prediction, print_presets
+    from fluxc.recipe.load import load_recipe
+
+    if recipe is None and on is None:
+        raise click.UsageError("name a RECIPE, or a GPU with --on")
+    if recipe is None and changes:
+        raise click.UsageError("--set goes with a RECIPE")
+    if presets and on:
+        raise click.UsageError("--presets and --on show different things; ask for one of them")
+    if model and (recipe or not on):
+        raise click.UsageError("--model goes with --on and without a RECIPE, which names its own model")
+    if gpus and on is None:
+        raise click.UsageError("--gpus goes with --on; a build's own is `gpus` in a target of the recipe")
+    loaded = load_recipe(recipe, changes) if recipe else None
+    if on is not None:
+        print_prediction(loaded, model or "dev", GPUS[on], gpus or (1, 2, 4, 8), as_json)
+        return
+    assert loaded is not None
+    if as_json:
+        print_plan_json(loaded, presets)
+    elif presets:
+        print_presets(loaded)
+    else:
+        print_plan(loaded, layers)
+
+
+@main.command()
+@bundle_argument
+@reports_errors
+def inspect(bundle: Path) -> None:
+    """Show what BUNDLE holds, from its manifest."""
+    from fluxc.cli.describe_bundle import print_bundle
+    from fluxrt.bundle import open_bundle
+
+    print_bundle(open_bundle(bundle))
+
+
+@main.command()
+@bundle_argument
+@click.option("--target", help="Draw with this target alone (default: with every one).")
+@reports_errors
+def verify(bundle: Path, target: str | None) -> None:
+    """Check every file's size and SHA-256, then draw a recorded picture again and compare."""
+    from fluxc.fidelity.verify import verify_bundle
+
+    for line in verify_bundle(bundle, target):
+        click.echo(line)
+
+
+@main.command()
+@bundle_argument
+@click.option("--target", help="Build this target's plans alone (default: all that are left).")
+@reports_errors
+def finish(bundle: Path, target: str | None) -> None:
+    """Build the plans of BUNDLE that need this machine's GPU, audit them, and seal the bundle again."""
+    from fluxc.targets.tensorrt.finish import finish_bundle
+
+    for line in finish_bundle(bundle, target):
+        click.echo(line)
+
+
+@main.command("export-onnx")
+@bundle_argument
+@click.option("--for", "consumer", type=click.Choice(("tensorrt",)), default="tensorrt", help="Whose operators to use.")
+@click.option("--target", help="Which TensorRT target's graphs (default: the first).")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write; it must not exist.")
+@reports_errors
+def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path) -> None:
+    """Write BUNDLE's stages as whole ONNX graphs with their weights, for trtexec and Triton; print the commands."""
+    from fluxc.targets.tensorrt.export_onnx import export_onnx as run
+    from fluxrt.bundle import open_bundle
+
+    for command in run(open_bundle(bundle), target, out):
+        click.echo(command)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@reports_errors
+def doctor(bundle: Path | None) -> None:
+    """Show what this machine can build and run, and what to install for the rest; of BUNDLE, which target it would choose."""
+    from fluxc.cli.describe_bundle import print_doctor, print_targets
+    from fluxrt.bundle import open_bundle
+
+    opened = open_bundle(bundle) if bundle else None
+    print_doctor()
+    if opened:
+        print_targets(opened)

@@ -1,0 +1,148 @@
+"""What a plan amounts to, as data: weights in memory, widened fusion groups, presets compared, and the whole as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fluxc.build.target_stages import shares_of_target
+from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.quantize.memory import WeightsMemory, weights_memory
+from fluxc.quantize.plan import LayerPlan, precision_plan, summary_by_format
+from fluxc.quantize.presets import PRESETS, Preset, absent_parts
+from fluxc.quantize.source import Source, kept_tensors
+from fluxc.recipe.load import LoadedRecipe
+from fluxc.recipe.structs import ComponentPrecision
+
+
+@dataclass(frozen=True)
+class PresetFigures:
+    """What a preset keeps in bf16 of one model when everything else is nvfp4; `share` is of the Linears' parameters."""
+
+    preset: Preset
+    layers: int
+    parameters: int
+    share: float
+    memory: WeightsMemory
+
+
+def memory_by_component(source: Source) -> dict[str, WeightsMemory]:
+    """Weights in memory of every component, and of `all` together."""
+    table = {name: _memory(source, name, source.plans.get(name, [])) for name in WEIGHTS_FILE}
+    return {**table, "all": sum(table.values(), WeightsMemory(0, 0, 0))}
+
+
+def preset_figures(source: Source) -> list[PresetFigures]:
+    """Every preset on this checkpoint, in place of the recipe's own `keep`, `rules` and `default`."""
+    figures = []
+    for preset in PRESETS.values():
+        planned = source.plans[preset.component]
+        layers = [entry.layer for entry in planned]
+        bytes_before = {entry.layer.name: entry.source_bytes for entry in planned if not entry.quantized_in_source}
+        precision = ComponentPrecision(default="nvfp4", preset=preset.name)
+        plan = precision_plan(preset.component, layers, precision, bytes_before)
+        count, parameters, _, _ = summary_by_format(plan)["bf16"]
+        share = parameters / sum(entry.parameters for entry in plan)
+        figures.append(PresetFigures(preset, count, parameters, share, _memory(source, preset.component, plan)))
+    return figures
+
+
+def widened_groups(plan: list[LayerPlan]) -> dict[str, tuple[list[str], str]]:
+    """The fusion groups a rule was widened to: group to (members that only follow, the rule)."""
+    groups: dict[str, tuple[list[str], str]] = {}
+    for entry in plan:
+        if entry.widened and entry.layer.group:
+            groups.setdefault(entry.layer.group, ([], entry.rule))[0].append(entry.layer.name)
+    return groups
+
+
+def lacking(loaded: LoadedRecipe, component: str, plan: list[LayerPlan]) -> list[str]:
+    """A sentence for each part of the component's preset that this model legitimately lacks."""
+    name = getattr(loaded.recipe.precision, component).preset
+    if name is None:
+        return []
+    layers = [entry.layer for entry in plan]
+    return [
+        f"preset {name}: {p.pattern!r} names no layer here: {p.absent}" for p in absent_parts(PRESETS[name], layers)
+    ]
+
+
+def plan_as_json(loaded: LoadedRecipe, source: Source) -> dict[str, Any]:
+    """The plan for scripts; `precision` has the fields that bundle.json gives every layer."""
+    recipe = loaded.recipe
+    return {
+        "name": recipe.name,
+        "family": source.checkpoint.pipeline_class,
+        "presets": {name: getattr(recipe.precision, name).preset for name in source.plans},
+        "precision": [_layer(entry) for plan in source.plans.values() for entry in plan],
+        "formats": {name: _formats(plan) for name, plan in source.plans.items()},
+        "widened": {
+            group: {"follow": members, "rule": rule}
+            for plan in source.plans.values()
+            for group, (members, rule) in widened_groups(plan).items()
+        },
+        "weights_bytes": {name: asdict(memory) for name, memory in memory_by_component(source).items()},
+        "targets": [target.name for target in recipe.targets],
+        "ranks": {
+            target.name: [shares.as_json() for shares in shares_of_target(target, recipe, source)]
+            for target in recipe.targets
+            if target.ranks > 1
+        },
+    }
+
+
+def presets_as_json(source: Source) -> list[dict[str, Any]]:
+    """The comparison of presets for scripts."""
+    return [
+        {
+            "name": figures.preset.name,
+            "meaning": figures.preset.meaning,
+            "source": figures.preset.source,
+            "layers": figures.layers,
+            "parameters": figures.parameters,
+            "share": figures.share,
+            "weights_bytes": asdict(figures.memory),
+        }
+        for figures in preset_figures(source)
+    ]
+
+
+def _memory(source: Source, component: str, plan: list[LayerPlan]) -> WeightsMemory:
+    tensors = kept_tensors(source, component)
+    shapes = {name: ref.shape for name, ref in tensors.items()}
+    stored = {name: ref.nbytes for name, ref in tensors.items()}
+    linears = {linear.name: linear for linear in source.linears(component)}
+    for name, layer in source.quantized.get(component, {}).items():
+        if f"{name}.weight" in tensors:
+            for part in layer.tensors:
+                del shapes[f"{name}.{part}"]
+            shapes[f"{name}.weight"] = (linears[name].out_features, linears[name].in_features)
+            stored[f"{name}.weight"] = layer.nbytes
+    return weights_memory(shapes, plan, stored)
+
+
+def _layer(entry: LayerPlan) -> dict[str, Any]:
+    return {
+        "component": entry.component,
+        "name": entry.layer.name,
+        "shape": [entry.layer.out_features, entry.layer.in_features],
+        "format": entry.format,
+        "rule": entry.rule,
+        "group": entry.layer.group,
+        "bytes_before": entry.source_bytes,
+        "bytes_after": entry.bytes_after,
+    }
+
+
+def _formats(plan: list[LayerPlan]) -> dict[str, dict[str, float]]:
+    total = sum(entry.parameters for entry in plan)
+    return {
+        format: {
+            "layers": layers,
+            "parameters": parameters,
+            "share": parameters / total,
+            "bytes_before": before,
+            "bytes_after": after,
+        }
+        for format, (layers, parameters, before, after) in sorted(summary_by_format(plan).items())
+    }

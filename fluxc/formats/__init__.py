@@ -1,0 +1,1 @@
+"""Number formats: storage and numerics, one file a format, with the compiled kernels."""

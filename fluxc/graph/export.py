@@ -1,0 +1,367 @@
+"""Traces the modules on the meta device into neutral ONNX graphs; no weight is read and none is stored.
+
+torch.export, then torch.onnx.export, then onnxscript's optimizer on a graph whose weights were made inputs first, so that
+it can neither fold nor rename them. Afterwards each Transpose + MatMul on a weight becomes one `fluxc::Linear`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from onnx import helper, numpy_helper
+
+from fluxc.base.errors import BuildError
+from fluxc.graph import LINEAR_DOMAIN, OPSET
+from fluxc.graph.modules import (
+    DoubleBlock,
+    Epilogue,
+    PartPrologue,
+    Prologue,
+    Signal,
+    SingleBlock,
+    TextLayer,
+    TextStem,
+    VaeDecoder,
+)
+from fluxc.models.flux2 import Family
+
+Input = tuple[torch.Tensor, dict[int, str] | None]
+
+
+def trace_transformer(
+    config: dict[str, Any],
+    text_length: int,
+    guidance_branches: bool,
+    dtype: torch.dtype = torch.float32,
+    part: bool = False,
+) -> dict[str, onnx.ModelProto]:
+    """The neutral graphs prologue, signal, double_block, single_block and epilogue of a Flux2Transformer2DModel in `dtype`.
+
+    With `part` they are those of a part of a picture's tokens, `text_length` text tokens among them: the prologue takes the
+    text's part as `text_share`, and `first_token` and `first_text`.
+    """
+    from diffusers import Flux2Transformer2DModel
+
+    small = {
+        **config,
+        "num_layers": min(1, config["num_layers"]),
+        "num_single_layers": min(1, config["num_single_layers"]),
+    }
+    with torch.device("meta"), _quiet():
+        model = Flux2Transformer2DModel.from_config(small).eval().to(dtype)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    channels, head_dim, features = config["in_channels"], config["attention_head_dim"], config["joint_attention_dim"]
+    branches, tokens, length = 2, 70, text_length
+    embeds = bool(config.get("guidance_embeds", True))
+
+    hidden = _meta(branches, tokens, width, dtype=dtype)
+    text_hidden = _meta(branches, length, width, dtype=dtype)
+    rope = [_meta(length + tokens, head_dim)] * 2
+    latents, scalar = _meta(1, tokens, channels), _meta()
+    both, only_tokens, only_branches = {0: "branches", 1: "tokens"}, {1: "tokens"}, {0: "branches"}
+    joined = {0: "branches", 1: f"tokens + {length}"}
+    rows = {0: f"tokens + {length}"}
+
+    prologue_inputs = {
+        "latents": (latents, only_tokens),
+        ("text_share" if part else "text"): (_meta(branches, length, features, dtype=dtype), only_branches),
+        "sigma": (scalar, None),
+        "columns": (torch.empty((), dtype=torch.int64, device="meta"), None),
+    }
+    epilogue_inputs = {
+        "latents": (latents, only_tokens),
+        "hidden": (hidden, both),
+        "residual": (_meta(branches, tokens, width), both),
+        "temb": (_meta(1, width, dtype=dtype), None),
+        "sigma": (scalar, None),
+        "next_sigma": (scalar, None),
+    }
+    if part:
+        index = torch.empty((), dtype=torch.int64, device="meta")
+        prologue_inputs |= {"first_token": (index, None), "first_text": (index, None)}
+    if embeds:
+        prologue_inputs["guidance"] = (scalar, None)
+    if guidance_branches:
+        epilogue_inputs["guidance"] = (scalar, None)
+    first = ("modulation_img", 6) if config["num_layers"] else ("modulation_single", 3)
+    signal_inputs = {
+        "hidden": (hidden, both),
+        first[0]: (_meta(1, first[1] * width, dtype=dtype), None),
+        "previous_signal": (_meta(1, tokens, width), only_tokens),
+    }
+    double_inputs = {
+        "hidden": (hidden, both),
+        "text_hidden": (text_hidden, only_branches),
+        "modulation_img": (_meta(1, 6 * width, dtype=dtype), None),
+        "modulation_txt": (_meta(1, 6 * width, dtype=dtype), None),
+        "rope_cos": (rope[0], rows),
+        "rope_sin": (rope[1], rows),
+    }
+    single_inputs = {
+        "joined": (_meta(branches, length + tokens, width, dtype=dtype), joined),
+        "modulation_single": (_meta(1, 3 * width, dtype=dtype), None),
+        "rope_cos": (rope[0], rows),
+        "rope_sin": (rope[1], rows),
+    }
+    graphs = {
+        "prologue": trace(
+            (PartPrologue if part else Prologue)(model),
+            prologue_inputs,
+            (
+                "hidden",
+                "text_hidden",
+                "temb",
+                "modulation_img",
+                "modulation_txt",
+                "modulation_single",
+                "rope_cos",
+                "rope_sin",
+            ),
+        ),
+        "signal": trace(Signal(model.config.eps), signal_inputs, ("signal", "change")),
+        "epilogue": trace(Epilogue(model, guidance_branches), epilogue_inputs, ("next_latents",)),
+    }
+    if config["num_layers"]:
+        double = DoubleBlock(model.transformer_blocks[0])
+        graphs["double_block"] = trace(double, double_inputs, ("hidden_out", "text_hidden_out"), strip="block.")
+    if config["num_single_layers"]:
+        single = SingleBlock(model.single_transformer_blocks[0])
+        graphs["single_block"] = trace(single, single_inputs, ("joined_out",), strip="block.")
+    return graphs
+
+
+def trace_text_encoder(
+    config: dict[str, Any], text_length: int, family: Family, dtype: torch.dtype = torch.float32
+) -> dict[str, onnx.ModelProto]:
+    """The neutral graphs `text_stem` (embedding, mask, rotary tables) and `text_layer` (one decoder layer) in `dtype`."""
+    import transformers
+
+    model_class = getattr(transformers, family.text_encoder_class)
+    small = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    small |= {"num_hidden_layers": 1, "attn_implementation": "sdpa"}
+    if small.get("layer_types"):
+        small["layer_types"] = small["layer_types"][:1]
+    with torch.device("meta"), _quiet():
+        model = model_class(model_class.config_class.from_dict(small)).model.eval().to(dtype)
+    # transformers computes the rotary frequencies when a model is made; on the meta device they have no values.
+    rotary = type(model.rotary_emb)(model.config)
+    constants = {f"model.rotary_emb.{name}": value for name, value in rotary.named_buffers()}
+    tokens = torch.empty(2, text_length, dtype=torch.int64, device="meta")
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    branches = {0: "branches"}
+    stem_inputs: dict[str, Input] = {"input_ids": (tokens, branches), "attention_mask": (tokens, branches)}
+    layer_inputs: dict[str, Input] = {
+        "hidden": (_meta(2, text_length, config["hidden_size"], dtype=dtype), branches),
+        "attends": (torch.empty(2, 1, text_length, text_length, dtype=torch.bool, device="meta"), branches),
+        "cos": (_meta(1, text_length, head_dim, dtype=dtype), None),
+        "sin": (_meta(1, text_length, head_dim, dtype=dtype), None),
+    }
+    return {
+        "text_stem": trace(
+            TextStem(model), stem_inputs, ("hidden", "attends", "rotary_cos", "rotary_sin"), constants=constants
+        ),
+        "text_layer": trace(TextLayer(model.layers[0]), layer_inputs, ("hidden_out",), strip="layer."),
+    }
+
+
+def trace_vae_decoder(
+    config: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]:
+    """The neutral graph `vae_decoder` in `dtype`, and every tensor (name to shape) the whole VAE's checkpoint must hold."""
+    from diffusers import AutoencoderKLFlux2
+
+    with torch.device("meta"), _quiet():
+        vae = AutoencoderKLFlux2.from_config(config).eval().to(dtype)
+    expected = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
+    inputs = {"latent_grid": (_meta(1, 6, 10, config["latent_channels"] * 4), {1: "rows", 2: "columns"})}
+    return trace(VaeDecoder(vae), inputs, ("image",)), expected
+
+
+def trace(
+    module: torch.nn.Module,
+    inputs: Mapping[str, Input],
+    outputs: tuple[str, ...],
+    strip: str = "",
+    constants: dict[str, torch.Tensor] | None = None,
+) -> onnx.ModelProto:
+    """Trace `module` on meta tensors into a neutral graph.
+
+    `inputs` gives each argument an example and the names of its dynamic dimensions; `strip` is taken off the front of
+    weight names; `constants` holds the values of the buffers no checkpoint stores, by buffer name.
+    The result's graph inputs are the arguments, then every weight under its tensor name.
+    """
+    from onnxscript import optimizer
+
+    # torch.export takes one tensor given for two arguments as one argument used twice, without a word.
+    examples = tuple(torch.empty_like(example) for example, _ in inputs.values())
+    auto = torch.export.Dim.AUTO
+    dynamic = tuple(dict.fromkeys(dims, auto) if dims else None for _, dims in inputs.values())
+    with torch.no_grad(), _quiet():
+        exported = torch.export.export(module, examples, dynamic_shapes=dynamic, strict=False)
+        program = torch.onnx.export(
+            exported,
+            args=(),
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=list(outputs),
+        )
+    assert program is not None
+    ir_model = program.model
+    for name, value in list(ir_model.graph.initializers.items()):
+        if name in exported.state_dict:
+            value.const_value = None
+            ir_model.graph.inputs.append(value)
+            ir_model.graph.initializers.pop(name)
+        elif constants and name in constants:
+            value.const_value = onnx_ir.tensor(constants[name].numpy(), name=name)
+    with _quiet():
+        optimizer.optimize(ir_model)
+    model = onnx_ir.to_proto(ir_model)
+    _check(model, tuple(inputs), outputs)
+    _name_dimensions(model, inputs)
+    return _neutral(model, tuple(inputs), outputs, strip)
+
+
+def _name_dimensions(model: onnx.ModelProto, inputs: Mapping[str, Input]) -> None:
+    """Give the exporter's symbols (s5, s89) the names the caller chose for those dimensions."""
+    names: dict[str, str] = {}
+    for value in model.graph.input:
+        for at, name in (inputs[value.name][1] or {}).items() if value.name in inputs else ():
+            names[value.type.tensor_type.shape.dim[at].dim_param] = name
+    for value in (*model.graph.input, *model.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in names:
+                dimension.dim_param = names[dimension.dim_param]
+            elif dimension.dim_param:
+                dimension.dim_param = re.sub(r"s\d+", lambda m: names.get(m[0], m[0]), dimension.dim_param)
+
+
+def _check(model: onnx.ModelProto, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    names = [value.name for value in model.graph.input]
+    if tuple(names[: len(inputs)]) != inputs or tuple(v.name for v in model.graph.output) != outputs:
+        raise BuildError(f"the exporter renamed a graph's ports: {names[: len(inputs)]}; this torch is not supported")
+    if any("Sequence" in node.op_type for node in model.graph.node):
+        raise BuildError(
+            "the exporter left sequence operators, which TensorRT refuses; this onnxscript is not supported"
+        )
+
+
+def _neutral(model: onnx.ModelProto, inputs: tuple[str, ...], outputs: tuple[str, ...], strip: str) -> onnx.ModelProto:
+    """Fold Transpose + MatMul on weights into fluxc::Linear, number the values, drop what could differ between machines."""
+    graph = model.graph
+    weights = {value.name: value for value in graph.input if value.name not in inputs}
+    transposed = {}
+    for node in graph.node:
+        if node.op_type == "Transpose" and node.input[0] in weights:
+            transposed[node.output[0]] = node.input[0]
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Transpose" and node.output[0] in transposed:
+            continue
+        if node.op_type == "MatMul" and node.input[1] in transposed:
+            node = _linear(node.input[0], transposed[node.input[1]], node.output[0])
+        elif node.op_type == "Gemm" and node.input[1] in weights and _is_plain_linear(node):
+            node = _linear(node.input[0], node.input[1], node.output[0])
+        nodes.append(node)
+    used = {name for node in nodes for name in node.input}
+    unread = [name for name in inputs if name not in used]
+    if unread:
+        raise BuildError(f"the exporter left inputs unread: {', '.join(unread)}; this torch is not supported")
+    stray = used.intersection(transposed)
+    if stray:
+        raise BuildError(f"a transposed weight is used outside a Linear: {sorted(stray)}; this torch is not supported")
+
+    names: dict[str, str] = {name: name for name in (*inputs, *outputs)}
+    names |= {name: name.removeprefix(strip) for name in weights}
+    for initializer in graph.initializer:
+        names.setdefault(initializer.name, f"c{len(names)}")
+    for node in nodes:
+        for output in node.output:
+            if output and output not in names:
+                names[output] = f"v{len(names)}"
+    clean = onnx.GraphProto(name="fluxc")
+    for value in graph.input:
+        if value.name in inputs or value.name in used:
+            kept = clean.input.add()
+            kept.CopyFrom(value)
+            kept.name = names[value.name]
+            del kept.metadata_props[:]
+    for value in graph.output:
+        kept = clean.output.add()
+        kept.CopyFrom(value)
+        del kept.metadata_props[:]
+    for initializer in graph.initializer:
+        if initializer.name in used or initializer.name in outputs:
+            clean.initializer.append(
+                numpy_helper.from_array(numpy_helper.to_array(initializer), names[initializer.name])
+            )
+    for node in nodes:
+        kept_node = clean.node.add()
+        kept_node.CopyFrom(node)
+        kept_node.name = ""
+        kept_node.doc_string = ""
+        del kept_node.metadata_props[:]
+        del kept_node.input[:]
+        kept_node.input.extend(names[name] if name else "" for name in node.input)
+        del kept_node.output[:]
+        kept_node.output.extend(names[name] if name else "" for name in node.output)
+    return make_model(clean)
+
+
+def _linear(x: str, weight: str, output: str) -> onnx.NodeProto:
+    return helper.make_node("Linear", [x, weight], [output], domain=LINEAR_DOMAIN)
+
+
+def _is_plain_linear(node: onnx.NodeProto) -> bool:
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    plain = {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}
+    without_bias = len([name for name in node.input if name]) == 2
+    return without_bias and all(attributes.get(k, {"alpha": 1.0, "beta": 1.0}.get(k, 0)) == v for k, v in plain.items())
+
+
+def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
+    """A model around `graph` with fixed opsets and IR version, and no trace of the machine."""
+    return helper.make_model(
+        graph,
+        opset_imports=[
+            helper.make_opsetid("", OPSET),
+            helper.make_opsetid("com.microsoft", 1),
+            helper.make_opsetid(LINEAR_DOMAIN, 1),
+        ],
+        ir_version=11,
+        producer_name="fluxc",
+    )
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters log and warn about matters of their own (torchvision missing, deprecations); users cannot act on them."""
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir", "diffusers", "transformers")
+    ]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

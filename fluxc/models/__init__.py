@@ -1,0 +1,1 @@
+"""Networks by their configs alone: tensors, Linears, blocks, fusion groups; no torch."""

@@ -1,0 +1,147 @@
+"""The source of a build: an opened and checked checkpoint, what family it is, and the plan for its Linears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fluxc.base.errors import RecipeError
+from fluxc.base.safetensors import TensorRef
+from fluxc.checkpoint.quantized import SourceLayer, as_stored, quantized_layers
+from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint
+from fluxc.models.flux2 import (
+    Family,
+    Linear,
+    check_sizes,
+    family_of,
+    kept_text_layers,
+    text_linears,
+    text_tensors,
+    transformer_linears,
+    transformer_tensors,
+    uses_guidance_branches,
+)
+from fluxc.quantize.plan import LayerPlan, precision_plan, to_quantize
+from fluxc.recipe.load import LoadedRecipe
+from fluxc.recipe.structs import ComponentPrecision, Recipe
+
+UNUSED = {
+    "vae": ("encoder.", "quant_conv.", "bn.num_batches_tracked"),
+    "text_encoder": ("model.norm.",),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint, what family it is, and the plan for its Linears."""
+
+    checkpoint: Checkpoint
+    family: Family
+    guidance_branches: bool
+    text_layers_kept: int
+    plans: dict[str, list[LayerPlan]]
+    quantized: dict[str, dict[str, SourceLayer]]
+    """By component, the layers that the checkpoint holds quantized already."""
+
+    def linears(self, component: str) -> list[Linear]:
+        """Every Linear that the checkpoint has of `component`."""
+        config = self.checkpoint.components[component].config
+        if component == "text_encoder":
+            return text_linears(config, config["num_hidden_layers"])
+        return transformer_linears(config) if component == "transformer" else []
+
+    def stored_plan(self, component: str) -> list[LayerPlan]:
+        """The plan of every Linear that a bundle stores: of the text encoder, also those of the layer that is never run."""
+        plan = self.plans.get(component, [])
+        if component != "text_encoder":
+            return plan
+        stored = text_linears(self.checkpoint.components[component].config, self.text_layers_kept)
+        return plan + precision_plan(
+            component, stored[len(plan) :], ComponentPrecision(), in_source=self.quantized[component]
+        )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether there is a layer that a build quantizes itself, for which its inputs must have been measured."""
+        return any(to_quantize(plan) for plan in self.plans.values())
+
+    @property
+    def unused(self) -> dict[str, tuple[str, ...]]:
+        """Name prefixes of tensors that no graph needs, by component."""
+        extra = f"model.layers.{self.text_layers_kept - 1}."
+        return {**UNUSED, "text_encoder": (*UNUSED["text_encoder"], extra)}
+
+
+def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
+    """Open and check the checkpoint, and resolve the precision of every Linear. Reads headers and configs only.
+
+    The folder `exported`, a transformer as modelopt exported it, is taken in place of the checkpoint's own.
+    """
+    recipe = loaded.recipe
+    checkpoint = open_checkpoint(recipe.model.source, recipe.model.revision, loaded.folder)
+    if exported is not None:
+        replaced = replace(checkpoint.components["transformer"], folder=exported)
+        checkpoint = replace(checkpoint, components={**checkpoint.components, "transformer": replaced})
+    family = family_of(checkpoint)
+    transformer, encoder = checkpoint.components["transformer"], checkpoint.components["text_encoder"]
+    text_layers = encoder.config["num_hidden_layers"]
+    quantized = {
+        "transformer": quantized_layers(transformer, transformer_linears(transformer.config)),
+        "text_encoder": quantized_layers(encoder, text_linears(encoder.config, text_layers)),
+    }
+    check_tensors(transformer, as_stored(transformer_tensors(transformer.config), quantized["transformer"]))
+    kept = kept_text_layers(family, encoder.config)
+    every_layer = as_stored(text_tensors(encoder.config, text_layers), quantized["text_encoder"])
+    check_tensors(encoder, every_layer, ignored=("lm_head.",))
+    check_sizes(checkpoint, recipe.sizes)
+    layers: dict[str, list[Linear]] = {
+        "transformer": transformer_linears(transformer.config),
+        "text_encoder": text_linears(encoder.config, family.text_layers[-1]),
+    }
+    plans = {name: _plan(recipe, checkpoint, name, linears, quantized[name]) for name, linears in layers.items()}
+    if recipe.precision.transformer.keep == "auto" and not to_quantize(plans["transformer"]):
+        raise RecipeError(
+            "precision.transformer.keep: auto has nothing to choose from: no layer of the transformer would be quantized; "
+            "set `default: nvfp4`, or leave keep and budget out"
+        )
+    return Source(checkpoint, family, uses_guidance_branches(checkpoint), kept, plans, quantized)
+
+
+def _plan(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    component: str,
+    layers: list[Linear],
+    in_source: Mapping[str, SourceLayer],
+    auto: dict[str, str] | None = None,
+) -> list[LayerPlan]:
+    tensors = checkpoint.components[component].tensors
+    source_bytes = {layer.name: tensors[f"{layer.name}.weight"].nbytes for layer in layers}
+    return precision_plan(component, layers, getattr(recipe.precision, component), source_bytes, auto, in_source)
+
+
+def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
+    """The tensors a bundle stores of `component`: all, but of the text encoder only the layers that are needed."""
+    part = source.checkpoint.components[component]
+    quantized = source.quantized.get(component, {})
+    if component != "text_encoder":
+        return part.tensors
+    return {
+        name: part.tensors[name] for name in as_stored(text_tensors(part.config, source.text_layers_kept), quantized)
+    }
+
+
+def with_auto(loaded: LoadedRecipe, source: Source, ranking: list[dict[str, Any]]) -> Source:
+    """`source` with the transformer's plan as `keep: auto` decided it; `ranking` as sensitivity.measure gives it."""
+    chosen = {
+        layer: f"rank {rank}, error alone {group['error_alone']}"
+        for rank, group in enumerate(ranking, start=1)
+        for layer in group["layers"]
+        if group["kept"]
+    }
+    layers = [entry.layer for entry in source.plans["transformer"]]
+    in_source = source.quantized["transformer"]
+    plan = _plan(loaded.recipe, source.checkpoint, "transformer", layers, in_source, chosen)
+    return replace(source, plans={**source.plans, "transformer": plan})

@@ -1,0 +1,1 @@
+"""The recipe: structs, loading, errors that name the field."""

@@ -1,0 +1,149 @@
+"""What a recipe's values must be, whatever the checkpoint: each refusal names the field and the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from fluxc.base.errors import RecipeError
+from fluxc.quantize.presets import find_preset
+from fluxc.recipe.structs import LAGS, LEAST_STEPS, Recipe, Target, most_skipped
+
+
+def check_values(recipe: Recipe, path: Path) -> None:
+    """Raise RecipeError at the first value that is not possible."""
+
+    def refuse(field: str, why: str) -> None:
+        raise RecipeError(f"{path}: {field}: {why}")
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.name):
+        refuse("name", f"{recipe.name!r} becomes a folder name; use letters, digits, '.', '_' and '-'")
+    if not recipe.sizes:
+        refuse("sizes", "give at least one [height, width]")
+    if len(set(recipe.sizes)) != len(recipe.sizes):
+        refuse("sizes", "a size appears twice")
+    if recipe.calibration.size and recipe.calibration.size not in recipe.sizes:
+        refuse("calibration.size", f"{list(recipe.calibration.size)} is not one of sizes")
+    if not 0 < recipe.calibration.percentile <= 100:
+        refuse("calibration.percentile", f"must be more than 0 and at most 100, got {recipe.calibration.percentile}")
+    if recipe.calibration.engine == "fluxc" and recipe.calibration.algorithm != "max":
+        refuse(
+            "calibration.algorithm", f"{recipe.calibration.algorithm!r} is modelopt's; set calibration.engine: modelopt"
+        )
+    if recipe.text.length < 1:
+        refuse("text.length", f"must be at least 1, got {recipe.text.length}")
+    for field, steps in (("sampling.steps", recipe.sampling.steps), ("calibration.steps", recipe.calibration.steps)):
+        if steps is not None and steps < 1:
+            refuse(field, f"must be at least 1, got {steps}")
+    for component in ("transformer", "text_encoder"):
+        preset = getattr(recipe.precision, component).preset
+        if preset is not None:
+            find_preset(preset, component, f"{path}: precision.{component}.preset")
+    text, transformer = recipe.precision.text_encoder, recipe.precision.transformer
+    if text.keep == "auto" or text.budget:
+        refuse("precision.text_encoder.keep", "auto measures the transformer; list the text encoder's layers to keep")
+    if transformer.keep == "auto" and recipe.calibration.engine == "modelopt":
+        refuse(
+            "precision.transformer.keep",
+            "auto measures fluxc's own quantizer; with calibration.engine: modelopt, list the layers",
+        )
+    budget = transformer.budget
+    if (transformer.keep == "auto") != (budget is not None):
+        refuse("precision.transformer.budget", "goes with `keep: auto`, which needs it: {share: 0.03} or {error: 0.05}")
+    if budget is not None:
+        given = [value for value in (budget.share, budget.error) if value is not None]
+        if len(given) != 1 or not 0 < given[0] < 1:
+            refuse("precision.transformer.budget", "give either share or error, more than 0 and less than 1")
+    if recipe.weights.shard_gib is not None and not recipe.weights.shard_gib > 0:
+        refuse("weights.shard_gib", f"must be positive, got {recipe.weights.shard_gib}")
+    if recipe.step_cache:
+        _check_step_cache(recipe, refuse)
+    elif recipe.gates.step_cache_psnr_db is not None:
+        refuse("gates.step_cache_psnr_db", "there is no step_cache in this recipe")
+    if not recipe.targets:
+        refuse("targets", "give at least one, for example {kind: onnxruntime}")
+    for at, target in enumerate(recipe.targets):
+        _check_target(target, f"targets[{at}]", refuse)
+    names = [target.name for target in recipe.targets]
+    for at, target in enumerate(recipe.targets):
+        if target.is_for_processes and target.in_one.name not in names:
+            refuse(
+                f"targets[{at}]",
+                f"what {target.ranks} processes draw is held against what one draws; add the same target without gpus",
+            )
+    for name in names:
+        if names.count(name) > 1:
+            refuse("targets", f"{name!r} appears twice")
+
+
+def _check_step_cache(recipe: Recipe, refuse: Callable[[str, str], None]) -> None:
+    cache, steps = recipe.step_cache, recipe.sampling.steps
+    assert cache is not None
+    if cache.skip is not None and cache.max_error is not None:
+        refuse("step_cache", "give either skip or max_error")
+    if isinstance(cache.skip, float) and not cache.skip > 0:
+        refuse(
+            "step_cache.skip", f"must be more than 0, got {cache.skip:g}; leave step_cache out to compute every step"
+        )
+    if cache.max_error is not None and not cache.max_error > 0:
+        refuse("step_cache.max_error", f"must be more than 0, got {cache.max_error:g}")
+    if not 1 <= cache.degree <= 5:
+        refuse("step_cache.degree", f"must be 1 to 5, got {cache.degree}")
+    for field, least in (("first", 1), ("last", 0), ("longest_run", 1)):
+        if getattr(cache, field) < least:
+            refuse(f"step_cache.{field}", f"must be at least {least}, got {getattr(cache, field)}")
+    if cache.longest_run > LAGS:
+        refuse(
+            "step_cache.longest_run", f"at most {LAGS}, which is how far back a trace looks, got {cache.longest_run}"
+        )
+    if steps < LEAST_STEPS:
+        refuse(
+            "step_cache",
+            f"{steps} steps are too few to skip any (at least {LEAST_STEPS}): a model distilled to so few has none that "
+            "resemble each other; leave step_cache out, or raise sampling.steps",
+        )
+    most = most_skipped(steps, cache.first, cache.last, cache.longest_run)
+    wanted = [("skip", cache.skip)] if isinstance(cache.skip, float) else []
+    wanted += [("frontier", max(cache.frontier))] if cache.frontier and cache.frontier != "auto" else []
+    for field, count in wanted:
+        if count > most:
+            refuse(
+                f"step_cache.{field}",
+                f"{count:g} of {steps} steps cannot be skipped; at most {most} can, see longest_run",
+            )
+    if cache.frontier != "auto" and any(count < 1 for count in cache.frontier):
+        refuse("step_cache.frontier", "lists numbers of skipped steps, 1 or more")
+
+
+def _check_target(target: Target, field: str, refuse: Callable[[str, str], None]) -> None:
+    only = {
+        "onnxruntime": ("activations", "weights_in_memory", "device", "dtype"),
+        "tensorrt": ("compute_capabilities", "weights", "memory_gib", "shapes", "allow"),
+    }
+    own = "tensorrt" if target.is_tensorrt else target.kind
+    for option in (option for kind, options in only.items() if kind != own for option in options):
+        if getattr(target, option) != getattr(Target(target.kind), option):
+            refuse(f"{field}.{option}", f"a target of kind {target.kind} has no such option")
+    for option, needed in (("activations", "cpu"), ("weights_in_memory", "cpu"), ("dtype", "cuda")):
+        plain = Target("onnxruntime")
+        if (
+            target.kind == "onnxruntime"
+            and target.device != needed
+            and getattr(target, option) != getattr(plain, option)
+        ):
+            refuse(f"{field}.{option}", f"goes with device: {needed}")
+    if not target.gpu_counts or min(target.gpu_counts) < 1:
+        refuse(f"{field}.gpus", f"must be at least 1, got {target.gpus}")
+    if len(set(target.gpu_counts)) != len(target.gpu_counts):
+        refuse(f"{field}.gpus", "one appears twice")
+    if not target.is_visual_gen and not isinstance(target.gpus, int):
+        refuse(f"{field}.gpus", f"a target of kind {target.kind} takes one number; make a target of each")
+    if target.ranks > 1 and target.kind == "onnxruntime" and target.device == "cuda":
+        refuse(
+            f"{field}.gpus", "ONNX Runtime has no collectives for device: cuda; use a tensorrt target, or device: cpu"
+        )
+    if len(set(target.compute_capabilities)) != len(target.compute_capabilities):
+        refuse(f"{field}.compute_capabilities", "one appears twice")
+    if not target.memory_gib > 1:
+        refuse(f"{field}.memory_gib", f"must be more than 1, which the library itself takes, got {target.memory_gib}")

@@ -1,0 +1,121 @@
+"""The `onnxruntime` target: five graphs in standard and com.microsoft operators, bound to the components' weights files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from fluxc.base.errors import BuildError
+from fluxc.base.safetensors import TensorRef
+from fluxc.graph.bind import argument_names, bind
+from fluxc.quantize.plan import LayerPlan
+from fluxc.recipe.structs import Target
+from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
+from fluxc.targets.onnxruntime.lower import lower
+from fluxc.targets.unused import check_no_stray
+from fluxrt.bundle import Graph, Port
+
+COMPONENT_OF = {
+    "text_encoder": "text_encoder",
+    "prologue": "transformer",
+    "signal": "transformer",
+    "body": "transformer",
+    "epilogue": "transformer",
+    "vae_decoder": "vae",
+}
+DTYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.INT64: "int64",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.FLOAT16: "float16",
+}
+PRECISIONS = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
+
+
+@dataclass(frozen=True)
+class BuiltGraph:
+    """A graph file's bytes-to-be and its manifest entry."""
+
+    model: onnx.ModelProto
+    entry: Graph
+
+
+def build_graphs(
+    neutral: dict[str, onnx.ModelProto],
+    weights: dict[str, dict[str, TensorRef]],
+    entries: dict[str, str],
+    plans: dict[str, list[LayerPlan]],
+    target: Target,
+    unused: dict[str, tuple[str, ...]],
+) -> dict[str, BuiltGraph]:
+    """Lower and bind the graphs; those named "body-N" are pieces of the body.
+
+    `weights` describes each component's written tensors, `entries` names its weights file or index, `unused` the name
+    prefixes no graph needs. Raises BuildError naming tensors that no graph uses, so that nothing is dropped in silence.
+    """
+    built, bound = {}, {component: set[str]() for component in weights}
+    for name, model in neutral.items():
+        component, arguments = COMPONENT_OF[name.partition("-")[0]], argument_names(model)
+        stored = {tensor: ref.dtype for tensor, ref in weights[component].items()}
+        planned = {entry.layer.name: entry for entry in plans.get(component, [])}
+        # The VAE stays in fp32: the CUDA provider has no bf16 kernel for Resize.
+        dtype = PRECISIONS[target.dtype] if target.is_for_gpu and component != "vae" else TensorProto.FLOAT
+        lowered = lower(model, arguments, stored, planned, target.activations, target.weights_in_memory, dtype)
+        bound[component] |= bind(lowered, arguments, weights[component])
+        entry = Graph(
+            file=f"{component}/{name}.onnx",
+            weights=f"{component}/{entries[component]}",
+            inputs=tuple(port_of(value) for value in lowered.graph.input),
+            outputs=tuple(port_of(value) for value in lowered.graph.output),
+        )
+        if target.is_for_gpu:
+            check_kernels(name, lowered)
+        built[name] = BuiltGraph(lowered, entry)
+    for component, tensors in weights.items():
+        ignored = unused.get(component, ())
+        spare = _spare_input_scales(plans.get(component, []), bound[component], target.activations)
+        check_no_stray(component, [t for t in tensors if t not in bound[component] and t not in spare], ignored)
+    return built
+
+
+def _spare_input_scales(plan: list[LayerPlan], bound: set[str], activations: str) -> set[str]:
+    """The input scales a graph rightly leaves alone: all of them when activations are not rounded, else those of fusion
+    group members whose common input is rounded with another member's, equal, scale."""
+    scales = {f"{entry.layer.name}.input_scale": entry.layer.group for entry in plan}
+    if activations == "none":
+        return set(scales)
+    rounded = {group for name, group in scales.items() if group and name in bound}
+    return {name for name, group in scales.items() if group in rounded}
+
+
+def check_loads(folder: Path, files: list[str], for_gpu: bool = False) -> None:
+    """Make a session of every graph; BuildError with ONNX Runtime's own words if one does not load.
+
+    A graph for a GPU is loaded, typed and checked against every operator's schema here too; that the CPU has no kernel for
+    it is how far it can come.
+    """
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for file in files:
+        try:
+            onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+        except NoKernel as error:
+            if not for_gpu:
+                raise BuildError(
+                    f"{file}: ONNX Runtime {onnxruntime.__version__} has no kernel for it: {error}"
+                ) from error
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise BuildError(f"{file}: ONNX Runtime {onnxruntime.__version__} does not load it: {error}") from error
+
+
+def port_of(value: onnx.ValueInfoProto) -> Port:
+    """A graph's input or output as the manifest has it."""
+    tensor = value.type.tensor_type
+    shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+    return Port(value.name, DTYPES[tensor.elem_type], shape)

@@ -1,0 +1,112 @@
+"""Which pictures and models a number of ranks can divide among themselves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fluxc.base.errors import RecipeError
+from fluxrt.share import Share
+
+MOST_GPUS = 64
+
+
+def undivided(gpus: int, heads: int, text_tokens: int, image_tokens: dict[tuple[int, int], int]) -> list[str]:
+    """What so many GPUs cannot share equally, in words; `image_tokens` by size (height, width)."""
+    counted = {"attention heads": heads, "text tokens": text_tokens}
+    counted |= {f"image tokens of {height}x{width}": count for (height, width), count in image_tokens.items()}
+    return [f"the {count} {what}" for what, count in counted.items() if count % gpus]
+
+
+def check_sharding(
+    field: str,
+    gpus: int,
+    config: dict[str, Any],
+    text_length: int,
+    tokens: dict[tuple[int, int], int],
+    is_tensorrt: bool,
+) -> None:
+    """Refuse a target that cannot be sharded for `gpus`, saying what could be.
+
+    `config` is the transformer's, `tokens` the number of image tokens of every size. A CPU target fills those up; TensorRT
+    needs equal shares, and two heads on each GPU: TensorRT-RTX 1.7.1 has no kernel for a sharded attention of one.
+    """
+    heads = config["num_attention_heads"]
+
+    def faults(number: int) -> list[str]:
+        shared = undivided(number, heads, text_length, tokens if is_tensorrt else {})
+        found = [f"{what} cannot be shared equally" for what in shared]
+        if is_tensorrt and heads == number:
+            found.append(
+                f"of {heads} attention heads each would have one, which TensorRT does not compute in one kernel"
+            )
+        return found
+
+    if faults(gpus):
+        works = [number for number in range(1, MOST_GPUS + 1) if number == 1 or not faults(number)]
+        raise RecipeError(
+            f"{field}: among {gpus} GPUs {', '.join(faults(gpus))}; it can be sharded for "
+            f"{', '.join(map(str, works))}, or take other sizes"
+        )
+
+
+def needs_padding(gpus: int, tokens: list[int]) -> bool:
+    """Whether pictures of so many tokens must be filled up for `gpus` to hold equal shares."""
+    return any(count % gpus for count in tokens)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What each of `ranks` GPUs holds of a picture of one size, and what a step makes it exchange.
+
+    `fill` image tokens only fill up the last ranks' shares. `exchanged_bytes` is what a rank gives to all-to-alls a step, with
+    all guidance branches; a share of 1/ranks of it stays where it is.
+    """
+
+    ranks: int
+    size: tuple[int, int]
+    heads: int
+    text_tokens: int
+    image_tokens: int
+    fill: int
+    exchanged_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        height, width = self.size
+        fill = f" ({self.fill} of the picture's fill up)" if self.fill else ""
+        return (
+            f"{height}x{width} on {self.ranks} ranks: each {self.heads} heads, {self.text_tokens} text and {self.image_tokens} "
+            f"image tokens{fill}; a step exchanges {self.exchanged_bytes / 2**20:,.2f} MiB a rank, "
+            f"{(self.ranks - 1) / self.ranks:.0%} of it with others"
+        )
+
+
+def shares_of(
+    ranks: int,
+    size: tuple[int, int],
+    tokens: int,
+    config: dict[str, Any],
+    text_length: int,
+    branches: int,
+    itemsize: int,
+) -> Shares:
+    """The shares of a picture of `tokens` image tokens; activations are exchanged in `itemsize` bytes.
+
+    In each block queries, keys and values are exchanged before attention and its output after it: four activations of the
+    model's width.
+    """
+    share = Share(0, ranks, tokens, text_length // ranks)
+    blocks = config["num_layers"] + config["num_single_layers"]
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return Shares(
+        ranks=ranks,
+        size=size,
+        heads=config["num_attention_heads"] // ranks,
+        text_tokens=share.text_tokens,
+        image_tokens=share.tokens,
+        fill=ranks * share.tokens - tokens,
+        exchanged_bytes=blocks * 4 * branches * (share.tokens + share.text_tokens) * width * itemsize,
+    )

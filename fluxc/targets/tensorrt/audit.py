@@ -1,0 +1,181 @@
+"""Checks that a plan computes as the precision plan says, by reading the program the compiler put into it.
+
+1. Every Linear planned nvfp4 is a GEMM of two fp4_e2m1 operands, fp8 one of two fp8_e4m3 operands; every bf16 one is there.
+2. Every fusion group is one GEMM.
+3. Every attention is one fused kernel.
+4. The plan runs on the GPUs it was asked for and on no others, and it can be captured in a CUDA graph.
+5. Of bound weights, a run copies block scales and vectors only, never a quantized or a Linear's weight.
+6. Every collective is there, of the kind and among as many ranks as asked for. TensorRT has been reported to forget the number
+   of ranks when a plain attention follows; such a plan loads, and its collectives do nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from fluxc.targets.tensorrt.program import Kernel, Program, Tensor, read_programs
+
+OPERAND = {"nvfp4": "fp4_e2m1", "fp8": "fp8_e4m3"}
+GEMM_KINDS = ("fully_connected",)
+ALL_TO_ALL = "comm_alltoall"
+_APPENDED = re.compile(r"( \[profile \d+\])?(_U\d+)?$")
+"""What the compiler appends to the names it takes over."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a plan must be: GEMMs with their formats, the groups that are one GEMM, attention nodes, the inputs that hold
+    weights of Linears (`matrices`) or anything else that is bound (`vectors`), and the all-to-alls among `ranks` GPUs."""
+
+    gemms: Mapping[str, str]
+    groups: tuple[tuple[str, ...], ...]
+    attentions: tuple[str, ...]
+    matrices: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
+    collectives: tuple[str, ...] = ()
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found in a plan: GEMMs by format as they run, fused attentions, kernels a run, bytes of weights a run copies,
+    collectives, bytes of working memory, and in `faults` everything that is not as it must be, naming the layer."""
+
+    gemms: dict[str, int]
+    attentions: int
+    kernels: int
+    fused_share: float
+    copied_bytes: int
+    compute_capabilities: tuple[str, ...]
+    faults: tuple[str, ...] = field(default=())
+    collectives: int = 0
+    working_bytes: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def audit(plan: bytes, expected: Expected, compute_capabilities: tuple[str, ...]) -> Audit:
+    """Read `plan` and compare it with `expected`, for these GPUs ("12.0"); with several profiles, each of their programs.
+
+    Raises BuildError when the plan cannot be read; what is wrong in it comes back in `faults`.
+    """
+    programs = read_programs(plan)
+    whole = [program for program in programs if not program.is_fragment]
+    audits = [_audit_program(program, expected, compute_capabilities) for program in whole]
+    faults = tuple(dict.fromkeys(fault for found in audits for fault in found.faults))
+    worst = max(audits, key=lambda found: (len(found.faults), found.copied_bytes))
+    working = max(found.working_bytes for found in audits)
+    return replace(worst, faults=faults, working_bytes=working)
+
+
+def _audit_program(program: Program, expected: Expected, compute_capabilities: tuple[str, ...]) -> Audit:
+    faults: list[str] = []
+    found = tuple(_capability(name) for name in program.accelerators)
+    if set(found) != set(compute_capabilities):
+        faults.append(f"runs on {', '.join(found)}, asked for {', '.join(compute_capabilities)}")
+    if not program.capturable:
+        faults.append("cannot be captured in a CUDA graph")
+    gemms: dict[str, int] = {}
+    kernel_of: dict[str, Kernel] = {}
+    for name, format in expected.gemms.items():
+        kernel = _gemm_of(program, name)
+        if kernel is None:
+            faults.append(f"{name}: no kernel of the plan computes it")
+            continue
+        kernel_of[name] = kernel
+        runs_as = _format_of(program, kernel)
+        gemms[runs_as] = gemms.get(runs_as, 0) + 1
+        if format in OPERAND and runs_as != format:
+            faults.append(f"{name}: planned {format}, runs as {runs_as} ({kernel.kind})")
+    for group in expected.groups:
+        kernels = {kernel_of[name] for name in group if name in kernel_of}
+        if len(kernels) > 1:
+            faults.append(f"{', '.join(group)}: {len(kernels)} GEMMs instead of one")
+    fused = 0
+    for name in expected.attentions:
+        fused += (is_one := any("mha" in k.name and name in k.layers for k in program.kernels))
+        if not is_one:
+            faults.append(f"{name}: attention is not one fused kernel")
+    copies = list(_copies(program, expected))
+    moved = [(kernel, weight) for kernel, weight, _ in copies if weight in expected.matrices]
+    for kernel, weight in dict.fromkeys([*moved, *_read_outside(program, expected)]):
+        faults.append(f"{weight}: {kernel.name} moves the whole weight at every run")
+    collectives = [kernel for kernel in program.kernels if kernel.kind.startswith("comm_")]
+    faults += _collective_faults(program.ranks, collectives, expected)
+    wanted = len(expected.gemms) + len(expected.attentions)
+    good = sum(gemms.values()) + fused - sum(1 for f in faults if "runs as" in f)
+    return Audit(
+        gemms=dict(sorted(gemms.items())),
+        attentions=fused,
+        kernels=len(program.kernels),
+        fused_share=round(good / wanted, 4) if wanted else 1.0,
+        copied_bytes=sum(nbytes for _, _, nbytes in copies),
+        compute_capabilities=found,
+        faults=tuple(faults),
+        collectives=len(collectives),
+        working_bytes=program.working_bytes,
+    )
+
+
+def _collective_faults(ranks: int, found: list[Kernel], expected: Expected) -> Iterable[str]:
+    if expected.collectives and ranks != expected.ranks:
+        yield f"the plan is for {ranks} ranks, not {expected.ranks}: its collectives would do nothing, or hang"
+    kinds = {_APPENDED.sub("", kernel.name): kernel.kind for kernel in found}
+    for name in expected.collectives:
+        if kinds.get(name) != ALL_TO_ALL:
+            yield f"{name}: planned as an all-to-all, the plan has {kinds.get(name, 'nothing')} in its place"
+    for name in kinds.keys() - set(expected.collectives):
+        yield f"{name}: a collective that was not asked for"
+
+
+def _gemm_of(program: Program, name: str) -> Kernel | None:
+    """The kernel that computes node `name`: a GEMM named after it, alone or merged with others, else one that holds it."""
+    for kernel in program.kernels:
+        if kernel.kind in GEMM_KINDS and name in kernel.name.split("+"):
+            return kernel
+    holding = [kernel for kernel in program.kernels if name in kernel.layers]
+    return next((k for k in holding if k.kind in GEMM_KINDS), holding[0] if holding else None)
+
+
+def _format_of(program: Program, kernel: Kernel) -> str:
+    if kernel.kind not in GEMM_KINDS:
+        return "bf16"
+    types = program.types(kernel.inputs[:2])
+    for format, operand in OPERAND.items():
+        if types == [operand, operand]:
+            return format
+    return "bf16" if len(set(types)) == 1 else " x ".join(types)
+
+
+def _copies(program: Program, expected: Expected) -> Iterable[tuple[Kernel, str, int]]:
+    """(kernel, weight, bytes) of every kernel that writes a weight to another place: it reads nothing else."""
+    weight_of = {f"{name}.1": name for name in (*expected.matrices, *expected.vectors)}
+    for kernel in program.kernels:
+        bases = {_base(program, name) for name in kernel.inputs}
+        if len(bases) == 1 and len(kernel.outputs) == 1 and (base := bases.pop()) in weight_of:
+            written = program.tensors.get(kernel.outputs[0], Tensor("float", (), ""))
+            weight_of[_base(program, kernel.outputs[0])] = weight_of[base]
+            yield kernel, weight_of[base], written.nbytes
+
+
+def _read_outside(program: Program, expected: Expected) -> Iterable[tuple[Kernel, str]]:
+    """(kernel, weight) of every kernel but a GEMM that reads quantized values of a Linear, alone or with something else."""
+    weight_of = {f"{name}.1": name for name in expected.matrices}
+    for kernel in program.kernels:
+        for name in kernel.inputs if kernel.kind not in GEMM_KINDS else ():
+            tensor = program.tensors.get(name)
+            if tensor is not None and tensor.base in weight_of and tensor.type in OPERAND.values():
+                yield kernel, weight_of[tensor.base]
+
+
+def _base(program: Program, name: str) -> str:
+    return program.tensors[name].base if name in program.tensors else name
+
+
+def _capability(accelerator: str) -> str:
+    digits = accelerator.removeprefix("sm")
+    return f"{digits[:-1]}.{digits[-1]}"

@@ -1,0 +1,185 @@
+"""The `tensorrt_rtx` and `tensorrt` targets: plans, each audited after it was built, and the programs that play them.
+
+A library that needs the GPU it builds for leaves the plans to `fluxc finish` where there is none: the bundle then holds the
+graphs they are built from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import onnx
+
+from fluxc.base.errors import BuildError
+from fluxc.base.progress import Report
+from fluxc.quantize.plan import LayerPlan
+from fluxc.recipe.structs import Target
+from fluxc.targets.tensorrt.audit import Audit, Expected, audit
+from fluxc.targets.tensorrt.builder import PlanRequest, build_plan
+from fluxc.targets.tensorrt.cut import MEMORY_A_BYTE, Component, Cut, Cutter
+from fluxc.targets.tensorrt.library import check_keeps_ranks, load_library
+from fluxrt.bundle import Engine
+
+BASE_GIB = 1.0
+"""What the library itself takes while it builds."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a target serves: image tokens as (rows, columns) for every size, branches, text tokens; shared by `ranks`."""
+
+    grids: tuple[tuple[int, int], ...]
+    branches: tuple[int, ...]
+    text_length: int
+    ranks: int = 1
+
+    def requests(self) -> list[dict[str, int]]:
+        """Every combination of size and branches, what each dimension counts on a rank; the first size with the most branches
+        first."""
+        return [
+            {"branches": branches, "tokens": rows * columns // self.ranks, "rows": rows, "columns": columns}
+            for rows, columns in self.grids
+            for branches in sorted(self.branches, reverse=True)
+        ]
+
+
+def cut_target(
+    target: Target,
+    pieces: dict[str, dict[str, onnx.ModelProto]],
+    components: dict[str, Component],
+    sizes: Sizes,
+    text_layers: tuple[int, ...],
+) -> Cut:
+    """Plans and programs of `target`; `pieces` are the bf16 neutral graphs by component, the transformer's of one rank."""
+    cutter = Cutter(sizes.requests(), target.shapes == "range", target.name, f"engines/{target.name}")
+    segment_bytes = None
+    if target.weights == "baked":
+        segment_bytes = largest_segment(target.memory_gib)
+    cutter.text_encoder(pieces["text_encoder"], components["text_encoder"], text_layers)
+    cutter.transformer(
+        pieces["transformer"], components["transformer"], sizes.text_length // sizes.ranks, segment_bytes
+    )
+    cutter.vae_decoder(pieces["vae"]["vae_decoder"], components["vae"])
+    for component in components.values():
+        check_group_scales(component)
+    return cutter.cut
+
+
+def largest_segment(memory_gib: float) -> int:
+    """Bytes of weights that can be baked into one plan in this much memory."""
+    return int((memory_gib - BASE_GIB) * 2**30 / MEMORY_A_BYTE)
+
+
+def check_group_scales(component: Component) -> None:
+    """Refuse a fusion group whose members have different tensor or input scales: one GEMM can apply only one of each."""
+    groups: dict[str, list[str]] = {}
+    for entry in component.plan:
+        if entry.format != "bf16" and entry.layer.group:
+            groups.setdefault(entry.layer.group, []).append(entry.layer.name)
+    for group, layers in groups.items():
+        for part in ("weight_scale_2", "weight_scale", "input_scale"):
+            refs = [component.weights.get(f"{layer}.{part}") for layer in layers]
+            values = {bytes(ref.bytes_view()) for ref in refs if ref is not None and ref.shape == ()}
+            if len(values) > 1:
+                raise BuildError(
+                    f"{group}: its members {', '.join(layers)} have different {part}, so no engine can compute them as one; "
+                    "the weights file is wrong, build it again"
+                )
+
+
+def spare_scales(plan: list[LayerPlan], taken: set[str]) -> set[str]:
+    """Scalar scales of group members that a graph rightly leaves alone: another member's, equal, is used for the group."""
+    parts = ("input_scale", "weight_scale_2", "weight_scale")
+    used = {entry.layer.group for entry in plan if f"{entry.layer.name}.input_scale" in taken}
+    return {f"{e.layer.name}.{part}" for e in plan if e.layer.group and e.layer.group in used for part in parts}
+
+
+def write_sources(cut: Cut, folder: Path) -> None:
+    """Write every plan's graph to its place below `folder`."""
+    for plan in cut.plans.values():
+        path = folder / plan.entry.source
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(plan.model.SerializeToString(deterministic=True))
+
+
+def build_engine(target: Target, cut: Cut, folder: Path, report: Report | None = None) -> Engine:
+    """Build and audit every plan below `folder`, where the graphs and, for baked plans, the weights lie; its manifest entry.
+
+    Raises BuildError naming plan and layer of every fault that the target's `allow` does not cover.
+    """
+    module = load_library(target.kind)
+    audits: dict[str, Audit] = {}
+    entries = {}
+    for number, (name, plan) in enumerate(cut.plans.items()):
+        if report:
+            report(number, len(cut.plans), name)
+        path = folder / plan.entry.source if plan.baked else None
+        request = PlanRequest(name, plan.model, target.compute_capabilities, plan.profiles, path)
+        file = plan_file(target.name, name)
+        audits[name] = build_audited(module, request, plan.expected, folder / file)
+        entries[name] = msgspec.structs.replace(plan.entry, file=file)
+    check_audits(target, audits)
+    return Engine(
+        library=target.kind,
+        version=str(module.__version__),
+        compute_capabilities=target.compute_capabilities,
+        plans=entries,
+        programs=cut.programs,
+        audit={name: found.as_json() for name, found in audits.items()},
+    )
+
+
+def build_audited(module: ModuleType, request: PlanRequest, expected: Expected, path: Path) -> Audit:
+    """Build one plan into the file `path` and say what was found in it; the caller refuses faults (check_audits).
+
+    Raises BuildError for a sharded plan and a TensorRT that is known to lose its ranks.
+    """
+    if expected.collectives:
+        check_keeps_ranks(module)
+    built = build_plan(module, request)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(built)
+    return audit(built, expected, request.compute_capabilities)
+
+
+def plan_file(target: str, plan: str) -> str:
+    """Where a bundle keeps a plan."""
+    return f"engines/{target}/{plan}.plan"
+
+
+def unfinished_engine(target: Target, cut: Cut) -> Engine:
+    """The manifest entry of an engine whose plans are built later, on the GPU."""
+    return Engine(
+        library=target.kind,
+        version=None,
+        compute_capabilities=target.compute_capabilities,
+        plans={name: plan.entry for name, plan in cut.plans.items()},
+        programs=cut.programs,
+        audit={},
+    )
+
+
+def check_audits(target: Target, audits: dict[str, Audit]) -> None:
+    """Raise BuildError for every fault that no pattern of the target's `allow` matches, and for a pattern without a fault."""
+    faults = [(name, fault) for name, found in audits.items() for fault in found.faults]
+    layers = [fault.partition(": ")[0] for _, fault in faults]
+    unused = [pattern for pattern in target.allow if not any(fnmatchcase(layer, pattern) for layer in layers)]
+    if unused:
+        raise BuildError(
+            f"target {target.name}: allow {unused[0]!r} matches no fault of the audit; take it out, so that it cannot hide one"
+        )
+    denied = [
+        f"plan {name}: {fault}"
+        for (name, fault), layer in zip(faults, layers, strict=True)
+        if not any(fnmatchcase(layer, pattern) for pattern in target.allow)
+    ]
+    if denied:
+        raise BuildError(
+            f"target {target.name}: the plans TensorRT built do not compute as planned: {'; '.join(denied[:6])}"
+            f"{' and more' if len(denied) > 6 else ''}. No bundle was written. Plan these layers in another format, or list "
+            "them under the target's `allow` if the loss of speed is acceptable"
+        )

@@ -1,0 +1,185 @@
+"""`fluxc export-onnx --for tensorrt`: whole graphs that plain trtexec builds, for those who do not use fluxrt.
+
+Each stage of a TensorRT target's programs becomes one graph: its calls put together in order, their weights external
+initializers in copies of the bundle's weights files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from fluxc.base.errors import BuildError
+from fluxc.base.safetensors import TensorRef, read_header
+from fluxc.graph import OPSET
+from fluxc.targets.tensorrt.lower import TRT_DOMAIN
+from fluxrt.bundle import Bundle, Engine, WeightPort, dimension_size
+
+
+def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
+    """Write the graphs and weights of `target` (the first TensorRT target by default) into the new folder `out`.
+
+    Returns the trtexec command that builds each. Raises BuildError when `out` exists, or the bundle has no such target.
+    """
+    engines = {t.name: t.engine for t in bundle.manifest.targets if t.engine and not t.sharding}
+    if (target or next(iter(engines), None)) not in engines:
+        known = ", ".join(engines) or "none"
+        raise BuildError(
+            f"{bundle.root}: no TensorRT target {target or ''} for one GPU in this bundle; it has: {known}"
+        )
+    if out.exists():
+        raise BuildError(
+            f"{out}: exists; give a folder that does not, so that nothing in it is taken for part of the export"
+        )
+    engine = engines[target or next(iter(engines))]
+    assert engine is not None
+    if any(not plan.weights and plan.expected["gemms"] for plan in engine.plans.values()):
+        raise BuildError(
+            f"{bundle.root}: the plans of this target have their weights baked in; export from a target with weights: bound"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=out.resolve().parent))
+    try:
+        commands = []
+        for stage in engine.programs:
+            model = whole_graph(bundle, engine, stage)
+            (scratch / f"{stage}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+            commands.append(_command(stage, model, profile_of(engine, stage)))
+        for program in engine.programs.values():
+            for file in weights_files(bundle, program.weights):
+                copy = scratch / file.relative_to(bundle.root)
+                if not copy.exists():
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, copy)
+        scratch.chmod(0o755)
+        scratch.replace(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return commands
+
+
+def whole_graph(bundle: Bundle, engine: Engine, stage: str) -> onnx.ModelProto:
+    """The calls of a stage's program as one graph; what no call gives is its input, and its results its outputs."""
+    program = engine.programs[stage]
+    tensors = {name: ref for file in weights_files(bundle, program.weights) for name, ref in read_header(file).items()}
+    sources = {call.plan: onnx.load(bundle.checked_file(engine.plans[call.plan].source)) for call in program.calls}
+    last = {
+        call.buffers.get(port.name, port.name): number
+        for number, call in enumerate(program.calls)
+        for port in engine.plans[call.plan].outputs
+    }
+    results = set(program.outputs)
+    graph = onnx.GraphProto(name="fluxc")
+    held: dict[str, str] = {}
+    bound: set[str] = set()
+    for number, call in enumerate(program.calls):
+        plan, source = engine.plans[call.plan], sources[call.plan].graph
+        names: dict[str, str] = {}
+        for value in source.input:
+            weight = next((port for port in plan.weights if port.name == value.name), None)
+            if weight is not None:
+                names[value.name] = name = call.prefix + value.name
+                if name not in bound:
+                    graph.initializer.append(_external(bundle, tensors, call.prefix, weight, value))
+                    bound.add(name)
+                continue
+            buffer = call.buffers.get(value.name, value.name)
+            if buffer not in held:
+                held[buffer] = buffer
+                graph.input.append(_named(value, buffer))
+            names[value.name] = held[buffer]
+        for value in source.output:
+            buffer = call.buffers.get(value.name, value.name)
+            is_result = buffer in results and last[buffer] == number
+            names[value.name] = held[buffer] = buffer if is_result else f"{number}/{buffer}"
+            if is_result:
+                graph.output.append(_named(value, buffer))
+        _inline(graph, source, names, f"{number}/")
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(TRT_DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=11, producer_name="fluxc")
+
+
+def weights_files(bundle: Bundle, entry: str) -> list[Path]:
+    """The safetensors files of a component, from its one file or its index."""
+    path = bundle.path(entry)
+    if path.suffix != ".json":
+        return [path]
+    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    return [bundle.path(str(Path(entry).with_name(name))) for name in names]
+
+
+def _inline(graph: onnx.GraphProto, source: onnx.GraphProto, names: dict[str, str], scope: str) -> None:
+    def rename(name: str) -> str:
+        return names.setdefault(name, scope + name) if name else ""
+
+    for tensor in source.initializer:
+        copy = graph.initializer.add()
+        copy.CopyFrom(tensor)
+        copy.name = rename(tensor.name)
+    for node in source.node:
+        copy_node = graph.node.add()
+        copy_node.CopyFrom(node)
+        copy_node.name = scope + node.name
+        copy_node.input[:] = [rename(name) for name in node.input]
+        copy_node.output[:] = [rename(name) for name in node.output]
+
+
+def _external(
+    bundle: Bundle, tensors: dict[str, TensorRef], prefix: str, weight: WeightPort, value: onnx.ValueInfoProto
+) -> TensorProto:
+    """The tensors of a port as one initializer; they lie end to end in the weights file."""
+    refs = [tensors[prefix + name] for name in weight.tensors]
+    for one, following in itertools.pairwise(refs):
+        if one.file != following.file or one.offset + one.nbytes != following.offset:
+            raise BuildError(
+                f"{following.name}: it does not follow {one.name} in the weights file, so both cannot be one initializer; "
+                "build the bundle from a checkpoint that is not quantized already"
+            )
+    tensor = TensorProto(name=prefix + weight.name, data_location=TensorProto.EXTERNAL)
+    tensor.data_type = value.type.tensor_type.elem_type
+    tensor.dims.extend(weight.shape)
+    place = {
+        "location": refs[0].file.relative_to(bundle.root).as_posix(),
+        "offset": str(refs[0].offset),
+        "length": str(sum(ref.nbytes for ref in refs)),
+    }
+    for key, text in place.items():
+        tensor.external_data.add(key=key, value=text)
+    return tensor
+
+
+def _named(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    copy = onnx.ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = name
+    return copy
+
+
+def _command(stage: str, model: onnx.ModelProto, profile: dict[str, tuple[int, int, int]]) -> str:
+    """The trtexec command line that builds a stage, for its first optimization profile."""
+    command = f"trtexec --onnx={stage}.onnx --saveEngine={stage}.plan --stronglyTyped"
+    for at, option in enumerate(("minShapes", "optShapes", "maxShapes")):
+        shapes = []
+        for value in model.graph.input:
+            dimensions = value.type.tensor_type.shape.dim
+            if any(d.dim_param for d in dimensions):
+                bound = {symbol: sizes[at] for symbol, sizes in profile.items()}
+                sizes = [dimension_size(d.dim_param or d.dim_value, bound) for d in dimensions]
+                shapes.append(f"{value.name}:{'x'.join(map(str, sizes))}")
+        command += f" --{option}={','.join(shapes)}" if shapes else ""
+    return command
+
+
+def profile_of(engine: Engine, stage: str) -> dict[str, tuple[int, int, int]]:
+    """What every dimension of a stage counts: the first profile of each of its plans."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for call in engine.programs[stage].calls:
+        for profile in engine.plans[call.plan].profiles[:1]:
+            found.update(profile)
+    return found

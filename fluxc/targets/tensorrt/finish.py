@@ -1,0 +1,106 @@
+"""`fluxc finish`: builds the plans that need the GPU they run on, audits them, and seals the bundle again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from fluxc.base.errors import BuildError
+from fluxc.recipe.structs import Target as RecipeTarget
+from fluxc.targets.tensorrt.audit import Expected
+from fluxc.targets.tensorrt.build import build_audited, check_audits, plan_file
+from fluxc.targets.tensorrt.builder import PlanRequest
+from fluxc.targets.tensorrt.library import load_library
+from fluxrt import bundle as format
+from fluxrt.cuda import Gpu, first_gpu
+
+FindGpu = Callable[[], Gpu]
+
+
+def finish_bundle(path: Path, target: str | None = None, find_gpu: FindGpu = first_gpu) -> Iterator[str]:
+    """Build what is left of `target`, or of every target; yields a line for each plan and one at the end.
+
+    The bundle is verified first and changes only when all plans are built and audited: plans appear by rename, the manifest
+    last, with the library's version, the GPU and its driver. Raises BuildError and the errors of the runtime.
+    """
+    bundle = format.open_bundle(path)
+    format.verify_files(bundle)
+    names = [bundle.target(target).name] if target else [t.name for t in bundle.manifest.targets]
+    left = [t for t in bundle.manifest.targets if t.name in names and t.engine and t.engine.unfinished]
+    if not left:
+        yield f"{path}: nothing is left to build"
+        return
+    gpu = find_gpu()
+    finished = []
+    with ExitStack() as stack:
+        # Beside the bundle, so that a rename suffices, and not in it, where a foreign file would be one error more.
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".finish-", dir=path.resolve().parent)))
+        for entry in left:
+            engine, lines = _build(bundle, entry, gpu, scratch)
+            finished.append(msgspec.structs.replace(entry, engine=engine))
+            yield from lines
+        _seal(bundle, finished, scratch)
+    yield f"{path}: finished for {gpu.name} (compute capability {gpu.compute_capability}, driver {gpu.driver})"
+
+
+def _build(bundle: format.Bundle, target: format.Target, gpu: Gpu, scratch: Path) -> tuple[format.Engine, list[str]]:
+    engine = target.engine
+    assert engine is not None
+    if gpu.compute_capability not in engine.compute_capabilities:
+        raise BuildError(
+            f"{bundle.root}: target {target.name} is for compute capability {', '.join(engine.compute_capabilities)}, this "
+            f"machine has {gpu.name} with {gpu.compute_capability}; finish it on the GPU that will serve it, or name this one "
+            "under the target's compute_capabilities and build again"
+        )
+    module = load_library(target.kind)
+    plans, audits, lines = dict(engine.plans), {}, []
+    for name in engine.unfinished:
+        plan = engine.plans[name]
+        source = bundle.checked_file(plan.source)
+        model = onnx.load(source, load_external_data=False)
+        baked = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
+        request = PlanRequest(name, model, (gpu.compute_capability,), plan.profiles, source if baked else None)
+        file = plan_file(target.name, name)
+        audits[name] = build_audited(module, request, msgspec.convert(plan.expected, Expected), scratch / file)
+        plans[name] = msgspec.structs.replace(plan, file=file)
+        nbytes = (scratch / file).stat().st_size
+        lines.append(f"target {target.name}: {name}, {nbytes:,} bytes, {audits[name].kernels} kernels")
+    check_audits(_allowing(bundle, target), audits)
+    finished = msgspec.structs.replace(
+        engine,
+        version=str(module.__version__),
+        compute_capabilities=(gpu.compute_capability,),
+        plans=plans,
+        gpu=gpu.name,
+        driver=gpu.driver,
+        audit={**engine.audit, **{name: found.as_json() for name, found in audits.items()}},
+    )
+    return finished, lines
+
+
+def _allowing(bundle: format.Bundle, target: format.Target) -> RecipeTarget:
+    """The recipe's own entry of `target`, as the manifest keeps it, with what it allows."""
+    entries = msgspec.convert(bundle.manifest.recipe["targets"], tuple[RecipeTarget, ...])
+    return next(entry for entry in entries if entry.name == target.name)
+
+
+def _seal(bundle: format.Bundle, finished: list[format.Target], scratch: Path) -> None:
+    """Put the plans into the bundle and, last, a manifest that names them."""
+    files = dict(bundle.manifest.files)
+    for path in sorted(p for p in scratch.rglob("*") if p.is_file()):
+        name = path.relative_to(scratch).as_posix()
+        files[name] = format.File(path.stat().st_size, format.sha256_file(path))
+    by_name = {target.name: target for target in finished}
+    targets = tuple(by_name.get(target.name, target) for target in bundle.manifest.targets)
+    manifest = msgspec.structs.replace(bundle.manifest, targets=targets, files=files)
+    sealed = scratch / format.MANIFEST
+    for name in set(files) - set(bundle.manifest.files):
+        (bundle.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / name).replace(bundle.root / name)
+    sealed.write_bytes(format.encode_manifest(manifest))
+    sealed.replace(bundle.root / format.MANIFEST)

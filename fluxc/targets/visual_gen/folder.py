@@ -1,0 +1,210 @@
+"""The `visual_gen` target: a folder that TensorRT-LLM's VisualGen loads, and settings for each number of GPUs.
+
+VisualGen reads a diffusers folder whose transformer is quantized in ModelOpt's layout, with one difference: of a SwiGLU's two
+halves, stored as one matrix, it takes each under its own name. Everything else is what the bundle has anyway, so the folder
+holds links to the bundle's files and one file of its own with those halves.
+
+What VisualGen accepts was read in TensorRT-LLM 1.3 and 1.4; it was not loaded here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fluxc.base.errors import RecipeError
+from fluxc.base.progress import Report
+from fluxc.base.safetensors import ITEM_BITS, TensorRef
+from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE, quantization_config
+from fluxc.quantize.plan import LayerPlan
+from fluxc.recipe.structs import Recipe
+from fluxc.targets.sharding import undivided
+from fluxrt.bundle import StepCache
+
+if TYPE_CHECKING:
+    from fluxc.quantize.writer import View
+
+SCHEMA = "VisualGenArgs of TensorRT-LLM 1.3 and 1.4"
+FOLDER = "visual_gen"
+HALVES = ("gate", "up")
+HALVES_FILE = "gate_up.safetensors"
+FUSED = {
+    "attn.to_q": "attn.qkv_proj",
+    "attn.to_k": "attn.qkv_proj",
+    "attn.to_v": "attn.qkv_proj",
+    "attn.add_q_proj": "attn.add_qkv_proj",
+    "attn.add_k_proj": "attn.add_qkv_proj",
+    "attn.add_v_proj": "attn.add_qkv_proj",
+    "ff.linear_in": "ff.gate_up_proj",
+    "ff.linear_out": "ff.down_proj",
+    "ff_context.linear_in": "ff_context.gate_up_proj",
+    "ff_context.linear_out": "ff_context.down_proj",
+}
+SINGLE = {"attn.to_qkv_mlp_proj": "attn.to_qkv_mlp_proj.proj", "attn.to_out": "attn.to_out.proj"}
+
+
+def module_of(layer: str) -> str:
+    """VisualGen's own name of the module that a Linear of the checkpoint becomes, or a part of."""
+    stem, _, rest = layer.partition(".")
+    number, _, name = rest.partition(".")
+    names = {"transformer_blocks": FUSED, "single_transformer_blocks": SINGLE}.get(stem, {})
+    return f"{stem}.{number}.{names[name]}" if name in names else layer
+
+
+def is_split(layer: str) -> bool:
+    """Whether VisualGen takes the two halves of this Linear's rows under names of their own."""
+    return layer.startswith("transformer_blocks.") and layer.endswith(".linear_in")
+
+
+def check_visual_gen(
+    field: str,
+    gpu_counts: tuple[int, ...],
+    plan: list[LayerPlan],
+    heads: int,
+    text_length: int,
+    tokens: dict[tuple[int, int], int],
+) -> None:
+    """Refuse what VisualGen does not take; RecipeError names `field`, the target in the recipe, and what to write there.
+
+    `plan` covers the transformer's Linears, `tokens` are the image tokens of every size.
+    """
+    formats = {entry.format for entry in plan if entry.format != "bf16"}
+    if len(formats) > 1:
+        raise RecipeError(
+            f"{field}: VisualGen takes one quantized format and bf16, this plan has {', '.join(sorted(formats))}; keep "
+            "to one of them in precision.transformer, or leave this target out"
+        )
+    smoothed = [entry.layer.name for entry in plan if entry.low_rank or "pre_quant_scale" in entry.parts]
+    if smoothed:
+        raise RecipeError(
+            f"{field}: VisualGen does not take layers with a pre_quant_scale or low-rank factors, as {smoothed[0]} has; "
+            "quantize from the unquantized checkpoint, or leave this target out"
+        )
+    for number in gpu_counts:
+        faults = undivided(number, heads, text_length, tokens)
+        if faults:
+            raise RecipeError(
+                f"{field}.gpus: {number} GPUs cannot share {' nor '.join(faults)} equally, and VisualGen does not fill "
+                "up; take another number, or other sizes"
+            )
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the folder is made of: links to files of the bundle (both relative to it), and the YAML of each number of GPUs."""
+
+    links: dict[str, str]
+    configs: dict[int, str]
+
+
+def write_folder(
+    folder: Path,
+    recipe: Recipe,
+    transformer: dict[str, Any],
+    plan: list[LayerPlan],
+    tensors: dict[str, TensorRef],
+    linked: Iterable[str],
+    step_cache: StepCache | None,
+    report: Report | None = None,
+) -> Written:
+    """Write visual_gen/ below `folder`: configs, halves, index and YAML files.
+
+    `transformer` is the component's config, `plan` covers its Linears, `tensors` are those of its weights files in the bundle;
+    `linked` are the bundle's other files, by their paths, that the folder is to have.
+    """
+    from fluxc.quantize.writer import write_views
+
+    root = folder / FOLDER
+    (root / "transformer").mkdir(parents=True)
+    config = transformer | {"quantization_config": _quantization_config(plan)}
+    (root / "transformer" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    views, kept = [], {}
+    for name, ref in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if is_split(layer):
+            views += _halves(layer, part, ref)
+        else:
+            kept[name] = ref.file.name
+    # Wide numbers first, so that each lies at a multiple of its size.
+    views.sort(key=lambda view: -ITEM_BITS[view.ref.dtype])
+    write_views(root / "transformer" / HALVES_FILE, views, report)
+    weight_map = kept | {view.name: HALVES_FILE for view in views}
+    total = sum(ref.nbytes for name, ref in tensors.items() if name in kept) + sum(v.stop - v.start for v in views)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (root / "transformer" / (WEIGHTS_FILE["transformer"] + INDEX)).write_text(json.dumps(index, indent=1) + "\n")
+    links = {f"{FOLDER}/{file}": file for file in linked}
+    links |= {f"{FOLDER}/transformer/{file}": f"transformer/{file}" for file in sorted(set(kept.values()))}
+    target = next(target for target in recipe.targets if target.is_visual_gen)
+    configs = {}
+    for number in target.gpu_counts:
+        configs[number] = f"{FOLDER}/{number}gpu.yaml"
+        (folder / configs[number]).write_text(_settings(recipe, number, step_cache))
+    return Written(links, configs)
+
+
+def _halves(layer: str, part: str, ref: TensorRef) -> list[View]:
+    """The gate's and the up projection's part of a tensor: the first and the last half of its rows; scalars go to both."""
+    from fluxc.quantize.writer import View
+
+    rows = ref.shape[0] // 2 if ref.shape else 0
+    views = []
+    for number, half in enumerate(HALVES):
+        start, stop = (number * ref.nbytes // 2, (number + 1) * ref.nbytes // 2) if rows else (0, ref.nbytes)
+        views.append(View(f"{layer}_{half}.{part}", (rows, *ref.shape[1:]) if rows else (), ref, start, stop))
+    return views
+
+
+def _quantization_config(plan: list[LayerPlan]) -> dict[str, Any] | None:
+    """ModelOpt's, with every layer left in bf16 under the checkpoint's name and VisualGen's."""
+    config = quantization_config(plan)
+    if config is None:
+        return None
+    names = [
+        name for entry in plan if entry.format == "bf16" for name in (entry.layer.name, module_of(entry.layer.name))
+    ]
+    names += [
+        f"{entry.layer.name}_{half}"
+        for entry in plan
+        if entry.format == "bf16" and is_split(entry.layer.name)
+        for half in HALVES
+    ]
+    return config | {"ignore": list(dict.fromkeys(names))}
+
+
+def _settings(recipe: Recipe, gpus: int, step_cache: StepCache | None) -> str:
+    """VisualGenArgs for so many GPUs, as YAML; `model` is the folder, which the command line names."""
+    args: dict[str, Any] = {
+        "compilation_config": {"resolutions": [list(size) for size in recipe.sizes], "skip_warmup": False},
+        "torch_compile_config": {"enable": True, "enable_fullgraph": False, "enable_autotune": True},
+        "cuda_graph_config": {"enable": True},
+        "parallel_config": {"cfg_size": 1, "ulysses_size": gpus, "ring_size": 1, "tp_size": 1},
+    }
+    lines = [f"# {SCHEMA}. Written by fluxc; there is no quant_config, which would override the checkpoint's."]
+    if step_cache:
+        rule, r2 = step_cache.visual_gen, step_cache.fit["latent"]["r2"]
+        teacache = {
+            "cache_backend": "teacache",
+            "teacache_thresh": rule.threshold,
+            "use_ret_steps": False,
+            "coefficients": list(rule.coefficients),
+        }
+        least = recipe.step_cache.min_r2 if recipe.step_cache else 0.0
+        if r2 >= least:
+            args["cache_config"] = teacache
+        else:
+            lines.append(
+                f"# TeaCache is off. On held-out prompts the polynomial fitted to residuals of the latents has R2 {r2}, under "
+                f"step_cache.min_r2 {least}; it was to be {json.dumps(teacache)}"
+            )
+    return "\n".join(lines) + "\n" + yaml.safe_dump(args, sort_keys=False, default_flow_style=None)
+
+
+def ignored(pattern_list: Iterable[str], module: str) -> bool:
+    """Whether VisualGen leaves a module unquantized: some pattern matches its own name."""
+    return any(fnmatchcase(module, pattern) for pattern in pattern_list)
