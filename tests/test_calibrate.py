@@ -20,6 +20,7 @@ from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import CHECKPOINT_PARTS, Origin, check_origin
 from fluxc.build import stages
+from fluxc.build.measure import calibrate_to_file
 from fluxc.calibrate import run
 from fluxc.calibrate.amax import input_amax, least_error, percentile
 from fluxc.calibrate.file import Records, read_calibration, write_calibration
@@ -29,7 +30,6 @@ from fluxc.calibrate.records import BINS, ROWS, LayerInputs, bin_edges, merge
 from fluxc.calibrate.run import calibrate
 from fluxc.calibrate.sample import sample_points
 from fluxc.calibrate.summary import outliers
-from fluxc.calibrate.verb import calibrate_to_file
 from fluxc.checkpoint.reference import Drawing, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats import fp8, nvfp4

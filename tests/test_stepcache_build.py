@@ -17,6 +17,7 @@ from PIL import Image
 import fluxrt
 from conftest import NANO, RECIPE, ROOT, RecordingProgress, compile_into, contents
 from fluxc.base.errors import BuildError, GateError, RecipeError
+from fluxc.build.measure import merge_to_file, trace_to_file
 from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.cli.main import main as fluxc_main
@@ -25,7 +26,6 @@ from fluxc.fidelity.verify import verify_bundle
 from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import LAGS
 from fluxc.stepcache.file import check_complete, merge_traces, read_trace, write_trace
-from fluxc.stepcache.verbs import merge_to_file, trace_to_file
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.cli import main as fluxrt_main
 from fluxrt.pipeline import Pipeline, starting_noise

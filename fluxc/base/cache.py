@@ -1,7 +1,10 @@
 """The stage cache: results in folders named by the hash of everything the stage read.
 
-A result is written to a temporary folder and renamed when complete, so a killed build leaves nothing half written and
-goes on where it stopped. The key covers fluxc's and fluxrt's own source and the versions of the tools a stage uses.
+1. A key covers the stage's inputs, the source it can run (fluxc.base.imports), and the versions of the tools.
+2. A result is made in a hidden folder and renamed when complete, so a killed build leaves nothing half written and goes on
+   where it stopped. It is sealed with the hashes of its files, so one that was edited is noticed and made again.
+3. Several processes may use one cache: a result is made under a lock of its own, and whoever else wants it waits for it.
+4. Pruning never drops what a bundle in this cache was last built from, nor what a running build uses.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -22,10 +25,16 @@ from typing import Any
 import fluxc
 import fluxrt
 from fluxc.base.errors import BuildError
+from fluxc.base.imports import code_digest
 from fluxc.base.progress import Report, StageProgress
 
 SEAL = "stage.json"
 PROGRESS = "progress"
+LOCKS = "locks"
+USED = "used"
+ENVIRONMENT = "FLUXC_CACHE"
+KEEP_BYTES = 8 << 30
+"""Of results that no bundle's last build used, the most recent ones are kept up to this size."""
 TOOLS = (
     "torch",
     "diffusers",
@@ -43,9 +52,15 @@ TOOLS = (
 
 
 @cache
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries a build's bytes depend on."""
+    return {name: metadata.version(name) for name in TOOLS}
+
+
+@cache
 def tool_versions() -> dict[str, str]:
     """Installed versions of the tools a build's bytes depend on, fluxc and fluxrt with a digest of their source."""
-    versions = {name: metadata.version(name) for name in TOOLS}
+    versions = dict(library_versions())
     versions["fluxc"] = f"{fluxc.__version__}+{source_digest(Path(fluxc.__file__).parent)}"
     versions["fluxrt"] = f"{fluxrt.__version__}+{source_digest(Path(fluxrt.__file__).parent)}"
     return versions
@@ -64,45 +79,161 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
+def cache_root(out: Path) -> Path:
+    """Where results for the bundle or file `out` are kept: the folder FLUXC_CACHE names, or .fluxc/ beside `out`."""
+    shared = os.environ.get(ENVIRONMENT)
+    return Path(shared).expanduser().resolve() if shared else beside(out)
+
+
+def beside(out: Path) -> Path:
+    """The folder beside `out` for what is about to become it."""
+    return out.resolve().parent / ".fluxc"
+
+
+@dataclass(frozen=True)
+class Made:
+    """The folder of a stage's result as an input of another: its name holds the hash of all it was made from."""
+
+    folder: Path
+
+    def fingerprint(self) -> str:
+        """What a stage's key takes of it."""
+        return self.folder.name
+
+
 class StageCache:
-    """Stage results below one folder."""
+    """Stage results below one folder. Close it, or use it in a `with` statement: until then, what it gave is not pruned."""
 
     def __init__(self, root: Path, progress: StageProgress) -> None:
         self.root = root
-        self._progress = progress
+        self.progress = progress
+        self.used: dict[str, None] = {}
+        self._held = ExitStack()
 
-    def run(self, stage: str, title: str, inputs: Any, work: Callable[[Path, Report], None]) -> Path:
-        """The folder with the result of `stage` for `inputs`; `work(folder, report)` makes it if it is not there."""
-        folder = self.root / f"{stage}-{key_of(stage, inputs, tool_versions())}"
-        if folder.is_dir():
-            if self._unchanged(folder):
-                self._progress.cached(title)
+    def __enter__(self) -> StageCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the results it gave."""
+        self._held.close()
+
+    def folder(self, stage: str, inputs: Any, code: str) -> Path:
+        """Where the result of `stage` is, or would be: `inputs` is JSON-like, `code` the module whose source it runs."""
+        return self.root / f"{stage}-{key_of(stage, inputs, library_versions(), code_digest(code))}"
+
+    def find(self, folder: Path) -> Path | None:
+        """`folder` if it holds a complete, unaltered result."""
+        return folder if folder.is_dir() and self._unchanged(folder) else None
+
+    def run(self, folder: Path, title: str, work: Callable[[Path, Report], None]) -> Path:
+        """The result `folder`, see `folder`; `work(path, report)` makes it if it is not there."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._hold(folder.name)
+        with self._making(folder.name):
+            if self.find(folder):
+                self.progress.cached(title)
                 os.utime(folder)
                 return folder
-            shutil.rmtree(folder)
-        self.root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{stage}-", dir=self.root))
-        try:
-            with self._progress.stage(title) as report:
-                work(partial, report)
-            (partial / SEAL).write_text(json.dumps(self._digests(partial)))
-            partial.replace(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            partial = self.root / f".{folder.name}"
+            for old in (folder, partial):
+                shutil.rmtree(old, ignore_errors=True)
+            partial.mkdir()
+            try:
+                with self.progress.stage(title) as report:
+                    work(partial, report)
+                (partial / SEAL).write_text(json.dumps(self._digests(partial)))
+                partial.replace(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         return folder
 
-    def prune(self, keep: int = 4) -> None:
-        """Remove all but the `keep` most recently used results of every stage, and what unfinished ones kept."""
-        by_stage: dict[str, list[Path]] = {}
-        for folder in self.root.iterdir():
-            if folder.is_dir() and not folder.name.startswith(".") and (folder / SEAL).is_file():
-                by_stage.setdefault(folder.name.rpartition("-")[0], []).append(folder)
-        for folders in by_stage.values():
-            for folder in sorted(folders, key=lambda path: path.stat().st_mtime_ns, reverse=True)[keep:]:
-                shutil.rmtree(folder)
-        unfinished = sorted((self.root / PROGRESS).glob("*-*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        for folder in unfinished[keep:]:
-            shutil.rmtree(folder)
+    def remember(self, owner: str) -> None:
+        """Note that these are the results the bundle or file `owner` (an absolute path) was made from."""
+        note = self.root / USED / f"{key_of(owner)}.json"
+        _write(note, json.dumps({"owner": owner, "results": sorted(self.used)}))
+
+    def prune(self, keep_bytes: int = KEEP_BYTES) -> None:
+        """Remove results and unfinished work that nothing needs: the least recently used beyond `keep_bytes`; say what went.
+
+        What the last build of a bundle that is still there used, and what a running build uses, is kept whatever its size.
+        """
+        needed = set(self.used)
+        for note in (self.root / USED).glob("*.json"):
+            entry = json.loads(note.read_text())
+            if Path(entry["owner"]).exists():
+                needed.update(entry["results"])
+            else:
+                note.unlink()
+        free = [folder for folder in self._results() if folder.name not in needed]
+        free += list((self.root / PROGRESS).glob("*-*"))
+        room, dropped = keep_bytes, []
+        for folder in sorted(free, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            room -= _size(folder)
+            if room < 0 and self._drop(folder):
+                dropped.append(folder.name.rpartition("-")[0])
+        if dropped:
+            self.progress.say(
+                f"cache {self.root}: removed {len(dropped)} results that no bundle uses ({', '.join(sorted(set(dropped)))})"
+            )
+        for leftover in self.root.glob(".*-*"):
+            if leftover.is_dir():
+                self._drop(leftover)
+
+    def file_digest(self, path: Path) -> str:
+        """SHA-256 of `path`, remembered for as long as its size, modification time and inode stay the same."""
+        stat = path.stat()
+        seen = [stat.st_size, stat.st_mtime_ns, stat.st_dev, stat.st_ino]
+        note = self.root / "digests" / key_of(seen)
+        if note.is_file():
+            return note.read_text()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _write(note, digest)
+        return digest
+
+    def _results(self) -> list[Path]:
+        return [
+            folder
+            for folder in self.root.iterdir()
+            if folder.is_dir() and not folder.name.startswith(".") and (folder / SEAL).is_file()
+        ]
+
+    def _drop(self, folder: Path) -> bool:
+        """Remove `folder` unless another process makes or uses it."""
+        with ExitStack() as stack:
+            for kind in ("make", "use"):
+                lock = stack.enter_context(self._lock(folder.name.removeprefix("."), kind))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    return False
+            shutil.rmtree(folder, ignore_errors=True)
+        return True
+
+    def _hold(self, name: str) -> None:
+        if name not in self.used:
+            lock = self._held.enter_context(self._lock(name, "use"))
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            self.used[name] = None
+
+    @contextmanager
+    def _making(self, name: str) -> Iterator[None]:
+        with self._lock(name, "make") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _lock(self, name: str, kind: str) -> Iterator[int]:
+        path = self.root / LOCKS / f"{name}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _unchanged(self, folder: Path) -> bool:
         """Whether a result's files are what the stage wrote. A bundle shares them by hard link, so an edit there shows here."""
@@ -116,34 +247,33 @@ class StageCache:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
         return {path.relative_to(folder).as_posix(): self.file_digest(path) for path in files}
 
-    def file_digest(self, path: Path) -> str:
-        """SHA-256 of `path`, remembered for as long as its size, modification time and inode stay the same."""
-        stat = path.stat()
-        seen = [stat.st_size, stat.st_mtime_ns, stat.st_dev, stat.st_ino]
-        note = self.root / "digests" / key_of(seen)
-        if note.is_file():
-            return note.read_text()
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_name(f".{note.name}.{os.getpid()}")
-        partial.write_text(digest)
-        partial.replace(note)
-        return digest
-
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """One build at a time in a cache folder; what a killed build left half written there is removed first."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
+def locked(out: Path) -> Iterator[Path]:
+    """The folder beside `out` while this is the one build that makes `out`; what a killed one left half written is removed."""
+    folder = beside(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".lock-{out.name}").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BuildError(
-                f"{root}: another fluxc build is using this folder; wait for it, or give another --out"
-            ) from None
-        for leftover in root.glob(".*-*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-        yield
+            raise BuildError(f"{out}: another fluxc build is making it; wait for that, or give another --out") from None
+        for leftover in folder.glob(f".{out.name}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield folder
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a folder's own files; a link to a bundle's takes none."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += 0 if path.is_symlink() else path.stat().st_size
+    return total
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fluxc.build.target_stages import check_targets, shares_of_target
+from fluxc.build.job import check_targets
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.cli.plan_report import (
     lacking,
@@ -24,15 +24,16 @@ from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
 from fluxc.quantize.source import Source, read_source
 from fluxc.recipe.load import LoadedRecipe
-from fluxc.recipe.structs import Budget, Target
-from fluxc.targets.tensorrt.library import GPUS, LIBRARIES, gpu_here, installed_version
-from fluxc.targets.visual_gen.folder import SCHEMA
+from fluxc.recipe.structs import Budget
+from fluxc.targets.base import TargetContext
+from fluxc.targets.registry import kind_of
 
 
 def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
     """The precision of every layer with the rule that decided it, sizes before and after, what each target will do."""
     source = read_source(loaded)
-    check_targets(loaded, source)
+    context = TargetContext(loaded.recipe, source)
+    check_targets(context)
     console = new_console()
     recipe = loaded.recipe
     console.print(f"{recipe.name}: {source.checkpoint.pipeline_class} from {recipe.model.source}")
@@ -54,10 +55,10 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
     )
     table = Table("target", "what it will do", title="targets", title_justify="left")
     for target in recipe.targets:
-        table.add_row(target.name, escape(_what_it_does(target)))
+        table.add_row(target.name, escape(kind_of(target.kind).describe(target)))
     console.print(table)
     for target in (target for target in recipe.targets if target.ranks > 1):
-        for shares in shares_of_target(target, recipe, source):
+        for shares in context.shares(target):
             console.print(f"{target.name}: {shares}")
     sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
     branches = "two passes a step (guidance)" if source.guidance_branches else "one pass a step"
@@ -68,7 +69,7 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
 
 def _cache_sentence(loaded: LoadedRecipe) -> str:
     """What the recipe asks of the step cache."""
-    from fluxc.stepcache.stages import trace_request
+    from fluxc.build.requests import trace_request
 
     cache = loaded.recipe.step_cache
     assert cache is not None
@@ -81,49 +82,6 @@ def _cache_sentence(loaded: LoadedRecipe) -> str:
     traced = f"traced in {cache.trace}" if cache.trace else f"to be traced in {request['dtype']}"
     prompts = f"{len(request['prompts'])} prompts at {height}x{width} {traced}"
     return f"step cache: skips {asked} {request['steps']} steps ({how}); {prompts}"
-
-
-def _what_it_does(target: Target) -> str:
-    """A target in a sentence: engine, formats it computes in, where it is built and run."""
-    if target.is_tensorrt:
-        gpus = ", ".join(f"{c} ({GPUS[c]})" for c in target.compute_capabilities)
-        weights = (
-            "a plan for each kind of block, weights bound when it runs"
-            if target.weights == "bound"
-            else f"plans with the blocks' weights inside, built in at most {target.memory_gib:g} GiB"
-        )
-        shapes = "an optimization profile a size" if target.shapes == "profiles" else "one profile for all sizes"
-        version = installed_version(target.kind)
-        if LIBRARIES[target.kind].builds_without_gpu:
-            where = f"built and audited on this machine ({target.kind} {version})"
-            where = (
-                where if version else f"needs {target.kind} here: pip install 'fluxc[{LIBRARIES[target.kind].extra}]'"
-            )
-        elif version and gpu_here(target.compute_capabilities):
-            where = f"built and audited on this machine's GPU ({target.kind} {version})"
-        else:
-            where = "its graphs are written here; `fluxc finish` builds the plans on the GPU"
-        ranks = f"{target.ranks} GPUs (Ulysses), each of " if target.ranks > 1 else ""
-        return f"{ranks}compute capability {gpus}; {weights}; {shapes}; {where}"
-    if target.is_visual_gen:
-        counts = ", ".join(map(str, target.gpu_counts))
-        return (
-            f"a folder that TensorRT-LLM's VisualGen loads ({SCHEMA}), with settings for {counts} GPUs; checked field by field "
-            "and tensor by tensor here, run where tensorrt-llm is installed"
-        )
-    if target.device == "cuda":
-        return (
-            f"ONNX Runtime on an NVIDIA GPU of compute capability 9.0 or later; NVFP4 weights 4-bit in memory, dequantized by "
-            f"the operator that multiplies; products in {target.dtype}, the VAE in fp32; its graphs are built and checked here"
-        )
-    weights = f"NVFP4 weights {target.weights_in_memory} in memory; matrix products in fp32"
-    inputs = (
-        "activations in full precision"
-        if target.activations == "none"
-        else "inputs of quantized layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
-    )
-    where = f"in {target.ranks} processes on the CPU" if target.ranks > 1 else "on the CPU"
-    return f"ONNX Runtime {where}; {weights}; {inputs}; built and run on this machine"
 
 
 def _auto_sentence(budget: Budget | None) -> str:

@@ -15,7 +15,7 @@ from fluxc.base.errors import FluxError
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import GPUS
 
-BUILD_STAGES = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
+BUILD_PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -50,9 +50,9 @@ bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 @recipe_argument
 @set_option
 @click.option("--out", type=click.Path(path_type=Path), help="Bundle folder (default: artifacts/NAME).")
-@click.option("--only", type=click.Choice(BUILD_STAGES), help="Stop after this stage; its result is kept for later.")
+@click.option("--until", type=click.Choice(BUILD_PARTS), help="Stop after this part; results are kept for later.")
 @reports_errors
-def build(recipe: Path, changes: tuple[str, ...], out: Path | None, only: str | None) -> None:
+def build(recipe: Path, changes: tuple[str, ...], out: Path | None, until: str | None) -> None:
     """Compile RECIPE into a bundle."""
     from fluxc.base.progress import StageProgress
     from fluxc.build.build import build as run
@@ -60,8 +60,8 @@ def build(recipe: Path, changes: tuple[str, ...], out: Path | None, only: str | 
 
     loaded = load_recipe(recipe, changes)
     folder = out or Path("artifacts") / loaded.recipe.name
-    built = run(loaded, folder, StageProgress(), None if only == "bundle" else only)
-    click.echo(f"{built}" if built else f"stage {only} is done; run without --only to make the bundle")
+    built = run(loaded, folder, StageProgress(), until)
+    click.echo(f"{built}" if built else f"done up to {until}; run without --until to make the bundle")
 
 
 @main.command()
@@ -73,8 +73,8 @@ def build(recipe: Path, changes: tuple[str, ...], out: Path | None, only: str | 
 def calibrate(recipe: Path, changes: tuple[str, ...], out: Path, device: str) -> None:
     """Run RECIPE's model over its calibration prompts; a build elsewhere takes the file as `calibration.file`."""
     from fluxc.base.progress import StageProgress
+    from fluxc.build.measure import calibrate_to_file
     from fluxc.calibrate.summary import print_calibration
-    from fluxc.calibrate.verb import calibrate_to_file
     from fluxc.recipe.load import load_recipe
 
     print_calibration(calibrate_to_file(load_recipe(recipe, changes), out, device, StageProgress()))
@@ -91,9 +91,9 @@ def calibrate(recipe: Path, changes: tuple[str, ...], out: Path, device: str) ->
 def trace(recipe: Path, changes: tuple[str, ...], out: Path, device: str, part: str) -> None:
     """Record how much every denoising step changes; a build elsewhere takes the file as `step_cache.trace`."""
     from fluxc.base.progress import StageProgress
+    from fluxc.build.measure import trace_to_file
     from fluxc.recipe.load import load_recipe
     from fluxc.stepcache.summary import print_trace
-    from fluxc.stepcache.verbs import trace_to_file
 
     number, slash, parts = part.partition("/")
     if not (slash and number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
@@ -108,8 +108,8 @@ def trace(recipe: Path, changes: tuple[str, ...], out: Path, device: str, part: 
 @reports_errors
 def merge_traces(traces: tuple[Path, ...], out: Path) -> None:
     """Put parts of a trace, made on several machines, together."""
+    from fluxc.build.measure import merge_to_file
     from fluxc.stepcache.summary import print_trace
-    from fluxc.stepcache.verbs import merge_to_file
 
     print_trace(merge_to_file(list(traces), out))
     click.echo(f"{out}")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fluxc.build.target_stages import shares_of_target
-from fluxc.checkpoint.components import WEIGHTS_FILE
-from fluxc.quantize.memory import WeightsMemory, weights_memory
+from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import LayerPlan, precision_plan, summary_by_format
 from fluxc.quantize.presets import PRESETS, Preset, absent_parts
-from fluxc.quantize.source import Source, kept_tensors
+from fluxc.quantize.source import Source
+from fluxc.quantize.source_memory import memory_by_component, planned_memory
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision
+from fluxc.targets.base import TargetContext
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,6 @@ class PresetFigures:
     memory: WeightsMemory
 
 
-def memory_by_component(source: Source) -> dict[str, WeightsMemory]:
-    """Weights in memory of every component, and of `all` together."""
-    table = {name: _memory(source, name, source.plans.get(name, [])) for name in WEIGHTS_FILE}
-    return {**table, "all": sum(table.values(), WeightsMemory(0, 0, 0))}
-
-
 def preset_figures(source: Source) -> list[PresetFigures]:
     """Every preset on this checkpoint, in place of the recipe's own `keep`, `rules` and `default`."""
     figures = []
@@ -43,7 +37,7 @@ def preset_figures(source: Source) -> list[PresetFigures]:
         plan = precision_plan(preset.component, layers, precision, bytes_before)
         count, parameters, _, _ = summary_by_format(plan)["bf16"]
         share = parameters / sum(entry.parameters for entry in plan)
-        figures.append(PresetFigures(preset, count, parameters, share, _memory(source, preset.component, plan)))
+        figures.append(PresetFigures(preset, count, parameters, share, planned_memory(source, preset.component, plan)))
     return figures
 
 
@@ -70,6 +64,7 @@ def lacking(loaded: LoadedRecipe, component: str, plan: list[LayerPlan]) -> list
 def plan_as_json(loaded: LoadedRecipe, source: Source) -> dict[str, Any]:
     """The plan for scripts; `precision` has the fields that bundle.json gives every layer."""
     recipe = loaded.recipe
+    context = TargetContext(recipe, source)
     return {
         "name": recipe.name,
         "family": source.checkpoint.pipeline_class,
@@ -84,7 +79,7 @@ def plan_as_json(loaded: LoadedRecipe, source: Source) -> dict[str, Any]:
         "weights_bytes": {name: asdict(memory) for name, memory in memory_by_component(source).items()},
         "targets": [target.name for target in recipe.targets],
         "ranks": {
-            target.name: [shares.as_json() for shares in shares_of_target(target, recipe, source)]
+            target.name: [shares.as_json() for shares in context.shares(target)]
             for target in recipe.targets
             if target.ranks > 1
         },
@@ -105,20 +100,6 @@ def presets_as_json(source: Source) -> list[dict[str, Any]]:
         }
         for figures in preset_figures(source)
     ]
-
-
-def _memory(source: Source, component: str, plan: list[LayerPlan]) -> WeightsMemory:
-    tensors = kept_tensors(source, component)
-    shapes = {name: ref.shape for name, ref in tensors.items()}
-    stored = {name: ref.nbytes for name, ref in tensors.items()}
-    linears = {linear.name: linear for linear in source.linears(component)}
-    for name, layer in source.quantized.get(component, {}).items():
-        if f"{name}.weight" in tensors:
-            for part in layer.tensors:
-                del shapes[f"{name}.{part}"]
-            shapes[f"{name}.weight"] = (linears[name].out_features, linears[name].in_features)
-            stored[f"{name}.weight"] = layer.nbytes
-    return weights_memory(shapes, plan, stored)
 
 
 def _layer(entry: LayerPlan) -> dict[str, Any]:

@@ -1,42 +1,30 @@
-"""The fidelity stage: diffusers draws the held-out prompts, every target is compared with it, the report is written."""
+"""Compares every target with the reference and writes the report."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from fluxc.base.progress import Report
-from fluxc.checkpoint.reference import Drawing, load_pipeline
-from fluxc.fidelity.compare import Reference, compare_ranks, compare_target
+from fluxc.fidelity.compare import compare_ranks, compare_target
+from fluxc.fidelity.reference_stage import read_references
 from fluxc.fidelity.report import write_report
-from fluxc.fidelity.trace import record, tokens_of_final
-from fluxc.quantize.source import Source
-from fluxc.recipe.structs import Recipe
-from fluxrt.bundle import Bundle, Engine
+from fluxrt.bundle import Engine
+
+if TYPE_CHECKING:
+    from fluxc.fidelity.stage import CompareInputs
 
 
-def measure(
-    folder: Path,
-    source: Source,
-    recipe: Recipe,
-    bundle: Bundle,
-    prompts: list[str],
-    layers: list[dict[str, Any]],
-    sensitivity: dict[str, Any] | None,
-    report: Report,
-) -> None:
-    """Write report/ (report.json, index.html, pictures) and pictures.json, the recorded requests, into `folder`.
-
-    `layers` are the quantized layers with their errors, `sensitivity` what `keep: auto` measured, for the report to show.
-    """
-    size, steps, guidance = recipe.sizes[0], recipe.sampling.steps, recipe.sampling.guidance
-    runnable = [target for target in recipe.targets if target.runs_here]
-    sharded = [target for target in recipe.targets if target.is_for_processes]
-    total = len(prompts) * (1 + len(runnable) + len(sharded))
+def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
+    """Write report/ (report.json, index.html, pictures) and pictures.json, the recorded requests, into `folder`."""
+    prompts, steps, guidance, size = inputs.prompts, inputs.steps, inputs.guidance, inputs.size
+    bundle = inputs.draft.bundle
+    runnable = [target for target in inputs.targets if target.runs_here]
+    sharded = [target for target in inputs.targets if target.is_for_processes]
+    total = len(prompts) * (len(runnable) + len(sharded))
     done = 0
 
     def advance() -> None:
@@ -44,30 +32,21 @@ def measure(
         done += 1
         report(done, total)
 
-    branches = 2 if source.guidance_branches and guidance > 1.0 else 1
-    pipeline = load_pipeline(source.checkpoint, getattr(torch, recipe.fidelity.reference))
-    references = []
-    drawing = Drawing(size, steps, guidance, recipe.fidelity.seed, recipe.text.length, source.family.text_layers)
-    for number, prompt in enumerate(prompts):
-        trace = record(pipeline, source.checkpoint, prompt, branches, drawing.of_prompt(number))
-        references.append(Reference(trace, tokens_of_final(trace, pipeline.vae), drawing.seed + number))
-        advance()
-    del pipeline
-
+    references = read_references(inputs.reference.folder, prompts, inputs.seed)
     figures: dict[str, Any] = {
-        "name": recipe.name,
-        "reference": f"diffusers {source.checkpoint.pipeline_class} in {recipe.fidelity.reference}",
+        "name": inputs.name,
+        "reference": inputs.title,
         "steps": steps,
         "guidance": guidance,
         "size": list(size),
         "prompts": prompts,
         "targets": {},
         "ranks": {},
-        "not_run": [target.name for target in recipe.targets if target not in (*runnable, *sharded)],
+        "not_run": [target.name for target in inputs.targets if target not in (*runnable, *sharded)],
         "engines": {t.name: _engine(t.engine) for t in bundle.manifest.targets if t.engine},
-        "layers": layers,
-        "sensitivity": sensitivity,
-        "step_cache": recipe.step_cache is not None,
+        "layers": inputs.layers,
+        "sensitivity": inputs.sensitivity,
+        "step_cache": inputs.step_cache,
     }
     pictures: dict[str, list[np.ndarray]] = {"reference": [r.trace.image for r in references]}
     for target in runnable:

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fluxc.base.errors import RecipeError
-from fluxc.build.target_stages import tokens_of_sizes
-from fluxc.cli.plan_report import memory_by_component
 from fluxc.models.flux2 import transformer_linears, transformer_tensors
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import Gpu
@@ -18,8 +16,10 @@ from fluxc.predict.work import ACTIVATION, VAE_WORKING, Work, work_of
 from fluxc.quantize.memory import weights_memory
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.source import Source
+from fluxc.quantize.source_memory import memory_by_component
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision
+from fluxc.targets.base import TargetContext
 from fluxc.targets.sharding import check_sharding, shares_of
 
 PRESET = "modelopt-flux2"
@@ -97,7 +97,7 @@ def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
     recipe = loaded.recipe
     components = source.checkpoint.components
     memory = memory_by_component(source)
-    size, tokens = next(iter(tokens_of_sizes(recipe, source).items()))
+    size, tokens = next(iter(TargetContext(recipe, source).tokens.items()))
     cache = recipe.step_cache
     decoder = VAE_WORKING * ACTIVATION * components["vae"].config["block_out_channels"][0] * size[0] * size[1]
     return Subject(

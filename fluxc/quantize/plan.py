@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fluxc.base.errors import RecipeError
 from fluxc.checkpoint.quantized import SourceLayer, unmergeable
@@ -49,6 +50,12 @@ class LayerPlan:
     quantized_in_source: bool = False
     parts: tuple[str, ...] = ()
     low_rank: int = 0
+
+    def fingerprint(self) -> list[Any]:
+        """What a stage's key takes of it: not the words of the rule that decided, nor sizes in the checkpoint."""
+        layer = self.layer
+        shape = [layer.out_features, layer.in_features]
+        return [layer.name, shape, layer.group, self.format, self.quantized_in_source, list(self.parts), self.low_rank]
 
     @property
     def parameters(self) -> int:

@@ -10,13 +10,12 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from fluxc.fidelity.metrics import psnr, significant, ssim
-from fluxc.fidelity.perceptual import Judges
 from fluxc.recipe.structs import StepCache as Settings
 from fluxc.recipe.structs import most_skipped
 from fluxc.stepcache.policy import PUBLISHED, best_schedules, find_threshold
@@ -25,6 +24,9 @@ from fluxrt.bundle import Bundle, CacheRule, StepCache
 from fluxrt.pipeline import Pipeline, starting_noise
 from fluxrt.schedule import SCHEDULES
 from fluxrt.stepcache import Decisions
+
+if TYPE_CHECKING:
+    from fluxc.fidelity.perceptual import Judges
 
 METHODS = ("static", "dynamic", "published", "fewer steps")
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)

@@ -23,7 +23,6 @@ from fluxc.base.progress import Report
 from fluxc.base.safetensors import ITEM_BITS, TensorRef
 from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE, quantization_config
 from fluxc.quantize.plan import LayerPlan
-from fluxc.recipe.structs import Recipe
 from fluxc.targets.sharding import undivided
 from fluxrt.bundle import StepCache
 
@@ -103,14 +102,24 @@ class Written:
     configs: dict[int, str]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What the YAML files say: sizes, numbers of GPUs, prompt length, and the step cache if its fit explains `min_r2`."""
+
+    sizes: tuple[tuple[int, int], ...]
+    gpu_counts: tuple[int, ...]
+    text_length: int
+    step_cache: StepCache | None = None
+    min_r2: float = 0.0
+
+
 def write_folder(
     folder: Path,
-    recipe: Recipe,
+    settings: Settings,
     transformer: dict[str, Any],
     plan: list[LayerPlan],
     tensors: dict[str, TensorRef],
     linked: Iterable[str],
-    step_cache: StepCache | None,
     report: Report | None = None,
 ) -> Written:
     """Write visual_gen/ below `folder`: configs, halves, index and YAML files.
@@ -140,11 +149,10 @@ def write_folder(
     (root / "transformer" / (WEIGHTS_FILE["transformer"] + INDEX)).write_text(json.dumps(index, indent=1) + "\n")
     links = {f"{FOLDER}/{file}": file for file in linked}
     links |= {f"{FOLDER}/transformer/{file}": f"transformer/{file}" for file in sorted(set(kept.values()))}
-    target = next(target for target in recipe.targets if target.is_visual_gen)
     configs = {}
-    for number in target.gpu_counts:
+    for number in settings.gpu_counts:
         configs[number] = f"{FOLDER}/{number}gpu.yaml"
-        (folder / configs[number]).write_text(_settings(recipe, number, step_cache))
+        (folder / configs[number]).write_text(_yaml(settings, number))
     return Written(links, configs)
 
 
@@ -177,15 +185,16 @@ def _quantization_config(plan: list[LayerPlan]) -> dict[str, Any] | None:
     return config | {"ignore": list(dict.fromkeys(names))}
 
 
-def _settings(recipe: Recipe, gpus: int, step_cache: StepCache | None) -> str:
+def _yaml(settings: Settings, gpus: int) -> str:
     """VisualGenArgs for so many GPUs, as YAML; `model` is the folder, which the command line names."""
     args: dict[str, Any] = {
-        "compilation_config": {"resolutions": [list(size) for size in recipe.sizes], "skip_warmup": False},
+        "compilation_config": {"resolutions": [list(size) for size in settings.sizes], "skip_warmup": False},
         "torch_compile_config": {"enable": True, "enable_fullgraph": False, "enable_autotune": True},
         "cuda_graph_config": {"enable": True},
         "parallel_config": {"cfg_size": 1, "ulysses_size": gpus, "ring_size": 1, "tp_size": 1},
     }
     lines = [f"# {SCHEMA}. Written by fluxc; there is no quant_config, which would override the checkpoint's."]
+    step_cache, least = settings.step_cache, settings.min_r2
     if step_cache:
         rule, r2 = step_cache.visual_gen, step_cache.fit["latent"]["r2"]
         teacache = {
@@ -194,7 +203,6 @@ def _settings(recipe: Recipe, gpus: int, step_cache: StepCache | None) -> str:
             "use_ret_steps": False,
             "coefficients": list(rule.coefficients),
         }
-        least = recipe.step_cache.min_r2 if recipe.step_cache else 0.0
         if r2 >= least:
             args["cache_config"] = teacache
         else:

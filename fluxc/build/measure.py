@@ -1,16 +1,35 @@
-"""`fluxc trace` and `fluxc merge-traces`: the step trace as a file of its own, made on other machines, also in parts."""
+"""`fluxc calibrate`, `fluxc trace` and `fluxc merge-traces`: what a build measures, as files made on other machines."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fluxc.base.cache import PROGRESS
 from fluxc.base.errors import BuildError, FluxError, RecipeError
 from fluxc.base.progress import StageProgress
-from fluxc.build import stages
+from fluxc.build.job import measuring
+from fluxc.build.requests import trace_request
+from fluxc.build.stages import calibration_inputs, step_trace_inputs
+from fluxc.calibrate.file import CalibrationFile, read_calibration
+from fluxc.calibrate.stage import calibrate_into
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.stepcache.file import TraceFile, merge_traces, read_trace, write_trace
-from fluxc.stepcache.stages import make_trace, trace_request
+from fluxc.stepcache.trace_stage import trace_into
+
+
+def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: StageProgress) -> CalibrationFile:
+    """Write the calibration of `loaded` to `out` and return it; prompts finished before an interruption are not run again.
+
+    An older calibration file at `out` is replaced; BuildError if something else is there. Hashes of the checkpoint and
+    finished prompts are kept in `.fluxc/` beside `out`.
+    """
+    if out.exists():
+        try:
+            read_calibration(out)
+        except FluxError as error:
+            raise BuildError(f"{out}: exists and is not a calibration file; give another --out") from error
+    with measuring(loaded, out, progress) as (_, job), progress.stage("calibrate") as report:
+        calibrate_into(calibration_inputs(job, out.stem), out, device, report)
+    return read_calibration(out)
 
 
 def trace_to_file(
@@ -32,8 +51,8 @@ def trace_to_file(
     if parts > asked:
         raise BuildError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
     pictures = list(range((number - 1) * asked // parts, number * asked // parts))
-    with stages.measuring(loaded, out, progress) as (cache, source, digests), progress.stage("trace steps") as report:
-        make_trace(loaded, source, digests, pictures, out, cache.root / PROGRESS / out.stem, device, report)
+    with measuring(loaded, out, progress) as (_, job), progress.stage("trace steps") as report:
+        trace_into(step_trace_inputs(job, out.stem), pictures, out, device, report)
     return read_trace(out)
 
 

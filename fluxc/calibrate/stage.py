@@ -1,0 +1,71 @@
+"""The calibration stage: what the inputs of every Linear were, over the prompts of a request."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxc.base.cache import key_of, library_versions, tool_versions
+from fluxc.base.imports import code_digest
+from fluxc.base.measured import Origin
+from fluxc.base.progress import Report
+from fluxc.calibrate.file import write_calibration
+from fluxc.checkpoint.files import Aside, CheckpointFiles
+
+if TYPE_CHECKING:
+    from fluxc.checkpoint.reference import Drawing
+
+RESULT = "calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class CalibrationInputs:
+    """The model, and what it is asked to do; `request` as build.requests makes it, `rows` are those of a CFG batch."""
+
+    files: CheckpointFiles
+    request: dict[str, Any]
+    rows: int
+    text_layers: tuple[int, ...]
+    aside: Aside
+
+
+def run(inputs: CalibrationInputs, folder: Path, report: Report) -> None:
+    """Write the calibration file, made on this machine."""
+    calibrate_into(inputs, folder / RESULT, "auto", report)
+
+
+def load(folder: Path) -> Path:
+    """The calibration file."""
+    return folder / RESULT
+
+
+def calibrate_into(inputs: CalibrationInputs, path: Path, device: str, report: Report) -> None:
+    """Run the model over the prompts and write `path`; finished prompts are kept aside meanwhile."""
+    from fluxc.calibrate.placement import find_placement
+    from fluxc.calibrate.run import calibrate
+
+    checkpoint, request = inputs.files.checkpoint, inputs.request
+    placement = find_placement(checkpoint, device)
+    origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
+    made_by = key_of(inputs.files.hashes(), request, str(placement), library_versions(), code_digest(__name__))
+    work = inputs.aside.folder.with_name(f"{inputs.aside.folder.name}-{made_by}")
+    drawing = drawing_of(request, inputs.text_layers)
+    records = calibrate(checkpoint, request["prompts"], drawing, inputs.rows, origin, placement, work, report)
+    write_calibration(path, origin, records)
+    shutil.rmtree(work)
+
+
+def drawing_of(request: dict[str, Any], text_layers: tuple[int, ...]) -> Drawing:
+    """How diffusers generates what a request asks for."""
+    from fluxc.checkpoint.reference import Drawing
+
+    return Drawing(
+        size=tuple(request["size"]),
+        steps=request["steps"],
+        guidance=request["guidance"],
+        seed=request["seed"],
+        text_length=request["text_length"],
+        text_layers=text_layers,
+    )

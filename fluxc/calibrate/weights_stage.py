@@ -1,0 +1,78 @@
+"""The weights stage: a component's weights file, quantized under the precision plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluxc.base.progress import Report
+from fluxc.base.safetensors import TensorRef
+from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.quantize.plan import LayerPlan
+from fluxc.recipe.structs import Calibration, Scales
+
+LAYERS = "layers.json"
+
+
+@dataclass(frozen=True)
+class WeightsInputs:
+    """`digests` are those of the component's files, which hold `tensors`; `apart` names those that get a file of their own.
+
+    `calibration` and its `settings` are there where a layer is quantized.
+    """
+
+    component: str
+    digests: dict[str, str]
+    tensors: dict[str, TensorRef]
+    plan: list[LayerPlan]
+    calibration: Path | None
+    settings: Calibration | None
+    scales: Scales
+    shard_bytes: int | None
+    apart: list[str]
+
+
+def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
+    """Write the weights, and layers.json: format and errors of every quantized layer."""
+    from fluxc.calibrate.amax import input_amax
+    from fluxc.calibrate.file import read_calibration
+    from fluxc.quantize.writer import write_weights
+
+    records, amax = {}, {}
+    if inputs.calibration and inputs.settings:
+        records = read_calibration(inputs.calibration).records[inputs.component]
+        amax = input_amax(records, inputs.plan, inputs.settings)
+    written = write_weights(
+        folder / WEIGHTS_FILE[inputs.component],
+        inputs.tensors,
+        inputs.plan,
+        amax,
+        scales=inputs.scales,
+        input_rows=lambda layer: records[layer].rows if layer in records else None,
+        shard_bytes=inputs.shard_bytes,
+        apart=inputs.apart,
+        on_progress=report,
+    )
+    layers = [
+        {
+            "name": r.name,
+            "format": r.format,
+            "scales": inputs.scales if r.format == "nvfp4" else "max",
+            "snr_db": round(r.snr_db, 3),
+            "output_snr_db": None if r.output_snr_db is None else round(r.output_snr_db, 2),
+        }
+        for r in written
+    ]
+    # No original to compare with, so their errors are not known.
+    layers += [
+        {"name": e.layer.name, "format": e.format, "scales": None, "snr_db": None, "output_snr_db": None}
+        for e in inputs.plan
+        if e.quantized_in_source
+    ]
+    (folder / LAYERS).write_text(json.dumps(layers))
+
+
+def load(folder: Path) -> Path:
+    """The folder with the weights."""
+    return folder

@@ -1,0 +1,87 @@
+"""The reference stage: what diffusers does for the held-out prompts, stage by stage; no target's result is part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fluxc.base.cache import Made
+from fluxc.base.progress import Report
+from fluxc.checkpoint.files import CheckpointFiles
+
+if TYPE_CHECKING:
+    from fluxc.fidelity.compare import Reference
+
+LISTS = ("input_ids", "text", "latents", "velocities")
+
+
+@dataclass(frozen=True)
+class ReferenceInputs:
+    """The model, the prompts and how they are generated: prompt i from the noise of `seed` + i, by a model in `dtype`.
+
+    `rows` are those of a CFG batch.
+    """
+
+    files: CheckpointFiles
+    prompts: list[str]
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    seed: int
+    text_length: int
+    text_layers: tuple[int, ...]
+    dtype: str
+    rows: int
+
+
+def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
+    """Write a safetensors file for each prompt: tokens, embeddings, prologue, every step, final latents, image."""
+    import torch
+    from safetensors.numpy import save_file
+
+    from fluxc.checkpoint.reference import Drawing, load_pipeline
+    from fluxc.fidelity.trace import record, tokens_of_final
+
+    checkpoint = inputs.files.checkpoint
+    pipeline = load_pipeline(checkpoint, getattr(torch, inputs.dtype))
+    drawing = Drawing(inputs.size, inputs.steps, inputs.guidance, inputs.seed, inputs.text_length, inputs.text_layers)
+    for number, prompt in enumerate(inputs.prompts):
+        trace = record(pipeline, checkpoint, prompt, inputs.rows, drawing.of_prompt(number))
+        tensors = {f"{name}.{at:04}": array for name in LISTS for at, array in enumerate(getattr(trace, name))}
+        tensors |= {f"prologue.{name}": array for name, array in trace.prologue.items()}
+        tensors |= {"sigmas": np.array(trace.sigmas, np.float64), "final": tokens_of_final(trace, pipeline.vae)}
+        tensors["image"] = trace.image
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / _file(number))
+        report(number + 1, len(inputs.prompts), f"{number + 1}/{len(inputs.prompts)} prompts")
+
+
+def load(folder: Path) -> Made:
+    """The folder; `read_references` reads it."""
+    return Made(folder)
+
+
+def read_references(folder: Path, prompts: list[str], seed: int) -> list[Reference]:
+    """What `run` wrote, in the order of the prompts."""
+    from safetensors.numpy import load_file
+
+    from fluxc.fidelity.compare import Reference
+    from fluxc.fidelity.trace import Trace
+
+    references = []
+    for number, prompt in enumerate(prompts):
+        tensors: dict[str, Any] = load_file(folder / _file(number))
+        lists: dict[str, Any] = {
+            name: [tensors[key] for key in sorted(tensors) if key.startswith(f"{name}.")] for name in LISTS
+        }
+        prologue = {key.removeprefix("prologue."): tensors[key] for key in tensors if key.startswith("prologue.")}
+        sigmas = [float(sigma) for sigma in tensors["sigmas"]]
+        trace = Trace(prompt, prologue=prologue, sigmas=sigmas, image=tensors["image"], **lists)
+        references.append(Reference(trace, tensors["final"], seed + number))
+    return references
+
+
+def _file(number: int) -> str:
+    return f"reference-{number:05}.safetensors"

@@ -1,0 +1,65 @@
+"""The comparison stage: every target of a bundle in the making against the reference; report/ and the recorded requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fluxc.base.cache import Made
+from fluxc.base.progress import Report
+from fluxc.recipe.structs import Target
+from fluxrt.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A bundle that is being made: of its manifest, what its images and its report depend on."""
+
+    bundle: Bundle
+
+    def fingerprint(self) -> Any:
+        """Its files' hashes, targets, prompting, sampling and step cache."""
+        manifest = self.bundle.manifest
+        files = {name: [file.size, file.sha256] for name, file in manifest.files.items()}
+        return [
+            files,
+            msgspec.to_builtins([manifest.targets, manifest.prompting, manifest.sampling, manifest.step_cache]),
+        ]
+
+
+@dataclass(frozen=True)
+class CompareInputs:
+    """`reference` is what ReferenceInputs with these prompts, size, steps, guidance and seed came to, `title` says how.
+
+    `layers` are the quantized layers with their errors, `sensitivity` what `keep: auto` measured, for the report to show, as
+    whether there is a page on the step cache.
+    """
+
+    name: str
+    title: str
+    reference: Made
+    prompts: list[str]
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    seed: int
+    targets: tuple[Target, ...]
+    draft: Draft
+    layers: list[dict[str, Any]]
+    sensitivity: dict[str, Any] | None
+    step_cache: bool
+
+
+def run(inputs: CompareInputs, folder: Path, report: Report) -> None:
+    """Write report/ (report.json, index.html, pictures) and pictures.json."""
+    from fluxc.fidelity.run import measure
+
+    measure(folder, inputs, report)
+
+
+def load(folder: Path) -> Path:
+    """The folder."""
+    return folder

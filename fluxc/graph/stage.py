@@ -1,0 +1,70 @@
+"""The export stage: a component's neutral graphs as .onnx files, from its config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxc.base.progress import Report
+from fluxc.models.flux2 import Family
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class ExportInputs:
+    """What a component's graphs depend on.
+
+    `config` is the component's; `family` says how the text encoder is run. `text_length` counts tokens, of a `part` of an
+    image those of one rank. With `composed` the graphs are whole, otherwise one for each kind of block.
+    """
+
+    component: str
+    config: dict[str, Any]
+    text_length: int = 0
+    cfg_batch: bool = False
+    family: Family | None = None
+    dtype: str = "float32"
+    composed: bool = False
+    part: bool = False
+
+    @property
+    def title(self) -> str:
+        """What is shown while it runs."""
+        if self.composed:
+            return f"trace {self.component}"
+        return f"trace {self.component} in {self.dtype}{' for one rank' if self.part else ''}"
+
+
+def run(inputs: ExportInputs, folder: Path, report: Report) -> None:
+    """Write NAME.onnx for each graph into `folder`."""
+    for name, model in _export(inputs).items():
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+
+
+def load(folder: Path) -> Path:
+    """The folder with the graphs."""
+    return folder
+
+
+def _export(inputs: ExportInputs) -> dict[str, onnx.ModelProto]:
+    import torch
+
+    from fluxc.graph import compose, export
+
+    config, dtype = inputs.config, getattr(torch, inputs.dtype)
+    if inputs.component == "transformer":
+        pieces = export.trace_transformer(config, inputs.text_length, inputs.cfg_batch, dtype, part=inputs.part)
+        if not inputs.composed:
+            return pieces
+        body = compose.compose_body(pieces, config["num_layers"], config["num_single_layers"], inputs.text_length)
+        return {name: pieces[name] for name in ("prologue", "signal", "epilogue")} | {"body": body}
+    if inputs.component == "text_encoder":
+        assert inputs.family is not None
+        pieces = export.trace_text_encoder(config, inputs.text_length, inputs.family, dtype)
+        if not inputs.composed:
+            return pieces
+        return {"text_encoder": compose.compose_text_encoder(pieces, inputs.family.text_layers)}
+    return {"vae_decoder": export.trace_vae_decoder(config, dtype)[0]}

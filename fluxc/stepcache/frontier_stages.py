@@ -1,0 +1,111 @@
+"""The stages of the frontier: images with every step, with so many skipped by each method, as served, and the report's page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from fluxc.base.cache import Made
+from fluxc.base.progress import Report
+from fluxrt.bundle import Bundle, StepCache
+
+if TYPE_CHECKING:
+    from fluxc.stepcache.frontier import Request
+
+PARTS = ("transformer/", "text_encoder/", "vae/", "tokenizer/")
+"""The files of a bundle that its images depend on."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A target of a bundle in the making: of its manifest, what its images depend on."""
+
+    bundle: Bundle
+    target: str
+
+    def fingerprint(self) -> Any:
+        """The hashes of PARTS, prompting, sampling and the target's own entry."""
+        manifest = self.bundle.manifest
+        files = {name: [f.size, f.sha256] for name, f in manifest.files.items() if name.startswith(PARTS)}
+        return [files, msgspec.to_builtins([manifest.prompting, manifest.sampling, self.bundle.target(self.target)])]
+
+
+@dataclass(frozen=True)
+class PointInputs:
+    """`methods` say how each skips; `keep` whose images are kept. `full` are those of every step, none where they are made.
+
+    `judges` are the files of LPIPS (`lpips`) and of a CLIP model (`image_text`), if any.
+    """
+
+    drawn: Drawn
+    request: Request
+    methods: dict[str, dict[str, Any]]
+    keep: tuple[str, ...]
+    full: Made | None
+    judges: dict[str, list[Path]]
+
+
+def run(inputs: PointInputs, folder: Path, report: Report) -> None:
+    """Write full.npy, or figures.json and METHOD.npy of the methods that are kept."""
+    import numpy as np
+
+    from fluxc.stepcache import frontier
+
+    drawn, request = inputs.drawn, inputs.request
+    total, done = len(request.prompts) * len(inputs.methods), 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        report(done, total)
+
+    if inputs.full is None:
+        pictures, _ = frontier.draw_all(drawn.bundle, drawn.target, request, {}, advance)
+        np.save(folder / "full.npy", pictures)
+        return
+    from fluxc.fidelity.perceptual import Judges
+
+    lpips, clip = inputs.judges.get("lpips"), inputs.judges.get("image_text")
+    judges = Judges(lpips[0] if lpips else None, clip[0].parent if clip else None)
+    original = np.load(inputs.full.folder / "full.npy")
+    frontier.measure_point(
+        folder, drawn.bundle, drawn.target, request, inputs.methods, original, inputs.keep, judges, advance
+    )
+
+
+def load(folder: Path) -> Made:
+    """The folder."""
+    return Made(folder)
+
+
+@dataclass(frozen=True)
+class PageInputs:
+    """What the page shows: the step cache, images with every step (`full`) and as served, and `points` by skipped steps."""
+
+    name: str
+    target: str
+    request: Request
+    step_cache: StepCache
+    full: Made
+    served: Made
+    points: dict[int, Made]
+
+
+def write(inputs: PageInputs, folder: Path, report: Report) -> None:
+    """Write report/step-cache.html with its table, plot and images."""
+    import numpy as np
+
+    from fluxc.stepcache.report import write_page
+
+    points, mode = {count: made.folder for count, made in inputs.points.items()}, inputs.step_cache.mode
+    measured = {count: json.loads((path / "figures.json").read_text()) for count, path in points.items()}
+    chosen = json.loads((inputs.served.folder / "figures.json").read_text())["chosen"]
+    pictures = (np.load(inputs.full.folder / "full.npy"), np.load(inputs.served.folder / "chosen.npy"))
+    by_count = {count: np.load(path / f"{mode}.npy") for count, path in points.items()}
+    write_page(
+        folder, inputs.name, inputs.target, inputs.request, inputs.step_cache, measured, chosen, pictures, by_count
+    )

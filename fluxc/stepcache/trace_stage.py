@@ -1,0 +1,58 @@
+"""The step-trace stage: what every denoising step changes, over the prompts of a request."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxc.base.cache import key_of, library_versions, tool_versions
+from fluxc.base.imports import code_digest
+from fluxc.base.measured import Origin
+from fluxc.base.progress import Report
+from fluxc.checkpoint.files import Aside, CheckpointFiles
+
+RESULT = "trace.safetensors"
+
+
+@dataclass(frozen=True)
+class StepTraceInputs:
+    """The model, and what it is asked to do: a request with the dtype it runs in; `rows` are those of a CFG batch."""
+
+    files: CheckpointFiles
+    request: dict[str, Any]
+    rows: int
+    text_layers: tuple[int, ...]
+    aside: Aside
+
+
+def run(inputs: StepTraceInputs, folder: Path, report: Report) -> None:
+    """Write the trace file, made on this machine."""
+    trace_into(inputs, list(range(len(inputs.request["prompts"]))), folder / RESULT, "auto", report)
+
+
+def load(folder: Path) -> Path:
+    """The trace file."""
+    return folder / RESULT
+
+
+def trace_into(inputs: StepTraceInputs, pictures: list[int], path: Path, device: str, report: Report) -> None:
+    """Trace the prompts numbered `pictures` and write `path`; finished prompts are kept aside meanwhile."""
+    import torch
+
+    from fluxc.calibrate.placement import find_placement
+    from fluxc.calibrate.stage import drawing_of
+    from fluxc.stepcache.file import write_trace
+    from fluxc.stepcache.record import record_steps
+
+    checkpoint, request = inputs.files.checkpoint, inputs.request
+    dtype = getattr(torch, request["dtype"])
+    placement = find_placement(checkpoint, device, dtype)
+    origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
+    made_by = key_of(inputs.files.hashes(), request, str(placement), library_versions(), code_digest(__name__))
+    work = inputs.aside.folder.with_name(f"{inputs.aside.folder.name}-{made_by}")
+    drawing, prompts = drawing_of(request, inputs.text_layers), request["prompts"]
+    trace = record_steps(checkpoint, prompts, pictures, drawing, inputs.rows, origin, placement, dtype, work, report)
+    write_trace(path, origin, pictures, trace)
+    shutil.rmtree(work)

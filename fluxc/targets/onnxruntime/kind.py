@@ -1,0 +1,77 @@
+"""The kind `onnxruntime`: graphs for ONNX Runtime on the CPU, in one process or several, or on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fluxc.base.cache import Made
+from fluxc.graph.stage import ExportInputs
+from fluxc.recipe.structs import Target
+from fluxc.targets.base import COMPONENTS, TargetContext, TargetWork
+from fluxc.targets.onnxruntime import stage
+from fluxc.targets.parts import Weights
+from fluxc.targets.sharding import check_sharding, needs_padding
+from fluxrt.bundle import StepCache
+
+
+class OnnxRuntime:
+    """See TargetKind."""
+
+    name = "onnxruntime"
+
+    def check(self, field: str, target: Target, context: TargetContext) -> None:
+        """Refuse a number of processes that cannot share the model."""
+        if target.ranks > 1:
+            check_sharding(
+                f"{field}.gpus", target.ranks, context.config, context.recipe.text.length, context.tokens, False
+            )
+
+    def exports(self, target: Target, context: TargetContext) -> dict[str, ExportInputs]:
+        """Whole graphs in fp32; on a GPU those of each kind of block in 16 bits, but for the VAE."""
+        dtype = target.dtype if target.is_for_gpu else "float32"
+        found = {}
+        for name in COMPONENTS:
+            ranks = target.ranks if name == "transformer" else 1
+            in_blocks = ranks > 1 or (target.is_for_gpu and name != "vae")
+            found[name] = context.export(name, dtype if in_blocks else "float32", ranks, composed=not in_blocks)
+        return found
+
+    def work(
+        self,
+        target: Target,
+        context: TargetContext,
+        exports: Mapping[str, Made],
+        weights: Mapping[str, Weights],
+        step_cache: StepCache | None,
+    ) -> TargetWork:
+        """Lowered and bound graphs."""
+        inputs = stage.OnnxRuntimeInputs(
+            target=target,
+            exports=dict(exports),
+            weights=dict(weights),
+            plans=context.source.plans,
+            unused=context.source.unused,
+            config=context.config,
+            text_length=context.recipe.text.length,
+            text_layers=context.source.family.text_layers,
+            step_cache=context.recipe.step_cache is not None,
+            padding=needs_padding(target.ranks, list(context.tokens.values())),
+        )
+        return TargetWork(inputs, stage.run)
+
+    def describe(self, target: Target) -> str:
+        """Where it runs and how it holds and multiplies weights."""
+        if target.device == "cuda":
+            return (
+                "ONNX Runtime on an NVIDIA GPU of compute capability 9.0 or later; NVFP4 weights 4-bit in memory, dequantized "
+                f"by the operator that multiplies; products in {target.dtype}, the VAE in fp32; its graphs are built and "
+                "checked here"
+            )
+        weights = f"NVFP4 weights {target.weights_in_memory} in memory; matrix products in fp32"
+        inputs = (
+            "activations in full precision"
+            if target.activations == "none"
+            else "inputs of quantized layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
+        )
+        where = f"in {target.ranks} processes on the CPU" if target.ranks > 1 else "on the CPU"
+        return f"ONNX Runtime {where}; {weights}; {inputs}; built and run on this machine"

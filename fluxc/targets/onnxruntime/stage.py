@@ -1,0 +1,104 @@
+"""The stage of an `onnxruntime` target: its graphs, lowered, bound, and loaded once by ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxc.base.cache import Made
+from fluxc.base.progress import Report
+from fluxc.quantize.plan import LayerPlan
+from fluxc.recipe.structs import Target
+from fluxc.targets.parts import Weights, load_exports, weights_beside, write_entry
+from fluxrt import bundle as format
+
+if TYPE_CHECKING:
+    import onnx
+
+WHOLE = ("prologue", "signal", "epilogue", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeInputs:
+    """`exports` are neutral graphs by component: whole in fp32, or one for each kind of block for a GPU or a rank.
+
+    `config` is the transformer's. `padding`: whether some size's image tokens are filled up for all ranks to hold as many.
+    """
+
+    target: Target
+    exports: dict[str, Made]
+    weights: dict[str, Weights]
+    plans: dict[str, list[LayerPlan]]
+    unused: dict[str, tuple[str, ...]]
+    config: dict[str, Any]
+    text_length: int
+    text_layers: tuple[int, ...]
+    step_cache: bool
+    padding: bool
+
+
+def run(inputs: OnnxRuntimeInputs, folder: Path, report: Report) -> None:
+    """Write the graphs under COMPONENT/, and the manifest entry."""
+    from fluxc.targets.onnxruntime import build
+
+    target = inputs.target
+    exported = load_exports(inputs.exports, inputs.step_cache)
+    graphs = {name: model for pieces in exported.values() for name, model in pieces.items()}
+    sharding = None
+    if target.ranks > 1:
+        graphs, sharding = _sharded(inputs, graphs)
+    if target.is_for_gpu:
+        graphs = _composed(inputs, graphs)
+    weights = inputs.weights
+    refs = {name: written.tensors for name, written in weights.items()}
+    entries = {name: Path(written.entry).name for name, written in weights.items()}
+    built = build.build_graphs(graphs, refs, entries, inputs.plans, target, inputs.unused)
+    with weights_beside(folder, weights):
+        for graph in built.values():
+            (folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
+        build.check_loads(folder, [graph.entry.file for graph in built.values()], target.is_for_gpu)
+    graph_entries = {name: graph.entry for name, graph in built.items()}
+    write_entry(
+        folder,
+        format.Target(
+            target.name, target.kind, target.activations, graph_entries, device=target.device, sharding=sharding
+        ),
+    )
+
+
+def _composed(inputs: OnnxRuntimeInputs, graphs: Mapping[str, onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
+    """Whole graphs from those of each kind of block."""
+    from fluxc.graph.compose import compose_body, compose_text_encoder
+
+    config = inputs.config
+    body = compose_body(dict(graphs), config["num_layers"], config["num_single_layers"], inputs.text_length)
+    encoder = compose_text_encoder(dict(graphs), inputs.text_layers)
+    return {name: graphs[name] for name in WHOLE if name in graphs} | {"body": body, "text_encoder": encoder}
+
+
+def _sharded(
+    inputs: OnnxRuntimeInputs, graphs: dict[str, onnx.ModelProto]
+) -> tuple[dict[str, onnx.ModelProto], format.Sharding]:
+    """The graphs of one rank, the body in pieces between its exchanges, and what becomes of them."""
+    from fluxc.graph.compose import compose_body
+    from fluxc.graph.ulysses import Exchange, hide_padding, shard, split_at_exchanges
+    from fluxc.targets.onnxruntime.build import port_of
+
+    config, ranks = inputs.config, inputs.target.ranks
+    text_tokens = inputs.text_length // ranks
+    body = compose_body(graphs, config["num_layers"], config["num_single_layers"], text_tokens)
+    kept = {name: graph for name, graph in graphs.items() if not name.endswith("_block")}
+    if inputs.padding and "signal" in kept:
+        kept["signal"] = hide_padding(kept["signal"])
+    order: list[str | format.Exchange] = []
+    for part in split_at_exchanges(shard(body, config, ranks, inputs.padding)):
+        if isinstance(part, Exchange):
+            port = port_of(part.sends)
+            order.append(format.Exchange(port.name, part.receives.name, port.dtype, port.shape))
+        else:
+            name = f"body-{sum(isinstance(known, str) for known in order)}"
+            order.append(name)
+            kept[name] = part
+    return kept, format.Sharding(ranks, text_tokens, inputs.padding, tuple(order))

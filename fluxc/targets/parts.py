@@ -1,0 +1,87 @@
+"""What every target is made from: exported graphs, the weights files a build wrote, precision plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from fluxc.base.cache import Made
+from fluxc.base.safetensors import TensorRef
+from fluxc.checkpoint.components import weights_entry, weights_files, weights_tensors
+from fluxrt.bundle import Target
+
+if TYPE_CHECKING:
+    import onnx
+
+ENTRY = "target.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A component's weights as the weights stage left them in `folder`; a graph depends on where its tensors lie there."""
+
+    component: str
+    folder: Path
+
+    @property
+    def tensors(self) -> dict[str, TensorRef]:
+        """Every tensor by name."""
+        return weights_tensors(self.folder, self.component)
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, in order."""
+        return weights_files(self.folder, self.component)
+
+    @property
+    def entry(self) -> str:
+        """The one file or the index, as the bundle names it."""
+        return f"{self.component}/{weights_entry(self.folder, self.component)}"
+
+    def fingerprint(self) -> list[Any]:
+        """Names, types and places of the tensors."""
+        return [[t.name, t.dtype, list(t.shape), t.file.name, t.offset] for t in self.tensors.values()]
+
+
+def load_exports(exports: Mapping[str, Made], with_signal: bool) -> dict[str, dict[str, onnx.ModelProto]]:
+    """The exported graphs by component and name; the step cache's `signal` only where it is wanted."""
+    import onnx
+
+    graphs = {
+        name: {file.stem: onnx.load(file) for file in sorted(made.folder.glob("*.onnx"))}
+        for name, made in exports.items()
+    }
+    if not with_signal:
+        graphs["transformer"].pop("signal")
+    return graphs
+
+
+@contextmanager
+def weights_beside(folder: Path, weights: Mapping[str, Weights]) -> Iterator[None]:
+    """The weights files under COMPONENT/ in `folder` while the body runs, where graphs expect them."""
+    links = []
+    try:
+        for name, written in weights.items():
+            (folder / name).mkdir(exist_ok=True)
+            for file in written.files:
+                links.append(folder / name / file.name)
+                links[-1].hardlink_to(file.resolve())
+        yield
+    finally:
+        for link in links:
+            link.unlink(missing_ok=True)
+
+
+def write_entry(folder: Path, entry: Target) -> None:
+    """Write the target's manifest entry into its result folder."""
+    (folder / ENTRY).write_bytes(msgspec.json.encode(entry, order="deterministic"))
+
+
+def read_entry(folder: Path) -> Target:
+    """The manifest entry of a target's result folder."""
+    return msgspec.json.decode((folder / ENTRY).read_bytes(), type=Target)

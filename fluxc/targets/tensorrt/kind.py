@@ -1,0 +1,110 @@
+"""The kinds `tensorrt_rtx` and `tensorrt`: engines for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fluxc.base.cache import Made
+from fluxc.base.errors import RecipeError
+from fluxc.graph.stage import ExportInputs
+from fluxc.recipe.structs import Target
+from fluxc.targets.base import COMPONENTS, TargetContext, TargetWork
+from fluxc.targets.parts import Weights
+from fluxc.targets.sharding import check_sharding
+from fluxc.targets.tensorrt import stage
+from fluxc.targets.tensorrt.library import (
+    GPUS,
+    LIBRARIES,
+    check_capabilities,
+    gpu_here,
+    installed_version,
+    load_library,
+)
+from fluxrt.bundle import StepCache
+
+
+class TensorRT:
+    """See TargetKind; `name` is the library's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._library = LIBRARIES[name]
+
+    def check(self, field: str, target: Target, context: TargetContext) -> None:
+        """Refuse GPUs that do not compute in the planned formats, and a number of them that cannot share the model."""
+        formats = {entry.format for plan in context.source.plans.values() for entry in plan}
+        check_capabilities(self.name, target.compute_capabilities, formats, f"{field}.compute_capabilities")
+        if not self._library.builds_without_gpu and len(target.compute_capabilities) > 1:
+            raise RecipeError(
+                f"{field}.compute_capabilities: {self.name} builds for one kind of GPU, the one it is finished on; give one"
+            )
+        if target.ranks > 1:
+            length, tokens = context.recipe.text.length, context.tokens
+            check_sharding(f"{field}.gpus", target.ranks, context.config, length, tokens, True)
+
+    def check_library(self) -> None:
+        """Refuse, before anything long runs, a library that is missing here although it could build here: BuildError."""
+        if self._library.builds_without_gpu:
+            load_library(self.name)
+
+    def exports(self, target: Target, context: TargetContext) -> dict[str, ExportInputs]:
+        """The graphs of each kind of block in bf16."""
+        return {
+            name: context.export(name, target.dtype, target.ranks if name == "transformer" else 1)
+            for name in COMPONENTS
+        }
+
+    def work(
+        self,
+        target: Target,
+        context: TargetContext,
+        exports: Mapping[str, Made],
+        weights: Mapping[str, Weights],
+        step_cache: StepCache | None,
+    ) -> TargetWork:
+        """Engines, or the graphs they are built from on the GPU."""
+        baked = target.weights == "baked"
+        inputs = stage.TensorRTInputs(
+            target=target,
+            exports=dict(exports),
+            weights=dict(weights),
+            plans=context.source.plans,
+            unused=context.source.unused,
+            config=context.config,
+            grids=context.grids,
+            cfg_batch=context.source.guidance_branches,
+            text_length=context.recipe.text.length,
+            text_layers=context.source.family.text_layers,
+            step_cache=context.recipe.step_cache is not None,
+            scalars=[scalar for written in weights.values() for scalar in stage.scalars_of(written)],
+            contents=[file for written in weights.values() for file in written.files] if baked else [],
+            builds_here=self._builds_here(target),
+            library=installed_version(self.name),
+        )
+        return TargetWork(inputs, stage.run)
+
+    def describe(self, target: Target) -> str:
+        """GPUs, where weights lie, shapes, and where engines are built."""
+        gpus = ", ".join(f"{c} ({GPUS[c]})" for c in target.compute_capabilities)
+        weights = (
+            "a plan for each kind of block, weights bound when it runs"
+            if target.weights == "bound"
+            else f"plans with the blocks' weights inside, built in at most {target.memory_gib:g} GiB"
+        )
+        shapes = "an optimization profile a size" if target.shapes == "profiles" else "one profile for all sizes"
+        version = installed_version(self.name)
+        if self._library.builds_without_gpu:
+            where = f"needs {self.name} here: pip install 'fluxc[{self._library.extra}]'"
+            where = f"built and audited on this machine ({self.name} {version})" if version else where
+        elif version and gpu_here(target.compute_capabilities):
+            where = f"built and audited on this machine's GPU ({self.name} {version})"
+        else:
+            where = "its graphs are written here; `fluxc finish` builds the plans on the GPU"
+        ranks = f"{target.ranks} GPUs (Ulysses), each of " if target.ranks > 1 else ""
+        return f"{ranks}compute capability {gpus}; {weights}; {shapes}; {where}"
+
+    def _builds_here(self, target: Target) -> bool:
+        """Whether this machine builds the engines; check_library refused a library that could be here and is not."""
+        if self._library.builds_without_gpu:
+            return True
+        return installed_version(self.name) is not None and gpu_here(target.compute_capabilities)

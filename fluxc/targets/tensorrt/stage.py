@@ -1,0 +1,88 @@
+"""The stage of a `tensorrt_rtx` or `tensorrt` target: its engines, built and audited, or the graphs that `finish` builds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxc.base.cache import Made
+from fluxc.base.progress import Report
+from fluxc.quantize.plan import LayerPlan
+from fluxc.recipe.structs import Target
+from fluxc.targets.parts import Weights, load_exports, weights_beside, write_entry
+from fluxc.targets.unused import check_no_stray
+from fluxrt import bundle as format
+
+
+@dataclass(frozen=True)
+class TensorRTInputs:
+    """`exports` are the graphs of each kind of block by component, the transformer's those of one rank; `config` is its own.
+
+    `grids` are token rows and columns of every size. `scalars` are the scalar scales' bytes, which decide whether a fusion
+    group can be one GEMM; `contents` the weights files, where engines hold them. `builds_here`: whether this machine builds the
+    engines, with `library`, the version of the target's library.
+    """
+
+    target: Target
+    exports: dict[str, Made]
+    weights: dict[str, Weights]
+    plans: dict[str, list[LayerPlan]]
+    unused: dict[str, tuple[str, ...]]
+    config: dict[str, Any]
+    grids: tuple[tuple[int, int], ...]
+    cfg_batch: bool
+    text_length: int
+    text_layers: tuple[int, ...]
+    step_cache: bool
+    scalars: list[str]
+    contents: list[Path]
+    builds_here: bool
+    library: str | None
+
+
+def run(inputs: TensorRTInputs, folder: Path, report: Report) -> None:
+    """Write graphs and engines below engines/, and the manifest entry."""
+    from fluxc.graph.ulysses import shard
+    from fluxc.targets.tensorrt import build
+    from fluxc.targets.tensorrt.cut import Component
+
+    target = inputs.target
+    neutral = load_exports(inputs.exports, inputs.step_cache)
+    refs = {name: written.tensors for name, written in inputs.weights.items()}
+    components = {
+        name: Component(name, tensors, inputs.plans.get(name, []), inputs.weights[name].entry)
+        for name, tensors in refs.items()
+    }
+    sizes = build.Sizes(
+        grids=inputs.grids,
+        branches=(1, 2) if inputs.cfg_batch else (1,),
+        text_length=inputs.text_length,
+        ranks=target.ranks,
+    )
+    sharding = None
+    if target.ranks > 1:
+        blocks = neutral["transformer"]
+        blocks |= {name: shard(blocks[name], inputs.config, target.ranks) for name in blocks if name.endswith("_block")}
+        sharding = format.Sharding(target.ranks, inputs.text_length // target.ranks)
+    cut = build.cut_target(target, neutral, components, sizes, inputs.text_layers)
+    for name, tensors in refs.items():
+        spare = build.spare_scales(inputs.plans.get(name, []), cut.tensors[name])
+        check_no_stray(name, [t for t in tensors if t not in cut.tensors[name] | spare], inputs.unused.get(name, ()))
+    with weights_beside(folder, inputs.weights):
+        build.write_sources(cut, folder)
+        here = inputs.builds_here
+        engine = build.build_engine(target, cut, folder, report) if here else build.unfinished_engine(target, cut)
+    counts = [rows * columns for rows, columns in sizes.grids]
+    tokens = (min(counts), max(counts)) if target.shapes == "range" else None
+    write_entry(
+        folder,
+        format.Target(
+            target.name, target.kind, "nvfp4", {}, device="cuda", tokens=tokens, engine=engine, sharding=sharding
+        ),
+    )
+
+
+def scalars_of(weights: Weights) -> list[str]:
+    """The component's scalar tensors as hexadecimal bytes, in order."""
+    return [bytes(ref.bytes_view()).hex() for ref in weights.tensors.values() if ref.shape == ()]
