@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ import pytest
 from rich.console import Console
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has a core; threads that wait for one another would make both many times slower.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from fluxc.base.cache import ENVIRONMENT, USED
 from fluxc.base.progress import StageProgress
 from fluxc.build.build import build
 from fluxc.models.flux2 import text_tensors, transformer_tensors
@@ -140,9 +145,36 @@ def hollow_checkpoint(root: Path, transformer: dict[str, Any], text_encoder: dic
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The stage cache of all builds of a run, and of all its workers: what one has made, none makes again."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT, str(base / "stage-cache"))
+        yield base / "stage-cache"
+
+
+def seed_cache(shared: Path, bundle: Path, folder: Path) -> None:
+    """Give builds in `folder` a cache of their own that knows what `bundle` was made from, and nothing else."""
+    root = folder / ".fluxc"
+    for note in (shared / USED).glob("*.json"):
+        entry = json.loads(note.read_text())
+        if entry["owner"] == str(bundle.resolve()):
+            for name in entry["results"]:
+                shutil.copytree(shared / name, root / name)
+    assert root.is_dir()
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds keep their results beside the bundle, as they do for users."""
+    monkeypatch.delenv(ENVIRONMENT)
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose builds share one stage cache."""
+    """A folder for bundles."""
     return tmp_path_factory.mktemp("artifacts")
 
 

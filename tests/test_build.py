@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import QUICK, RECIPE, RecordingProgress, compile_into, contents, quantized_by_modelopt
+from conftest import QUICK, RECIPE, RecordingProgress, compile_into, contents, quantized_by_modelopt, seed_cache
+from fluxc.base.cache import ENVIRONMENT, locked
 from fluxc.base.errors import BuildError, GateError, RecipeError
 from fluxc.fidelity.compare import _check_finite
 from fluxc.fidelity.gates import check_gates
@@ -27,6 +28,17 @@ from fluxc.recipe.structs import Gates
 from fluxrt.bundle import open_bundle
 
 
+@pytest.fixture(scope="module")
+def own(quick_bundle: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick bundle in a folder with a cache of its own, which knows how it was made and nothing else."""
+    folder = tmp_path_factory.mktemp("own")
+    seed_cache(shared_cache, quick_bundle, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(ENVIRONMENT)
+        return compile_into(folder / "quick", *QUICK)
+
+
+@pytest.mark.usefixtures("own_cache")
 def test_two_builds_from_clean_give_the_same_bytes(quick_bundle: Path, tmp_path: Path) -> None:
     again = compile_into(tmp_path / "quick", *QUICK)
     first, second = contents(quick_bundle), contents(again)
@@ -34,15 +46,17 @@ def test_two_builds_from_clean_give_the_same_bytes(quick_bundle: Path, tmp_path:
     assert [name for name in first if first[name] != second[name]] == []
 
 
-def test_nothing_runs_when_nothing_changed(quick_bundle: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in quick_bundle.rglob("*")}
+@pytest.mark.usefixtures("own_cache")
+def test_nothing_runs_when_nothing_changed(own: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in own.rglob("*")}
     progress = RecordingProgress()
-    compile_into(quick_bundle, *QUICK, progress=progress)
+    compile_into(own, *QUICK, progress=progress)
     assert progress.ran == ["hash checkpoint"]
-    assert {p: p.stat().st_mtime_ns for p in quick_bundle.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in own.rglob("*")} == before
 
 
-def test_a_cached_build_never_imports_torch(quick_bundle: Path) -> None:
+@pytest.mark.usefixtures("own_cache")
+def test_a_cached_build_never_imports_torch(own: Path) -> None:
     code = (
         "import sys\n"
         "from fluxc.cli.main import main\n"
@@ -50,15 +64,16 @@ def test_a_cached_build_never_imports_torch(quick_bundle: Path) -> None:
         "except SystemExit as e: assert not e.code, e.code\n"
         "assert not {'torch', 'diffusers', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
     )
-    arguments = ["build", str(RECIPE), "--out", str(quick_bundle), *(a for c in QUICK for a in ("--set", c))]
+    arguments = ["build", str(RECIPE), "--out", str(own), *(a for c in QUICK for a in ("--set", c))]
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=120)
 
 
-def test_a_changed_keep_list_repeats_only_what_depends_on_it(quick_bundle: Path, workshop: Path) -> None:
+@pytest.mark.usefixtures("own_cache")
+def test_a_changed_keep_list_repeats_only_what_depends_on_it(own: Path) -> None:
     progress = RecordingProgress()
     outside = "x_embedder, context_embedder, 'time_guidance_embed*', '*modulation*', 'norm_out*', proj_out"
     keep = f"precision.transformer.keep=[{outside}, '*.ff_context.linear_out']"
-    compile_into(workshop / "kept", *QUICK, keep, progress=progress)
+    kept = compile_into(own.parent / "kept", *QUICK, keep, progress=progress)
     assert progress.ran == [
         "hash checkpoint",
         "write transformer weights",
@@ -66,34 +81,39 @@ def test_a_changed_keep_list_repeats_only_what_depends_on_it(quick_bundle: Path,
         "build onnxruntime-nvfp4",
         "compare with diffusers",
     ]
-    before, after = contents(quick_bundle), contents(workshop / "kept")
+    before, after = contents(own), contents(kept)
     unchanged = [n for n in before if n.split("/")[0] in ("text_encoder", "vae", "tokenizer", "scheduler")]
     assert all(before[name] == after[name] for name in unchanged)
 
 
-def test_a_bundle_owns_its_weights_and_onnx_loads_its_graphs(quick_bundle: Path, workshop: Path) -> None:
+@pytest.mark.usefixtures("own_cache")
+def test_a_bundle_owns_its_weights_and_onnx_loads_its_graphs(own: Path) -> None:
     """onnx refuses external data with several hard links, so two bundles from one cache must not share a file."""
-    other = compile_into(workshop / "other", *QUICK)
-    for bundle in (quick_bundle, other):
+    other = compile_into(own.parent / "other", *QUICK)
+    for bundle in (own, other):
         assert {p.stat().st_nlink for p in bundle.rglob("*") if p.is_file()} == {1}
         assert not [p for p in bundle.rglob("*") if p.is_symlink()]
         model = onnx.load(bundle / "transformer" / "body.onnx")
         assert all(len(i.raw_data) for i in model.graph.initializer if i.name.endswith(".weight"))
-    assert contents(other) == contents(quick_bundle)
+    assert contents(other) == contents(own)
 
 
-def test_a_deleted_bundle_comes_back_the_same(quick_bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
+@pytest.mark.usefixtures("own_cache")
+def test_a_deleted_bundle_comes_back_the_same(
+    own: Path, quick_bundle: Path, shared_cache: Path, tmp_path: Path
+) -> None:
+    seed_cache(shared_cache, quick_bundle, tmp_path)
     out = compile_into(tmp_path / "mine", *QUICK)
     shutil.rmtree(out)
     progress = RecordingProgress()
     compile_into(out, *QUICK, progress=progress)
     assert progress.ran == ["hash checkpoint"] + [f"write {c} weights" for c in ("transformer", "text_encoder", "vae")]
-    assert contents(out) == contents(quick_bundle)
+    assert contents(out) == contents(own)
 
 
-def test_a_damaged_stage_result_is_made_again(quick_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("own_cache")
+def test_a_damaged_stage_result_is_made_again(quick_bundle: Path, shared_cache: Path, tmp_path: Path) -> None:
+    seed_cache(shared_cache, quick_bundle, tmp_path)
     out = compile_into(tmp_path / "mine", *QUICK)
     expected = contents(out)
     target = out / "vae" / "diffusion_pytorch_model.safetensors"
@@ -108,26 +128,21 @@ def test_a_damaged_stage_result_is_made_again(quick_bundle: Path, tmp_path: Path
     assert contents(out) == expected
 
 
-KILLED_IN = [".trace-vae-", ".trace-transformer-", ".calibration-", ".weights-", ".target-", ".fidelity-", ".bundle-"]
+KILLED_IN = ("export-vae", "export-transformer", "calibration", "weights", "target", "fidelity", "bundle")
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_killed_at_every_stage_ends_with_the_same_bytes(quick_bundle: Path, tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    cache = tmp_path / ".fluxc"
-    command = [sys.executable, "-m", "fluxc.cli", "build", str(RECIPE), "--out", str(out)]
-    command += [a for c in QUICK for a in ("--set", c)]
-    killed = []
+    """SIGKILL once in each stage, when it has begun to write its result; the next run goes on from there."""
+    out, cache = tmp_path / "killed", tmp_path / ".fluxc"
+    arguments = ["build", str(RECIPE), "--out", str(out), *(a for c in QUICK for a in ("--set", c))]
     for stage in KILLED_IN:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None:
-            if any(cache.glob(f"{stage}*")):
-                os.kill(process.pid, signal.SIGKILL)
-                process.wait()
-                killed.append(stage)
-                break
-            time.sleep(0.002)
+        command = [sys.executable, str(Path(__file__).with_name("killed_in.py")), stage, *arguments]
+        process = subprocess.run(command, capture_output=True, timeout=300)
+        assert process.returncode == -signal.SIGKILL, (stage, process.stderr.decode()[-500:])
         assert not out.exists(), stage
-    assert len(killed) >= 4, killed
+        half = [path for path in cache.glob(f".*{stage if stage != 'bundle' else out.name}*") if path.is_dir()]
+        assert any(any(path.iterdir()) for path in half), f"{stage} had written nothing"
     progress = RecordingProgress()
     compile_into(out, *QUICK, progress=progress)
     assert "calibrate" in progress.found
@@ -299,9 +314,7 @@ def test_a_folder_that_is_not_a_bundle_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_two_builds_in_one_folder_do_not_mix(tmp_path: Path) -> None:
-    from fluxc.base.cache import locked
-
-    with locked(tmp_path / ".fluxc"), pytest.raises(BuildError, match="another fluxc build is using"):
+    with locked(tmp_path / "out"), pytest.raises(BuildError, match="another fluxc build is making it"):
         compile_into(tmp_path / "out", *QUICK)
 
 

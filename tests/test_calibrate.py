@@ -19,7 +19,6 @@ from safetensors.numpy import load_file, save_file
 from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import CHECKPOINT_PARTS, Origin, check_origin
-from fluxc.build import stages
 from fluxc.build.measure import calibrate_to_file
 from fluxc.calibrate import run
 from fluxc.calibrate.amax import input_amax, least_error, percentile
@@ -474,4 +473,3 @@ def test_a_percentile_out_of_range_is_refused() -> None:
 
 def test_calibration_depends_on_everything_but_the_vae() -> None:
     assert set(CHECKPOINT_PARTS) == {"", "transformer", "text_encoder", "tokenizer", "scheduler"}
-    assert stages.CALIBRATION.endswith(".safetensors")

@@ -183,7 +183,7 @@ def test_calibrate_prints_kinds_outliers_and_where_it_ran(tmp_path: Path) -> Non
 
 def test_build_stops_after_the_stage_it_was_asked_for(tmp_path: Path) -> None:
     result = invoke(
-        "build", RECIPE, "--out", tmp_path / "out", "--only", "calibrate", *(a for c in QUICK for a in ("--set", c))
+        "build", RECIPE, "--out", tmp_path / "out", "--until", "calibrate", *(a for c in QUICK for a in ("--set", c))
     )
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "out").exists()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import NANO
+from fluxc.base.errors import CheckpointError
 from fluxc.models.flux2 import text_linears, text_tensors, transformer_linears, transformer_tensors
+from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.published import DEV, KLEIN_4B, KLEIN_9B
 
 NANO_CONFIG = {
@@ -59,3 +63,36 @@ def test_text_encoder_table_equals_transformers(tied: bool) -> None:
     assert text_tensors(config, 3) == theirs
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
     assert {layer.name for layer in text_linears(config, 3)} == linears
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        json.loads((NANO / "vae" / "config.json").read_text()),
+        {},
+        {"decoder_block_out_channels": [64, 128, 256, 256]},
+        {
+            "block_out_channels": [32, 64],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "mid_block_add_attention": False,
+            "latent_channels": 4,
+            "layers_per_block": 3,
+        },
+    ],
+    ids=["flux2-nano", "as published", "small decoder", "odd"],
+)
+def test_the_vaes_tensors_equal_diffusers(config: dict[str, Any]) -> None:
+    from diffusers import AutoencoderKLFlux2
+
+    with torch.device("meta"):
+        vae = AutoencoderKLFlux2.from_config(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    assert Flux2VAE.read(config, Path("vae")).tensors == expected
+
+
+def test_a_field_of_a_config_that_does_not_fit_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"vae/config\.json: Expected `int`, got `str` - at `latent_channels`"):
+        Flux2VAE.read({"latent_channels": "many"}, Path("vae"))

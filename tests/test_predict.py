@@ -23,6 +23,7 @@ from fluxc.base.safetensors import TensorRef
 from fluxc.cli.main import main
 from fluxc.graph.export import trace_vae_decoder
 from fluxc.models.flux2 import transformer_linears
+from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.published import DEV, KLEIN_4B
 from fluxc.predict import published
 from fluxc.predict.gpus import GPUS
@@ -83,8 +84,11 @@ def test_the_vae_wants_the_working_memory_its_plan_states(side: int, tmp_path: P
         from diffusers import AutoencoderKLFlux2
 
         config = {k: v for k, v in AutoencoderKLFlux2().config.items() if not k.startswith("_")}
-    model, tensors = trace_vae_decoder(config, torch.bfloat16)
-    weights = {n: TensorRef(n, "BF16", shape, Path(), 0, 2 * math.prod(shape)) for n, shape in tensors.items()}
+    model = trace_vae_decoder(config, torch.bfloat16)
+    weights = {
+        n: TensorRef(n, "BF16", shape, Path(), 0, 2 * math.prod(shape))
+        for n, shape in Flux2VAE.read(config, tmp_path).tensors.items()
+    }
     target = Target("tensorrt_rtx", compute_capabilities=("12.0",))
     rows = side // 16
     cutter = Cutter([{"branches": 1, "tokens": rows**2, "rows": rows, "columns": rows}], False, target.name, "engines")

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from conftest import NANO, QUICK, RecordingProgress, compile_into, contents
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
-from fluxc.build.target_stages import check_targets
+from fluxc.build.job import check_targets
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_steps
@@ -32,9 +33,10 @@ from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.source import read_source
 from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe.load import load_recipe
-from fluxc.recipe.structs import ComponentPrecision, Target
+from fluxc.recipe.structs import Allow, ComponentPrecision, Target
+from fluxc.targets.base import TargetContext
 from fluxc.targets.onnxruntime.lower import lower
-from fluxc.targets.tensorrt.audit import Audit, Expected, audit
+from fluxc.targets.tensorrt.audit import Audit, Expected, Finding, audit
 from fluxc.targets.tensorrt.build import build_engine, check_audits, check_group_scales, write_sources
 from fluxc.targets.tensorrt.builder import PlanRequest, build_plan
 from fluxc.targets.tensorrt.cut import Component, Cutter, without_prefix
@@ -446,7 +448,7 @@ def test_the_block_as_lowered_passes_the_audit(double_block, baked: bool) -> Non
 def test_the_audit_catches_what_tensorrt_does_without_a_word(double_block, change, baked: bool, says: str) -> None:
     """Every one of these graphs builds; TensorRT says nothing."""
     found = double_block(change, baked)
-    assert any(says in fault for fault in found.faults), found.faults
+    assert any(says in str(fault) for fault in found.faults), found.faults
 
 
 # Hand-offs.
@@ -507,7 +509,7 @@ def test_an_export_never_mixes_with_what_is_there(rtx_bundle: Path, nano_bundle:
 def test_targets_that_cannot_be_are_refused_before_anything_runs(targets: str, says: str) -> None:
     def read() -> None:
         loaded = load_recipe(RTX, (*QUICK, f"targets={targets}"))
-        check_targets(loaded, read_source(loaded))
+        check_targets(TargetContext(loaded.recipe, read_source(loaded)))
 
     with pytest.raises(RecipeError, match=says):
         read()
@@ -524,7 +526,7 @@ def test_a_missing_library_is_an_error_before_anything_runs(tmp_path: Path, monk
 def test_gates_that_nothing_would_be_held_to_are_refused() -> None:
     loaded = load_recipe(RTX, ("targets=[{kind: tensorrt_rtx}]",))
     with pytest.raises(RecipeError, match=r"gates\.step_cosine: no target of this recipe runs on the machine"):
-        check_targets(loaded, read_source(loaded))
+        check_targets(TargetContext(loaded.recipe, read_source(loaded)))
 
 
 def test_fp8_is_possible_where_fp4_is_not(workshop: Path) -> None:
@@ -553,13 +555,15 @@ def test_a_group_with_two_scales_is_refused(rtx_bundle: Path, tmp_path: Path) ->
 
 
 def test_a_fault_is_allowed_by_name_and_by_nothing_else() -> None:
-    found = Audit({}, 0, 1, 0.5, 0, SM120, ("ff.linear_in: planned nvfp4, runs as bf16 (function)",))
+    found = Audit(
+        {}, 0, 1, 0.5, 0, SM120, (Finding("format", ("ff.linear_in",), "planned nvfp4, runs as bf16 (function)"),)
+    )
     target = Target("tensorrt_rtx", compute_capabilities=SM120)
     with pytest.raises(BuildError, match=r"plan double: ff\.linear_in: planned nvfp4, runs as bf16"):
         check_audits(target, {"double": found})
-    check_audits(msgspec.structs.replace(target, allow=("ff.*",)), {"double": found})
+    check_audits(msgspec.structs.replace(target, allow=(Allow("ff.*"),)), {"double": found})
     with pytest.raises(BuildError, match=r"allow 'attn\.\*' matches no fault"):
-        check_audits(msgspec.structs.replace(target, allow=("ff.*", "attn.*")), {"double": found})
+        check_audits(msgspec.structs.replace(target, allow=(Allow("ff.*"), Allow("attn.*"))), {"double": found})
 
 
 def test_a_plan_for_other_gpus_than_asked_is_a_fault(rtx_bundle: Path) -> None:
@@ -568,9 +572,30 @@ def test_a_plan_for_other_gpus_than_asked_is_a_fault(rtx_bundle: Path) -> None:
     expected = msgspec.convert(plan.expected, Expected)
     data = bundle.path(str(plan.file)).read_bytes()
     assert audit(data, expected, ("12.0", "12.1")).faults == ()
-    assert audit(data, expected, SM120).faults == ("runs on 12.0, 12.1, asked for 12.0",)
+    assert [str(fault) for fault in audit(data, expected, SM120).faults] == ["runs on 12.0, 12.1, asked for 12.0"]
 
 
 def test_what_is_no_plan_cannot_be_audited() -> None:
     with pytest.raises(BuildError, match="holds no program that can be read"):
         read_programs(b"not a plan")
+
+
+def test_nothing_lets_a_plan_pass_that_is_not_the_one_asked_for() -> None:
+    """A pattern that matches every layer says nothing of GPUs, ranks and collectives."""
+    target = Target("tensorrt_rtx", compute_capabilities=SM120, allow=(Allow("*"),))
+    layer = Finding("format", ("ff.linear_in",), "planned nvfp4, runs as bf16 (function)")
+    for finding in (
+        Finding("ranks", (), "the plan is for 1 ranks, not 2: its collectives would do nothing, or hang"),
+        Finding("gpus", (), "runs on 12.1, asked for 12.0"),
+        Finding("collective", ("attn/ulysses",), "planned as an all-to-all, the plan has nothing in its place"),
+    ):
+        with pytest.raises(BuildError, match=re.escape(finding.text)):
+            check_audits(target, {"double": Audit({}, 0, 1, 0.5, 0, SM120, (layer, finding))})
+
+
+def test_allow_may_name_a_kind_of_finding() -> None:
+    found = Audit({}, 0, 1, 0.5, 0, SM120, (Finding("attention", ("attn",), "attention is not one fused kernel"),))
+    target = Target("tensorrt_rtx", compute_capabilities=SM120)
+    check_audits(msgspec.structs.replace(target, allow=(Allow("*", "attention"),)), {"double": found})
+    with pytest.raises(BuildError, match="matches no fault"):
+        check_audits(msgspec.structs.replace(target, allow=(Allow("*", "format"),)), {"double": found})

@@ -101,7 +101,7 @@ def _engine_table(name: str, engine: Engine) -> Table:
             found["kernels"],
             f"{found['copied_bytes']:,} bytes",
             f"{found.get('working_bytes', 0):,} bytes",
-            "; ".join(found["faults"]),
+            "; ".join(f"{', '.join(fault['layers'])}: {fault['text']}" for fault in found["faults"]),
         )
         table.add_row(plan, str(runs[plan]), gemms, *map(str, figures))
     return table

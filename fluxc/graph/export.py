@@ -172,17 +172,14 @@ def trace_text_encoder(
     }
 
 
-def trace_vae_decoder(
-    config: dict[str, Any], dtype: torch.dtype = torch.float32
-) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]:
-    """The neutral graph `vae_decoder` in `dtype`, and every tensor (name to shape) the whole VAE's checkpoint must hold."""
+def trace_vae_decoder(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> onnx.ModelProto:
+    """The neutral graph `vae_decoder` in `dtype`."""
     from diffusers import AutoencoderKLFlux2
 
     with torch.device("meta"), _quiet():
         vae = AutoencoderKLFlux2.from_config(config).eval().to(dtype)
-    expected = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
     inputs = {"latent_grid": (_meta(1, 6, 10, config["latent_channels"] * 4), {1: "rows", 2: "columns"})}
-    return trace(VaeDecoder(vae), inputs, ("image",)), expected
+    return trace(VaeDecoder(vae), inputs, ("image",))
 
 
 def trace(

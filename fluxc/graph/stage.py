@@ -67,4 +67,4 @@ def _export(inputs: ExportInputs) -> dict[str, onnx.ModelProto]:
         if not inputs.composed:
             return pieces
         return {"text_encoder": compose.compose_text_encoder(pieces, inputs.family.text_layers)}
-    return {"vae_decoder": export.trace_vae_decoder(config, dtype)[0]}
+    return {"vae_decoder": export.trace_vae_decoder(config, dtype)}

@@ -10,6 +10,7 @@ from typing import Any
 
 from fluxc.base.errors import CheckpointError, RecipeError
 from fluxc.checkpoint.source import Checkpoint
+from fluxc.models.flux2_vae import Flux2VAE
 
 Shape = tuple[int, ...]
 
@@ -192,10 +193,15 @@ def kept_text_layers(family: Family, config: dict[str, Any]) -> int:
     return last + 1
 
 
+def vae_of(checkpoint: Checkpoint) -> Flux2VAE:
+    """The checkpoint's VAE."""
+    component = checkpoint.components["vae"]
+    return Flux2VAE.read(component.config, component.folder)
+
+
 def pixels_per_token(checkpoint: Checkpoint) -> int:
     """Pixels a side of one image token: the VAE's downscaling times its patch."""
-    vae = checkpoint.components["vae"].config
-    return int(2 ** (len(vae["block_out_channels"]) - 1) * vae.get("patch_size", [2, 2])[0])
+    return vae_of(checkpoint).pixels_per_token
 
 
 def check_sizes(checkpoint: Checkpoint, sizes: tuple[tuple[int, int], ...]) -> None:

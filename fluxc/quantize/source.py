@@ -22,6 +22,7 @@ from fluxc.models.flux2 import (
     transformer_linears,
     transformer_tensors,
     uses_guidance_branches,
+    vae_of,
 )
 from fluxc.quantize.plan import LayerPlan, precision_plan, to_quantize
 from fluxc.recipe.load import LoadedRecipe
@@ -95,6 +96,7 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
     kept = kept_text_layers(family, encoder.config)
     every_layer = as_stored(text_tensors(encoder.config, text_layers), quantized["text_encoder"])
     check_tensors(encoder, every_layer, ignored=("lm_head.",))
+    check_tensors(checkpoint.components["vae"], vae_of(checkpoint).tensors, ignored=("bn.num_batches_tracked",))
     check_sizes(checkpoint, recipe.sizes)
     layers: dict[str, list[Linear]] = {
         "transformer": transformer_linears(transformer.config),

@@ -52,6 +52,7 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe
         raise RecipeError(f"{path}: a recipe is a mapping of fields; see recipes/flux2-nano.yaml")
     for change in changes:
         _apply_change(data, change)
+    _spell_out(data)
     _check_fields(data, Recipe, "", str(path))
     try:
         recipe = msgspec.convert(data, Recipe, strict=True)
@@ -91,6 +92,15 @@ def _apply_change(data: dict[str, Any], change: str) -> None:
         if not isinstance(data, dict):
             raise RecipeError(f"--set {change}: {parent!r} is not a mapping, so it has no fields to set")
     data[last] = parsed
+
+
+def _spell_out(data: dict[str, Any]) -> None:
+    """Write short forms in full: a pattern alone in a target's `allow`."""
+    targets = data.get("targets")
+    for target in targets if isinstance(targets, list) else ():
+        allowed = target.get("allow") if isinstance(target, dict) else None
+        if isinstance(allowed, list):
+            target["allow"] = [{"layer": entry} if isinstance(entry, str) else entry for entry in allowed]
 
 
 def _check_fields(data: Any, kind: Any, where: str, file: str) -> None:

@@ -96,6 +96,16 @@ class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text_encoder: ComponentPrecision = ComponentPrecision()
 
 
+class Allow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Findings of an engine's audit that are accepted: about layers that the pattern matches, of this kind or any.
+
+    Kinds: missing, format, group, attention, copy. In YAML a pattern alone stands for {layer: PATTERN}.
+    """
+
+    layer: str
+    kind: Literal["missing", "format", "group", "attention", "copy"] | None = None
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to compile for.
 
@@ -105,7 +115,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     tensorrt_rtx, tensorrt: `compute_capabilities` are the GPUs; `weights: baked` puts them into the plans, in segments that
     can be built in `memory_gib`; `shapes` makes an optimization profile of every size, or one that spans them; `allow` lists
-    patterns of layers that may run otherwise than planned.
+    findings of the audit that are accepted.
 
     `gpus` shards the transformer by sequence (Ulysses) for so many GPUs, onnxruntime for so many processes on the CPU.
 
@@ -121,7 +131,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: Literal["bound", "baked"] = "bound"
     memory_gib: float = 16.0
     shapes: Literal["profiles", "range"] = "profiles"
-    allow: tuple[str, ...] = ()
+    allow: tuple[Allow, ...] = ()
     gpus: int | tuple[int, ...] = 1
 
     @property

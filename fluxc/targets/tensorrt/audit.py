@@ -39,6 +39,27 @@ class Expected:
     ranks: int = 1
 
 
+WAIVABLE = ("missing", "format", "group", "attention", "copy")
+"""Kinds of findings that cost speed or precision of a layer; anything else means another plan than was asked for."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something in a plan that is not as it must be.
+
+    Kinds: `missing` (no kernel computes the layer), `format` (it runs in another one), `group` (a fusion group is several
+    GEMMs), `attention` (not one fused kernel), `copy` (a run moves the whole weight); and, of the plan itself, `gpus`,
+    `capture`, `ranks`, `collective`.
+    """
+
+    kind: str
+    layers: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.layers)}: {self.text}" if self.layers else self.text
+
+
 @dataclass(frozen=True)
 class Audit:
     """What was found in a plan: GEMMs by format as they run, fused attentions, kernels a run, bytes of weights a run copies,
@@ -50,7 +71,7 @@ class Audit:
     fused_share: float
     copied_bytes: int
     compute_capabilities: tuple[str, ...]
-    faults: tuple[str, ...] = field(default=())
+    faults: tuple[Finding, ...] = field(default=())
     collectives: int = 0
     working_bytes: int = 0
 
@@ -73,41 +94,43 @@ def audit(plan: bytes, expected: Expected, compute_capabilities: tuple[str, ...]
 
 
 def _audit_program(program: Program, expected: Expected, compute_capabilities: tuple[str, ...]) -> Audit:
-    faults: list[str] = []
+    faults: list[Finding] = []
     found = tuple(_capability(name) for name in program.accelerators)
     if set(found) != set(compute_capabilities):
-        faults.append(f"runs on {', '.join(found)}, asked for {', '.join(compute_capabilities)}")
+        asked = ", ".join(compute_capabilities)
+        faults.append(Finding("gpus", (), f"runs on {', '.join(found)}, asked for {asked}"))
     if not program.capturable:
-        faults.append("cannot be captured in a CUDA graph")
+        faults.append(Finding("capture", (), "cannot be captured in a CUDA graph"))
     gemms: dict[str, int] = {}
     kernel_of: dict[str, Kernel] = {}
     for name, format in expected.gemms.items():
         kernel = _gemm_of(program, name)
         if kernel is None:
-            faults.append(f"{name}: no kernel of the plan computes it")
+            faults.append(Finding("missing", (name,), "no kernel of the plan computes it"))
             continue
         kernel_of[name] = kernel
         runs_as = _format_of(program, kernel)
         gemms[runs_as] = gemms.get(runs_as, 0) + 1
         if format in OPERAND and runs_as != format:
-            faults.append(f"{name}: planned {format}, runs as {runs_as} ({kernel.kind})")
+            faults.append(Finding("format", (name,), f"planned {format}, runs as {runs_as} ({kernel.kind})"))
     for group in expected.groups:
         kernels = {kernel_of[name] for name in group if name in kernel_of}
         if len(kernels) > 1:
-            faults.append(f"{', '.join(group)}: {len(kernels)} GEMMs instead of one")
+            faults.append(Finding("group", group, f"{len(kernels)} GEMMs instead of one"))
     fused = 0
     for name in expected.attentions:
         fused += (is_one := any("mha" in k.name and name in k.layers for k in program.kernels))
         if not is_one:
-            faults.append(f"{name}: attention is not one fused kernel")
+            faults.append(Finding("attention", (name,), "attention is not one fused kernel"))
     copies = list(_copies(program, expected))
     moved = [(kernel, weight) for kernel, weight, _ in copies if weight in expected.matrices]
     for kernel, weight in dict.fromkeys([*moved, *_read_outside(program, expected)]):
-        faults.append(f"{weight}: {kernel.name} moves the whole weight at every run")
+        layer = weight.partition("+")[0].removesuffix(".weight")
+        faults.append(Finding("copy", (layer,), f"{kernel.name} moves the whole weight {weight} at every run"))
     collectives = [kernel for kernel in program.kernels if kernel.kind.startswith("comm_")]
     faults += _collective_faults(program.ranks, collectives, expected)
     wanted = len(expected.gemms) + len(expected.attentions)
-    good = sum(gemms.values()) + fused - sum(1 for f in faults if "runs as" in f)
+    good = sum(gemms.values()) + fused - sum(1 for finding in faults if finding.kind == "format")
     return Audit(
         gemms=dict(sorted(gemms.items())),
         attentions=fused,
@@ -121,15 +144,17 @@ def _audit_program(program: Program, expected: Expected, compute_capabilities: t
     )
 
 
-def _collective_faults(ranks: int, found: list[Kernel], expected: Expected) -> Iterable[str]:
+def _collective_faults(ranks: int, found: list[Kernel], expected: Expected) -> Iterable[Finding]:
     if expected.collectives and ranks != expected.ranks:
-        yield f"the plan is for {ranks} ranks, not {expected.ranks}: its collectives would do nothing, or hang"
+        text = f"the plan is for {ranks} ranks, not {expected.ranks}: its collectives would do nothing, or hang"
+        yield Finding("ranks", (), text)
     kinds = {_APPENDED.sub("", kernel.name): kernel.kind for kernel in found}
     for name in expected.collectives:
         if kinds.get(name) != ALL_TO_ALL:
-            yield f"{name}: planned as an all-to-all, the plan has {kinds.get(name, 'nothing')} in its place"
+            instead = kinds.get(name, "nothing")
+            yield Finding("collective", (name,), f"planned as an all-to-all, the plan has {instead} in its place")
     for name in kinds.keys() - set(expected.collectives):
-        yield f"{name}: a collective that was not asked for"
+        yield Finding("collective", (name,), "a collective that was not asked for")
 
 
 def _gemm_of(program: Program, name: str) -> Kernel | None:

@@ -17,8 +17,8 @@ import onnx
 from fluxc.base.errors import BuildError
 from fluxc.base.progress import Report
 from fluxc.quantize.plan import LayerPlan
-from fluxc.recipe.structs import Target
-from fluxc.targets.tensorrt.audit import Audit, Expected, audit
+from fluxc.recipe.structs import Allow, Target
+from fluxc.targets.tensorrt.audit import WAIVABLE, Audit, Expected, Finding, audit
 from fluxc.targets.tensorrt.builder import PlanRequest, build_plan
 from fluxc.targets.tensorrt.cut import MEMORY_A_BYTE, Component, Cut, Cutter
 from fluxc.targets.tensorrt.library import check_keeps_ranks, load_library
@@ -164,18 +164,22 @@ def unfinished_engine(target: Target, cut: Cut) -> Engine:
 
 
 def check_audits(target: Target, audits: dict[str, Audit]) -> None:
-    """Raise BuildError for every fault that no pattern of the target's `allow` matches, and for a pattern without a fault."""
-    faults = [(name, fault) for name, found in audits.items() for fault in found.faults]
-    layers = [fault.partition(": ")[0] for _, fault in faults]
-    unused = [pattern for pattern in target.allow if not any(fnmatchcase(layer, pattern) for layer in layers)]
+    """Raise BuildError for every finding that the target's `allow` does not cover, and for an entry of it without a finding.
+
+    An entry names layers by a pattern, and with `kind` one kind of finding. What is wrong with a plan as a whole (its GPUs,
+    its ranks, its collectives) is never allowed.
+    """
+    found = [(name, finding) for name, audit in audits.items() for finding in audit.faults]
+    unused = [entry for entry in target.allow if not any(_allows(entry, finding) for _, finding in found)]
     if unused:
         raise BuildError(
-            f"target {target.name}: allow {unused[0]!r} matches no fault of the audit; take it out, so that it cannot hide one"
+            f"target {target.name}: allow {unused[0].layer!r} matches no fault of the audit; take it out, so that it cannot "
+            "hide one"
         )
     denied = [
-        f"plan {name}: {fault}"
-        for (name, fault), layer in zip(faults, layers, strict=True)
-        if not any(fnmatchcase(layer, pattern) for pattern in target.allow)
+        f"plan {name}: {finding}"
+        for name, finding in found
+        if not any(_allows(entry, finding) for entry in target.allow)
     ]
     if denied:
         raise BuildError(
@@ -183,3 +187,10 @@ def check_audits(target: Target, audits: dict[str, Audit]) -> None:
             f"{' and more' if len(denied) > 6 else ''}. No bundle was written. Plan these layers in another format, or list "
             "them under the target's `allow` if the loss of speed is acceptable"
         )
+
+
+def _allows(entry: Allow, finding: Finding) -> bool:
+    """Whether an entry of `allow` covers a finding: one that can be waived, of its kind, about layers it names."""
+    if finding.kind not in WAIVABLE or entry.kind not in (None, finding.kind):
+        return False
+    return all(fnmatchcase(layer, entry.layer) for layer in finding.layers)
