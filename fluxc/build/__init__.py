@@ -1,0 +1,1 @@
+"""`fluxc build`: the stages in order, their cache, and the bundle they end in."""

@@ -1,0 +1,238 @@
+"""Puts results together as a bundle: files in their places, the manifest, the rename."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fluxc.base.cache import SEAL, StageCache, beside
+from fluxc.base.errors import BuildError
+from fluxc.checkpoint.components import WEIGHTS_FILE, write_small_files
+from fluxc.quantize.source import Source
+from fluxc.recipe.load import LoadedRecipe
+from fluxc.recipe.structs import Recipe
+from fluxc.targets.parts import Weights, read_entry
+from fluxc.targets.visual_gen.check import faults_of
+from fluxrt import bundle as format
+
+LEFT_OUT = ("pictures.json", SEAL)
+"""Files of a result that are not for the bundle."""
+
+
+def place_components(source: Source, weights: Mapping[str, Weights], staging: Path, out: Path, cache: StageCache) -> None:
+    """Put configs, tokenizer, scheduler and weights into the bundle being made at `staging`."""
+    stored_plans = {name: source.stored_plan(name) for name in WEIGHTS_FILE}
+    write_small_files(source.checkpoint, staging, stored_plans, source.text_layers_kept)
+    for name, written in weights.items():
+        for file in written.files:
+            _take_weights(file, staging / name / file.name, cache, out)
+        index = written.folder / Path(written.entry).name
+        if index not in written.files:
+            shutil.copyfile(index, staging / name / index.name)
+
+
+def place_targets(recipe: Recipe, targets: Mapping[str, Path], staging: Path) -> tuple[format.Target, ...]:
+    """Copy every target's files into the bundle; targets whose graph is the same to the byte share one file."""
+    entries = []
+    for target in recipe.targets:
+        folder = targets[target.name]
+        entry = read_entry(folder)
+        graphs = {}
+        for name, graph in entry.graphs.items():
+            content = (folder / graph.file).read_bytes()
+            file = graph.file
+            if (staging / file).exists() and (staging / file).read_bytes() != content:
+                file = f"{graph.file.removesuffix('.onnx')}.{target.name}.onnx"
+            if not (staging / file).exists():
+                shutil.copyfile(folder / graph.file, staging / file)
+            graphs[name] = msgspec.structs.replace(graph, file=file)
+        for plan in entry.engine.plans.values() if entry.engine else ():
+            for file in filter(None, (plan.source, plan.file)):
+                (staging / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / file, staging / file)
+        if entry.visual_gen:
+            _place_visual_gen(folder, entry.visual_gen, staging)
+        entries.append(msgspec.structs.replace(entry, graphs=graphs))
+    return tuple(entries)
+
+
+def _place_visual_gen(folder: Path, entry: format.VisualGen, staging: Path) -> None:
+    """Put the folder into the bundle, with links to the bundle's own files, and refuse one that VisualGen would not take."""
+    for file in sorted(path for path in (folder / entry.folder).rglob("*") if path.is_file()):
+        target = staging / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Of weights one copy on the disk is enough; the others are small, and may be edited.
+        (_link_or_copy if file.suffix == ".safetensors" else shutil.copyfile)(file, target)
+    for name, file in json.loads((folder / "links.json").read_text()).items():
+        link = staging / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(staging / file, link.parent))
+    faults = faults_of(staging / entry.folder, entry.text_length)
+    if faults:
+        raise BuildError(
+            f"target visual_gen: TensorRT-LLM would not take the folder: {'; '.join(faults[:4])}"
+            f"{' and more' if len(faults) > 4 else ''}. No bundle was written"
+        )
+
+
+def place_reports(folders: list[Path], staging: Path) -> None:
+    """Copy the files of results that are the report's."""
+    for folder in folders:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in LEFT_OUT):
+            (staging / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, staging / file.relative_to(folder))
+
+
+def fidelity_entry(figures: dict[str, Any], cached: dict[str, Any] | None) -> dict[str, Any]:
+    """The manifest's `fidelity`: figures by target, not by prompt, and those of images with the step cache."""
+    summary = {
+        name: {key: value for key, value in target.items() if key != "prompts"}
+        for name, target in figures["targets"].items()
+    }
+    entry = {"reference": figures["reference"], "targets": summary, "ranks": figures["ranks"]}
+    return entry | _cached_figures(cached)
+
+
+def recorded(compared: Path) -> tuple[format.Picture, ...]:
+    """The images that the comparison recorded, with the requests they came from."""
+    pictures = json.loads((compared / "pictures.json").read_text())
+    return tuple(msgspec.convert(picture, format.Picture) for picture in pictures)
+
+
+def _cached_figures(cached: dict[str, Any] | None) -> dict[str, Any]:
+    """The manifest's entry on pictures with the step cache against those without."""
+    left_out = ("by_prompt", "policy", "worst_prompt")
+    return {"step_cache": {key: value for key, value in cached.items() if key not in left_out}} if cached else {}
+
+
+def precision_entries(source: Source) -> tuple[format.Layer, ...]:
+    return tuple(
+        format.Layer(
+            component=entry.component,
+            name=entry.layer.name,
+            shape=(entry.layer.out_features, entry.layer.in_features),
+            format=entry.format,
+            rule=entry.rule,
+            group=entry.layer.group,
+            bytes_before=entry.source_bytes,
+            bytes_after=entry.bytes_after,
+        )
+        for plan in source.plans.values()
+        for entry in plan
+    )
+
+
+def resolved_recipe(loaded: LoadedRecipe) -> dict[str, Any]:
+    """The recipe with every default filled in and the prompts themselves in place of their files."""
+    recipe: dict[str, Any] = msgspec.to_builtins(loaded.recipe)
+    for field in ("calibration", "fidelity", "step_cache"):
+        if recipe[field] and recipe[field]["prompts"]:
+            recipe[field]["prompts"] = loaded.prompts(f"{field}.prompts", recipe[field]["prompts"])
+    return recipe
+
+
+def files_of(root: Path, cache: StageCache) -> dict[str, format.File]:
+    """Size and SHA-256 of every file but the manifest."""
+    return {
+        path.relative_to(root).as_posix(): format.File(path.stat().st_size, cache.file_digest(path))
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != format.MANIFEST
+    }
+
+
+def is_current(out: Path, manifest: format.Manifest, cache: StageCache) -> bool:
+    """Whether the bundle at `out` is already what this build makes, and undamaged."""
+    try:
+        existing = format.open_bundle(out).manifest
+    except format.BundleError:
+        return False
+    return existing.digest == format.manifest_digest(manifest) and files_of(out, cache) == existing.files
+
+
+def finish(staging: Path, out: Path, manifest: format.Manifest) -> None:
+    """Write the manifest and put the finished bundle in place of `out`."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    stamped = msgspec.structs.replace(manifest.provenance, built_at=now)
+    manifest = msgspec.structs.replace(manifest, provenance=stamped)
+    (staging / format.MANIFEST).write_bytes(format.encode_manifest(manifest))
+    staging.chmod(0o755)
+    _sync(staging)
+    _replace(staging, out)
+
+
+def leave_weights(weights: Mapping[str, Weights], out: Path, cache: StageCache) -> None:
+    """Let the finished bundle own its weights: in its own cache, a symbolic link to them takes the file's place."""
+    if cache.root != beside(out):
+        return
+    for name, written in weights.items():
+        for cached in written.files:
+            owned = out.resolve() / name / cached.name
+            if not cached.is_symlink() and cached.samefile(owned):
+                link = cached.with_name(f".{cached.name}.link")
+                link.unlink(missing_ok=True)
+                link.symlink_to(os.path.relpath(owned, cached.parent))
+                link.replace(cached)
+
+
+def _take_weights(cached: Path, target: Path, cache: StageCache, out: Path) -> None:
+    """Put a weights file into the bundle being made, without copying where it need not be shared.
+
+    A file in the bundle's own cache, or in the bundle that is about to be replaced, is linked: the other name goes away in the
+    end. A file that another bundle owns, or a shared cache, is copied, because onnx refuses to load external data with several
+    hard links.
+    """
+    source = cached.resolve()
+    ours = source.is_relative_to(out.resolve())
+    own_cache = cache.root == beside(out) and source.is_relative_to(cache.root)
+    if ours or (own_cache and source.stat().st_nlink == 1):
+        _link_or_copy(source, target)
+    else:
+        shutil.copyfile(source, target)
+    sealed = json.loads((cached.parent / SEAL).read_text())[cached.name]
+    if cache.file_digest(target) != sealed:
+        raise BuildError(f"{source}: it changed while the bundle was made; build again")
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Another name for a file, or a copy where the file system gives it none."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)
+
+
+def _sync(folder: Path) -> None:
+    for path in (*sorted(folder.rglob("*")), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace(staging: Path, out: Path) -> None:
+    """Put the finished bundle in place; an older one is moved aside first and removed last."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = None
+    if out.exists():
+        aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=staging.parent))
+        out.replace(aside / out.name)
+    try:
+        staging.replace(out)
+    except OSError:
+        if aside:
+            (aside / out.name).replace(out)
+        raise
+    if aside:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""A build before its first stage: recipe and checkpoint, with everything refused that can be refused from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fluxc.base.cache import PROGRESS, StageCache, cache_root, locked
+from fluxc.base.errors import RecipeError
+from fluxc.base.measured import check_origin
+from fluxc.base.progress import StageProgress
+from fluxc.build import runner
+from fluxc.build.requests import calibration_request, judges_of, trace_request
+from fluxc.build.runner import NotBuiltError, Results, Stage
+from fluxc.checkpoint import template_stage
+from fluxc.checkpoint.files import Aside, CheckpointFiles, Digests, checkpoint_digests
+from fluxc.quantize.source import Source, read_source, with_auto
+from fluxc.recipe.load import LoadedRecipe
+from fluxc.targets.base import TargetContext
+from fluxc.targets.registry import kind_of
+from fluxrt.bundle import Prompting
+from fluxrt.errors import RequestError
+
+
+@dataclass
+class Job:
+    """What the steps of a build are made from. `digests` are None where hashes are not known yet (a dry run)."""
+
+    loaded: LoadedRecipe
+    original: Source
+    root: Path
+    digests: Digests | None = None
+    held_out: list[str] = field(default_factory=list)
+    given_calibration: Path | None = None
+    given_trace: Path | None = None
+    _sources: dict[str, Source] = field(default_factory=dict)
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """The checkpoint's files."""
+        if self.digests is None:
+            raise NotBuiltError("hash checkpoint")
+        return CheckpointFiles(self.original.checkpoint, self.digests)
+
+    def aside(self, name: str) -> Aside:
+        """Where unfinished work of that name is kept."""
+        return Aside(self.root / PROGRESS / name)
+
+    def rows(self, guidance: float) -> int:
+        """Rows of a CFG batch at this guidance: conditional and unconditional, or one."""
+        return 2 if self.original.guidance_branches and guidance > 1.0 else 1
+
+    def source(self, results: Results, with_plan: bool = True) -> Source:
+        """The source as earlier steps left it: modelopt's export in place of the transformer, and, `with_plan`, the plan that
+        `keep: auto` came to."""
+        recipe = self.loaded.recipe
+        source = self.original
+        if recipe.calibration.engine == "modelopt":
+            exported = results["modelopt"]
+            source = self._sources.setdefault("modelopt", read_source(self.loaded, exported))
+        if with_plan and recipe.precision.transformer.keep == "auto":
+            measured = results["sensitivity"]
+            source = with_auto(self.loaded, source, measured["ranking"]) if measured else source
+        return source
+
+    def context(self, results: Results) -> TargetContext:
+        """What targets are made for."""
+        return TargetContext(self.loaded.recipe, self.source(results))
+
+
+def open_job(loaded: LoadedRecipe, root: Path) -> Job:
+    """The job of `loaded`, its results in the cache folder `root`; headers, configs and prompt files are read, nothing else.
+
+    Raises RecipeError, CheckpointError or BuildError for what no build of it could do.
+    """
+    recipe = loaded.recipe
+    job = Job(loaded, read_source(loaded), root)
+    check_targets(TargetContext(recipe, job.original))
+    calibration_request(loaded)
+    if recipe.step_cache:
+        trace_request(loaded)
+    judges_of(loaded)
+    if recipe.calibration.engine == "modelopt" and job.original.quantized["transformer"]:
+        raise RecipeError(
+            "calibration.engine: the checkpoint is quantized already; leave `engine` out, or use the original"
+        )
+    job.held_out = loaded.prompts("fidelity.prompts", recipe.fidelity.prompts)
+    return job
+
+
+def check_machine(loaded: LoadedRecipe) -> None:
+    """Refuse what this machine lacks for a build, before anything long runs: libraries of targets, modelopt and its GPU."""
+    for target in loaded.recipe.targets:
+        check = getattr(kind_of(target.kind), "check_library", None)
+        if check:
+            check()
+    if loaded.recipe.calibration.engine == "modelopt":
+        from fluxc.calibrate.modelopt import check_available
+
+        check_available()
+
+
+def check_targets(context: TargetContext) -> None:
+    """Refuse targets that cannot be made for this recipe and checkpoint, and gates that nothing would be held to."""
+    recipe = context.recipe
+    for at, target in enumerate(recipe.targets):
+        kind_of(target.kind).check(f"targets[{at}]", target, context)
+    gates = recipe.gates
+    measured = ("step_cosine", "image_psnr_db", "step_cache_psnr_db")
+    gated = [name for name in measured if getattr(gates, name) is not None]
+    if gated and not any(target.runs_here for target in recipe.targets):
+        raise RecipeError(
+            f"gates.{gated[0]}: no target of this recipe runs on the machine that builds, so nothing would be held to it; add "
+            "{kind: onnxruntime, activations: nvfp4}, which rounds as an FP4 GPU does, or leave the gate out"
+        )
+
+
+def prompting_of(cache: StageCache, job: Job) -> Prompting:
+    """The manifest's `prompting`: the chat template rendered around a prompt, the length, the pad token."""
+    checkpoint = job.original.checkpoint
+    tokenizer = {file.name: cache.file_digest(file) for file in checkpoint.components["tokenizer"].files}
+    files = CheckpointFiles(checkpoint, {"tokenizer": tokenizer}, ("tokenizer",))
+    inputs = template_stage.TemplateInputs(files, job.original.family.template_options)
+    stage: Stage[Any, dict[str, Any]] = Stage(
+        "template", "render chat template", inputs, template_stage.run, template_stage.load
+    )
+    rendered = runner.run(cache, stage)
+    return Prompting(tokenizer="tokenizer/tokenizer.json", length=job.loaded.recipe.text.length, **rendered)
+
+
+def check_prompts(job: Job, prompting: Prompting) -> None:
+    """Refuse prompts of the recipe that are longer than the compiled text; diffusers would cut them without a word."""
+    from fluxrt.prompt import PromptEncoder
+
+    loaded = job.loaded
+    encoder = PromptEncoder(prompting, job.original.checkpoint.components["tokenizer"].folder / "tokenizer.json")
+    for name in ("calibration", "fidelity", "step_cache"):
+        file = getattr(getattr(loaded.recipe, name), "prompts", None)
+        if file is None:
+            continue
+        try:
+            encoder.encode(loaded.prompts(f"{name}.prompts", file))
+        except RequestError as error:
+            raise RecipeError(f"{name}.prompts: {error}") from error
+
+
+def hash_checkpoint(cache: StageCache, job: Job) -> None:
+    """Hash the checkpoint's files, and refuse measurements given by the recipe that were made on others."""
+    with cache.progress.stage("hash checkpoint") as report:
+        job.digests = checkpoint_digests(job.original.checkpoint, cache.file_digest, report)
+    job.given_calibration = _given_calibration(job)
+    job.given_trace = _given_trace(job)
+
+
+@contextmanager
+def measuring(loaded: LoadedRecipe, out: Path, progress: StageProgress) -> Iterator[tuple[StageCache, Job]]:
+    """The cache and the job for a command that measures the checkpoint into the file `out`; prompts are checked first."""
+    job = open_job(loaded, cache_root(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out), StageCache(job.root, progress) as cache:
+        check_prompts(job, prompting_of(cache, job))
+        with progress.stage("hash checkpoint") as report:
+            job.digests = checkpoint_digests(job.original.checkpoint, cache.file_digest, report)
+        yield cache, job
+        cache.remember(str(out.resolve()))
+        cache.prune()
+
+
+def _given_calibration(job: Job) -> Path | None:
+    """The calibration file that the recipe names, after checking that it fits; None if it names none."""
+    from fluxc.calibrate.file import read_calibration
+
+    if job.loaded.recipe.calibration.file is None:
+        return None
+    path = job.loaded.folder / job.loaded.recipe.calibration.file
+    check_origin(read_calibration(path), job.files.digests, calibration_request(job.loaded))
+    return path
+
+
+def _given_trace(job: Job) -> Path | None:
+    """The trace file that the recipe names, after checking that it fits and is complete; None if it names none."""
+    settings = job.loaded.recipe.step_cache
+    if settings is None or settings.trace is None:
+        return None
+    from fluxc.stepcache.file import check_complete, read_trace
+
+    path = job.loaded.folder / settings.trace
+    file = read_trace(path)
+    check_origin(file, job.files.digests, trace_request(job.loaded))
+    check_complete(file)
+    return path

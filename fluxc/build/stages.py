@@ -1,0 +1,339 @@
+"""The list: every stage of a build in order, each with the inputs it is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fluxc.base.cache import Made, tool_versions
+from fluxc.build.job import Job
+from fluxc.build.requests import cache_settings, calibration_request, judges_of, trace_request
+from fluxc.build.runner import Results, Stage, Step
+from fluxc.calibrate import modelopt_stage, sensitivity_stage, weights_stage
+from fluxc.calibrate import stage as calibration_stage
+from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.checkpoint.source import WEIGHTED
+from fluxc.fidelity import reference_stage
+from fluxc.fidelity import stage as compare_stage
+from fluxc.graph import stage as export_stage
+from fluxc.graph.stage import ExportInputs
+from fluxc.models.flux2 import pixels_per_token
+from fluxc.quantize.plan import to_quantize
+from fluxc.quantize.source import kept_tensors
+from fluxc.recipe.structs import Calibration, Recipe, Target
+from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
+from fluxc.targets.base import TargetContext
+from fluxc.targets.parts import Weights
+from fluxc.targets.registry import kind_of
+from fluxc.targets.tensorrt.library import installed_version
+from fluxc.targets.visual_gen.folder import is_split
+from fluxrt.bundle import StepCache
+
+PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
+"""What `--until` can name, in order."""
+DRAFT = "draft"
+"""The name among the results of the bundle in the making, which the comparison is run on."""
+
+
+def steps(job: Job, until: str | None = None) -> Iterator[Step]:
+    """Every step up to the comparison's inputs; `until` calibrate measures even where no layer would be quantized."""
+    recipe = job.loaded.recipe
+    for inputs in exports(job).values():
+        yield Step(_export_name(inputs), "graphs", _made(_export(inputs)))
+    yield Step("modelopt", "calibrate", lambda results: _modelopt(job))
+    yield Step("calibrate", "calibrate", lambda results: _calibrate(job, results, until == "calibrate"))
+    if recipe.step_cache:
+        yield Step("step-trace", "step-cache", lambda results: _step_trace(job))
+        yield Step("step-cache", "step-cache", lambda results: _fit(job, results))
+    yield Step("sensitivity", "weights", lambda results: _sensitivity(job, results))
+    for name in WEIGHTS_FILE:
+        yield Step(f"weights-{name}", "weights", partial(_weights, job, component=name))
+    for target in recipe.targets:
+        yield Step(f"target-{target.name}", "targets", partial(_target, job, target=target))
+    yield Step("reference", "fidelity", lambda results: _reference(job))
+
+
+def comparing(job: Job) -> Iterator[Step]:
+    """The steps that compare the bundle in the making, which is among the results as DRAFT."""
+    yield Step("compare", "fidelity", lambda results: _compare(job, results))
+    target = next((target.name for target in job.loaded.recipe.targets if target.runs_here), None)
+    if job.loaded.recipe.step_cache is None or target is None:
+        return
+    from fluxc.stepcache.frontier import counts
+
+    yield Step("frontier-full", "fidelity", lambda results: _point(job, results, target, "full"))
+    numbers = counts(cache_settings(job.loaded), job.loaded.recipe.sampling.steps)
+    for number in numbers:
+        yield Step(
+            f"frontier-{number}", "fidelity", partial(_point, job, target=target, point=str(number))
+        )
+    yield Step("frontier-chosen", "fidelity", lambda results: _point(job, results, target, "chosen"))
+    yield Step("frontier", "fidelity", lambda results: _page(job, results, target, numbers))
+
+
+def exports(job: Job) -> dict[str, ExportInputs]:
+    """The graphs that the targets start from, by the name of their step."""
+    context = TargetContext(job.loaded.recipe, job.original)
+    found = [
+        inputs
+        for target in job.loaded.recipe.targets
+        for inputs in kind_of(target.kind).exports(target, context).values()
+    ]
+    return {_export_name(inputs): inputs for inputs in found}
+
+
+def calibration_inputs(job: Job, aside: str) -> calibration_stage.CalibrationInputs:
+    """What calibration depends on."""
+    request = calibration_request(job.loaded)
+    layers = job.original.family.text_layers
+    return calibration_stage.CalibrationInputs(
+        job.files, request, job.rows(request["guidance"]), layers, job.aside(aside)
+    )
+
+
+def step_trace_inputs(job: Job, aside: str) -> trace_stage.StepTraceInputs:
+    """What the step trace depends on."""
+    request = trace_request(job.loaded)
+    layers = job.original.family.text_layers
+    return trace_stage.StepTraceInputs(job.files, request, job.rows(request["guidance"]), layers, job.aside(aside))
+
+
+def sampling_entry(job: Job) -> dict[str, Any]:
+    """The manifest's `sampling`."""
+    recipe, source = job.loaded.recipe, job.original
+    return {
+        "sizes": recipe.sizes,
+        "pixels_per_token": pixels_per_token(source.checkpoint),
+        "latent_channels": source.checkpoint.components["transformer"].config["in_channels"],
+        "schedule": "flux2-flow-match",
+        "steps": recipe.sampling.steps,
+        "guidance": recipe.sampling.guidance,
+        "guidance_branches": source.guidance_branches,
+    }
+
+
+def provenance_tools(recipe: Recipe) -> dict[str, str]:
+    """Versions of everything the bundle's bytes depend on."""
+    libraries = {target.kind: installed_version(target.kind) for target in recipe.targets if target.is_tensorrt}
+    return dict(sorted((tool_versions() | {name: version for name, version in libraries.items() if version}).items()))
+
+
+def layers_of(results: Results) -> list[dict[str, Any]]:
+    """Every quantized layer with its errors, from what the weights stages wrote."""
+    return [
+        layer
+        for name in WEIGHTS_FILE
+        for layer in json.loads((results[f"weights-{name}"] / weights_stage.LAYERS).read_text())
+    ]
+
+
+def _made(stage: Stage[Any, Any]) -> Any:
+    return lambda results: stage
+
+
+def _export_name(inputs: ExportInputs) -> str:
+    how = ["whole"] if inputs.composed else [inputs.dtype, *(["rank", str(inputs.text_length)] if inputs.part else [])]
+    return "-".join(["export", inputs.component, *how])
+
+
+def _export(inputs: ExportInputs) -> Stage[ExportInputs, Path]:
+    return Stage(f"export-{inputs.component}", inputs.title, inputs, export_stage.run, export_stage.load)
+
+
+def _modelopt(job: Job) -> Stage[Any, Path] | None:
+    calibration = job.loaded.recipe.calibration
+    if calibration.engine != "modelopt":
+        return None
+    inputs = modelopt_stage.ModeloptInputs(
+        job.files,
+        calibration_request(job.loaded),
+        job.original.family.text_layers,
+        calibration.algorithm,
+        job.original.plans["transformer"],
+    )
+    return Stage("modelopt", "quantize with modelopt", inputs, modelopt_stage.run, modelopt_stage.load)
+
+
+def _calibrate(job: Job, results: Results, always: bool) -> Stage[Any, Path] | None:
+    if job.given_calibration or not (job.source(results, with_plan=False).quantizes or always):
+        return None
+    inputs = calibration_inputs(job, "calibration")
+    return Stage("calibration", "calibrate", inputs, calibration_stage.run, calibration_stage.load)
+
+
+def _calibration(job: Job, results: Results) -> Path | None:
+    found: Path | None = job.given_calibration or results["calibrate"]
+    return found
+
+
+def _step_trace(job: Job) -> Stage[Any, Path] | None:
+    if job.given_trace:
+        return None
+    inputs = step_trace_inputs(job, "step-trace")
+    return Stage("step-trace", "trace steps", inputs, trace_stage.run, trace_stage.load)
+
+
+def _traced(job: Job, results: Results) -> Path:
+    return job.given_trace or results["step-trace"]
+
+
+def _fit(job: Job, results: Results) -> Stage[Any, StepCache]:
+    recipe, settings = job.loaded.recipe, cache_settings(job.loaded)
+    plain = msgspec.structs.replace(settings, frontier="auto", prompts=None, trace=None)
+    size = recipe.calibration.size or recipe.sizes[0]
+    inputs = fit_stage.FitInputs(plain, _traced(job, results), size)
+    return Stage("step-cache", "fit step cache", inputs, fit_stage.run, fit_stage.load)
+
+
+def _sensitivity(job: Job, results: Results) -> Stage[Any, dict[str, Any]] | None:
+    recipe, calibration = job.loaded.recipe, _calibration(job, results)
+    precision = recipe.precision.transformer
+    if precision.keep != "auto" or calibration is None:
+        return None
+    assert precision.budget is not None
+    request = calibration_request(job.loaded)
+    inputs = sensitivity_stage.SensitivityInputs(
+        files=job.files,
+        request=request,
+        rows=job.rows(request["guidance"]),
+        text_layers=job.original.family.text_layers,
+        dtype=recipe.fidelity.reference,
+        plan=job.source(results, with_plan=False).plans["transformer"],
+        calibration=calibration,
+        settings=_amax_settings(recipe),
+        scales=precision.scales,
+        round_inputs=any(target.rounds_inputs for target in recipe.targets),
+        budget=precision.budget,
+    )
+    return Stage("sensitivity", "measure sensitivity", inputs, sensitivity_stage.run, sensitivity_stage.load)
+
+
+def _amax_settings(recipe: Recipe) -> Calibration:
+    """What decides which input magnitude a scale stands for; nothing else of `calibration`."""
+    return Calibration(prompts="", amax=recipe.calibration.amax, percentile=recipe.calibration.percentile)
+
+
+def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
+    recipe, source = job.loaded.recipe, job.source(results)
+    plan = source.plans.get(component, [])
+    precision = getattr(recipe.precision, component, None)
+    calibration = _calibration(job, results) if to_quantize(plan) else None
+    # VisualGen wants these under other names, and everything else from the same files as everyone.
+    split = component == "transformer" and any(target.is_visual_gen for target in recipe.targets)
+    part = source.checkpoint.components[component]
+    digests = job.files.digests[component]
+    if part is not job.original.checkpoint.components[component]:
+        digests = {file.name: Made(file.parent.parent).fingerprint() for file in part.weight_files}
+    inputs = weights_stage.WeightsInputs(
+        component=component,
+        digests=digests,
+        tensors=kept_tensors(source, component),
+        plan=plan,
+        calibration=calibration,
+        settings=_amax_settings(recipe) if calibration else None,
+        scales=precision.scales if precision and any(entry.format == "nvfp4" for entry in plan) else "max",
+        shard_bytes=None if recipe.weights.shard_gib is None else int(recipe.weights.shard_gib * 2**30),
+        apart=[f"{entry.layer.name}.weight" for entry in plan if is_split(entry.layer.name)] if split else [],
+    )
+    return Stage(
+        f"weights-{component}", f"write {component} weights", inputs, weights_stage.run, weights_stage.load
+    )
+
+
+def _target(job: Job, results: Results, target: Target) -> Stage[Any, Path]:
+    context, kind = job.context(results), kind_of(target.kind)
+    graphs = {
+        name: Made(results[_export_name(inputs)]) for name, inputs in kind.exports(target, context).items()
+    }
+    weights = {name: Weights(name, results[f"weights-{name}"]) for name in WEIGHTS_FILE}
+    step_cache = results["step-cache"] if job.loaded.recipe.step_cache else None
+    work = kind.work(target, context, graphs, weights, step_cache)
+    return Stage(f"target-{target.name}", f"build {target.name}", work.inputs, work.run, lambda folder: folder)
+
+
+def _reference(job: Job) -> Stage[Any, Made]:
+    recipe = job.loaded.recipe
+    inputs = reference_stage.ReferenceInputs(
+        files=job.files.of(*job.files.parts, *WEIGHTED),
+        prompts=job.held_out,
+        size=recipe.sizes[0],
+        steps=recipe.sampling.steps,
+        guidance=recipe.sampling.guidance,
+        seed=recipe.fidelity.seed,
+        text_length=recipe.text.length,
+        text_layers=job.original.family.text_layers,
+        dtype=recipe.fidelity.reference,
+        rows=job.rows(recipe.sampling.guidance),
+    )
+    return Stage("reference", "generate reference", inputs, reference_stage.run, reference_stage.load)
+
+
+def _compare(job: Job, results: Results) -> Stage[Any, Path]:
+    recipe, pipeline = job.loaded.recipe, job.original.checkpoint.pipeline_class
+    inputs = compare_stage.CompareInputs(
+        name=recipe.name,
+        title=f"diffusers {pipeline} in {recipe.fidelity.reference}",
+        reference=results["reference"],
+        prompts=job.held_out,
+        size=recipe.sizes[0],
+        steps=recipe.sampling.steps,
+        guidance=recipe.sampling.guidance,
+        seed=recipe.fidelity.seed,
+        targets=recipe.targets,
+        draft=compare_stage.Draft(results[DRAFT]),
+        layers=layers_of(results),
+        sensitivity=results["sensitivity"],
+        step_cache=recipe.step_cache is not None,
+    )
+    return Stage("fidelity", "compare with diffusers", inputs, compare_stage.run, compare_stage.load)
+
+
+def _point(job: Job, results: Results, target: str, point: str) -> Stage[Any, Made]:
+    """Images with every step ("full"), as the bundle serves them ("chosen"), or with so many steps skipped."""
+    from fluxc.stepcache import frontier
+    from fluxc.stepcache.file import read_trace
+
+    draft, cache = results[DRAFT], results["step-cache"]
+    request = _frontier_request(job, cache)
+    full = None if point == "full" else results["frontier-full"]
+    methods: dict[str, dict[str, Any]]
+    keep: tuple[str, ...]
+    if point == "full":
+        title, methods, keep = "draw without step cache", {"full": {}}, ()
+    elif point == "chosen":
+        title, methods, keep = "draw with the step cache", {"chosen": frontier.chosen(cache)}, ("chosen",)
+    else:
+        title, keep = f"draw with {point} of {cache.steps} steps skipped", (cache.mode,)
+        methods = frontier.policies(cache, read_trace(_traced(job, results)).trace, int(point))
+    judges = judges_of(job.loaded) if full else {}
+    drawn = frontier_stages.Drawn(draft, target)
+    inputs = frontier_stages.PointInputs(drawn, request, methods, keep, full, judges)
+    return Stage(f"frontier-{point}", title, inputs, frontier_stages.run, frontier_stages.load)
+
+
+def _page(job: Job, results: Results, target: str, numbers: list[int]) -> Stage[Any, Made]:
+    cache = results["step-cache"]
+    inputs = frontier_stages.PageInputs(
+        name=job.loaded.recipe.name,
+        target=target,
+        request=_frontier_request(job, cache),
+        step_cache=cache,
+        full=results["frontier-full"],
+        served=results["frontier-chosen"],
+        points={number: results[f"frontier-{number}"] for number in numbers},
+    )
+    return Stage(
+        "step-cache-report", "report the step cache", inputs, frontier_stages.write, frontier_stages.load
+    )
+
+
+def _frontier_request(job: Job, cache: StepCache) -> Any:
+    from fluxc.stepcache.frontier import Request
+
+    recipe = job.loaded.recipe
+    return Request(job.held_out, recipe.fidelity.seed, cache.steps, recipe.sampling.guidance, cache.size)
