@@ -35,12 +35,13 @@ demo: setup
 	@echo "The four pictures are artifacts/demo-0.png to demo-3.png; the report is artifacts/flux2-nano-nvfp4/report/index.html"
 
 test: setup-tests
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 
 lint: setup-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 check: lint test
 

@@ -155,7 +155,7 @@ def fluxrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path, 
     from fluxc.base.safetensors import read_header
     from fluxc.graph.compose import compose_body
     from fluxc.graph.export import trace_transformer
-    from fluxc.models.flux2 import transformer_linears
+    from fluxc.models.flux2_transformer import transformer_linears
     from fluxc.quantize.plan import precision_plan
     from fluxc.recipe.structs import ComponentPrecision, Target
     from fluxc.targets.onnxruntime.build import build_graphs

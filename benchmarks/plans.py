@@ -26,7 +26,7 @@ import numpy as np
 from cpu_step import cpu_name
 
 from fluxc.base.safetensors import TensorRef, read_header
-from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.models.published import MODELS
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.writer import planned_tensors

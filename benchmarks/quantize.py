@@ -23,9 +23,9 @@ import torch
 from cpu_step import cpu_name
 
 from fluxc.formats import nvfp4
-from fluxc.formats.constants import Scales
-from fluxc.models.flux2 import transformer_linears
+from fluxc.models.flux2_transformer import transformer_linears
 from fluxc.models.published import KLEIN_4B
+from fluxc.recipe.structs import Scales
 
 BASE, COPY = "fluxc max", "copy"
 TURN = 0.2

@@ -29,7 +29,7 @@ from cpu_step import cpu_name
 
 from fluxc.base.safetensors import read_header
 from fluxc.calibrate.records import ROWS
-from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.models.published import KLEIN_4B
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import write_weights

@@ -23,7 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from fluxc.base.cache import ENVIRONMENT, USED
 from fluxc.base.progress import StageProgress
 from fluxc.build.build import build
-from fluxc.models.flux2 import text_tensors, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_tensors
+from fluxc.models.qwen3 import text_tensors
 from fluxc.recipe.load import LoadedRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fluxc.models.flux2 import transformer_tensors
+from fluxc.models.flux2_transformer import transformer_tensors
 from fluxc.predict.scaling import Subject, rank_memory
 from fluxc.predict.work import work_of
 from fluxc.quantize.memory import weights_memory

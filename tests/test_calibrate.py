@@ -32,7 +32,7 @@ from fluxc.calibrate.summary import outliers
 from fluxc.checkpoint.reference import Drawing, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats import fp8, nvfp4
-from fluxc.models.flux2 import Linear
+from fluxc.models.base import Linear
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import Calibration

@@ -11,9 +11,10 @@ import torch
 
 from conftest import NANO
 from fluxc.base.errors import CheckpointError
-from fluxc.models.flux2 import text_linears, text_tensors, transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.published import DEV, KLEIN_4B, KLEIN_9B
+from fluxc.models.qwen3 import text_linears, text_tensors
 
 NANO_CONFIG = {
     key: value

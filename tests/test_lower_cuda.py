@@ -24,7 +24,8 @@ from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_body
 from fluxc.graph.export import make_model, trace_transformer
-from fluxc.models.flux2 import Linear, transformer_linears, transformer_tensors
+from fluxc.models.base import Linear
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.targets.onnxruntime.cuda_kernels import TABLE_OPSET, check_kernels

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from conftest import NANO
 from fluxc.base.safetensors import read_header
-from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.quantize.memory import weights_memory
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import write_weights
@@ -46,6 +48,25 @@ def test_dev_in_bf16_fp8_and_nvfp4() -> None:
     assert memory.bf16 / 2**30 == pytest.approx(60.0, abs=0.05)
     assert memory.fp8_change == pytest.approx(-0.5, abs=1e-4)
     assert memory.planned_change == pytest.approx(4.5 / 16 - 1, abs=1e-4)
+    assert memory.planned == by_modelopt(DEV)
+
+
+def by_modelopt(config: dict[str, Any]) -> int:
+    """Bytes of the transformer as diffusers makes it and modelopt stores it: 16 rows of each Linear's width are quantized."""
+    from diffusers import Flux2Transformer2DModel
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    with torch.device("meta"):
+        model = Flux2Transformer2DModel.from_config(config)
+    total = sum(2 * parameter.numel() for parameter in model.parameters())
+    widths: dict[int, int] = {}
+    for layer in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        if layer.in_features not in widths:
+            packed, scales, tensor_scale = NVFP4QTensor.quantize(torch.ones(16, layer.in_features).bfloat16(), 16)
+            widths[layer.in_features] = packed._quantized_data.nbytes + scales.nbytes
+            scalars = 2 * tensor_scale.nbytes
+        total += widths[layer.in_features] * layer.out_features // 16 + scalars - 2 * layer.weight.numel()
+    return total
 
 
 def test_unquantized_tensors_count_as_the_checkpoint_stores_them() -> None:

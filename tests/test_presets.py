@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fluxc.base.errors import RecipeError
-from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.quantize.memory import weights_memory
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.presets import PRESETS, absent_parts

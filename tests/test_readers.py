@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from fluxc.formats import mxfp4, nvfp4
 from fluxc.graph import LINEAR_DOMAIN
 from fluxc.graph.export import make_model
-from fluxc.models.flux2 import Linear
+from fluxc.models.base import Linear
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.onnxruntime.lower import lower
 

@@ -11,7 +11,7 @@ from fluxc.base.safetensors import TensorRef
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_body
 from fluxc.graph.export import trace_transformer
-from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.quantize.plan import precision_plan
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.targets.onnxruntime.lower import lower

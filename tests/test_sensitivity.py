@@ -17,7 +17,7 @@ from fluxc.calibrate.sensitivity import GroupCost, Simulation, choose, output_er
 from fluxc.checkpoint.reference import Drawing, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats import nvfp4
-from fluxc.models.flux2 import transformer_linears
+from fluxc.models.flux2_transformer import transformer_linears
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.presets import PRESETS
 from fluxc.quantize.source import read_source

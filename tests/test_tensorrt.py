@@ -28,7 +28,8 @@ from fluxc.fidelity.metrics import cosine, psnr, relative_error
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_steps
 from fluxc.graph.export import trace_transformer
-from fluxc.models.flux2 import Linear, transformer_linears, transformer_tensors
+from fluxc.models.base import Linear
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.source import read_source
 from fluxc.quantize.writer import planned_tensors

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from fluxc.graph.compose import compose_body
 from fluxc.graph.export import trace_transformer
 from fluxc.graph.ulysses import COLLECTIVE_DOMAIN, Exchange, hide_padding, shard, split_at_exchanges
 from fluxc.recipe.load import load_recipe
+from fluxc.targets.sharding import shares_of
 from fluxrt.bundle import Bundle, dimension_size, open_bundle
 from fluxrt.choose import choose
 from fluxrt.group import Group, PeerError
@@ -167,6 +170,8 @@ def test_n_ranks_compute_what_one_does(whole: dict[str, onnx.ModelProto], ranks:
     # docs/multi-gpu.md: four activations of width D a block, for this rank's tokens.
     blocks = SMALL["num_layers"] + SMALL["num_single_layers"]
     assert world.exchanged == blocks * 4 * BRANCHES * (share.tokens + TEXT // ranks) * 128 * 4
+    # What `plan` says, and what predictions of the time of exchanges are made from.
+    assert shares_of(ranks, (64, 64), tokens, SMALL, TEXT, BRANCHES, 4).exchanged_bytes == world.exchanged
 
 
 def test_the_cut_body_is_the_same_nodes_and_every_exchange_is_described() -> None:
@@ -422,21 +427,35 @@ def test_what_a_step_exchanges_is_what_the_docs_say(bundle: Bundle) -> None:
 # What goes wrong.
 
 
-def started(bundle: Bundle) -> tuple[subprocess.Popen[str], list[int]]:
-    """`fluxrt generate` on two ranks, in the middle of its steps, and its ranks' processes."""
+@contextmanager
+def started(bundle: Bundle) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """`fluxrt generate` on two ranks, in the middle of its steps, and its ranks' processes; all are ended after.
+
+    A command in the background of a script inherits that SIGINT is ignored, so it is set here.
+    """
     command = [sys.executable, "-m", "fluxrt.cli", "generate", str(bundle.root), "--gpus", "2", "--steps", "5000"]
     out = str(bundle.root.parent / "never.png")
     process = subprocess.Popen(
-        [*command, "--no-step-cache", "--prompt", PROMPTS[0], "--out", out], stderr=subprocess.PIPE, text=True
+        [*command, "--no-step-cache", "--prompt", PROMPTS[0], "--out", out],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        ranks = children(process.pid)
+    ranks: list[int] = []
+    try:
+        until = time.monotonic() + 120
         # Once both wait for each other in turn they have used some CPU time after loading.
-        if len(ranks) == 2 and all(ticks(rank) > 150 for rank in ranks):
-            return process, ranks
-        time.sleep(0.05)
-    raise AssertionError("the ranks did not start")
+        while not (len(ranks) == 2 and all(ticks(rank) > 150 for rank in ranks)):
+            assert time.monotonic() < until, "the ranks did not start"
+            assert process.poll() is None
+            time.sleep(0.05)
+            ranks = children(process.pid)
+        yield process, ranks
+    finally:
+        for pid in (process.pid, *ranks):
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
 
 
 def children(pid: int) -> list[int]:
@@ -464,25 +483,25 @@ def is_alive(pid: int) -> bool:
 def test_a_lost_rank_ends_the_command(bundle: Bundle, sent: signal.Signals, said: str, victim: int) -> None:
     """Within 10 seconds, by name, with no process and no shared memory left."""
     before = set(Path("/dev/shm").iterdir())
-    process, ranks = started(bundle)
-    os.kill(ranks[victim], sent)
-    _, told = process.communicate(timeout=10)
-    assert process.returncode == 1
-    assert f"rank {victim} of 2 (process {ranks[victim]}) {said}" in told
-    assert not any(is_alive(rank) for rank in ranks)
+    with started(bundle) as (process, ranks):
+        os.kill(ranks[victim], sent)
+        _, told = process.communicate(timeout=10)
+        assert process.returncode == 1
+        assert f"rank {victim} of 2 (process {ranks[victim]}) {said}" in told
+        assert not any(is_alive(rank) for rank in ranks)
     assert set(Path("/dev/shm").iterdir()) <= before
     assert not (bundle.root.parent / "never.png").exists()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_ranks_end_with_their_command(bundle: Bundle, sent: signal.Signals) -> None:
-    process, ranks = started(bundle)
-    process.send_signal(sent)
-    process.communicate(timeout=10)
-    until = time.monotonic() + 5
-    while time.monotonic() < until and any(is_alive(rank) for rank in ranks):
-        time.sleep(0.05)
-    assert not any(is_alive(rank) for rank in ranks)
+    with started(bundle) as (process, ranks):
+        process.send_signal(sent)
+        process.communicate(timeout=10)
+        until = time.monotonic() + 5
+        while time.monotonic() < until and any(is_alive(rank) for rank in ranks):
+            time.sleep(0.05)
+        assert not any(is_alive(rank) for rank in ranks)
     assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
 
 

@@ -25,7 +25,7 @@ from fluxc.cli.describe_bundle import print_bundle
 from fluxc.fidelity.metrics import psnr
 from fluxc.graph.export import trace_transformer
 from fluxc.graph.ulysses import shard
-from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe.structs import ComponentPrecision, Target

@@ -26,7 +26,7 @@ from conftest import NANO, QUICK, compile_into, copy_checkpoint, quantized_by_mo
 from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.checkpoint.components import weights_tensors
-from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import View, planned_tensors, write_views
 from fluxc.recipe.load import load_recipe

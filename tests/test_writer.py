@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from fluxc.base.errors import BuildError, CheckpointError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.formats import cpu, fp8, nvfp4
-from fluxc.models.flux2 import Linear
+from fluxc.models.base import Linear
 from fluxc.quantize import writer
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.writer import CHUNK_BYTES, LayerReport, write_weights
@@ -233,7 +233,7 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from fluxc.models.flux2 import Linear
+from fluxc.models.base import Linear
 from fluxc.base.safetensors import read_header
 from fluxc.quantize.plan import LayerPlan
 from fluxc.quantize.writer import write_weights

@@ -90,6 +90,10 @@ def beside(out: Path) -> Path:
     return out.resolve().parent / ".fluxc"
 
 
+class UnknownDigestError(Exception):
+    """A file's hash is not remembered."""
+
+
 @dataclass(frozen=True)
 class Made:
     """The folder of a stage's result as an input of another: its name holds the hash of all it was made from."""
@@ -184,15 +188,24 @@ class StageCache:
 
     def file_digest(self, path: Path) -> str:
         """SHA-256 of `path`, remembered for as long as its size, modification time and inode stay the same."""
-        stat = path.stat()
-        seen = [stat.st_size, stat.st_mtime_ns, stat.st_dev, stat.st_ino]
-        note = self.root / "digests" / key_of(seen)
+        note = self._note(path)
         if note.is_file():
             return note.read_text()
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         _write(note, digest)
         return digest
+
+    def known_digest(self, path: Path) -> str:
+        """The SHA-256 of `path` if it is remembered; UnknownDigestError otherwise, for who must not read whole files."""
+        note = self._note(path)
+        if not note.is_file():
+            raise UnknownDigestError(str(path))
+        return note.read_text()
+
+    def _note(self, path: Path) -> Path:
+        stat = path.stat()
+        return self.root / "digests" / key_of([stat.st_size, stat.st_mtime_ns, stat.st_dev, stat.st_ino])
 
     def _results(self) -> list[Path]:
         return [

@@ -16,7 +16,8 @@ import msgspec
 
 from fluxc.base.cache import SEAL, StageCache, beside
 from fluxc.base.errors import BuildError
-from fluxc.checkpoint.components import WEIGHTS_FILE, write_small_files
+from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.quantize.component_files import write_small_files
 from fluxc.quantize.source import Source
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import Recipe
@@ -28,7 +29,9 @@ LEFT_OUT = ("pictures.json", SEAL)
 """Files of a result that are not for the bundle."""
 
 
-def place_components(source: Source, weights: Mapping[str, Weights], staging: Path, out: Path, cache: StageCache) -> None:
+def place_components(
+    source: Source, weights: Mapping[str, Weights], staging: Path, out: Path, cache: StageCache
+) -> None:
     """Put configs, tokenizer, scheduler and weights into the bundle being made at `staging`."""
     stored_plans = {name: source.stored_plan(name) for name in WEIGHTS_FILE}
     write_small_files(source.checkpoint, staging, stored_plans, source.text_layers_kept)

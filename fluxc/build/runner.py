@@ -18,12 +18,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from fluxc.base.cache import StageCache
+from fluxc.base.cache import StageCache, UnknownDigestError
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
 
-I = TypeVar("I")
-R = TypeVar("R")
+Inputs = TypeVar("Inputs")
+Result = TypeVar("Result")
 
 
 class Fingerprinted(Protocol):
@@ -33,7 +33,7 @@ class Fingerprinted(Protocol):
 
 
 @dataclass(frozen=True)
-class Stage(Generic[I, R]):
+class Stage(Generic[Inputs, Result]):
     """A piece of work: `run(inputs, folder, report)` writes a result into an empty folder, `load` reads it.
 
     `name` begins the result's folder name, `title` is shown. `run` must be a function of a module, whose code the key takes in.
@@ -41,13 +41,13 @@ class Stage(Generic[I, R]):
 
     name: str
     title: str
-    inputs: I
-    run: Callable[[I, Path, Report], None]
-    load: Callable[[Path], R]
+    inputs: Inputs
+    run: Callable[[Inputs, Path, Report], None]
+    load: Callable[[Path], Result]
 
 
 def fingerprint(value: Any, digest: Callable[[Path], str]) -> Any:
-    """`value` as JSON that is equal only for inputs that are; `digest` gives a file's hash. TypeError for what has no such form."""
+    """`value` as JSON, equal only for inputs that are; `digest` gives a file's hash. TypeError for what has no such form."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
@@ -63,18 +63,23 @@ def fingerprint(value: Any, digest: Callable[[Path], str]) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(fingerprint(item, digest) for item in value)
     if isinstance(value, msgspec.Struct) or dataclasses.is_dataclass(value):
-        names = value.__struct_fields__ if isinstance(value, msgspec.Struct) else [f.name for f in dataclasses.fields(value)]
+        names = (
+            value.__struct_fields__
+            if isinstance(value, msgspec.Struct)
+            else [f.name for f in dataclasses.fields(value)]
+        )
         fields = {name: fingerprint(getattr(value, name), digest) for name in names}
         return {"type": type(value).__qualname__, **fields}
     raise TypeError(f"{type(value).__qualname__} has no fingerprint, so no stage can take it as an input")
 
 
-def folder_of(cache: StageCache, stage: Stage[I, R]) -> Path:
-    """Where the result of `stage` is, or would be."""
-    return cache.folder(stage.name, fingerprint(stage.inputs, cache.file_digest), stage.run.__module__)
+def folder_of(cache: StageCache, stage: Stage[Inputs, Result], digest: Callable[[Path], str] | None = None) -> Path:
+    """Where the result of `stage` is, or would be; `digest` gives hashes of files, by default those of the cache."""
+    inputs = fingerprint(stage.inputs, digest or cache.file_digest)
+    return cache.folder(stage.name, inputs, stage.run.__module__)
 
 
-def run(cache: StageCache, stage: Stage[I, R]) -> R:
+def run(cache: StageCache, stage: Stage[Inputs, Result]) -> Result:
     """The result of `stage`: from the cache, or made."""
     folder = folder_of(cache, stage)
     return stage.load(cache.run(folder, stage.title, lambda path, report: stage.run(stage.inputs, path, report)))
@@ -109,7 +114,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a build: its name among the results, what `--until` calls it, and the stage it comes to, given what came before.
+    """A step of a build: its name among the results, what `--until` calls it, and the stage it comes to after what came before.
 
     `make` gives None where there is nothing to do. Asking `results` for what is not there ends a dry run of this step.
     """
@@ -134,8 +139,8 @@ def plan_steps(cache: StageCache, steps: Iterable[Step]) -> list[tuple[Step, str
     for step in steps:
         try:
             stage = step.make(results)
-            folder = None if stage is None else cache.find(folder_of(cache, stage))
-        except NotBuiltError:
+            folder = None if stage is None else cache.find(folder_of(cache, stage, cache.known_digest))
+        except (NotBuiltError, UnknownDigestError):
             found.append((step, "to run"))
             continue
         if stage is None:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from fluxc.base.cache import Made, tool_versions
+from fluxc.base.cache import Made, StageCache, UnknownDigestError, tool_versions
+from fluxc.base.progress import StageProgress
 from fluxc.build.job import Job
 from fluxc.build.requests import cache_settings, calibration_request, judges_of, trace_request
-from fluxc.build.runner import Results, Stage, Step
+from fluxc.build.runner import Results, Stage, Step, plan_steps
 from fluxc.calibrate import modelopt_stage, sensitivity_stage, weights_stage
 from fluxc.calibrate import stage as calibration_stage
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.checkpoint.files import checkpoint_digests
+from fluxc.checkpoint.identify import pixels_per_token
 from fluxc.checkpoint.source import WEIGHTED
 from fluxc.fidelity import reference_stage
 from fluxc.fidelity import stage as compare_stage
 from fluxc.graph import stage as export_stage
 from fluxc.graph.stage import ExportInputs
-from fluxc.models.flux2 import pixels_per_token
 from fluxc.quantize.plan import to_quantize
 from fluxc.quantize.source import kept_tensors
 from fluxc.recipe.structs import Calibration, Recipe, Target
@@ -69,11 +72,17 @@ def comparing(job: Job) -> Iterator[Step]:
     yield Step("frontier-full", "fidelity", lambda results: _point(job, results, target, "full"))
     numbers = counts(cache_settings(job.loaded), job.loaded.recipe.sampling.steps)
     for number in numbers:
-        yield Step(
-            f"frontier-{number}", "fidelity", partial(_point, job, target=target, point=str(number))
-        )
+        yield Step(f"frontier-{number}", "fidelity", partial(_point, job, target=target, point=str(number)))
     yield Step("frontier-chosen", "fidelity", lambda results: _point(job, results, target, "chosen"))
     yield Step("frontier", "fidelity", lambda results: _page(job, results, target, numbers))
+
+
+def planned_stages(job: Job) -> list[tuple[Step, str]]:
+    """Every step and, in words, whether its result is in the cache; nothing is run, hashed or written."""
+    cache = StageCache(job.root, StageProgress())
+    with suppress(UnknownDigestError):
+        job.digests = checkpoint_digests(job.original.checkpoint, cache.known_digest, lambda *_: None)
+    return plan_steps(cache, [*steps(job), *comparing(job)])
 
 
 def exports(job: Job) -> dict[str, ExportInputs]:
@@ -110,7 +119,7 @@ def sampling_entry(job: Job) -> dict[str, Any]:
         "sizes": recipe.sizes,
         "pixels_per_token": pixels_per_token(source.checkpoint),
         "latent_channels": source.checkpoint.components["transformer"].config["in_channels"],
-        "schedule": "flux2-flow-match",
+        "schedule": source.family.schedule,
         "steps": recipe.sampling.steps,
         "guidance": recipe.sampling.guidance,
         "guidance_branches": source.guidance_branches,
@@ -240,16 +249,12 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
         shard_bytes=None if recipe.weights.shard_gib is None else int(recipe.weights.shard_gib * 2**30),
         apart=[f"{entry.layer.name}.weight" for entry in plan if is_split(entry.layer.name)] if split else [],
     )
-    return Stage(
-        f"weights-{component}", f"write {component} weights", inputs, weights_stage.run, weights_stage.load
-    )
+    return Stage(f"weights-{component}", f"write {component} weights", inputs, weights_stage.run, weights_stage.load)
 
 
 def _target(job: Job, results: Results, target: Target) -> Stage[Any, Path]:
     context, kind = job.context(results), kind_of(target.kind)
-    graphs = {
-        name: Made(results[_export_name(inputs)]) for name, inputs in kind.exports(target, context).items()
-    }
+    graphs = {name: Made(results[_export_name(inputs)]) for name, inputs in kind.exports(target, context).items()}
     weights = {name: Weights(name, results[f"weights-{name}"]) for name in WEIGHTS_FILE}
     step_cache = results["step-cache"] if job.loaded.recipe.step_cache else None
     work = kind.work(target, context, graphs, weights, step_cache)
@@ -327,9 +332,7 @@ def _page(job: Job, results: Results, target: str, numbers: list[int]) -> Stage[
         served=results["frontier-chosen"],
         points={number: results[f"frontier-{number}"] for number in numbers},
     )
-    return Stage(
-        "step-cache-report", "report the step cache", inputs, frontier_stages.write, frontier_stages.load
-    )
+    return Stage("step-cache-report", "report the step cache", inputs, frontier_stages.write, frontier_stages.load)
 
 
 def _frontier_request(job: Job, cache: StepCache) -> Any:

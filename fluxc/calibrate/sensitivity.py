@@ -18,15 +18,14 @@ import numpy as np
 import torch
 
 from fluxc.base.errors import BuildError
+from fluxc.base.numbers import significant
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.fidelity.metrics import significant
 from fluxc.formats import cpu, fp8, nvfp4
-from fluxc.formats.constants import Scales
 from fluxc.quantize.plan import LayerPlan, to_quantize
-from fluxc.recipe.structs import Budget
+from fluxc.recipe.structs import Budget, Scales
 
 PROMPTS, STEPS = 4, 4
 SEARCHES = 8

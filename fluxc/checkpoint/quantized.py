@@ -22,7 +22,7 @@ from fluxc.base.errors import CheckpointError
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.source import Component
 from fluxc.formats.constants import BLOCK
-from fluxc.models.flux2 import Linear, Shape
+from fluxc.models.base import Linear, Shape
 
 ALGORITHMS = {"NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4", "NVFP4_SVD": "nvfp4", "FP8": "fp8"}
 FLOATS = ("BF16", "F16", "F32")

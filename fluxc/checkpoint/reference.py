@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fluxc.checkpoint.identify import family_of, pixels_per_token
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.models.flux2 import pixels_per_token
 from fluxrt.pipeline import starting_noise
 
 
@@ -49,7 +49,7 @@ def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, **components: Any)
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline_class = getattr(diffusers, checkpoint.pipeline_class)
+        pipeline_class = getattr(diffusers, family_of(checkpoint).reference_class)
         pipeline = pipeline_class.from_pretrained(
             checkpoint.root, torch_dtype=dtype, local_files_only=True, **components
         )

@@ -23,9 +23,9 @@ class TemplateInputs:
 
 def run(inputs: TemplateInputs, folder: Path, report: Report) -> None:
     """Write the text before and after a prompt, and the pad token."""
-    from fluxc.checkpoint.components import render_template
+    from fluxc.families.prompting import render_template
 
-    prefix, suffix, pad = render_template(inputs.files.checkpoint, inputs.options)
+    prefix, suffix, pad = render_template(inputs.files.checkpoint.components["tokenizer"].folder, inputs.options)
     (folder / RESULT).write_text(json.dumps({"prefix": prefix, "suffix": suffix, "pad_id": pad}))
 
 

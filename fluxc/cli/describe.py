@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fluxc.build.job import check_targets
+from fluxc.base.cache import cache_root
+from fluxc.build.job import Job, open_job
+from fluxc.build.stages import planned_stages
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.cli.plan_report import (
     lacking,
@@ -29,11 +32,11 @@ from fluxc.targets.base import TargetContext
 from fluxc.targets.registry import kind_of
 
 
-def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
-    """The precision of every layer with the rule that decided it, sizes before and after, what each target will do."""
-    source = read_source(loaded)
-    context = TargetContext(loaded.recipe, source)
-    check_targets(context)
+def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
+    """The precision of every layer with the rule that decided it, sizes before and after, what each target will do, and which
+    stages a build into `out` would run."""
+    job = open_job(loaded, cache_root(out))
+    source, context = job.original, TargetContext(loaded.recipe, job.original)
     console = new_console()
     recipe = loaded.recipe
     console.print(f"{recipe.name}: {source.checkpoint.pipeline_class} from {recipe.model.source}")
@@ -65,6 +68,15 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool) -> None:
     console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
     if recipe.step_cache:
         console.print(_cache_sentence(loaded))
+    console.print(_stage_table(job))
+
+
+def _stage_table(job: Job) -> Table:
+    """Every stage of a build in order, and whether its result is in the cache."""
+    table = Table("stage", "part", "result", title="stages of a build here", title_justify="left")
+    for step, found in planned_stages(job):
+        table.add_row(escape(step.name), step.part, found)
+    return table
 
 
 def _cache_sentence(loaded: LoadedRecipe) -> str:

@@ -44,6 +44,7 @@ def main() -> None:
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 set_option = click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a recipe field.")
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 
 
 @main.command()
@@ -115,10 +116,8 @@ def merge_traces(traces: tuple[Path, ...], out: Path) -> None:
     click.echo(f"{out}")
 
 
-def counts_of(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+def counts_of(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
     """Numbers of GPUs, separated by commas, in rising order."""
-    if value is None:
-        return None
     try:
         counts = sorted({int(word) for word in value.split(",")})
     except ValueError:
@@ -129,55 +128,55 @@ def counts_of(context: click.Context, option: click.Parameter, value: str | None
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@recipe_argument
 @set_option
 @click.option("--layers/--no-layers", default=True, help="List every layer, or the summary alone.")
 @click.option("--presets", is_flag=True, help="Compare the presets on this checkpoint instead.")
 @click.option(
-    "--on", type=click.Choice(tuple(GPUS), case_sensitive=False), help="Predict time and memory on GPUs instead."
+    "--out", type=click.Path(path_type=Path), help="The bundle folder a build would write (default: artifacts/NAME)."
 )
-@click.option("--gpus", metavar="N,...", callback=counts_of, help="With --on: how many (default: 1,2,4,8).")
-@click.option("--model", type=click.Choice(tuple(MODELS)), help="With --on, without RECIPE: a published model (dev).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+@json_option
 @reports_errors
-def plan(
-    recipe: Path | None,
-    changes: tuple[str, ...],
-    layers: bool,
-    presets: bool,
-    on: str | None,
-    gpus: tuple[int, ...] | None,
-    model: str | None,
-    as_json: bool,
-) -> None:
-    """Show what building RECIPE would do: precision of every layer and why, sizes, memory, targets. Writes nothing.
-
-    With --on, predict how long it would take on such GPUs; without RECIPE, how long FLUX.2-dev would.
-    """
-    from fluxc.cli.describe import print_plan, print_plan_json, print_prediction, print_presets
+def plan(recipe: Path, changes: tuple[str, ...], layers: bool, presets: bool, out: Path | None, as_json: bool) -> None:
+    """Show what building RECIPE would do: precision of every layer and why, sizes, memory, targets, stages. Writes nothing."""
+    from fluxc.cli.describe import print_plan, print_plan_json, print_presets
     from fluxc.recipe.load import load_recipe
 
-    if recipe is None and on is None:
-        raise click.UsageError("name a RECIPE, or a GPU with --on")
-    if recipe is None and changes:
-        raise click.UsageError("--set goes with a RECIPE")
-    if presets and on:
-        raise click.UsageError("--presets and --on show different things; ask for one of them")
-    if model and (recipe or not on):
-        raise click.UsageError("--model goes with --on and without a RECIPE, which names its own model")
-    if gpus and on is None:
-        raise click.UsageError("--gpus goes with --on; a build's own is `gpus` in a target of the recipe")
-    loaded = load_recipe(recipe, changes) if recipe else None
-    if on is not None:
-        print_prediction(loaded, model or "dev", GPUS[on], gpus or (1, 2, 4, 8), as_json)
-        return
-    assert loaded is not None
+    loaded = load_recipe(recipe, changes)
     if as_json:
         print_plan_json(loaded, presets)
     elif presets:
         print_presets(loaded)
     else:
-        print_plan(loaded, layers)
+        print_plan(loaded, layers, out or Path("artifacts") / loaded.recipe.name)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@set_option
+@click.option("--on", required=True, type=click.Choice(tuple(GPUS), case_sensitive=False), help="The kind of GPU.")
+@click.option("--gpus", metavar="N,...", callback=counts_of, default="1,2,4,8", show_default=True, help="How many.")
+@click.option("--model", type=click.Choice(tuple(MODELS)), help="Without RECIPE: a published model (default: dev).")
+@json_option
+@reports_errors
+def predict(
+    recipe: Path | None,
+    changes: tuple[str, ...],
+    on: str,
+    gpus: tuple[int, ...],
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Predict time and memory of RECIPE's model on GPUs that are not here, or of a published model without one."""
+    from fluxc.cli.describe import print_prediction
+    from fluxc.recipe.load import load_recipe
+
+    if recipe is None and changes:
+        raise click.UsageError("--set goes with a RECIPE")
+    if recipe and model:
+        raise click.UsageError("--model goes without a RECIPE, which names its own model")
+    loaded = load_recipe(recipe, changes) if recipe else None
+    print_prediction(loaded, model or "dev", GPUS[on], gpus, as_json)
 
 
 @main.command()

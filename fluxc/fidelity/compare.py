@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fluxc.base.errors import BuildError
-from fluxc.fidelity.metrics import cosine, psnr, relative_error, significant, ssim
+from fluxc.base.numbers import significant
+from fluxc.fidelity.metrics import cosine, psnr, relative_error, ssim
 from fluxc.fidelity.trace import Trace
 from fluxrt.backends import run
 from fluxrt.bundle import Bundle

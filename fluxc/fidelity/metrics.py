@@ -42,8 +42,3 @@ def ssim(ours: np.ndarray, reference: np.ndarray) -> float:
             use_sample_covariance=False,
         )
     )
-
-
-def significant(value: float, digits: int = 4) -> float:
-    """`value` rounded to `digits` significant digits, so that reports do not differ in the last bit of a float."""
-    return float(f"{value:.{digits}g}")

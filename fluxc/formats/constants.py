@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-Scales = Literal["max", "mse", "four-over-six"]
-
 BLOCK = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0

@@ -12,7 +12,8 @@ import numpy as np
 from fluxc.base.errors import CheckpointError
 from fluxc.base.safetensors import TensorRef
 from fluxc.formats import kernels
-from fluxc.formats.constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, MX_BLOCK, Scales
+from fluxc.formats.constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, MX_BLOCK
+from fluxc.recipe.structs import Scales
 
 PATTERNS: dict[str, np.dtype] = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.uint16), "F32": np.dtype(np.uint32)}
 E2M1 = np.array(E2M1_VALUES, np.float32)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from fluxc.formats import cpu
-from fluxc.formats.constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY, Scales
+from fluxc.formats.constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
 from fluxc.formats.tensors import patterns_of, refuse_non_finite
+from fluxc.recipe.structs import Scales
 
 
 class Quantized(NamedTuple):

@@ -19,6 +19,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from fluxc.base.errors import BuildError
+from fluxc.families.base import Family
 from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.modules import (
     DoubleBlock,
@@ -31,7 +32,6 @@ from fluxc.graph.modules import (
     TextStem,
     VaeDecoder,
 )
-from fluxc.models.flux2 import Family
 
 Input = tuple[torch.Tensor, dict[int, str] | None]
 

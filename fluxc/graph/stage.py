@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxc.base.progress import Report
-from fluxc.models.flux2 import Family
+from fluxc.families.base import Family
 
 if TYPE_CHECKING:
     import onnx

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from fluxc.models.flux2 import transformer_linears
+from fluxc.models.flux2_transformer import transformer_linears
 from fluxc.models.published import DEV
 from fluxc.predict.gpus import GPUS
 from fluxc.predict.rates import Reached, fit, step_time

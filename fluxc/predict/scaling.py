@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fluxc.base.errors import RecipeError
-from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import Gpu
 from fluxc.predict.published import calibrated, checked, steps_computed_with_teacache

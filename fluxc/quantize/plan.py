@@ -22,7 +22,7 @@ from typing import Any
 from fluxc.base.errors import RecipeError
 from fluxc.checkpoint.quantized import SourceLayer, unmergeable
 from fluxc.formats.constants import BLOCK, stored_bytes
-from fluxc.models.flux2 import Linear
+from fluxc.models.base import Linear
 from fluxc.quantize.patterns import matching
 from fluxc.quantize.presets import find_preset, kept_by
 from fluxc.recipe.structs import ComponentPrecision

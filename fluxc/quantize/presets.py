@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fluxc.base.errors import RecipeError, nearest
-from fluxc.models.flux2 import Linear
+from fluxc.models.base import Linear
 from fluxc.quantize.patterns import matched, matching
 
 

@@ -9,21 +9,13 @@ from typing import Any
 
 from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import TensorRef
+from fluxc.checkpoint.identify import check_sizes, family_of, has_cfg_batch, vae_of
 from fluxc.checkpoint.quantized import SourceLayer, as_stored, quantized_layers
 from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint
-from fluxc.models.flux2 import (
-    Family,
-    Linear,
-    check_sizes,
-    family_of,
-    kept_text_layers,
-    text_linears,
-    text_tensors,
-    transformer_linears,
-    transformer_tensors,
-    uses_guidance_branches,
-    vae_of,
-)
+from fluxc.families.base import Family
+from fluxc.models.base import Linear
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.qwen3 import text_linears, text_tensors
 from fluxc.quantize.plan import LayerPlan, precision_plan, to_quantize
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision, Recipe
@@ -93,7 +85,7 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
         "text_encoder": quantized_layers(encoder, text_linears(encoder.config, text_layers)),
     }
     check_tensors(transformer, as_stored(transformer_tensors(transformer.config), quantized["transformer"]))
-    kept = kept_text_layers(family, encoder.config)
+    kept = family.text_layers_stored(text_layers)
     every_layer = as_stored(text_tensors(encoder.config, text_layers), quantized["text_encoder"])
     check_tensors(encoder, every_layer, ignored=("lm_head.",))
     check_tensors(checkpoint.components["vae"], vae_of(checkpoint).tensors, ignored=("bn.num_batches_tracked",))
@@ -108,7 +100,7 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
             "precision.transformer.keep: auto has nothing to choose from: no layer of the transformer would be quantized; "
             "set `default: nvfp4`, or leave keep and budget out"
         )
-    return Source(checkpoint, family, uses_guidance_branches(checkpoint), kept, plans, quantized)
+    return Source(checkpoint, family, has_cfg_batch(checkpoint, family), kept, plans, quantized)
 
 
 def _plan(

@@ -25,8 +25,9 @@ from fluxc.base.errors import BuildError, CheckpointError
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import ITEM_BITS, TensorRef
 from fluxc.formats import cpu
-from fluxc.formats.constants import BLOCK, Scales
+from fluxc.formats.constants import BLOCK
 from fluxc.quantize.plan import LayerPlan, to_quantize
+from fluxc.recipe.structs import Scales
 
 CHUNK_BYTES = 16 << 20
 # Every input with every output is one sample of a layer's error; these are enough to know it to a tenth of a decibel or two.

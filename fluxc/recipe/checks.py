@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fluxc.base.errors import RecipeError
-from fluxc.quantize.presets import find_preset
 from fluxc.recipe.structs import LAGS, LEAST_STEPS, Recipe, Target, most_skipped
 
 
@@ -36,10 +35,6 @@ def check_values(recipe: Recipe, path: Path) -> None:
     for field, steps in (("sampling.steps", recipe.sampling.steps), ("calibration.steps", recipe.calibration.steps)):
         if steps is not None and steps < 1:
             refuse(field, f"must be at least 1, got {steps}")
-    for component in ("transformer", "text_encoder"):
-        preset = getattr(recipe.precision, component).preset
-        if preset is not None:
-            find_preset(preset, component, f"{path}: precision.{component}.preset")
     text, transformer = recipe.precision.text_encoder, recipe.precision.transformer
     if text.keep == "auto" or text.budget:
         refuse("precision.text_encoder.keep", "auto measures the transformer; list the text encoder's layers to keep")

@@ -11,8 +11,7 @@ import yaml
 
 from fluxc.base.errors import RecipeError, nearest
 from fluxc.recipe.checks import check_values
-from fluxc.recipe.structs import Recipe, Target
-from fluxc.targets.tensorrt.library import LIBRARIES
+from fluxc.recipe.structs import USUAL_CAPABILITIES, Recipe, Target
 
 
 class LoadedRecipe(msgspec.Struct, frozen=True):
@@ -145,4 +144,4 @@ def _with_defaults(target: Target) -> Target:
     """`target` with the GPUs that its library is used for most, if it names none."""
     if not target.is_tensorrt or target.compute_capabilities:
         return target
-    return msgspec.structs.replace(target, compute_capabilities=LIBRARIES[target.kind].default)
+    return msgspec.structs.replace(target, compute_capabilities=USUAL_CAPABILITIES[target.kind])

@@ -6,13 +6,14 @@ from typing import Literal
 
 import msgspec
 
-from fluxc.formats.constants import Scales
-
 LAGS = 6
 """How many steps back a step trace measures a reused residual: the longest run of skipped steps any policy can have."""
 LEAST_STEPS = 10
+USUAL_CAPABILITIES = {"tensorrt_rtx": ("12.0", "12.1"), "tensorrt": ("10.0",)}
+"""Compute capabilities of the GPUs that each library is used for most."""
 
 Format = Literal["nvfp4", "fp8", "bf16"]
+Scales = Literal["max", "mse", "four-over-six"]
 Size = tuple[int, int]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fluxc.base.errors import BuildError
-from fluxc.fidelity.metrics import significant
+from fluxc.base.numbers import significant
 from fluxc.recipe.structs import StepCache as Settings
 from fluxc.stepcache.fit import Fit, fit_polynomial, quality
 from fluxc.stepcache.policy import accumulated_error, average, best_schedules, find_threshold, knee, skipped_by

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from fluxc.fidelity.metrics import psnr, significant, ssim
+from fluxc.base.numbers import significant
+from fluxc.fidelity.metrics import psnr, ssim
 from fluxc.recipe.structs import StepCache as Settings
 from fluxc.recipe.structs import most_skipped
 from fluxc.stepcache.policy import PUBLISHED, best_schedules, find_threshold

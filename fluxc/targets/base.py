@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from fluxc.base.cache import Made
 from fluxc.base.progress import Report
+from fluxc.checkpoint.identify import pixels_per_token
 from fluxc.graph.stage import ExportInputs
-from fluxc.models.flux2 import pixels_per_token
 from fluxc.quantize.source import Source
 from fluxc.recipe.structs import Recipe, Target
 from fluxc.targets.parts import Weights

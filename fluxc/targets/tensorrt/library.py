@@ -45,7 +45,6 @@ class Library:
     package: str
     extra: str
     compute_capabilities: tuple[str, ...]
-    default: tuple[str, ...]
     builds_without_gpu: bool
 
 
@@ -55,7 +54,6 @@ LIBRARIES = {
         "tensorrt-rtx-cu13",
         "tensorrt-rtx",
         ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
-        ("12.0", "12.1"),
         True,
     ),
     "tensorrt": Library(
@@ -63,7 +61,6 @@ LIBRARIES = {
         "tensorrt-cu13",
         "tensorrt",
         ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"),
-        ("10.0",),
         False,
     ),
 }

@@ -19,7 +19,7 @@ from fluxc.base.errors import FluxError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE
 from fluxc.formats.constants import BLOCK
-from fluxc.models.flux2 import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.targets.sharding import undivided
 from fluxc.targets.visual_gen.folder import HALVES, ignored, is_split, module_of
 

@@ -21,7 +21,8 @@ import yaml
 from fluxc.base.errors import RecipeError
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import ITEM_BITS, TensorRef
-from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE, quantization_config
+from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE
+from fluxc.quantize.component_files import quantization_config
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.sharding import undivided
 from fluxrt.bundle import StepCache

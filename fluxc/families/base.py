@@ -1,0 +1,83 @@
+"""What a family is, and which there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fluxc.base.errors import CheckpointError
+
+FLUX2_SCHEDULE = {
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of FLUX.2 pipeline: the classes it is made of, how it reads prompts, its schedule.
+
+    `pipeline_class` is what model_index.json says, `diffusers_class` the pipeline of diffusers that is the reference, by
+    default the same. `text_layers` are the hidden states taken, `template_options` go to the chat template. `schedule` names
+    fluxrt's, `scheduler` holds the settings of the checkpoint's scheduler under which that schedule is its own.
+    """
+
+    pipeline_class: str
+    text_encoder_class: str
+    text_layers: tuple[int, ...]
+    template_options: dict[str, Any] = field(default_factory=dict)
+    transformer_class: str = "Flux2Transformer2DModel"
+    vae_class: str = "AutoencoderKLFlux2"
+    scheduler_class: str = "FlowMatchEulerDiscreteScheduler"
+    schedule: str = "flux2-flow-match"
+    scheduler: dict[str, Any] = field(default_factory=lambda: dict(FLUX2_SCHEDULE))
+    diffusers_class: str | None = None
+
+    @property
+    def reference_class(self) -> str:
+        """The class in diffusers that the reference is generated with."""
+        return self.diffusers_class or self.pipeline_class
+
+    def classes(self) -> dict[str, str]:
+        """The class of every component."""
+        return {
+            "transformer": self.transformer_class,
+            "text_encoder": self.text_encoder_class,
+            "vae": self.vae_class,
+            "scheduler": self.scheduler_class,
+        }
+
+    def cfg_batch(self, transformer: dict[str, Any], index: dict[str, Any]) -> bool:
+        """Whether guidance means two rows a step (conditional and empty prompt) instead of an embedded scale.
+
+        `transformer` is that component's config, `index` model_index.json.
+        """
+        return not transformer.get("guidance_embeds", True) and not index.get("is_distilled", False)
+
+    def text_layers_stored(self, layers: int) -> int:
+        """How many text-encoder layers a bundle stores, of `layers`: one more than the last whose output is taken.
+
+        transformers applies the final norm to the last entry of `hidden_states`; with exactly the taken layers an unmodified
+        loader would return a normed last entry without a word, so one further layer is kept and never run.
+        """
+        last = self.text_layers[-1]
+        if layers <= last:
+            raise CheckpointError(
+                f"the text encoder has {layers} layers; this family takes the output of layer {last}, "
+                f"so it needs at least {last + 1}"
+            )
+        return last + 1
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make `family` known under the pipeline class that a checkpoint names."""
+    FAMILIES[family.pipeline_class] = family
