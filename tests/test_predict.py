@@ -165,12 +165,12 @@ def test_a_gpu_without_fp4_computes_nvfp4_layers_in_bf16_and_holds_them_in_four(
     assert predict(dev, GPUS["b200"], (1,)).predictions[0].time.products < 0.2 * nvfp4.time.products
 
 
-def plan(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ["plan", *arguments])
+def predicted(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["predict", *arguments])
 
 
-def test_plan_predicts_a_published_model_and_names_it_a_prediction() -> None:
-    result = plan("--on", "B200", "--gpus", "8,1,3,2,4")
+def test_a_published_model_is_predicted_and_names_it_a_prediction() -> None:
+    result = predicted("--on", "B200", "--gpus", "8,1,3,2,4")
     assert result.exit_code == 0
     assert result.output.startswith("PREDICTED, not measured: FLUX.2 dev on B200")
     assert "3 GPUs: --gpus: among 3 GPUs the 512 text tokens cannot be shared equally" in result.output
@@ -178,8 +178,8 @@ def test_plan_predicts_a_published_model_and_names_it_a_prediction() -> None:
         assert row in result.output
 
 
-def test_plan_predicts_a_recipe_as_planned_with_its_text_encoder_and_vae_on_the_first_rank() -> None:
-    result = plan(str(RECIPE), "--on", "b200", "--gpus", "1,2", "--json", "--set", "step_cache={skip: 8}")
+def test_a_recipe_is_predicted_as_planned_with_its_text_encoder_and_vae_on_the_first_rank() -> None:
+    result = predicted(str(RECIPE), "--on", "b200", "--gpus", "1,2", "--json", "--set", "step_cache={skip: 8}")
     assert result.exit_code == 0
     told = json.loads(result.output)
     assert (told["predicted"], told["steps"], told["skipped"]) == (True, 24, 8)
@@ -187,20 +187,20 @@ def test_plan_predicts_a_recipe_as_planned_with_its_text_encoder_and_vae_on_the_
     assert two["first_rank_bytes"]["weights"] > two["other_ranks_bytes"]["weights"]
     assert one["other_ranks_bytes"] is None
     assert one["step_seconds"] == pytest.approx(sum(one["parts_seconds"].values()))
-    text = plan(str(RECIPE), "--on", "b200", "--gpus", "1,2", "--set", "step_cache={skip: 8}").output
+    text = predicted(str(RECIPE), "--on", "b200", "--gpus", "1,2", "--set", "step_cache={skip: 8}").output
     assert "8 steps skipped, s" in text
     assert "two passes a step (guidance)" in text
 
 
 def test_published_kleins_are_drawn_in_four_steps() -> None:
-    told = json.loads(plan("--on", "b200", "--model", "klein-4b", "--json", "--gpus", "1").output)
+    told = json.loads(predicted("--on", "b200", "--model", "klein-4b", "--json", "--gpus", "1").output)
     assert (told["model"], told["steps"]) == ("FLUX.2 klein-4b", 4)
 
 
 def test_a_gpu_without_published_figures_and_one_that_is_too_small_are_named() -> None:
-    told = plan("--on", "rtx-5090", "--gpus", "1").output
+    told = predicted("--on", "rtx-5090", "--gpus", "1").output
     assert "None of these figures is of RTX 5090" in told
-    assert "None of these figures" not in plan("--on", "b200", "--gpus", "1").output
+    assert "None of these figures" not in predicted("--on", "b200", "--gpus", "1").output
     dev_in_bf16 = replace(published_model("dev"), weights=64 * 10**9)
     with console.capture() as capture:
         print_scaling(console, predict(dev_in_bf16, GPUS["rtx-5090"], (1, 2)))
@@ -208,25 +208,23 @@ def test_a_gpu_without_published_figures_and_one_that_is_too_small_are_named() -
 
 
 def test_a_step_cache_that_chooses_for_itself_is_not_counted() -> None:
-    result = plan(str(RECIPE), "--on", "b200", "--set", "step_cache={skip: auto}")
+    result = predicted(str(RECIPE), "--on", "b200", "--set", "step_cache={skip: auto}")
     assert "is known once the recipe is built" in result.output
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "name a RECIPE, or a GPU with --on"),
+        ([], "Missing option '--on'"),
         (["--on", "b300x"], "'b300x' is not one of"),
         (["--on", "b200", "--gpus", "two"], "'two' is not a list of numbers of GPUs"),
         (["--on", "b200", "--gpus", "0,1"], "is not a list of numbers of GPUs"),
-        (["--gpus", "2", str(RECIPE)], "--gpus goes with --on"),
         (["--on", "b200", "--model", "dev", str(RECIPE)], "without a RECIPE"),
-        (["--on", "b200", "--presets", str(RECIPE)], "ask for one of them"),
         (["--on", "b200", "--set", "text.length=7"], "--set goes with a RECIPE"),
         (["--on", "b200", "--gpus", "3,5"], "among 3 GPUs the 512 text tokens cannot be shared equally"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused(arguments: list[str], says: str) -> None:
-    result = plan(*arguments)
+    result = predicted(*arguments)
     assert result.exit_code == 2
     assert says in result.output

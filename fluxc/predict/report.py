@@ -1,4 +1,4 @@
-"""What `plan --on GPU` prints: the prediction, named as one, what it rests on, and its error where figures are known."""
+"""What `predict --on GPU` prints: the prediction, named as one, what it rests on, and its error where figures are known."""
 
 from __future__ import annotations
 
