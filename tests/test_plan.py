@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from fluxc.base.errors import RecipeError
+from fluxc.formats.registry import FORMATS
 from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import transformer_linears
 from fluxc.quantize.plan import LayerPlan, precision_plan
-from fluxc.recipe.structs import ComponentPrecision, Format, Rule
+from fluxc.recipe.structs import ComponentPrecision, Rule
 from test_flux2_tables import KLEIN_4B
 
 
@@ -83,9 +84,9 @@ def test_bytes_of_each_format() -> None:
     layer = Linear("layer", 64, 32)
     after = {
         f: precision_plan("transformer", [layer], ComponentPrecision(default=f))[0].bytes_after
-        for f in get_args(Format)
+        for f in (*FORMATS, "bf16")
     }
-    assert after == {"nvfp4": 64 * 16 + 64 * 2 + 8, "fp8": 64 * 32 + 8, "bf16": 64 * 32 * 2}
+    assert after == {"nvfp4": 64 * 16 + 64 * 2 + 8, "fp8": 64 * 32 + 8, "mxfp4": 64 * 16 + 64, "bf16": 64 * 32 * 2}
 
 
 def test_a_kept_layer_counts_as_it_lies_in_the_checkpoint() -> None:

@@ -1,4 +1,4 @@
-"""What a stranger adds: a family is its own file and one line of registration, and builds a bundle that generates."""
+"""What a stranger adds: a family or a format is a file and one line of registration, and builds a bundle that generates."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 import fluxrt
-from conftest import QUICK, compile_into, copy_checkpoint
+from conftest import QUICK, RECIPE, compile_into, copy_checkpoint
+from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import read_header
+from fluxc.build.job import open_job
 from fluxc.families.registry import FAMILIES
+from fluxc.formats.registry import FORMATS
+from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
 
 
@@ -23,6 +27,38 @@ def toy_family() -> Iterator[None]:
     FAMILIES[TOY.pipeline_class] = TOY
     yield
     del FAMILIES[TOY.pipeline_class]
+
+
+@pytest.fixture
+def toy_format() -> Iterator[None]:
+    from toys.format_toy import INT8_ROWS
+
+    FORMATS[INT8_ROWS.name] = INT8_ROWS
+    yield
+    del FORMATS[INT8_ROWS.name]
+
+
+@pytest.mark.usefixtures("toy_format")
+def test_a_toy_format_builds_a_bundle_that_generates(tmp_path: Path) -> None:
+    changes = ("precision.transformer.default=int8-rows", "targets=[{kind: onnxruntime}]")
+    out = compile_into(tmp_path / "toy", *QUICK, *changes)
+    manifest = open_bundle(out).manifest
+    stored = read_header(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    layers = [layer.name for layer in manifest.precision if layer.format == "int8-rows"]
+    assert len(layers) == 36
+    assert {stored[f"{name}.weight"].dtype for name in layers} == {"I8"}
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert min(layer["snr_db"] for layer in report["layers"]) > 35
+    assert manifest.fidelity["targets"]["onnxruntime"]["step_cosine"] > 0.9999
+    assert np.asarray(fluxrt.load(out)("a small red ring", seed=3).images[0]).std() > 10
+
+
+@pytest.mark.usefixtures("toy_format")
+def test_a_target_that_has_no_form_for_a_format_refuses_it_by_name() -> None:
+    for targets in ("{kind: tensorrt_rtx}", "{kind: visual_gen}"):
+        loaded = load_recipe(RECIPE, (*QUICK, "precision.transformer.default=int8-rows", f"targets=[{targets}]"))
+        with pytest.raises(RecipeError, match="int8-rows"):
+            open_job(loaded, Path("unused"))
 
 
 @pytest.mark.usefixtures("toy_family")

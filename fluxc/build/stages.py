@@ -24,9 +24,10 @@ from fluxc.checkpoint.identify import pixels_per_token
 from fluxc.checkpoint.source import WEIGHTED
 from fluxc.fidelity import reference_stage
 from fluxc.fidelity import stage as compare_stage
+from fluxc.formats.registry import FORMATS
 from fluxc.graph import stage as export_stage
 from fluxc.graph.stage import ExportInputs
-from fluxc.quantize.plan import to_quantize
+from fluxc.quantize.plan import needs_calibration
 from fluxc.quantize.source import kept_tensors
 from fluxc.recipe.structs import Calibration, Recipe, Target
 from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
@@ -231,13 +232,14 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
     recipe, source = job.loaded.recipe, job.source(results)
     plan = source.plans.get(component, [])
     precision = getattr(recipe.precision, component, None)
-    calibration = _calibration(job, results) if to_quantize(plan) else None
+    calibration = _calibration(job, results) if needs_calibration(plan) else None
     # VisualGen wants these under other names, and everything else from the same files as everyone.
     split = component == "transformer" and any(target.is_visual_gen for target in recipe.targets)
     part = source.checkpoint.components[component]
     digests = job.files.digests[component]
     if part is not job.original.checkpoint.components[component]:
         digests = {file.name: Made(file.parent.parent).fingerprint() for file in part.weight_files}
+    searches = any(FORMATS[entry.format].searches_scales for entry in plan if entry.format in FORMATS)
     inputs = weights_stage.WeightsInputs(
         component=component,
         digests=digests,
@@ -245,7 +247,7 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
         plan=plan,
         calibration=calibration,
         settings=_amax_settings(recipe) if calibration else None,
-        scales=precision.scales if precision and any(entry.format == "nvfp4" for entry in plan) else "max",
+        scales=precision.scales if precision and searches else "max",
         shard_bytes=None if recipe.weights.shard_gib is None else int(recipe.weights.shard_gib * 2**30),
         apart=[f"{entry.layer.name}.weight" for entry in plan if is_split(entry.layer.name)] if split else [],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fluxc.calibrate.records import LayerInputs, bin_edges, merge
+from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.structs import Calibration
 
@@ -19,7 +20,7 @@ def input_amax(records: dict[str, LayerInputs], plan: list[LayerPlan], calibrati
     """
     groups: dict[str, list[LayerPlan]] = {}
     for entry in to_quantize(plan):
-        if entry.layer.name in records:
+        if entry.layer.name in records and FORMATS[entry.format].calibrated:
             groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
     found: dict[str, float] = {}
     for members in groups.values():
@@ -51,19 +52,17 @@ def least_error(inputs: list[LayerInputs], format: str) -> float:
     """
     import torch
 
-    from fluxc.formats import fp8, nvfp4
-
     record = merge(inputs)
     rows = torch.from_numpy(record.rows)
     filled = record.histogram > 0
     counts, edges = record.histogram[filled], bin_edges()
     middles = (edges[:-1][filled] + edges[1:][filled]) / 2
-    module = nvfp4 if format == "nvfp4" else fp8
+    how = FORMATS[format]
     best, least = record.amax, np.inf
     for step in range(CANDIDATES):
         amax = record.amax * 2.0 ** (-step / 4)
         within = rows.abs() <= amax
-        error = (module.fake_quantize(rows, module.tensor_scale(torch.tensor(amax))) - rows)[within].double()
+        error = (how.fake_quantize(rows, how.tensor_scale(torch.tensor(amax))) - rows)[within].double()
         above = middles > amax
         rounding = error.square().mean().item() * int(counts[~above].sum()) if error.numel() else 0.0
         cost = rounding + float((counts[above] * (middles[above] - amax) ** 2).sum())

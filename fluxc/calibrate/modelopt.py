@@ -19,6 +19,7 @@ from fluxc.quantize.plan import LayerPlan
 
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 FP8 = {"num_bits": (4, 3), "axis": None}
+SCHEMES: dict[str, dict[str, Any]] = {"nvfp4": NVFP4, "fp8": FP8}
 ALGORITHMS: dict[str, Any] = {"max": "max", "awq_lite": "awq_lite", "svdquant": {"method": "svdquant", "lowrank": 32}}
 
 
@@ -38,7 +39,7 @@ def quantize_config(plan: list[LayerPlan], algorithm: str) -> dict[str, Any]:
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for entry in plan:
         if entry.format != "bf16":
-            scheme = NVFP4 if entry.format == "nvfp4" else FP8
+            scheme = SCHEMES[entry.format]
             # A name in modelopt's config is a glob, and a dot and a number are themselves in one.
             name = re.sub(r"([*?[])", r"[\1]", entry.layer.name)
             entries += [

@@ -23,7 +23,8 @@ from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
 from fluxc.checkpoint.source import Checkpoint
-from fluxc.formats import cpu, fp8, nvfp4
+from fluxc.formats import cpu
+from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.structs import Budget, Scales
 
@@ -107,7 +108,7 @@ class Simulation:
                 for entry, weight in zip(members, self._rounded(members), strict=True):
                     module = model.get_submodule(entry.layer.name)
                     module.get_parameter("weight").data.copy_(torch.from_numpy(weight))
-                    if self.round_inputs:
+                    if self.round_inputs and FORMATS[entry.format].calibrated:
                         handles.append(module.register_forward_pre_hook(self._rounding(entry)))
             yield
         finally:
@@ -123,18 +124,22 @@ class Simulation:
 
     def _rounded(self, members: list[LayerPlan]) -> list[np.ndarray]:
         """fp32 weights of one fusion group after a round trip through their format, as the writer stores them."""
-        format, weights = members[0].format, [self._weight(entry) for entry in members]
-        amax = max(cpu.largest(cpu.amaxes(*weight, format), weight[1]) for weight in weights)
-        scale = cpu.joint_tensor_scale(weights, amax, format, self.scales)
-        return [cpu.round_trip(*weight, format, scale, self.scales) for weight in weights]
+        format, weights = FORMATS[members[0].format], [self._weight(entry) for entry in members]
+        amaxes = [format.amaxes(*weight) for weight in weights]
+        amax = max(cpu.largest(found, dtype) for found, (_, dtype) in zip(amaxes, weights, strict=True))
+        scale = format.group_scale(weights, amax, self.scales)
+        return [
+            format.decode(format.encode(*weight, found, scale, self.scales), scale)
+            for weight, found in zip(weights, amaxes, strict=True)
+        ]
 
     def _rounding(self, entry: LayerPlan) -> Callable[[Any, Any], Any]:
-        module = nvfp4 if entry.format == "nvfp4" else fp8
-        scale = module.tensor_scale(torch.tensor(self.input_amax[entry.layer.name]))
+        format = FORMATS[entry.format]
+        scale = format.tensor_scale(torch.tensor(self.input_amax[entry.layer.name]))
 
         def rounded(_: Any, inputs: Any) -> Any:
             x = inputs[0]
-            return (module.fake_quantize(x, scale.to(x.device)).to(x.dtype), *inputs[1:])
+            return (format.fake_quantize(x, scale.to(x.device)).to(x.dtype), *inputs[1:])
 
         return rounded
 

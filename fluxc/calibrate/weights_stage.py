@@ -9,6 +9,7 @@ from pathlib import Path
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.structs import Calibration, Scales
 
@@ -58,7 +59,7 @@ def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
         {
             "name": r.name,
             "format": r.format,
-            "scales": inputs.scales if r.format == "nvfp4" else "max",
+            "scales": inputs.scales if FORMATS[r.format].searches_scales else "max",
             "snr_db": round(r.snr_db, 3),
             "output_snr_db": None if r.output_snr_db is None else round(r.output_snr_db, 2),
         }

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from fluxc.base.safetensors import TensorRef
-from fluxc.checkpoint.quantized import FORMAT_OF, PARTS
+from fluxc.checkpoint.quantized import FLOATS, PARTS, format_of
 from fluxc.checkpoint.source import Component
-from fluxc.formats import fp8, nvfp4
+from fluxc.formats.base import Format
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -39,12 +39,13 @@ class PlainTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         ref = self._stored[self._names[name]]
-        if ref.dtype not in FORMAT_OF:
+        format = None if ref.dtype in FLOATS else format_of(self._stored, ref.name.removesuffix(".weight"))
+        if format is None:
             return read(ref).to(self._dtype)
         parts = {
             part: read(self._stored[full]) for part in PARTS if (full := self._beside(ref.name, part)) in self._stored
         }
-        return plain_weight(read(ref), parts).to(self._dtype)
+        return plain_weight(format, {"weight": read(ref), **parts}).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -66,12 +67,9 @@ def read(ref: TensorRef) -> torch.Tensor:
     return torch.from_numpy(ref.bytes_view().copy()).view(DTYPES[ref.dtype]).reshape(ref.shape)
 
 
-def plain_weight(weight: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """fp32 [out, in] of a quantized layer: its `weight` as stored, and its other tensors by part."""
-    if weight.dtype == torch.uint8:
-        plain = nvfp4.dequantize(weight, parts["weight_scale"], parts["weight_scale_2"].reshape(()))
-    else:
-        plain = fp8.dequantize(weight, parts["weight_scale"].reshape(()))
+def plain_weight(format: Format, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """fp32 [out, in] of a layer quantized in `format`: its tensors by part, as stored."""
+    plain = format.dequantize(parts)
     if "svdquant_lora_a" in parts:
         plain = plain + parts["svdquant_lora_b"].float() @ parts["svdquant_lora_a"].float()
     if "pre_quant_scale" in parts:

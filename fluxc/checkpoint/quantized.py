@@ -21,13 +21,12 @@ from typing import Any
 from fluxc.base.errors import CheckpointError
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.source import Component
-from fluxc.formats.constants import BLOCK
+from fluxc.formats.base import Format
+from fluxc.formats.registry import FORMATS
 from fluxc.models.base import Linear, Shape
 
-ALGORITHMS = {"NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4", "NVFP4_SVD": "nvfp4", "FP8": "fp8"}
+VARIANTS = {"NVFP4_AWQ": "nvfp4", "NVFP4_SVD": "nvfp4"}
 FLOATS = ("BF16", "F16", "F32")
-FORMAT_OF = {"U8": "nvfp4", "F8_E4M3": "fp8"}
-SCALARS = {"nvfp4": ("input_scale", "weight_scale_2"), "fp8": ("input_scale", "weight_scale")}
 OPTIONAL = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 PARTS = ("input_scale", "weight_scale_2", "weight_scale", *OPTIONAL)
 
@@ -50,7 +49,7 @@ class SourceLayer:
 
     def merges_with(self, other: SourceLayer) -> bool:
         """Whether an engine can merge both Linears and round their common input once: equal scalars and pre_quant_scale."""
-        shared = ("pre_quant_scale", *SCALARS[self.format])
+        shared = ("pre_quant_scale", *FORMATS[self.format].scalars)
         return self.format == other.format and all(self._bytes(part) == other._bytes(part) for part in shared)
 
     def _bytes(self, part: str) -> bytes | None:
@@ -69,14 +68,23 @@ def quantized_layers(component: Component, layers: list[Linear]) -> dict[str, So
             continue
         if weight.dtype in FLOATS:
             _refuse_stray_parts(component, layer.name, weight)
-        elif weight.dtype in FORMAT_OF:
-            found[layer.name] = _read_layer(component, layer, weight)
+        elif (format := format_of(component.tensors, layer.name)) is not None:
+            found[layer.name] = _read_layer(component, layer, format)
         else:
-            raise _wrong(
-                component, layer.name, f"its weight is {weight.dtype}; fluxc reads NVFP4 (U8) and FP8 (F8_E4M3)"
-            )
+            known = ", ".join(f"{f.algorithm} ({f.parts(f.block, f.block)['weight'][0]})" for f in FORMATS.values())
+            raise _wrong(component, layer.name, f"its weight is {weight.dtype}; fluxc reads {known}")
     _check_config(component, layers, found)
     return found
+
+
+def format_of(tensors: Mapping[str, TensorRef], layer: str) -> Format | None:
+    """The format whose tensors `layer` has, by their dtypes, or at least by its weight's; None where there is none."""
+    dtypes = {part: tensors[f"{layer}.{part}"].dtype for part in ("weight", *PARTS) if f"{layer}.{part}" in tensors}
+    for known in (dtypes, {"weight": dtypes["weight"]}):
+        for format in FORMATS.values():
+            if format.recognises(known):
+                return format
+    return None
 
 
 def as_stored(expected: dict[str, Shape], quantized: dict[str, SourceLayer]) -> dict[str, Shape]:
@@ -102,19 +110,15 @@ def unmergeable(layers: list[Linear], quantized: Mapping[str, SourceLayer]) -> s
     return apart
 
 
-def _read_layer(component: Component, layer: Linear, weight: TensorRef) -> SourceLayer:
-    format = FORMAT_OF[weight.dtype]
+def _read_layer(component: Component, layer: Linear, format: Format) -> SourceLayer:
+    weight = component.tensors[f"{layer.name}.weight"]
     refs = {part: component.tensors.get(f"{layer.name}.{part}") for part in PARTS}
     tensors = {part: ref for part, ref in refs.items() if ref is not None}
     tensors["weight"] = weight
     rows, columns = layer.out_features, layer.in_features
-    shapes: dict[str, Shape] = {"weight": (rows, columns), "input_scale": (), "pre_quant_scale": (columns,)}
-    kinds = dict.fromkeys(OPTIONAL, FLOATS) | dict.fromkeys(SCALARS[format], ("F32",))
-    if format == "nvfp4":
-        shapes |= {"weight": (rows, columns // 2), "weight_scale": (rows, columns // BLOCK), "weight_scale_2": ()}
-        kinds["weight_scale"] = ("F8_E4M3",)
-    else:
-        shapes["weight_scale"] = ()
+    own = format.parts(rows, columns)
+    shapes: dict[str, Shape] = {part: shape for part, (_, shape) in own.items()} | {"pre_quant_scale": (columns,)}
+    kinds = dict.fromkeys(OPTIONAL, FLOATS) | {part: (dtype,) for part, (dtype, _) in own.items() if part != "weight"}
     rank = tensors["svdquant_lora_a"].shape[0] if tensors.get("svdquant_lora_a") and weight.shape else 0
     shapes |= {"svdquant_lora_a": (rank, columns), "svdquant_lora_b": (rows, rank)}
     for part in ("weight", *PARTS):
@@ -122,10 +126,10 @@ def _read_layer(component: Component, layer: Linear, weight: TensorRef) -> Sourc
         if ref is None:
             if part in shapes and part not in OPTIONAL:
                 advice = ": export it with calibrated inputs" if part == "input_scale" else ""
-                raise _wrong(component, layer.name, f"{format}, but it has no {part}{advice}")
+                raise _wrong(component, layer.name, f"{format.name}, but it has no {part}{advice}")
             continue
         if part not in shapes:
-            raise _wrong(component, layer.name, f"{format}, which has no {part}")
+            raise _wrong(component, layer.name, f"{format.name}, which has no {part}")
         if ref.shape != shapes[part]:
             hint = "; a swizzled or padded one cannot be used" if part == "weight_scale" and ref.shape else ""
             raise _wrong(component, layer.name, f"{part} is {list(ref.shape)}, expected {list(shapes[part])}{hint}")
@@ -133,11 +137,11 @@ def _read_layer(component: Component, layer: Linear, weight: TensorRef) -> Sourc
             raise _wrong(component, layer.name, f"{part} is {ref.dtype}, expected {' or '.join(kinds[part])}")
     if ("svdquant_lora_a" in tensors) != ("svdquant_lora_b" in tensors):
         raise _wrong(component, layer.name, "it has one of svdquant_lora_a and svdquant_lora_b, and needs both")
-    for part in SCALARS[format]:
+    for part in format.scalars:
         value = float(tensors[part].bytes_view().copy().view("<f4")[0])
         if not 0 < value < float("inf"):
             raise _wrong(component, layer.name, f"{part} is {value}; a scale is a positive, finite number")
-    return SourceLayer(format, {part: tensors[part] for part in ("weight", *PARTS) if part in tensors})
+    return SourceLayer(format.name, {part: tensors[part] for part in ("weight", *PARTS) if part in tensors})
 
 
 def _refuse_stray_parts(component: Component, name: str, weight: TensorRef) -> None:
@@ -187,12 +191,13 @@ def _format_said(component: Component, config: dict[str, Any], name: str) -> str
         if entry is None:
             return None
         algorithm = entry.get("quant_algo")
-    if algorithm not in ALGORITHMS:
+    algorithms = VARIANTS | {format.algorithm: format.name for format in FORMATS.values()}
+    if algorithm not in algorithms:
         raise CheckpointError(
             f"{component.folder}: quantization algorithm {algorithm!r} of {name} is not one fluxc reads: "
-            f"{', '.join(ALGORITHMS)}, MIXED_PRECISION"
+            f"{', '.join(algorithms)}, MIXED_PRECISION"
         )
-    return ALGORITHMS[algorithm]
+    return algorithms[algorithm]
 
 
 def _wrong(component: Component, name: str, what: str) -> CheckpointError:

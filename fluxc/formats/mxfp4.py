@@ -7,14 +7,22 @@ grid and saturate at 6. The layout is that of NVFP4's codes: the LOW nibble hold
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+import numpy as np
 
 from fluxc.formats import cpu
+from fluxc.formats.base import Format, GraphBuilder, Parts
 from fluxc.formats.constants import E2M1_VALUES, MX_BLOCK
+from fluxc.formats.forms import ONNX_FLOAT, ONNX_INT32, e2m1_blocks, scaled_blocks
 from fluxc.formats.nvfp4 import round_to_e2m1
 from fluxc.formats.tensors import patterns_of, refuse_non_finite
+from fluxc.recipe.structs import Scales
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Quantized(NamedTuple):
@@ -30,6 +38,8 @@ def quantize(weight: torch.Tensor) -> Quantized:
     A block of zeros, or of values under 2^-124, gets the smallest scale, 2^-127. Raises ValueError when in is not a multiple
     of 32, NotFiniteError (a ValueError) with the position of a NaN or infinity.
     """
+    import torch
+
     if weight.shape[1] % MX_BLOCK:
         raise ValueError(f"MXFP4 needs in_features divisible by {MX_BLOCK}, got {weight.shape[1]}")
     if weight.device.type == "cpu":
@@ -39,6 +49,8 @@ def quantize(weight: torch.Tensor) -> Quantized:
 
 def quantize_by_torch(weight: torch.Tensor) -> Quantized:
     """`quantize` in torch operators: what runs on a GPU, and what the kernel is compared with."""
+    import torch
+
     refuse_non_finite(weight)
     rows, columns = weight.shape
     blocks = weight.float().reshape(rows, columns // MX_BLOCK, MX_BLOCK)
@@ -55,8 +67,55 @@ def quantize_by_torch(weight: torch.Tensor) -> Quantized:
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """fp32 [out, in] from `codes` uint8 [out, in/2] and E8M0 `scales` uint8 [out, in/32]."""
+    import torch
+
     if codes.device.type == "cpu":
         return torch.from_numpy(cpu.mxfp4_values(cpu.Quantized(codes.numpy(), scales.numpy())))
     values = torch.tensor(E2M1_VALUES, device=codes.device)
     unpacked = torch.stack([codes & 15, codes >> 4], dim=-1).reshape(codes.shape[0], -1, MX_BLOCK)
     return torch.ldexp(values[unpacked.long()], scales.int().unsqueeze(-1) - 127).reshape(codes.shape[0], -1)
+
+
+class MXFP4(Format):
+    """The format: codes and E8M0 block scales, nothing else; inputs are not rounded and need no calibration."""
+
+    name = "mxfp4"
+    block = MX_BLOCK
+    bits = 4
+    algorithm = "MXFP4"
+    group_size = MX_BLOCK
+    calibrated = False
+
+    def parts(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See Format."""
+        return {"weight": ("U8", (rows, columns // 2)), "weight_scale": ("U8", (rows, columns // MX_BLOCK))}
+
+    def amaxes(self, patterns: np.ndarray, dtype: str) -> np.ndarray:
+        """See Format."""
+        return cpu.block_amax(patterns, dtype, MX_BLOCK)
+
+    def encode(self, patterns: np.ndarray, dtype: str, amax: np.ndarray, scale: np.float32, scales: Scales) -> Parts:
+        """See Format."""
+        coded = cpu.mxfp4(patterns, dtype)
+        return {"weight_scale": coded.block_scales, "weight": coded.codes}
+
+    def decode(self, parts: Parts, scale: np.float32) -> np.ndarray:
+        """See Format."""
+        return cpu.mxfp4_values(cpu.Quantized(parts["weight"], parts["weight_scale"]))
+
+    def error(self, patterns: np.ndarray, dtype: str, parts: Parts, scale: np.float32) -> tuple[float, float]:
+        """See Format."""
+        return cpu.squared_sums(cpu.values(patterns, dtype), self.decode(parts, scale))
+
+    def dequantize(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See Format."""
+        return dequantize(parts["weight"], parts["weight_scale"])
+
+    def reference_form(self, graph: GraphBuilder, layer: str, rows: int, columns: int) -> str:
+        """Powers of two from a table, the codes from another."""
+        powers = [2.0 ** (code - 127) for code in range(255)] + [math.nan]
+        table = graph.constant("e8m0_values", ONNX_FLOAT, [256], powers)
+        exponents = graph.node("Cast", [graph.tensor(f"{layer}.weight_scale")], f"{layer}/exponents", to=ONNX_INT32)
+        scales = graph.node("Gather", [table, exponents], f"{layer}/block_scales", axis=0)
+        blocks = e2m1_blocks(graph, layer, rows, columns, MX_BLOCK)
+        return scaled_blocks(graph, layer, blocks, scales, (rows, columns))

@@ -7,15 +7,20 @@ CPU go through the compiled kernels (fluxc.formats.cpu), tensors elsewhere throu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from fluxc.formats import cpu
+from fluxc.formats.base import Format, GraphBuilder, Matrix, Parts
 from fluxc.formats.constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
+from fluxc.formats.forms import e2m1_blocks, scaled_blocks
 from fluxc.formats.tensors import patterns_of, refuse_non_finite
 from fluxc.recipe.structs import Scales
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Quantized(NamedTuple):
@@ -28,6 +33,8 @@ class Quantized(NamedTuple):
 
 def empty(rows: int, columns: int, device: torch.device | str = "cpu") -> Quantized:
     """Room for a quantized weight [rows, columns], to be given to `quantize` as `out`."""
+    import torch
+
     return Quantized(
         torch.empty(rows, columns // 2, dtype=torch.uint8, device=device),
         torch.empty(rows, columns // BLOCK, dtype=torch.float8_e4m3fn, device=device),
@@ -37,6 +44,8 @@ def empty(rows: int, columns: int, device: torch.device | str = "cpu") -> Quanti
 
 def tensor_scale(amax: torch.Tensor) -> torch.Tensor:
     """The FP32 scale () that maps `amax` to the largest value E2M1 times E4M3 can hold; 1 for an all-zero tensor."""
+    import torch
+
     amax = amax.float()
     return torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), torch.ones_like(amax))
 
@@ -51,6 +60,8 @@ def quantize(
     its sign bit, as ModelOpt's does. Raises ValueError when in is not a multiple of 16, NotFiniteError (a ValueError)
     with the position of a NaN or infinity.
     """
+    import torch
+
     rows, columns = weight.shape
     if columns % BLOCK:
         raise ValueError(f"NVFP4 needs in_features divisible by {BLOCK}, got {columns}")
@@ -72,6 +83,8 @@ def quantize(
 
 def quantize_by_torch(weight: torch.Tensor, scale: torch.Tensor | None = None, scales: Scales = "max") -> Quantized:
     """`quantize` in torch operators: what runs on a GPU, and what the kernels are compared with."""
+    import torch
+
     refuse_non_finite(weight)
     rows, columns = weight.shape
     blocks = weight.float().reshape(rows, columns // BLOCK, BLOCK)
@@ -107,6 +120,8 @@ def _best_tensor_scale(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
 
 def _search_scales(blocks: torch.Tensor, first: torch.Tensor, scale: torch.Tensor, scales: Scales) -> torch.Tensor:
     """The E4M3 scale of least squared error for every block [rows, blocks, 16], from the candidates of cpu.nvfp4_scales."""
+    import torch
+
     codes = first.view(torch.uint8).int()
     if scales == "mse":
         offsets = range(-cpu.MSE_BELOW, cpu.MSE_ABOVE + 1)
@@ -137,6 +152,8 @@ def round_to_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
 
     The grid's step is 0.5 below 2, 1 below 4 and 2 above, so half-to-even on value/step is half-to-even on codes.
     """
+    import torch
+
     magnitude = magnitude.clamp(max=E2M1_MAX)
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     return torch.round(magnitude / step) * step
@@ -144,6 +161,8 @@ def round_to_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
 
 def dequantize(codes: torch.Tensor, block_scales: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """fp32 [out, in] from `codes` uint8 [out, in/2], `block_scales` E4M3 [out, in/16] and the tensor scale ()."""
+    import torch
+
     if codes.device.type == "cpu":
         arrays = cpu.Quantized(codes.contiguous().numpy(), block_scales.contiguous().view(torch.uint8).numpy())
         return torch.from_numpy(cpu.nvfp4_values(arrays, np.float32(scale.item())))
@@ -159,9 +178,79 @@ def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
     Returns fp32 of the same shape. TensorRT's FP4 dynamic quantization: scale = E4M3(clip(amax/6/input_scale)). Raises
     ValueError when in is not a multiple of 16. A NaN stays a NaN.
     """
+    import torch
+
     if x.shape[-1] % BLOCK:
         raise ValueError(f"NVFP4 needs in_features divisible by {BLOCK}, got {x.shape[-1]}")
     blocks = x.float().reshape(*x.shape[:-1], -1, BLOCK)
     exact = blocks.abs().amax(-1, keepdim=True) / E2M1_MAX / input_scale
     step = exact.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn).float() * input_scale
     return (torch.sign(blocks) * round_to_e2m1(blocks.abs() / step) * step).reshape(x.shape)
+
+
+class NVFP4(Format):
+    """The format in ModelOpt's layout: codes, E4M3 block scales, an FP32 tensor scale and input scale."""
+
+    name = "nvfp4"
+    block = BLOCK
+    bits = 4
+    algorithm = "NVFP4"
+    group_size = BLOCK
+    scalars = ("input_scale", "weight_scale_2")
+    searches_scales = True
+
+    def parts(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See Format."""
+        return {
+            "input_scale": ("F32", ()),
+            "weight_scale_2": ("F32", ()),
+            "weight": ("U8", (rows, columns // 2)),
+            "weight_scale": ("F8_E4M3", (rows, columns // BLOCK)),
+        }
+
+    def amaxes(self, patterns: np.ndarray, dtype: str) -> np.ndarray:
+        """See Format."""
+        return cpu.block_amax(patterns, dtype)
+
+    def group_scale(self, members: list[Matrix], amax: np.float32, scales: Scales) -> np.float32:
+        """See cpu.joint_tensor_scale."""
+        return cpu.joint_tensor_scale(members, amax, "nvfp4", scales)
+
+    def input_scale(self, amax: float) -> np.float32:
+        """See Format."""
+        return cpu.tensor_scale(amax, "nvfp4")
+
+    def encode(self, patterns: np.ndarray, dtype: str, amax: np.ndarray, scale: np.float32, scales: Scales) -> Parts:
+        """See Format."""
+        coded = cpu.nvfp4(patterns, dtype, amax, scale, scales)
+        return {"weight_scale": coded.block_scales, "weight": coded.codes}
+
+    def decode(self, parts: Parts, scale: np.float32) -> np.ndarray:
+        """See Format."""
+        return cpu.nvfp4_values(cpu.Quantized(parts["weight"], parts["weight_scale"]), scale)
+
+    def error(self, patterns: np.ndarray, dtype: str, parts: Parts, scale: np.float32) -> tuple[float, float]:
+        """See Format."""
+        return cpu.nvfp4_error(patterns, dtype, cpu.Quantized(parts["weight"], parts["weight_scale"]), scale)
+
+    def dequantize(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See Format."""
+        return dequantize(parts["weight"], parts["weight_scale"], parts["weight_scale_2"].reshape(()))
+
+    def fake_quantize(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """See Format."""
+        return fake_quantize(x, scale)
+
+    def tensor_scale(self, amax: torch.Tensor) -> torch.Tensor:
+        """See Format."""
+        return tensor_scale(amax)
+
+    def reference_form(self, graph: GraphBuilder, layer: str, rows: int, columns: int) -> str:
+        """Both scales dequantized, then the codes."""
+        scales = graph.node(
+            "DequantizeLinear",
+            [graph.tensor(f"{layer}.weight_scale"), graph.tensor(f"{layer}.weight_scale_2")],
+            f"{layer}/block_scales",
+        )
+        blocks = e2m1_blocks(graph, layer, rows, columns, BLOCK)
+        return scaled_blocks(graph, layer, blocks, scales, (rows, columns))

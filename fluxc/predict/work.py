@@ -12,13 +12,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fluxc.formats.constants import BLOCK, stored_bytes
+from fluxc.formats.constants import BLOCK, MX_BLOCK
+from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.sharding import Shares
 
 ACTIVATION = 2
 """Bytes of an activation: bf16."""
-BITS = {"bf16": 16, "fp8": 8, "nvfp4": 4 + 8 / BLOCK}
+BITS = {"bf16": 16, "fp8": 8, "nvfp4": 4 + 8 / BLOCK, "mxfp4": 4 + 8 / MX_BLOCK}
 """Bits of a value that a product reads, with its share of block scales."""
 
 KERNELS = {"double": 31, "single": 12}
@@ -131,7 +132,7 @@ def _rows(name: str, text: int, image: int, branches: int) -> int:
 
 
 def _product(layer: _Layer, rows: int) -> Product:
-    weight = 2 * layer.parameters if layer.format == "bf16" else stored_bytes(layer.format, layer.parameters)
+    weight = 2 * layer.parameters if layer.format == "bf16" else FORMATS[layer.format].nbytes(layer.parameters)
     read = weight + rows * layer.in_features * BITS[layer.format] / 8
     return Product(layer.format, 2.0 * rows * layer.parameters, read + ACTIVATION * rows * layer.out_features)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fluxc.checkpoint.components import WEIGHTS_FILE, small_files, text_encoder_config, without_machine
 from fluxc.checkpoint.source import HF_QUANT_CONFIG, QUANTIZATION, Checkpoint
-from fluxc.formats.constants import BLOCK
+from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan
 
 
@@ -72,7 +72,7 @@ def _algorithm(entry: LayerPlan) -> str:
         return "NVFP4_SVD"
     if "pre_quant_scale" in entry.parts:
         return "NVFP4_AWQ"
-    return entry.format.upper()
+    return FORMATS[entry.format].algorithm if entry.format in FORMATS else "BF16"
 
 
 def _kind(entry: LayerPlan) -> tuple[str, int]:
@@ -80,10 +80,13 @@ def _kind(entry: LayerPlan) -> tuple[str, int]:
 
 
 def _config_group(algorithm: str, low_rank: int, targets: list[str]) -> dict[str, Any]:
-    scheme: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    if algorithm != "FP8":
-        scheme |= {"num_bits": 4, "group_size": BLOCK}
-    group: dict[str, Any] = {"input_activations": scheme, "weights": scheme}
+    format = next((f for f in FORMATS.values() if f.algorithm == algorithm), FORMATS["nvfp4"])
+    scheme: dict[str, Any] = {"dynamic": False, "num_bits": format.bits, "type": "float"}
+    if format.group_size:
+        scheme["group_size"] = format.group_size
+    group: dict[str, Any] = (
+        {"input_activations": scheme, "weights": scheme} if format.calibrated else {"weights": scheme}
+    )
     if algorithm in ("NVFP4_SVD", "NVFP4_AWQ"):
         group |= {"has_zero_point": False, "pre_quant_scale": True}
     if low_rank:

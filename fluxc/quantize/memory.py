@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fluxc.formats.constants import stored_bytes
+from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan
 
 
@@ -45,7 +45,7 @@ def weights_memory(
         two_bytes_each = 2 * math.prod(shape)
         entry = layers.get(name)
         bf16 += two_bytes_each
-        fp8 += stored_bytes("fp8", entry.parameters) if entry else two_bytes_each
+        fp8 += FORMATS["fp8"].nbytes(entry.parameters) if entry else two_bytes_each
         if entry and entry.format != "bf16":
             planned += entry.bytes_after
         else:

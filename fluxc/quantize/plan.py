@@ -21,7 +21,7 @@ from typing import Any
 
 from fluxc.base.errors import RecipeError
 from fluxc.checkpoint.quantized import SourceLayer, unmergeable
-from fluxc.formats.constants import BLOCK, stored_bytes
+from fluxc.formats.registry import FORMATS, check_format
 from fluxc.models.base import Linear
 from fluxc.quantize.patterns import matching
 from fluxc.quantize.presets import find_preset, kept_by
@@ -65,7 +65,7 @@ class LayerPlan:
     def bytes_after(self) -> int:
         """Bytes of the layer's tensors in the bundle; a layer that is kept is copied as it lies in the checkpoint."""
         copied = self.format == "bf16" or self.quantized_in_source
-        return self.source_bytes if copied else stored_bytes(self.format, self.parameters)
+        return self.source_bytes if copied else FORMATS[self.format].nbytes(self.parameters)
 
 
 def precision_plan(
@@ -82,6 +82,9 @@ def precision_plan(
     `in_source` holds the layers that the checkpoint holds quantized. Raises RecipeError for a pattern that matches nothing,
     for a format a layer's shape cannot have, and for another format than a layer is quantized in.
     """
+    check_format(precision.default, f"precision.{component}.default")
+    for at, rule in enumerate(precision.rules):
+        check_format(rule.format, f"precision.{component}.rules[{at}].format")
     in_source = in_source or {}
     apart = unmergeable(layers, in_source)
     dissolved = {layer.name for layer in layers if layer.group in apart}
@@ -110,36 +113,42 @@ def precision_plan(
     for layer in layers:
         group = members[layer.group or layer.name]
         chosen: str = "bf16" if in_source else precision.default
-        rule = LEFT_IN_SOURCE if in_source else "default"
+        why = LEFT_IN_SOURCE if in_source else "default"
         decided = widened = False
         for wanted, label, matched in decisions:
             if matched.intersection(group):
                 chosen, decided = wanted, True
                 widened = layer.name not in matched
-                rule = f"{label}{WIDENED}" if widened else label
+                why = f"{label}{WIDENED}" if widened else label
                 break
         stored = in_source.get(layer.name)
         if stored is not None:
             if decided and chosen != stored.format:
                 raise RecipeError(
-                    f"{field}: {rule} asks for {chosen}, but {layer.name} is {stored.format} in the checkpoint, which is not "
+                    f"{field}: {why} asks for {chosen}, but {layer.name} is {stored.format} in the checkpoint, which is not "
                     f"undone; leave {layer.name!r} out of it, or start from a checkpoint that is not quantized"
                 )
-            rule = IN_SOURCE + (APART if layer.name in dissolved else "")
+            why = IN_SOURCE + (APART if layer.name in dissolved else "")
             parts = tuple(part for part in stored.tensors)
             plan.append(
-                LayerPlan(component, layer, stored.format, rule, stored.nbytes, False, True, parts, stored.low_rank)
+                LayerPlan(component, layer, stored.format, why, stored.nbytes, False, True, parts, stored.low_rank)
             )
             continue
-        if chosen == "nvfp4" and layer.in_features % BLOCK:
+        block = FORMATS[chosen].block if chosen in FORMATS else 1
+        if layer.in_features % block:
             raise RecipeError(
-                f"{field}: {layer.name} has {layer.in_features} inputs, not a multiple of {BLOCK}, so it cannot be "
-                f"nvfp4; add {layer.name!r} to {field}.keep"
+                f"{field}: {layer.name} has {layer.in_features} inputs, not a multiple of {block}, so it cannot be "
+                f"{chosen}; add {layer.name!r} to {field}.keep"
             )
         bf16_bytes = 2 * layer.out_features * layer.in_features
         before = (source_bytes or {}).get(layer.name, bf16_bytes)
-        plan.append(LayerPlan(component, layer, chosen, rule, before, widened))
+        plan.append(LayerPlan(component, layer, chosen, why, before, widened))
     return plan
+
+
+def needs_calibration(plan: list[LayerPlan]) -> bool:
+    """Whether the build quantizes a layer whose inputs must have been measured."""
+    return any(FORMATS[entry.format].calibrated for entry in to_quantize(plan))
 
 
 def to_quantize(plan: list[LayerPlan]) -> list[LayerPlan]:

@@ -16,7 +16,7 @@ from fluxc.families.base import Family
 from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.models.qwen3 import text_linears, text_tensors
-from fluxc.quantize.plan import LayerPlan, precision_plan, to_quantize
+from fluxc.quantize.plan import LayerPlan, needs_calibration, precision_plan, to_quantize
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision, Recipe
 
@@ -58,7 +58,7 @@ class Source:
     @property
     def quantizes(self) -> bool:
         """Whether there is a layer that a build quantizes itself, for which its inputs must have been measured."""
-        return any(to_quantize(plan) for plan in self.plans.values())
+        return any(needs_calibration(plan) for plan in self.plans.values())
 
     @property
     def unused(self) -> dict[str, tuple[str, ...]]:

@@ -25,7 +25,8 @@ from fluxc.base.errors import BuildError, CheckpointError
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import ITEM_BITS, TensorRef
 from fluxc.formats import cpu
-from fluxc.formats.constants import BLOCK
+from fluxc.formats.base import Format
+from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.structs import Scales
 
@@ -275,19 +276,9 @@ def _layout(tensors: dict[str, TensorRef], quantized: dict[str, LayerPlan], orde
             continue
         rows, columns = ref.shape
         layer = name.removesuffix(".weight")
-        if quantized[name].format == "nvfp4":
-            entries += [
-                _Entry(f"{layer}.input_scale", "F32", (), 1),
-                _Entry(f"{layer}.weight_scale_2", "F32", (), 1),
-                _Entry(name, "U8", (rows, columns // 2), 3),
-                _Entry(f"{layer}.weight_scale", "F8_E4M3", (rows, columns // BLOCK), 4),
-            ]
-        else:
-            entries += [
-                _Entry(f"{layer}.input_scale", "F32", (), 1),
-                _Entry(f"{layer}.weight_scale", "F32", (), 1),
-                _Entry(name, "F8_E4M3", (rows, columns), 3),
-            ]
+        for part, (dtype, shape) in FORMATS[quantized[name].format].parts(rows, columns).items():
+            rank = 1 if shape == () else 3 if part == "weight" else 4
+            entries.append(_Entry(f"{layer}.{part}", dtype, shape, rank))
     return sorted(entries, key=lambda entry: entry.rank)
 
 
@@ -300,15 +291,17 @@ def _write_group(
     progress: _Progress,
 ) -> list[LayerReport]:
     """Quantize the Linears of one fusion group under their joint tensor scale."""
-    amaxes = [_amax_by_chunk(ref, planned.format, progress) for ref, planned in members]
+    entry = members[0][1]
+    format = FORMATS[entry.format]
+    amaxes = [_amax_by_chunk(ref, format, progress) for ref, _ in members]
     amax = max(
         cpu.largest(chunk, ref.dtype) for (ref, _), chunks in zip(members, amaxes, strict=True) for chunk in chunks
     )
-    entry = members[0][1]
     weights = [(cpu.patterns_in(ref), ref.dtype) for ref, _ in members]
-    scale = cpu.joint_tensor_scale(weights, amax, entry.format, scales)
-    input_scale = cpu.tensor_scale(input_amax[entry.layer.group or entry.layer.name], entry.format)
-    scalar = "weight_scale_2" if entry.format == "nvfp4" else "weight_scale"
+    scale = format.group_scale(weights, amax, scales)
+    scalars = dict.fromkeys(format.scalars, scale)
+    if "input_scale" in scalars:
+        scalars["input_scale"] = format.input_scale(input_amax[entry.layer.group or entry.layer.name])
     reports = []
     for (ref, planned), chunks in zip(members, amaxes, strict=True):
         layer = planned.layer.name
@@ -317,36 +310,30 @@ def _write_group(
         every = max(1, ref.shape[0] // OUTPUTS)
         sums = _Sums()
         for (first, patterns), chunk_amax in zip(_row_chunks(ref), chunks, strict=True):
-            sampled = slice(-first % every, None, every)
-            if entry.format == "nvfp4":
-                codes, block_scales = quantized = cpu.nvfp4(patterns, ref.dtype, chunk_amax, scale, scales)
-                file.write(f"{layer}.weight_scale", first * block_scales.shape[1], block_scales)
-                sums.weight += cpu.nvfp4_error(patterns, ref.dtype, quantized, scale)
-                restored = cpu.nvfp4_values(cpu.Quantized(codes[sampled], block_scales[sampled]), scale)
-            else:
-                codes = cpu.fp8(patterns, ref.dtype, scale)
-                restored = cpu.fp8_values(codes, scale)
-                sums.weight += cpu.squared_sums(cpu.values(patterns, ref.dtype), restored)
-                restored = restored[sampled]
-            file.write(f"{layer}.weight", first * codes.shape[1], codes)
+            parts = format.encode(patterns, ref.dtype, chunk_amax, scale, scales)
+            sums.weight += format.error(patterns, ref.dtype, parts, scale)
+            for part, rows_of in parts.items():
+                file.write(f"{layer}.{part}", first * rows_of.nbytes // len(rows_of), rows_of)
             if rows is not None:
+                sampled = slice(-first % every, None, every)
+                restored = format.decode({part: rows_of[sampled] for part, rows_of in parts.items()}, scale)
                 exact = cpu.values(np.ascontiguousarray(patterns[sampled]), ref.dtype)
                 sums.output += [np.square(rows @ w.T, dtype=np.float64).sum() for w in (exact, exact - restored)]
             progress.add(patterns.nbytes // 2)
-        file.write(f"{layer}.{scalar}", 0, scale.reshape(1))
-        file.write(f"{layer}.input_scale", 0, input_scale.reshape(1))
+        for part, value in scalars.items():
+            file.write(f"{layer}.{part}", 0, value.reshape(1))
         progress.add(ref.nbytes - 2 * (ref.nbytes // 2), finished=1)
         output = None if rows is None else _Sums.decibels(sums.output)
         reports.append(LayerReport(layer, planned.format, _Sums.decibels(sums.weight), output))
     return reports
 
 
-def _amax_by_chunk(ref: TensorRef, format: str, progress: _Progress) -> list[np.ndarray]:
-    """The largest magnitudes, as patterns, of every block (nvfp4) or row (fp8), a chunk at a time."""
+def _amax_by_chunk(ref: TensorRef, format: Format, progress: _Progress) -> list[np.ndarray]:
+    """The largest magnitudes, as patterns, that the format encodes with, a chunk at a time."""
     found = []
     for first, patterns in _row_chunks(ref):
         try:
-            found.append(cpu.amaxes(patterns, ref.dtype, format))
+            found.append(format.amaxes(patterns, ref.dtype))
         except cpu.NotFiniteError as error:
             row, *rest = error.position
             raise _not_finite(ref, (first + row, *rest)) from None
@@ -358,6 +345,8 @@ def _group_input_amax(quantized: dict[str, LayerPlan], input_amax: dict[str, flo
     found: dict[str, float] = {}
     for entry in quantized.values():
         layer = entry.layer.name
+        if not FORMATS[entry.format].calibrated:
+            continue
         amax = input_amax.get(layer)
         if amax is None:
             raise BuildError(f"calibration measured no input of {layer!r}, so it has no input_scale; calibrate again")

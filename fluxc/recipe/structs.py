@@ -12,7 +12,8 @@ LEAST_STEPS = 10
 USUAL_CAPABILITIES = {"tensorrt_rtx": ("12.0", "12.1"), "tensorrt": ("10.0",)}
 """Compute capabilities of the GPUs that each library is used for most."""
 
-Format = Literal["nvfp4", "fp8", "bf16"]
+Format = str
+"""A number format by name; which there are is the matter of fluxc.formats."""
 Scales = Literal["max", "mse", "four-over-six"]
 Size = tuple[int, int]
 

@@ -18,11 +18,14 @@ com.microsoft::MatMulBlockQuantizedFp4Weight, which takes codes and block scales
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 from onnx import TensorProto, helper
 
 from fluxc.base.errors import BuildError
 from fluxc.formats.constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
+from fluxc.formats.registry import FORMATS
 from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.export import make_model
 from fluxc.quantize.plan import LayerPlan
@@ -115,6 +118,34 @@ def fake_quantize_function() -> onnx.FunctionProto:
     )
 
 
+FORMS = ("nvfp4", "fp8")
+"""The formats with a form of their own; any other goes through the format's reference form, on the CPU."""
+STORED_KINDS: dict[str, int] = {
+    "F32": TensorProto.FLOAT,
+    "BF16": TensorProto.BFLOAT16,
+    "F16": TensorProto.FLOAT16,
+    "F8_E4M3": TensorProto.FLOAT8E4M3FN,
+    "U8": TensorProto.UINT8,
+    "I8": TensorProto.INT8,
+}
+
+
+class _Builder:
+    """What a reference form adds nodes through, see fluxc.formats.base.GraphBuilder."""
+
+    def __init__(self, lowering: _Lowering, layer: str, kinds: dict[str, int]) -> None:
+        self._lowering, self._layer, self._kinds = lowering, layer, kinds
+
+    def tensor(self, name: str) -> str:
+        return self._lowering.weight(name, self._kinds[name.removeprefix(f"{self._layer}.")])
+
+    def constant(self, name: str, kind: int, shape: list[int], values: list[int] | list[float]) -> str:
+        return self._lowering.constant(name, kind, shape, values)
+
+    def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        return self._lowering.once((op, output), op, inputs, output, **attributes)
+
+
 class _Lowering:
     """Adds lowered nodes to a graph, each shared part once."""
 
@@ -152,14 +183,14 @@ class _Lowering:
         source = self.weight(name)
         if STORED.get(self._stored[name], to) == to:
             return source
-        return self._once(("full", name, str(to)), "Cast", [source], f"{name}/{TYPE_NAMES[to]}", to=to)
+        return self.once(("full", name, str(to)), "Cast", [source], f"{name}/{TYPE_NAMES[to]}", to=to)
 
     def linear(self, x: str, weight: str, output: str) -> None:
         """y = x @ weight.T with `weight` in its planned format."""
         layer = weight.removesuffix(".weight")
         if f"{layer}.pre_quant_scale" in self._stored:
             scale = self.full(f"{layer}.pre_quant_scale")
-            x = self._once(("smoothed", x, layer), "Mul", [x, scale], f"{output}/smoothed")
+            x = self.once(("smoothed", x, layer), "Mul", [x, scale], f"{output}/smoothed")
         if f"{layer}.svdquant_lora_a" not in self._stored:
             self._product(x, weight, layer, output)
             return
@@ -167,7 +198,7 @@ class _Lowering:
         low = x
         for factor in ("svdquant_lora_a", "svdquant_lora_b"):
             name = f"{layer}.{factor}"
-            turned = self._once(("transposed", name), "Transpose", [self.full(name)], f"{name}/transposed", perm=[1, 0])
+            turned = self.once(("transposed", name), "Transpose", [self.full(name)], f"{name}/transposed", perm=[1, 0])
             self._graph.node.append(helper.make_node("MatMul", [low, turned], [f"{output}/{factor}"]))
             low = f"{output}/{factor}"
         self._graph.node.append(helper.make_node("Add", [f"{output}/quantized", low], [output]))
@@ -176,12 +207,14 @@ class _Lowering:
         planned = self._plan.get(layer)
         if planned is None or planned.format == "bf16":
             dense = self.full(weight)
+        elif planned.format not in FORMS:
+            dense = self._reference(planned)
         elif planned.format == "fp8":
             scale = self.weight(f"{layer}.weight_scale")
-            dense = self._once(("dq", layer), "DequantizeLinear", [self.weight(weight), scale], f"{weight}/fp32")
+            dense = self.once(("dq", layer), "DequantizeLinear", [self.weight(weight), scale], f"{weight}/fp32")
             if self._dtype != TensorProto.FLOAT:
                 narrow = f"{weight}/{TYPE_NAMES[self._dtype]}"
-                dense = self._once(("narrow", layer), "Cast", [dense], narrow, to=self._dtype)
+                dense = self.once(("narrow", layer), "Cast", [dense], narrow, to=self._dtype)
             x = self._rounded_fp8(x, planned)
         elif self._dtype != TensorProto.FLOAT:
             self._fp4_product(x, weight, layer, output)
@@ -192,8 +225,21 @@ class _Lowering:
                 self._nvfp4_product(x, weight, planned, output)
                 return
             dense = self._nvfp4(weight, layer, planned.layer.out_features)
-        transposed = self._once(("transposed", weight), "Transpose", [dense], f"{weight}/transposed", perm=[1, 0])
+        transposed = self.once(("transposed", weight), "Transpose", [dense], f"{weight}/transposed", perm=[1, 0])
         self._graph.node.append(helper.make_node("MatMul", [x, transposed], [output]))
+
+    def _reference(self, planned: LayerPlan) -> str:
+        """The dense weight of a format that has no form of its own here."""
+        layer = planned.layer
+        if self._dtype != TensorProto.FLOAT:
+            raise BuildError(
+                f"{layer.name}: ONNX Runtime on CUDA has no form for {planned.format}; it has {', '.join(FORMS)} and bf16"
+            )
+        format = FORMATS[planned.format]
+        kinds = {part: STORED_KINDS[dtype] for part, (dtype, _) in format.parts(format.block, format.block).items()}
+        return format.reference_form(
+            _Builder(self, layer.name, kinds), layer.name, layer.out_features, layer.in_features
+        )
 
     def _fp4_product(self, x: str, weight: str, layer: str, output: str) -> None:
         codes = self.weight(weight, TensorProto.UINT8)
@@ -207,20 +253,20 @@ class _Lowering:
 
     def _nvfp4_product(self, x: str, weight: str, planned: LayerPlan, output: str) -> None:
         layer, rows, columns = planned.layer.name, planned.layer.out_features, planned.layer.in_features
-        half_scales = self._once(
+        half_scales = self.once(
             ("half_scales", layer),
             "Mul",
-            [self._block_scales(layer), self._constant("half", TensorProto.FLOAT, [], [0.5])],
+            [self._block_scales(layer), self.constant("half", TensorProto.FLOAT, [], [0.5])],
             f"{layer}/half_block_scales",
         )
         packed = self.weight(weight, TensorProto.UINT8)
-        index = self._once(("index", layer), "Cast", [packed], f"{weight}/index", to=TensorProto.INT32)
+        index = self.once(("index", layer), "Cast", [packed], f"{weight}/index", to=TensorProto.INT32)
         doubled = [int(2 * value) + 128 for value in E2M1_VALUES]
         pairs = [doubled[nibble] for byte in range(256) for nibble in (byte & 15, byte >> 4)]
-        table = self._constant("nibble_pairs", TensorProto.UINT8, [256, 2], pairs)
-        codes = self._once(("codes", layer), "Gather", [table, index], f"{weight}/pairs", axis=0)
-        shape = self._constant(f"blocks/{rows}/{columns}", TensorProto.INT64, [3], [rows, columns // BLOCK, BLOCK])
-        blocks = self._once(("blocks", layer), "Reshape", [codes, shape], f"{weight}/blocks")
+        table = self.constant("nibble_pairs", TensorProto.UINT8, [256, 2], pairs)
+        codes = self.once(("codes", layer), "Gather", [table, index], f"{weight}/pairs", axis=0)
+        shape = self.constant(f"blocks/{rows}/{columns}", TensorProto.INT64, [3], [rows, columns // BLOCK, BLOCK])
+        blocks = self.once(("blocks", layer), "Reshape", [codes, shape], f"{weight}/blocks")
         self._graph.node.append(
             helper.make_node(
                 "MatMulNBits",
@@ -237,17 +283,17 @@ class _Lowering:
 
     def _block_scales(self, layer: str) -> str:
         names = [self.weight(f"{layer}.weight_scale"), self.weight(f"{layer}.weight_scale_2")]
-        return self._once(("scales", layer), "DequantizeLinear", names, f"{layer}/block_scales")
+        return self.once(("scales", layer), "DequantizeLinear", names, f"{layer}/block_scales")
 
     def _nvfp4(self, weight: str, layer: str, rows: int) -> str:
         scales = self._block_scales(layer)
-        every_row = self._once(
+        every_row = self.once(
             ("rows", str(rows)),
             "Range",
-            [self._constant(f"scalar/{value}", TensorProto.INT64, [], [value]) for value in (0, rows, 1)],
+            [self.constant(f"scalar/{value}", TensorProto.INT64, [], [value]) for value in (0, rows, 1)],
             f"rows/{rows}",
         )
-        return self._once(
+        return self.once(
             ("dq", layer),
             "GatherBlockQuantized",
             [self.weight(weight, TensorProto.FLOAT4E2M1), every_row, scales],
@@ -266,7 +312,7 @@ class _Lowering:
         if key in self._made:
             return self._made[key]
         scale = self.weight(f"{layer}.input_scale")
-        return self._once(key, "NVFP4FakeQuantize", [x, scale], f"{layer}/input", domain=LINEAR_DOMAIN)
+        return self.once(key, "NVFP4FakeQuantize", [x, scale], f"{layer}/input", domain=LINEAR_DOMAIN)
 
     def _rounded_fp8(self, x: str, planned: LayerPlan) -> str:
         if self._activations == "none":
@@ -275,8 +321,8 @@ class _Lowering:
         if key in self._made:
             return self._made[key]
         scale, zero = self.weight(f"{layer}.input_scale"), self._zero_e4m3()
-        codes = self._once(("codes", *key), "QuantizeLinear", [x, scale, zero], f"{layer}/input_e4m3")
-        return self._once(key, "DequantizeLinear", [codes, scale], f"{layer}/input")
+        codes = self.once(("codes", *key), "QuantizeLinear", [x, scale, zero], f"{layer}/input_e4m3")
+        return self.once(key, "DequantizeLinear", [codes, scale], f"{layer}/input")
 
     def _zero_e4m3(self) -> str:
         if ("zero",) not in self._made:
@@ -285,13 +331,13 @@ class _Lowering:
             self._made["zero",] = zero.name
         return "zero_e4m3"
 
-    def _constant(self, name: str, kind: int, shape: list[int], values: list[int] | list[float]) -> str:
+    def constant(self, name: str, kind: int, shape: list[int], values: list[int] | list[float]) -> str:
         if ("constant", name) not in self._made:
             self._graph.initializer.append(helper.make_tensor(name, kind, shape, values))
             self._made["constant", name] = name
         return name
 
-    def _once(self, key: tuple[str, ...], op: str, inputs: list[str], output: str, **attributes) -> str:
+    def once(self, key: tuple[str, ...], op: str, inputs: list[str], output: str, **attributes) -> str:
         if key not in self._made:
             self._graph.node.append(helper.make_node(op, inputs, [output], **attributes))
             self._made[key] = output

@@ -80,6 +80,11 @@ def check_visual_gen(
             f"{field}: VisualGen takes one quantized format and bf16, this plan has {', '.join(sorted(formats))}; keep "
             "to one of them in precision.transformer, or leave this target out"
         )
+    unknown = formats - {"nvfp4", "fp8"}
+    if unknown:
+        raise RecipeError(
+            f"{field}: VisualGen does not take {', '.join(sorted(unknown))}; plan nvfp4 or fp8, or leave this target out"
+        )
     smoothed = [entry.layer.name for entry in plan if entry.low_rank or "pre_quant_scale" in entry.parts]
     if smoothed:
         raise RecipeError(

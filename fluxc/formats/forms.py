@@ -1,0 +1,27 @@
+"""Pieces of standard ONNX that reference forms of formats share."""
+
+from __future__ import annotations
+
+from fluxc.formats.base import GraphBuilder
+from fluxc.formats.constants import E2M1_VALUES
+
+ONNX_FLOAT, ONNX_INT32, ONNX_INT64 = 1, 6, 7
+
+
+def e2m1_blocks(graph: GraphBuilder, layer: str, rows: int, columns: int, block: int) -> str:
+    """The packed E2M1 codes of `layer` as fp32 [rows, columns/block, block]."""
+    pairs = [E2M1_VALUES[nibble] for byte in range(256) for nibble in (byte & 15, byte >> 4)]
+    table = graph.constant("e2m1_pairs", ONNX_FLOAT, [256, 2], pairs)
+    index = graph.node("Cast", [graph.tensor(f"{layer}.weight")], f"{layer}.weight/index", to=ONNX_INT32)
+    values = graph.node("Gather", [table, index], f"{layer}.weight/pairs", axis=0)
+    shape = graph.constant(f"blocks/{rows}/{columns}/{block}", ONNX_INT64, [3], [rows, columns // block, block])
+    return graph.node("Reshape", [values, shape], f"{layer}.weight/blocks")
+
+
+def scaled_blocks(graph: GraphBuilder, layer: str, blocks: str, scales: str, shape: tuple[int, int]) -> str:
+    """`blocks` times their `scales` [rows, columns/block], as fp32 [rows, columns]."""
+    last = graph.constant("last_axis", ONNX_INT64, [1], [-1])
+    spread = graph.node("Unsqueeze", [scales, last], f"{layer}/spread_scales")
+    product = graph.node("Mul", [blocks, spread], f"{layer}.weight/scaled")
+    whole = graph.constant(f"matrix/{shape[0]}/{shape[1]}", ONNX_INT64, [2], list(shape))
+    return graph.node("Reshape", [product, whole], f"{layer}.weight/fp32")
