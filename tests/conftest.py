@@ -156,15 +156,17 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield base / "stage-cache"
 
 
+def results_of(shared: Path, bundle: Path) -> list[Path]:
+    """What `bundle` was made from, in the cache of the run."""
+    notes = [json.loads(note.read_text()) for note in (shared / USED).glob("*.json")]
+    (entry,) = (note for note in notes if note["owner"] == str(bundle.resolve()))
+    return [shared / name for name in entry["results"]]
+
+
 def seed_cache(shared: Path, bundle: Path, folder: Path) -> None:
     """Give builds in `folder` a cache of their own that knows what `bundle` was made from, and nothing else."""
-    root = folder / ".fluxc"
-    for note in (shared / USED).glob("*.json"):
-        entry = json.loads(note.read_text())
-        if entry["owner"] == str(bundle.resolve()):
-            for name in entry["results"]:
-                shutil.copytree(shared / name, root / name)
-    assert root.is_dir()
+    for result in results_of(shared, bundle):
+        shutil.copytree(result, folder / ".fluxc" / result.name)
 
 
 @pytest.fixture

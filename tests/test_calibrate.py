@@ -342,6 +342,7 @@ def test_rows_are_spread_over_prompts_calls_and_tokens(prompts: int, calls: int)
     assert np.histogram(tokens, bins=8, range=(0, 1))[0].min() >= ROWS // 8 - 3
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_calibrate_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
     arguments = [a for change in QUICK for a in ("--set", change)]
     for folder in ("killed", "undisturbed"):

@@ -14,7 +14,6 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import QUICK, compile_into
-from fluxc import cli
 from fluxc.base.errors import BuildError
 from fluxc.fidelity.verify import verify_bundle
 from fluxc.targets.tensorrt import finish, library
@@ -55,7 +54,7 @@ def test_without_the_gpu_the_bundle_says_what_is_left(bundle: Path) -> None:
     assert Pipeline(opened).target.name == "onnxruntime-nvfp4"
     with pytest.raises(BackendError, match=r"built on the GPU itself .* run `fluxc finish"):
         Pipeline(opened, target="tensorrt")
-    shown = CliRunner().invoke(cli.main, ["inspect", str(bundle)]).output
+    shown = CliRunner().invoke(main, ["inspect", str(bundle)]).output
     assert "to be built by tensorrt on the GPU" in shown
     assert "not built yet" in shown
 
@@ -105,7 +104,7 @@ def test_without_the_library_the_extra_is_named(bundle: Path) -> None:
 
 
 def test_without_a_gpu_finish_says_so(bundle: Path) -> None:
-    result = CliRunner().invoke(cli.main, ["finish", str(bundle)])
+    result = CliRunner().invoke(main, ["finish", str(bundle)])
     assert result.exit_code == 1
     assert "no NVIDIA driver (libcuda) was found" in result.output
 
@@ -113,8 +112,8 @@ def test_without_a_gpu_finish_says_so(bundle: Path) -> None:
 def test_with_the_library_and_the_gpu_at_hand_a_build_finishes_at_once(
     workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fluxc.build.target_stages.gpu_here", lambda capabilities: capabilities == ("12.0",))
-    monkeypatch.setattr("fluxc.build.target_stages.installed_version", lambda kind: str(trt.__version__))
+    monkeypatch.setattr("fluxc.targets.tensorrt.kind.gpu_here", lambda capabilities: capabilities == ("12.0",))
+    monkeypatch.setattr("fluxc.targets.tensorrt.kind.installed_version", lambda kind: str(trt.__version__))
     monkeypatch.setattr("fluxc.targets.tensorrt.build.load_library", lambda kind: trt)
     built = open_bundle(compile_into(workshop / "b200-here", *QUICK, TARGETS, recipe=RTX))
     engine = built.target("tensorrt").engine

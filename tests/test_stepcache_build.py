@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import fluxrt
-from conftest import NANO, RECIPE, ROOT, RecordingProgress, compile_into, contents
+from conftest import NANO, RECIPE, ROOT, RecordingProgress, compile_into, contents, results_of
 from fluxc.base.errors import BuildError, GateError, RecipeError
 from fluxc.build.measure import merge_to_file, trace_to_file
 from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
@@ -57,9 +57,9 @@ def bundle(made: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trace(made: Path, bundle: Path) -> Path:
-    (found,) = (made / ".fluxc").glob("step-trace-*/trace.safetensors")
-    return found
+def trace(shared_cache: Path, bundle: Path) -> Path:
+    (found,) = (path for path in results_of(shared_cache, bundle) if path.name.startswith("step-trace-"))
+    return found / "trace.safetensors"
 
 
 def begun(bundle: Path, prompt: str, seed: int) -> tuple[Pipeline, list[float]]:
@@ -263,6 +263,7 @@ def test_another_number_of_steps_to_skip_repeats_the_fit_and_the_comparison_alon
         assert f"R2 {quality['r2']}, RMSE {quality['rmse']}, largest error {quality['worst']}" in " ".join(said)
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_two_builds_from_clean_are_the_same_to_the_byte(bundle: Path, tmp_path: Path) -> None:
     again = compile_into(tmp_path / "static", *CHANGES, f"step_cache={CACHE}}}")
     assert contents(again) == contents(bundle)

@@ -29,10 +29,9 @@ from fluxc.checkpoint.components import weights_tensors
 from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import View, planned_tensors, write_views
-from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.targets.visual_gen.check import faults_of
-from fluxc.targets.visual_gen.folder import write_folder
+from fluxc.targets.visual_gen.folder import Settings, write_folder
 from fluxrt.bundle import Bundle, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle
 from test_flux2_tables import KLEIN_4B
@@ -232,12 +231,8 @@ def test_a_checkpoint_of_klein_4bs_shape_passes(bundle: Bundle, tmp_path: Path) 
     tensors = {
         n: r for number in (0, 1) for n, r in read_header(tmp_path / "transformer" / f"{number}.safetensors").items()
     }
-    recipe = load_recipe(
-        RECIPE,
-        ["sizes=[[1024, 1024]]", "text.length=512", "targets=[{kind: visual_gen, gpus: [1, 2, 4, 8]}]", "gates={}"],
-    ).recipe
     made = tmp_path / "made"
-    written = write_folder(made, recipe, KLEIN_4B, plan, tensors, [], None)
+    written = write_folder(made, Settings(((1024, 1024),), (1, 2, 4, 8), 512), KLEIN_4B, plan, tensors, [])
     for name, file in written.links.items():
         (made / name).hardlink_to(tmp_path / file)
     for part in ("model_index.json", "text_encoder", "vae", "tokenizer", "scheduler"):

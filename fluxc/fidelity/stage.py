@@ -21,12 +21,12 @@ class Draft:
     bundle: Bundle
 
     def fingerprint(self) -> Any:
-        """Its files' hashes, targets, prompting, sampling and step cache."""
+        """Its files' hashes, targets, prompting and sampling; every step is computed, so not the step cache."""
         manifest = self.bundle.manifest
         files = {name: [file.size, file.sha256] for name, file in manifest.files.items()}
         return [
             files,
-            msgspec.to_builtins([manifest.targets, manifest.prompting, manifest.sampling, manifest.step_cache]),
+            msgspec.to_builtins([manifest.targets, manifest.prompting, manifest.sampling]),
         ]
 
 
