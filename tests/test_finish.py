@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from conftest import QUICK, compile_into
 from fluxc.base.errors import BuildError
+from fluxc.cli.main import main
 from fluxc.fidelity.verify import verify_bundle
 from fluxc.targets.tensorrt import finish, library
 from fluxc.targets.tensorrt.finish import finish_bundle
