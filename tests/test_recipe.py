@@ -8,6 +8,7 @@ import pytest
 
 from conftest import RECIPE, ROOT
 from fluxc.base.errors import RecipeError
+from fluxc.build.job import open_job
 from fluxc.recipe.load import load_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -30,15 +31,6 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
             "precision.transformer.rules=[{mtch: a, format: fp8}]",
             r"'precision\.transformer\.rules\.mtch'; did you mean 'match'",
         ),
-        ("precision.transformer.default=int4", r"precision\.transformer\.default: 'int4' is not possible"),
-        (
-            "precision.transformer.preset=nvidia_blog",
-            r"precision\.transformer\.preset: there is no preset 'nvidia_blog'; did you mean 'nvidia-blog'\?.*trtllm-auto",
-        ),
-        (
-            "precision.text_encoder.preset=nvidia-blog",
-            r"precision\.text_encoder\.preset: .*'nvidia-blog' names layers of the transformer, not of the text_encoder",
-        ),
         ("sampling.steps=many", r"Expected `int`, got `str` - at `sampling\.steps`"),
         ("sampling.steps=0", r"sampling\.steps: must be at least 1"),
         ("sizes=[]", r"sizes: give at least one"),
@@ -54,6 +46,30 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
 def test_a_wrong_field_is_named(change: str, expected: str) -> None:
     with pytest.raises(RecipeError, match=expected) as raised:
         load_recipe(RECIPE, (change,))
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("precision.transformer.default=int4", r"precision\.transformer\.default: there is no format 'int4'"),
+        (
+            "precision.transformer.preset=nvidia_blog",
+            r"precision\.transformer\.preset: there is no preset 'nvidia_blog'; did you mean 'nvidia-blog'\?.*trtllm-auto",
+        ),
+        (
+            "precision.text_encoder.preset=nvidia-blog",
+            r"precision\.text_encoder\.preset: .*'nvidia-blog' names layers of the transformer, not of the text_encoder",
+        ),
+        (
+            "precision.transformer.rules=[{match: '*.to_q', format: int3}]",
+            r"transformer\.rules\[0\]\.format: there is no format 'int3'.* It can be nvfp4, fp8, mxfp4, bf16",
+        ),
+    ],
+)
+def test_a_format_or_preset_that_there_is_not_is_named_before_any_work(change: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected) as raised:
+        open_job(load_recipe(RECIPE, (change,)), ROOT / "unused")
     assert raised.value.exit_code == 2
 
 
@@ -104,10 +120,6 @@ def test_changes_replace_fields() -> None:
         (
             "precision.transformer.scales=four-over-five",
             r"'four-over-five' is not possible; did you mean 'four-over-six'\?",
-        ),
-        (
-            "precision.transformer.default=int3",
-            r"transformer\.default: 'int3' is not possible\. It can be nvfp4, fp8, bf16",
         ),
         ("precision.transformer.keep=automatic", r"keep: 'automatic' is not possible.* It can be auto, or a list"),
         ("targets=[{kind: onnxruntim}]", r"targets\.kind: 'onnxruntim' is not possible; did you mean 'onnxruntime'"),

@@ -80,3 +80,37 @@ def test_a_toy_family_builds_a_bundle_that_generates(tmp_path: Path) -> None:
     image = np.asarray(fluxrt.load(out)("a small red ring", seed=3).images[0])
     assert image.shape == (64, 64, 3)
     assert image.std() > 10
+
+
+@pytest.fixture
+def toy_target() -> Iterator[None]:
+    from fluxc.recipe.structs import TARGET_KINDS
+    from fluxc.targets.registry import KINDS
+    from fluxrt.backends import registry as backends
+    from toys import target_toy
+
+    kind, backend = KINDS.get("toy", target_toy.Toy()), backends.KINDS["toy", "cpu"]
+    yield
+    KINDS.pop(kind.name)
+    TARGET_KINDS.remove(kind.name)
+    backends.KINDS.pop((backend.name, backend.device))
+
+
+@pytest.mark.usefixtures("toy_target")
+def test_a_toy_target_builds_a_bundle_that_generates(workshop: Path) -> None:
+    from fluxc.targets.registry import kind_of
+    from toys.target_toy import CountingBackend
+
+    out = compile_into(workshop / "toy-target", *QUICK, "targets=[{kind: onnxruntime}, {kind: toy}]")
+    manifest = open_bundle(out).manifest
+    assert [target.kind for target in manifest.targets] == ["onnxruntime", "toy"]
+    figures = manifest.fidelity["targets"]
+    assert figures["toy"]["step_cosine"] == figures["onnxruntime"]["step_cosine"]
+    assert "counts" in kind_of("toy").describe(load_recipe(RECIPE).recipe.targets[0])
+    with fluxrt.load(out) as pipeline:
+        assert pipeline.target.kind == "onnxruntime"
+    before = CountingBackend.runs
+    with fluxrt.load(out, target="toy") as pipeline:
+        image = np.asarray(pipeline("a small red ring", seed=3).images[0])
+    assert CountingBackend.runs - before == 1 + 3 * 3 + 1
+    assert image.std() > 10

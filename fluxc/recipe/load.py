@@ -11,7 +11,7 @@ import yaml
 
 from fluxc.base.errors import RecipeError, nearest
 from fluxc.recipe.checks import check_values
-from fluxc.recipe.structs import USUAL_CAPABILITIES, Recipe, Target
+from fluxc.recipe.structs import TARGET_KINDS, USUAL_CAPABILITIES, Recipe, Target
 
 
 class LoadedRecipe(msgspec.Struct, frozen=True):
@@ -51,6 +51,7 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe
         raise RecipeError(f"{path}: a recipe is a mapping of fields; see recipes/flux2-nano.yaml")
     for change in changes:
         _apply_change(data, change)
+    _check_kinds(data, str(path))
     _spell_out(data)
     _check_fields(data, Recipe, "", str(path))
     try:
@@ -91,6 +92,18 @@ def _apply_change(data: dict[str, Any], change: str) -> None:
         if not isinstance(data, dict):
             raise RecipeError(f"--set {change}: {parent!r} is not a mapping, so it has no fields to set")
     data[last] = parsed
+
+
+def _check_kinds(data: dict[str, Any], file: str) -> None:
+    """Refuse a target of a kind that there is not, with the nearest one that there is."""
+    targets = data.get("targets")
+    for target in targets if isinstance(targets, list) else ():
+        kind = target.get("kind") if isinstance(target, dict) else None
+        if isinstance(kind, str) and kind not in TARGET_KINDS:
+            raise RecipeError(
+                f"{file}: targets.kind: {kind!r} is not possible{nearest(kind, TARGET_KINDS) or '.'} It can be "
+                f"{', '.join(TARGET_KINDS)}"
+            )
 
 
 def _spell_out(data: dict[str, Any]) -> None:

@@ -108,6 +108,10 @@ class Allow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["missing", "format", "group", "attention", "copy"] | None = None
 
 
+TARGET_KINDS = ["onnxruntime", "tensorrt_rtx", "tensorrt", "visual_gen"]
+"""What `kind` of a target can be; fluxc.targets.registry adds to it."""
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to compile for.
 
@@ -124,7 +128,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     visual_gen is a folder for TensorRT-LLM's VisualGen; `gpus` lists the numbers of GPUs it can be served with.
     """
 
-    kind: Literal["onnxruntime", "tensorrt_rtx", "tensorrt", "visual_gen"]
+    kind: str
     activations: Literal["none", "nvfp4"] = "none"
     weights_in_memory: Literal["8-bit", "4-bit"] = "8-bit"
     device: Literal["cpu", "cuda"] = "cpu"

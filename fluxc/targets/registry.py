@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fluxc.base.errors import RecipeError, nearest
+from fluxc.recipe.structs import TARGET_KINDS
 from fluxc.targets.base import TargetKind
 from fluxc.targets.onnxruntime.kind import OnnxRuntime
 from fluxc.targets.tensorrt.kind import TensorRT
@@ -14,6 +15,8 @@ KINDS: dict[str, TargetKind] = {}
 def register(kind: TargetKind) -> None:
     """Make `kind` known under its name."""
     KINDS[kind.name] = kind
+    if kind.name not in TARGET_KINDS:
+        TARGET_KINDS.append(kind.name)
 
 
 def kind_of(name: str) -> TargetKind:

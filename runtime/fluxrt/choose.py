@@ -2,88 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fluxrt.backends.registry import find_kind
 from fluxrt.errors import BackendError, RequestError
+from fluxrt.machine import Machine, this_machine
 
 if TYPE_CHECKING:
     from fluxrt.bundle import Bundle, Target
-    from fluxrt.cuda import Gpu
 
-BEST_FIRST = (
-    ("tensorrt", "cuda"),
-    ("tensorrt_rtx", "cuda"),
-    ("visual_gen", "cuda"),
-    ("onnxruntime", "cuda"),
-    ("onnxruntime", "cpu"),
-)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What targets need: a GPU, or why there is none, and how many; versions of the libraries installed; ONNX Runtime's
-    providers."""
-
-    gpu: Gpu | None
-    no_gpu: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    gpus: int = 1
-
-
-def this_machine() -> Machine:
-    """What is installed here; imports the GPU libraries that are."""
-    from fluxrt.cuda import count_gpus, first_gpu
-
-    gpu, count, reason = None, 0, ""
-    try:
-        gpu, count = first_gpu(), count_gpus()
-    except BackendError as error:
-        reason = str(error)
-    versions = {}
-    for name in ("tensorrt", "tensorrt_rtx"):
-        try:
-            versions[name] = str(importlib.import_module(name).__version__)
-        except (ImportError, OSError):
-            continue
-    import onnxruntime
-
-    return Machine(gpu, reason, versions, tuple(onnxruntime.get_available_providers()), count)
+__all__ = ["Machine", "choose", "obstacle", "this_machine"]
 
 
 def obstacle(bundle: Bundle, target: Target, machine: Machine) -> str | None:
     """Why `target` does not run on `machine`, in one sentence or two; None if it does."""
-    from fluxrt.backends.library import EXTRA, check_finished, check_gpu, check_gpus, check_version
-    from fluxrt.visual_gen import how_to_serve, is_installed
-
-    if (target.kind, target.device) not in BEST_FIRST:
+    kind = find_kind(target)
+    if kind is None:
         return f"this fluxrt cannot run targets of kind {target.kind!r}; install a newer one"
-    if target.device == "cpu":
-        return None
-    if target.visual_gen and not is_installed():
-        return f"needs tensorrt-llm, which is not installed; where it is: {how_to_serve(bundle, target)}"
-    if machine.gpu is None:
-        return machine.no_gpu
-    if target.visual_gen:
-        return None
-    if target.engine is None:
-        if "CUDAExecutionProvider" not in machine.providers:
-            return "the installed onnxruntime has no CUDA provider; pip install onnxruntime-gpu in its place"
-        return None
-    version = machine.versions.get(target.engine.library)
-    if version is None:
-        extra = EXTRA[target.engine.library]
-        return f"{target.engine.library} is not installed; pip install 'fluxrt[{extra}]'"
-    try:
-        check_finished(bundle, target)
-        check_version(bundle, target, version)
-        check_gpu(bundle, target, machine.gpu)
-        check_gpus(target, machine.gpus)
-    except BackendError as error:
-        return str(error)
-    return None
+    return kind.obstacle(bundle, target, machine)
 
 
 def choose(bundle: Bundle, machine: Machine | None = None, gpus: int = 1) -> tuple[Target, dict[str, str | None]]:
@@ -107,4 +43,9 @@ def choose(bundle: Bundle, machine: Machine | None = None, gpus: int = 1) -> tup
     if not able:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items())
         raise BackendError(f"{bundle.root}: no target of this bundle runs on this machine. {reasons}")
-    return min(able, key=lambda target: BEST_FIRST.index((target.kind, target.device))), obstacles
+    return max(able, key=_preference), obstacles
+
+
+def _preference(target: Target) -> int:
+    kind = find_kind(target)
+    return kind.preference if kind else -1

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fluxrt.backends import Backend, make_backend, run
+from fluxrt.backends import Backend, run
+from fluxrt.backends.registry import make_backend
 from fluxrt.bundle import dimension_size
 from fluxrt.choose import choose
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.prompt import PromptEncoder, with_seeds
+from fluxrt.result import Result
 from fluxrt.schedule import SCHEDULES
 from fluxrt.share import Share
 from fluxrt.stepcache import Decisions, decisions_for
@@ -26,19 +27,6 @@ if TYPE_CHECKING:
     from fluxrt.group import Group
 
 STEP = ("prologue", "body", "epilogue")
-
-
-@dataclass(frozen=True)
-class Result:
-    """Pictures in the order of the prompts, where the time went, in seconds, and the steps each picture skipped (from 0).
-
-    `notes` says what the caller should know of how the request was served.
-    """
-
-    images: list[Image]
-    seconds: dict[str, float]
-    skipped: list[tuple[int, ...]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 class Pipeline:

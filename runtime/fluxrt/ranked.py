@@ -25,8 +25,8 @@ import fluxrt
 from fluxrt.bundle import Bundle, Target, dimension_size
 from fluxrt.channel import Channel
 from fluxrt.errors import BackendError, RequestError
-from fluxrt.pipeline import Result
 from fluxrt.rank import Start
+from fluxrt.result import Result
 from fluxrt.share import Share
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError, RequestError
-from fluxrt.pipeline import Result
 from fluxrt.prompt import with_seeds
+from fluxrt.result import Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable

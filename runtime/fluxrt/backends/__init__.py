@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from fluxrt.errors import BackendError
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy as np
-
-    from fluxrt.bundle import Bundle, Target
-    from fluxrt.group import Group
 
 
 class Backend(Protocol):
@@ -57,23 +52,3 @@ def run(backend: Backend, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[
         backend.put(name, array)
     backend.play((graph,))
     return {name: backend.get(name) for name in backend.outputs(graph)}
-
-
-def make_backend(bundle: Bundle, target: Target, threads: int | None, group: Group | None = None) -> Backend:
-    """The backend for `target.kind`, of a sharded target for one rank of `group`; BackendError when this fluxrt has none."""
-    if target.kind == "onnxruntime" and target.device == "cuda":
-        from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
-
-        return OnnxRuntimeCudaBackend(bundle, target)
-    if target.kind == "onnxruntime":
-        from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend(bundle, target, threads, group)
-    if target.kind in ("tensorrt", "tensorrt_rtx"):
-        from fluxrt.backends.tensorrt import TensorRTBackend
-
-        return TensorRTBackend(bundle, target, group=group)
-    raise BackendError(
-        f"{bundle.root}: target {target.name!r} is of kind {target.kind!r}, which this fluxrt cannot run; "
-        "choose another target of the bundle or install a newer fluxrt"
-    )

@@ -1,0 +1,38 @@
+"""A toy target: ONNX Runtime's graphs under another kind, run by a backend that counts what it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fluxc.recipe.structs import Target
+from fluxc.targets.onnxruntime.kind import OnnxRuntime
+from fluxc.targets.registry import register
+from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
+from fluxrt.backends.registry import Kind
+from fluxrt.backends.registry import register as register_backend
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Toy(OnnxRuntime):
+    """The compiler's side."""
+
+    name = "toy"
+
+    def describe(self, target: Target) -> str:
+        return "a toy: counts the graphs it runs"
+
+
+class CountingBackend(OnnxRuntimeBackend):
+    """The runtime's side."""
+
+    runs = 0
+
+    def play(self, graphs: tuple[str, ...], carry: Mapping[str, str] | None = None) -> None:
+        CountingBackend.runs += len(graphs)
+        super().play(graphs, carry)
+
+
+register(Toy())
+register_backend(Kind("toy", "cpu", 5, lambda *_: None, lambda bundle, target, *_: CountingBackend(bundle, target)))
