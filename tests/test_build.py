@@ -72,7 +72,7 @@ def test_a_cached_build_never_imports_torch(own: Path) -> None:
 def test_a_changed_keep_list_repeats_only_what_depends_on_it(own: Path) -> None:
     progress = RecordingProgress()
     outside = "x_embedder, context_embedder, 'time_guidance_embed*', '*modulation*', 'norm_out*', proj_out"
-    keep = f"precision.transformer.keep=[{outside}, '*.ff_context.linear_out']"
+    keep = f"precision.transformer.exclude=[{outside}, '*.ff_context.linear_out']"
     kept = compile_into(own.parent / "kept", *QUICK, keep, progress=progress)
     assert progress.ran == [
         "hash checkpoint",

@@ -102,7 +102,7 @@ def test_an_edited_manifest_is_refused(quick_copy: Path) -> None:
 
 def test_another_format_version_names_both(quick_copy: Path) -> None:
     edit_manifest(quick_copy, lambda m: m.update(format_version=99))
-    with pytest.raises(BundleError, match="bundle format 99, this fluxrt reads format 4"):
+    with pytest.raises(BundleError, match="bundle format 99, this fluxrt reads format 5"):
         open_bundle(quick_copy)
 
 

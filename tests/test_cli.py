@@ -25,7 +25,7 @@ def test_plan_shows_formats_rules_and_bytes_and_writes_nothing(tmp_path: Path, m
     assert result.exit_code == 0, result.output
     for expected in (
         "single_transformer_blocks.0-5.attn.to_qkv_mlp_proj",
-        "keep 'norm_out*'",
+        "exclude 'norm_out*'",
         "default",
         "onnxruntime-nvfp4",
         "nvfp4",
@@ -124,7 +124,7 @@ def test_plan_compares_the_presets_on_the_checkpoint(klein_4b: Path) -> None:
 
 
 def test_plan_refuses_a_pattern_that_matches_nothing() -> None:
-    result = invoke("plan", RECIPE, "--set", "precision.transformer.keep=[x_embeder]")
+    result = invoke("plan", RECIPE, "--set", "precision.transformer.exclude=[x_embeder]")
     assert result.exit_code == 2
     assert "did you mean 'x_embedder'" in result.output
 

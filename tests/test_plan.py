@@ -27,7 +27,7 @@ def test_default_applies_to_every_layer() -> None:
 def test_keep_wins_over_rules_and_first_rule_wins() -> None:
     plan = plan_of(
         default="nvfp4",
-        keep=("*.0.ff.linear_out",),
+        exclude=("*.0.ff.linear_out",),
         rules=(Rule(match="*.ff.linear_out", format="fp8"), Rule(match="*.ff.*", format="bf16")),
     )
     assert plan["transformer_blocks.0.ff.linear_out"].format == "bf16"
@@ -38,7 +38,7 @@ def test_keep_wins_over_rules_and_first_rule_wins() -> None:
 
 
 def test_a_rule_for_one_member_holds_for_the_fusion_group_and_says_so() -> None:
-    plan = plan_of(default="nvfp4", keep=("transformer_blocks.0.attn.to_q",))
+    plan = plan_of(default="nvfp4", exclude=("transformer_blocks.0.attn.to_q",))
     assert [plan[f"transformer_blocks.0.attn.to_{part}"].format for part in "qkv"] == ["bf16"] * 3
     assert "widened" not in plan["transformer_blocks.0.attn.to_q"].rule
     assert "widened to the fusion group" in plan["transformer_blocks.0.attn.to_k"].rule
@@ -46,7 +46,7 @@ def test_a_rule_for_one_member_holds_for_the_fusion_group_and_says_so() -> None:
 
 
 def test_regular_expressions_match_whole_names() -> None:
-    plan = plan_of(default="nvfp4", keep=(r"re:transformer_blocks\.[01]\.attn\.to_out\.0",))
+    plan = plan_of(default="nvfp4", exclude=(r"re:transformer_blocks\.[01]\.attn\.to_out\.0",))
     kept = [name for name, entry in plan.items() if entry.format == "bf16"]
     assert kept == ["transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.attn.to_out.0"]
 
@@ -63,20 +63,20 @@ def test_regular_expressions_match_whole_names() -> None:
 )
 def test_a_pattern_that_matches_nothing_is_an_error_with_near_matches(pattern: str, suggestion: str | None) -> None:
     with pytest.raises(RecipeError, match="matches no layer") as raised:
-        plan_of(default="nvfp4", keep=(pattern,))
+        plan_of(default="nvfp4", exclude=(pattern,))
     assert pattern in str(raised.value)
-    assert "precision.transformer.keep[0]" in str(raised.value)
+    assert "precision.transformer.exclude[0]" in str(raised.value)
     if suggestion:
         assert suggestion in str(raised.value)
 
 
 def test_a_bad_regular_expression_is_an_error() -> None:
     with pytest.raises(RecipeError, match="not a regular expression"):
-        plan_of(keep=("re:(",))
+        plan_of(exclude=("re:(",))
 
 
 def test_a_layer_whose_width_does_not_fit_the_block_is_an_error_that_says_what_to_keep() -> None:
-    with pytest.raises(RecipeError, match=r"odd has 24 inputs.*add 'odd' to precision\.transformer\.keep"):
+    with pytest.raises(RecipeError, match=r"odd has 24 inputs.*add 'odd' to precision\.transformer\.exclude"):
         precision_plan("transformer", [Linear("odd", 8, 24)], ComponentPrecision(default="nvfp4"))
 
 

@@ -94,7 +94,7 @@ def test_trtllm_auto_keeps_what_a_walk_over_the_modules_finds(config: dict[str, 
     ("precision", "share", "gib"),
     [
         # The first three were computed on diffusers' meta model before this table of layers existed.
-        ({"keep": ["*embedder*", "*norm_out*", "*proj_out*", "*to_add_out*", "*stream*"]}, 3.47, 18.4),
+        ({"exclude": ["*embedder*", "*norm_out*", "*proj_out*", "*to_add_out*", "*stream*"]}, 3.47, 18.4),
         ({"preset": "modelopt-flux2"}, 2.53, 18.0),
         ({"preset": "trtllm-auto"}, 0.25, 17.0),
         ({"preset": "nvidia-blog"}, 6.28, 19.6),
@@ -148,12 +148,12 @@ def test_explicit_rules_win_over_the_preset_and_keep_wins_over_both() -> None:
         for entry in plan_of(
             KLEIN_4B,
             default="nvfp4",
-            keep=("x_embedder",),
+            exclude=("x_embedder",),
             preset="modelopt-flux2",
             rules=(Rule(match="*_embedder", format="fp8"),),
         )
     }
-    assert (plan["x_embedder"].format, plan["x_embedder"].rule) == ("bf16", "keep 'x_embedder'")
+    assert (plan["x_embedder"].format, plan["x_embedder"].rule) == ("bf16", "exclude 'x_embedder'")
     assert (plan["context_embedder"].format, plan["context_embedder"].rule) == ("fp8", "rule '*_embedder'")
     assert (plan["proj_out"].format, plan["proj_out"].rule) == ("bf16", "preset modelopt-flux2: 'proj_out*'")
     assert (plan["transformer_blocks.0.attn.to_q"].format, plan["transformer_blocks.0.attn.to_q"].rule) == (
@@ -180,4 +180,4 @@ def test_a_part_that_matches_nothing_is_an_error_with_the_preset_and_near_matche
 
 def test_the_fused_name_of_the_added_projections_is_an_error_in_a_recipe() -> None:
     with pytest.raises(RecipeError, match=r"'\*to_added_qkv\*' matches no layer"):
-        plan_of(DEV, default="nvfp4", keep=("*to_added_qkv*",))
+        plan_of(DEV, default="nvfp4", exclude=("*to_added_qkv*",))

@@ -219,7 +219,7 @@ def test_default_does_not_quantize_what_the_checkpoint_left_alone_but_a_rule_doe
 
 @pytest.mark.parametrize(
     "precision",
-    [f"{{keep: ['{LAYER}']}}", f"{{rules: [{{match: '{LAYER}', format: fp8}}]}}", "{preset: nvidia-blog}"],
+    [f"{{exclude: ['{LAYER}']}}", f"{{rules: [{{match: '{LAYER}', format: fp8}}]}}", "{preset: nvidia-blog}"],
 )
 def test_another_format_for_a_quantized_layer_is_refused(exported: Path, precision: str) -> None:
     with pytest.raises(RecipeError, match=r"is nvfp4 in the checkpoint, which is not undone"):

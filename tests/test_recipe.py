@@ -25,7 +25,10 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
     ("change", "expected"),
     [
         ("precison={}", r"unknown field 'precison'; did you mean 'precision'"),
-        ("precision.transformer.kep=[a]", r"unknown field 'precision\.transformer\.kep'; did you mean 'keep'"),
+        ("precision.transformer.keep=[a]", r"the field 'precision\.transformer\.keep' is called 'exclude' now"),
+        ("step_cache={longest_run: 2}", r"'step_cache\.longest_run' is called 'max_consecutive_skips' now"),
+        ("step_cache={elsewhere: warn}", r"'step_cache\.elsewhere' is called 'on_mismatch' now"),
+        ("precision.transformer.exclud=[a]", r"unknown field 'precision\.transformer\.exclud'; did you mean 'exclude'"),
         ("targets=[{kind: onnxruntime, activation: none}]", r"'targets\.activation'; did you mean 'activations'"),
         (
             "precision.transformer.rules=[{mtch: a, format: fp8}]",
@@ -121,7 +124,10 @@ def test_changes_replace_fields() -> None:
             "precision.transformer.scales=four-over-five",
             r"'four-over-five' is not possible; did you mean 'four-over-six'\?",
         ),
-        ("precision.transformer.keep=automatic", r"keep: 'automatic' is not possible.* It can be auto, or a list"),
+        (
+            "precision.transformer.exclude=automatic",
+            r"exclude: 'automatic' is not possible.* It can be auto, or a list",
+        ),
         ("targets=[{kind: onnxruntim}]", r"targets\.kind: 'onnxruntim' is not possible; did you mean 'onnxruntime'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`keep: auto`: costs are measured on the model itself, the choice is the best under its budget, and it beats the presets."""
+"""`exclude: auto`: costs are measured on the model, the choice is the best under its budget, and it beats the presets."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_it_beats_every_preset_of_equal_size_on_held_out_prompts(workshop: Path)
     for name, bundle in presets.items():
         share = kept_share(bundle)
         auto = held_out_build(
-            workshop, f"auto-{name}", f"{{default: nvfp4, keep: auto, budget: {{share: {share + 1e-9}}}}}"
+            workshop, f"auto-{name}", f"{{default: nvfp4, exclude: auto, budget: {{share: {share + 1e-9}}}}}"
         )
         assert kept_share(auto) <= share + 1e-9
         assert mean_error(auto) < mean_error(bundle), name
@@ -110,7 +110,7 @@ def test_it_beats_every_preset_of_equal_size_on_held_out_prompts(workshop: Path)
 @pytest.fixture(scope="module")
 def auto_bundle(workshop: Path) -> Path:
     return compile_into(
-        workshop / "auto", *QUICK, "precision.transformer={default: nvfp4, keep: auto, budget: {share: 0.1}}"
+        workshop / "auto", *QUICK, "precision.transformer={default: nvfp4, exclude: auto, budget: {share: 0.1}}"
     )
 
 
@@ -126,25 +126,25 @@ def test_the_bundle_says_what_was_kept_and_why(auto_bundle: Path) -> None:
         for name in group["layers"]:
             assert (layers[name].format == "bf16") == group["kept"]
             if group["kept"]:
-                assert layers[name].rule == f"keep auto: rank {rank}, error alone {group['error_alone']}"
+                assert layers[name].rule == f"exclude auto: rank {rank}, error alone {group['error_alone']}"
     by_parameter = [group["error_alone"] ** 2 / group["parameters"] for group in measured["ranking"]]
     assert all(a >= b * 0.999 for a, b in itertools.pairwise(by_parameter))
     assert measured["inputs_rounded"]
     assert 0 < measured["share_kept"] <= 0.1
     assert measured["error"] < measured["error_all_quantized"]
-    assert "What keep: auto measured" in (auto_bundle / "report" / "index.html").read_text()
+    assert "What exclude: auto measured" in (auto_bundle / "report" / "index.html").read_text()
 
 
 def test_a_second_build_measures_nothing_and_another_budget_measures_again(auto_bundle: Path) -> None:
     progress = RecordingProgress()
-    change = "precision.transformer={default: nvfp4, keep: auto, budget: {share: 0.1}}"
+    change = "precision.transformer={default: nvfp4, exclude: auto, budget: {share: 0.1}}"
     compile_into(auto_bundle, *QUICK, change, progress=progress)
     assert progress.ran == ["hash checkpoint"]
 
 
 def test_an_error_budget_keeps_only_what_it_takes(auto_bundle: Path, workshop: Path) -> None:
     allowed = sensitivity(auto_bundle)["error_all_quantized"] * 0.7
-    change = f"precision.transformer={{default: nvfp4, keep: auto, budget: {{error: {allowed}}}}}"
+    change = f"precision.transformer={{default: nvfp4, exclude: auto, budget: {{error: {allowed}}}}}"
     bundle = compile_into(workshop / "auto-error", *QUICK, change)
     assert sensitivity(bundle)["error"] <= allowed * 1.001
     assert 0 < sensitivity(bundle)["share_kept"] < 0.3
@@ -153,13 +153,13 @@ def test_an_error_budget_keeps_only_what_it_takes(auto_bundle: Path, workshop: P
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("precision.transformer={default: nvfp4, keep: auto}", r"budget: goes with `keep: auto`"),
-        ("precision.transformer={default: nvfp4, budget: {share: 0.1}}", r"budget: goes with `keep: auto`"),
-        ("precision.transformer={keep: auto, budget: {}}", "give either share or error"),
-        ("precision.transformer={keep: auto, budget: {share: 0.1, error: 0.1}}", "give either share or error"),
-        ("precision.transformer={keep: auto, budget: {share: 1.5}}", "more than 0 and less than 1"),
-        ("precision.text_encoder={keep: auto, budget: {share: 0.1}}", "auto measures the transformer"),
-        ("precision.transformer.keep=automatic", "keep"),
+        ("precision.transformer={default: nvfp4, exclude: auto}", r"budget: goes with `exclude: auto`"),
+        ("precision.transformer={default: nvfp4, budget: {share: 0.1}}", r"budget: goes with `exclude: auto`"),
+        ("precision.transformer={exclude: auto, budget: {}}", "give either share or error"),
+        ("precision.transformer={exclude: auto, budget: {share: 0.1, error: 0.1}}", "give either share or error"),
+        ("precision.transformer={exclude: auto, budget: {share: 1.5}}", "more than 0 and less than 1"),
+        ("precision.text_encoder={exclude: auto, budget: {share: 0.1}}", "auto measures the transformer"),
+        ("precision.transformer.exclude=automatic", "exclude"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(change: str, words: str) -> None:
@@ -168,6 +168,6 @@ def test_a_budget_that_makes_no_sense_is_refused(change: str, words: str) -> Non
 
 
 def test_auto_with_nothing_to_choose_from_is_refused() -> None:
-    change = "precision.transformer={default: bf16, keep: auto, budget: {share: 0.1}}"
+    change = "precision.transformer={default: bf16, exclude: auto, budget: {share: 0.1}}"
     with pytest.raises(RecipeError, match="auto has nothing to choose from: no layer of the transformer"):
         read_source(load_recipe(RECIPE, (change,)))

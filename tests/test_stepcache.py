@@ -89,7 +89,7 @@ def our_rule(rule: CacheRule, changes: list[float]) -> list[int]:
     skipped: list[int] = []
     total = 0.0
     for step, change in enumerate(changes):
-        window = set(range(step - (rule.longest_run or len(changes)), step))
+        window = set(range(step - (rule.max_consecutive_skips or len(changes)), step))
         free = rule.first <= step < len(changes) - rule.last and step > 0 and not window <= set(skipped)
         total = total + max(0.0, float(np.poly1d(rule.coefficients)(change))) if free else 0.0
         if free and total < rule.threshold:
@@ -105,7 +105,7 @@ def test_decisions_are_those_of_the_published_rules(coefficients: tuple[float, .
     signed = CacheRule(coefficients, threshold, negative="signed")
     warm = CacheRule(coefficients, threshold, first=5, last=0, negative="absolute")
     cold = CacheRule(coefficients, threshold, negative="absolute")
-    ours = CacheRule(coefficients, threshold, first=2, last=3, longest_run=2)
+    ours = CacheRule(coefficients, threshold, first=2, last=3, max_consecutive_skips=2)
     for changes in nano_changes("unseen").tolist():
         assert skipped_steps(signed, changes) == authors_rule(coefficients, threshold, changes)
         assert skipped_steps(warm, changes) == visual_gen_rule(coefficients, threshold, changes, True)
@@ -305,9 +305,9 @@ def test_requests_that_the_cache_was_not_fitted_for_do_as_the_bundle_says() -> N
         "the step cache was fitted to 50 steps at 64x64, not to 30 at 64x64: its rule decides all the same, and how well "
         "it does so there was not measured"
     )
-    silent = msgspec.structs.replace(cache, elsewhere="allow")
+    silent = msgspec.structs.replace(cache, on_mismatch="allow")
     assert decisions_for(silent, 50, (64, 128))[1] is None
-    strict = msgspec.structs.replace(cache, elsewhere="refuse")
+    strict = msgspec.structs.replace(cache, on_mismatch="refuse")
     with pytest.raises(RequestError, match=r"not to 30 at 64x64; ask for those, or give --no-step-cache"):
         decisions_for(strict, 30, (64, 64))
     assert decisions_for(strict, 30, (64, 64), enabled=False) == (None, None)

@@ -331,7 +331,7 @@ def test_a_trace_that_saw_no_number_is_refused(trace: Path, tmp_path: Path) -> N
         (("step_cache={skip: 11}",), r"step_cache\.skip: 11 of 12 steps cannot be skipped; at most 8 can"),
         (("step_cache={skip: offen}",), r"step_cache\.skip: 'offen' is not possible"),
         (("step_cache={degree: 6}",), r"step_cache\.degree: must be 1 to 5, got 6"),
-        (("step_cache={longest_run: 7}",), r"step_cache\.longest_run: at most 6"),
+        (("step_cache={max_consecutive_skips: 7}",), r"step_cache\.max_consecutive_skips: at most 6"),
         (("step_cache={first: 0}",), r"step_cache\.first: must be at least 1"),
         (("step_cache={frontier: [0]}",), r"step_cache\.frontier: lists numbers of skipped steps"),
         (("step_cache={tresh: 1}",), r"unknown field 'step_cache\.tresh'"),
@@ -374,7 +374,7 @@ def test_decisions_depend_on_the_bundle_alone(bundle: Path) -> None:
     """A bundle whose rule was changed draws by the changed rule: nothing about it is compiled into the graphs."""
     opened = open_bundle(bundle)
     cache = opened.manifest.step_cache
-    rule = msgspec.structs.replace(cache.rule, threshold=1e9, longest_run=3)
+    rule = msgspec.structs.replace(cache.rule, threshold=1e9, max_consecutive_skips=3)
     manifest = msgspec.structs.replace(
         opened.manifest, step_cache=msgspec.structs.replace(cache, mode="dynamic", rule=rule)
     )

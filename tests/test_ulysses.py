@@ -275,7 +275,7 @@ def bundle(workshop: Path) -> Bundle:
         "sizes=[[64, 64], [56, 56]]",
         "sampling.steps=10",
         "calibration.steps=3",
-        "step_cache={skip: 4, mode: dynamic, elsewhere: allow, prompts: prompts/flux2-nano-calibration.txt, frontier: []}",
+        "step_cache={skip: 4, mode: dynamic, on_mismatch: allow, prompts: prompts/flux2-nano-calibration.txt, frontier: []}",
     )
     return open_bundle(compile_into(workshop / "ranks", *QUICK, *changes, targets))
 

@@ -55,13 +55,13 @@ class Job:
 
     def source(self, results: Results, with_plan: bool = True) -> Source:
         """The source as earlier steps left it: modelopt's export in place of the transformer, and, `with_plan`, the plan that
-        `keep: auto` came to."""
+        `exclude: auto` came to."""
         recipe = self.loaded.recipe
         source = self.original
         if recipe.calibration.engine == "modelopt":
             exported = results["modelopt"]
             source = self._sources.setdefault("modelopt", read_source(self.loaded, exported))
-        if with_plan and recipe.precision.transformer.keep == "auto":
+        if with_plan and recipe.precision.transformer.exclude == "auto":
             measured = results["sensitivity"]
             source = with_auto(self.loaded, source, measured["ranking"]) if measured else source
         return source

@@ -203,7 +203,7 @@ def _fit(job: Job, results: Results) -> Stage[Any, StepCache]:
 def _sensitivity(job: Job, results: Results) -> Stage[Any, dict[str, Any]] | None:
     recipe, calibration = job.loaded.recipe, _calibration(job, results)
     precision = recipe.precision.transformer
-    if precision.keep != "auto" or calibration is None:
+    if precision.exclude != "auto" or calibration is None:
         return None
     assert precision.budget is not None
     request = calibration_request(job.loaded)

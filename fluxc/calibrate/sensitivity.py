@@ -160,7 +160,7 @@ def choose(costs: list[GroupCost], parameters: int) -> list[int]:
         integrality=np.ones(len(costs)),
     )
     if result.x is None:
-        raise BuildError(f"keep: auto: scipy found no choice of layers: {result.message}")
+        raise BuildError(f"exclude: auto: scipy found no choice of layers: {result.message}")
     return [i for i, kept in enumerate(result.x) if kept > 0.5]
 
 

@@ -1,4 +1,4 @@
-"""The sensitivity stage: what `keep: auto` measured and chose, see sensitivity.measure."""
+"""The sensitivity stage: what `exclude: auto` measured and chose, see sensitivity.measure."""
 
 from __future__ import annotations
 

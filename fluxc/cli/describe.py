@@ -48,7 +48,7 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
             console.print(_widened_table(plan))
         for sentence in lacking(loaded, component, plan):
             console.print(sentence)
-        if getattr(recipe.precision, component).keep == "auto":
+        if getattr(recipe.precision, component).exclude == "auto":
             console.print(_auto_sentence(recipe.precision.transformer.budget))
     console.print(_component_table(source))
     console.print(_memory_table(memory_by_component(source)))
@@ -97,14 +97,14 @@ def _cache_sentence(loaded: LoadedRecipe) -> str:
 
 
 def _auto_sentence(budget: Budget | None) -> str:
-    """What `keep: auto` leaves open until the model has run."""
+    """What `exclude: auto` leaves open until the model has run."""
     assert budget is not None
     limit = (
         f"at most {budget.share:.2%} of the parameters"
         if budget.share is not None
         else f"as few parameters as bring the velocity's error to {budget.error}"
     )
-    return f"keep: auto chooses during the build, from measurements, {limit} to stay bf16; the tables show none kept"
+    return f"exclude: auto chooses during the build, from measurements, {limit} to stay bf16; the tables show none kept"
 
 
 def print_plan_json(loaded: LoadedRecipe, presets: bool) -> None:
@@ -163,7 +163,7 @@ def print_prediction(loaded: LoadedRecipe | None, model: str, gpu: Gpu, counts: 
     else:
         console = new_console()
         print_scaling(console, scaling)
-        if loaded and loaded.recipe.precision.transformer.keep == "auto":
+        if loaded and loaded.recipe.precision.transformer.exclude == "auto":
             console.print(_auto_sentence(loaded.recipe.precision.transformer.budget))
 
 

@@ -27,7 +27,7 @@ class PresetFigures:
 
 
 def preset_figures(source: Source) -> list[PresetFigures]:
-    """Every preset on this checkpoint, in place of the recipe's own `keep`, `rules` and `default`."""
+    """Every preset on this checkpoint, in place of the recipe's own `exclude`, `rules` and `default`."""
     figures = []
     for preset in PRESETS.values():
         planned = source.plans[preset.component]

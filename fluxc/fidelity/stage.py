@@ -34,7 +34,7 @@ class Draft:
 class CompareInputs:
     """`reference` is what ReferenceInputs with these prompts, size, steps, guidance and seed came to, `title` says how.
 
-    `layers` are the quantized layers with their errors, `sensitivity` what `keep: auto` measured, for the report to show, as
+    `layers` are the quantized layers with their errors, `sensitivity` what `exclude: auto` measured, for the report to show, as
     whether there is a page on the step cache.
     """
 

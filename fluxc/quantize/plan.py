@@ -1,6 +1,6 @@
 """The precision plan: every Linear with its format and the rule that decided it.
 
-1. A layer that a `keep` pattern matches stays bf16, and so does one that `keep: auto` chose.
+1. A layer that a `exclude` pattern matches stays bf16, and so does one that `exclude: auto` chose.
 2. Otherwise the first of `rules` that matches decides.
 3. Otherwise a layer that `preset` keeps stays bf16.
 4. Otherwise `default` does.
@@ -78,7 +78,7 @@ def precision_plan(
 ) -> list[LayerPlan]:
     """The plan of one component, in the order of `layers`; `source_bytes` holds their bytes in the checkpoint (else bf16).
 
-    `chosen_by_auto` is what `keep: auto` came to: layer to the reason; without it, the plan is that of keeping nothing.
+    `chosen_by_auto` is what `exclude: auto` came to: layer to the reason; without it, the plan is that of keeping nothing.
     `in_source` holds the layers that the checkpoint holds quantized. Raises RecipeError for a pattern that matches nothing,
     for a format a layer's shape cannot have, and for another format than a layer is quantized in.
     """
@@ -92,10 +92,10 @@ def precision_plan(
     field = f"precision.{component}"
     names = [layer.name for layer in layers]
     decisions: list[tuple[str, str, set[str]]] = [
-        ("bf16", f"keep {pattern!r}", set(matching(pattern, names, f"{field}.keep[{i}]")))
-        for i, pattern in enumerate(() if precision.keep == "auto" else precision.keep)
+        ("bf16", f"exclude {pattern!r}", set(matching(pattern, names, f"{field}.exclude[{i}]")))
+        for i, pattern in enumerate(() if precision.exclude == "auto" else precision.exclude)
     ]
-    decisions += [("bf16", f"keep auto: {reason}", {name}) for name, reason in (chosen_by_auto or {}).items()]
+    decisions += [("bf16", f"exclude auto: {reason}", {name}) for name, reason in (chosen_by_auto or {}).items()]
     decisions += [
         (rule.format, f"rule {rule.match!r}", set(matching(rule.match, names, f"{field}.rules[{i}].match")))
         for i, rule in enumerate(precision.rules)
@@ -138,7 +138,7 @@ def precision_plan(
         if layer.in_features % block:
             raise RecipeError(
                 f"{field}: {layer.name} has {layer.in_features} inputs, not a multiple of {block}, so it cannot be "
-                f"{chosen}; add {layer.name!r} to {field}.keep"
+                f"{chosen}; add {layer.name!r} to {field}.exclude"
             )
         bf16_bytes = 2 * layer.out_features * layer.in_features
         before = (source_bytes or {}).get(layer.name, bf16_bytes)

@@ -1,6 +1,6 @@
 """Presets: published lists of the layers that stay bf16, by name, each with its source.
 
-A part is a pattern as in a recipe's `keep`, naming layers of an ordinary diffusers checkpoint. One that matches no layer is
+A part is a pattern as in a recipe's `exclude`, naming layers of an ordinary diffusers checkpoint. One that matches no layer is
 an error, unless the part says why a model may lack the layer.
 """
 
@@ -87,7 +87,7 @@ def find_preset(name: str, component: str, field: str) -> Preset:
     if preset.component != component:
         raise RecipeError(
             f"{field}: the preset {name!r} names layers of the {preset.component}, not of the {component}; "
-            f"remove it, and list what the {component} keeps under `keep`"
+            f"remove it, and list what the {component} keeps under `exclude`"
         )
     return preset
 

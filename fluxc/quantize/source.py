@@ -95,9 +95,9 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
         "text_encoder": text_linears(encoder.config, family.text_layers[-1]),
     }
     plans = {name: _plan(recipe, checkpoint, name, linears, quantized[name]) for name, linears in layers.items()}
-    if recipe.precision.transformer.keep == "auto" and not to_quantize(plans["transformer"]):
+    if recipe.precision.transformer.exclude == "auto" and not to_quantize(plans["transformer"]):
         raise RecipeError(
-            "precision.transformer.keep: auto has nothing to choose from: no layer of the transformer would be quantized; "
+            "precision.transformer.exclude: auto has nothing to choose from: no layer of the transformer would be quantized; "
             "set `default: nvfp4`, or leave keep and budget out"
         )
     return Source(checkpoint, family, has_cfg_batch(checkpoint, family), kept, plans, quantized)
@@ -128,7 +128,7 @@ def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
 
 
 def with_auto(loaded: LoadedRecipe, source: Source, ranking: list[dict[str, Any]]) -> Source:
-    """`source` with the transformer's plan as `keep: auto` decided it; `ranking` as sensitivity.measure gives it."""
+    """`source` with the transformer's plan as `exclude: auto` decided it; `ranking` as sensitivity.measure gives it."""
     chosen = {
         layer: f"rank {rank}, error alone {group['error_alone']}"
         for rank, group in enumerate(ranking, start=1)

@@ -36,16 +36,20 @@ def check_values(recipe: Recipe, path: Path) -> None:
         if steps is not None and steps < 1:
             refuse(field, f"must be at least 1, got {steps}")
     text, transformer = recipe.precision.text_encoder, recipe.precision.transformer
-    if text.keep == "auto" or text.budget:
-        refuse("precision.text_encoder.keep", "auto measures the transformer; list the text encoder's layers to keep")
-    if transformer.keep == "auto" and recipe.calibration.engine == "modelopt":
+    if text.exclude == "auto" or text.budget:
         refuse(
-            "precision.transformer.keep",
+            "precision.text_encoder.exclude", "auto measures the transformer; list the text encoder's layers to keep"
+        )
+    if transformer.exclude == "auto" and recipe.calibration.engine == "modelopt":
+        refuse(
+            "precision.transformer.exclude",
             "auto measures fluxc's own quantizer; with calibration.engine: modelopt, list the layers",
         )
     budget = transformer.budget
-    if (transformer.keep == "auto") != (budget is not None):
-        refuse("precision.transformer.budget", "goes with `keep: auto`, which needs it: {share: 0.03} or {error: 0.05}")
+    if (transformer.exclude == "auto") != (budget is not None):
+        refuse(
+            "precision.transformer.budget", "goes with `exclude: auto`, which needs it: {share: 0.03} or {error: 0.05}"
+        )
     if budget is not None:
         given = [value for value in (budget.share, budget.error) if value is not None]
         if len(given) != 1 or not 0 < given[0] < 1:
@@ -85,12 +89,13 @@ def _check_step_cache(recipe: Recipe, refuse: Callable[[str, str], None]) -> Non
         refuse("step_cache.max_error", f"must be more than 0, got {cache.max_error:g}")
     if not 1 <= cache.degree <= 5:
         refuse("step_cache.degree", f"must be 1 to 5, got {cache.degree}")
-    for field, least in (("first", 1), ("last", 0), ("longest_run", 1)):
+    for field, least in (("first", 1), ("last", 0), ("max_consecutive_skips", 1)):
         if getattr(cache, field) < least:
             refuse(f"step_cache.{field}", f"must be at least {least}, got {getattr(cache, field)}")
-    if cache.longest_run > LAGS:
+    if cache.max_consecutive_skips > LAGS:
         refuse(
-            "step_cache.longest_run", f"at most {LAGS}, which is how far back a trace looks, got {cache.longest_run}"
+            "step_cache.max_consecutive_skips",
+            f"at most {LAGS}, which is how far back a trace looks, got {cache.max_consecutive_skips}",
         )
     if steps < LEAST_STEPS:
         refuse(
@@ -98,14 +103,14 @@ def _check_step_cache(recipe: Recipe, refuse: Callable[[str, str], None]) -> Non
             f"{steps} steps are too few to skip any (at least {LEAST_STEPS}): a model distilled to so few has none that "
             "resemble each other; leave step_cache out, or raise sampling.steps",
         )
-    most = most_skipped(steps, cache.first, cache.last, cache.longest_run)
+    most = most_skipped(steps, cache.first, cache.last, cache.max_consecutive_skips)
     wanted = [("skip", cache.skip)] if isinstance(cache.skip, float) else []
     wanted += [("frontier", max(cache.frontier))] if cache.frontier and cache.frontier != "auto" else []
     for field, count in wanted:
         if count > most:
             refuse(
                 f"step_cache.{field}",
-                f"{count:g} of {steps} steps cannot be skipped; at most {most} can, see longest_run",
+                f"{count:g} of {steps} steps cannot be skipped; at most {most} can, see max_consecutive_skips",
             )
     if cache.frontier != "auto" and any(count < 1 for count in cache.frontier):
         refuse("step_cache.frontier", "lists numbers of skipped steps, 1 or more")

@@ -65,6 +65,10 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe
     return LoadedRecipe(recipe, path.resolve().parent)
 
 
+RENAMED = {"keep": "exclude", "longest_run": "max_consecutive_skips", "elsewhere": "on_mismatch"}
+"""Fields of older recipes by what they are called now."""
+
+
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys without a word; this loader refuses them."""
 
@@ -123,6 +127,8 @@ def _check_fields(data: Any, kind: Any, where: str, file: str) -> None:
     for key, value in data.items():
         if key not in fields:
             place = f"{where}{key}"
+            if RENAMED.get(str(key)) in fields:
+                raise RecipeError(f"{file}: the field {place!r} is called {RENAMED[str(key)]!r} now")
             raise RecipeError(
                 f"{file}: unknown field {place!r}{nearest(str(key), fields) or '.'} The fields here are: {', '.join(fields)}."
             )

@@ -66,7 +66,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `keep: auto` may spend, one of the two.
+    """What `exclude: auto` may spend, one of the two.
 
     `share`: of the Linears' parameters, besides what rules and preset keep. `error`: the relative error of the velocity
     that is allowed (root of the mean |v - reference|^2 / |reference|^2); as few parameters as reach it are kept.
@@ -77,14 +77,14 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Formats of one component's Linears: `keep` stays bf16, then the first matching rule, then what `preset` keeps in
+    """Formats of one component's Linears: `exclude` stays bf16, then the first matching rule, then what `preset` keeps in
     bf16, then the default.
 
-    `keep: auto` measures what should stay, under `budget`. `scales` says how NVFP4 block scales are chosen.
+    `exclude: auto` measures what should stay, under `budget`. `scales` says how NVFP4 block scales are chosen.
     """
 
     default: Format = "bf16"
-    keep: tuple[str, ...] | Literal["auto"] = ()
+    exclude: tuple[str, ...] | Literal["auto"] = ()
     budget: Budget | None = None
     preset: str | None = None
     rules: tuple[Rule, ...] = ()
@@ -203,10 +203,10 @@ class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     How many: `skip` of the steps on average, `max_error` (root mean square error of the final latents that skipped steps may
     add up to, to first order), or `skip: auto`, the knee of the curve between them. `mode: static` skips the best fixed steps,
     `dynamic` decides by the polynomial while a picture is drawn. `first` and `last` steps are always computed, at most
-    `longest_run` skipped in a row. The polynomial has `degree` 1 to 5; `fit: constrained` never falls. A fit that explains
-    less than `min_r2` of the variance on held-out prompts is refused. `elsewhere`: what happens to requests of other steps or
-    sizes. `prompts` are traced in place of the calibration's; `trace` is a file made by `fluxc trace`. `frontier` lists the
-    numbers of skipped steps that the report compares; empty, the one chosen alone.
+    `max_consecutive_skips` skipped in a row. The polynomial has `degree` 1 to 5; `fit: constrained` never falls. A fit that
+    explains less than `min_r2` of the variance on held-out prompts is refused. `on_mismatch`: what happens to requests of
+    other steps or sizes. `prompts` are traced in place of the calibration's; `trace` is a file made by `fluxc trace`.
+    `frontier` lists the numbers of skipped steps that the report compares; empty, the one chosen alone.
     """
 
     skip: float | Literal["auto"] | None = None
@@ -216,9 +216,9 @@ class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fit: Literal["constrained", "plain"] = "constrained"
     first: int = 1
     last: int = 1
-    longest_run: int = 4
+    max_consecutive_skips: int = 4
     min_r2: float = 0.3
-    elsewhere: Literal["refuse", "warn", "allow"] = "warn"
+    on_mismatch: Literal["refuse", "warn", "allow"] = "warn"
     prompts: str | None = None
     trace: str | None = None
     frontier: tuple[int, ...] | Literal["auto"] = "auto"
@@ -274,8 +274,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gates: Gates = Gates()
 
 
-def most_skipped(steps: int, first: int, last: int, longest_run: int) -> int:
-    """How many of `steps` can be skipped at most: a run of `longest_run`, a computed step, and so on."""
+def most_skipped(steps: int, first: int, last: int, max_consecutive_skips: int) -> int:
+    """How many of `steps` can be skipped at most: a run of `max_consecutive_skips`, a computed step, and so on."""
     free = max(steps - first - last, 0)
-    runs, rest = divmod(free, longest_run + 1)
-    return runs * longest_run + rest
+    runs, rest = divmod(free, max_consecutive_skips + 1)
+    return runs * max_consecutive_skips + rest

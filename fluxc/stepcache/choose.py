@@ -39,7 +39,7 @@ def make_step_cache(settings: Settings, trace: StepTrace, size: tuple[int, int],
             f"under step_cache.min_r2 {settings.min_r2}. Give more prompts, another step_cache.degree, or lower min_r2; "
             "step_cache.mode: static does not use the polynomial where steps and size are those traced"
         )
-    limits = (settings.first, settings.last, settings.longest_run)
+    limits = (settings.first, settings.last, settings.max_consecutive_skips)
     rule = CacheRule(residual.coefficients, 0.0, *limits)
     schedules = best_schedules(known.residual_error, *limits)
     mode = mode or settings.mode
@@ -85,7 +85,7 @@ def make_step_cache(settings: Settings, trace: StepTrace, size: tuple[int, int],
         schedule=schedule,
         steps=trace.steps,
         size=size,
-        elsewhere=settings.elsewhere,
+        on_mismatch=settings.on_mismatch,
         visual_gen=visual_gen,
         fit=fit,
     )
@@ -143,7 +143,8 @@ def _asked(settings: Settings, curve: list[float]) -> float:
         return knee(curve)
     if round(settings.skip) >= len(curve):
         raise BuildError(
-            f"step cache: step_cache.skip {settings.skip} is more than can be skipped with these first, last and longest_run: "
+            f"step cache: step_cache.skip {settings.skip} is more than can be skipped with these first, last and "
+            "max_consecutive_skips: "
             f"{len(curve) - 1}"
         )
     return float(settings.skip)

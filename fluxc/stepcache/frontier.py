@@ -48,14 +48,14 @@ def counts(settings: Settings, steps: int) -> list[int]:
     """The numbers of skipped steps to compare."""
     if settings.frontier != "auto":
         return sorted(set(settings.frontier))
-    most = most_skipped(steps, settings.first, settings.last, settings.longest_run)
+    most = most_skipped(steps, settings.first, settings.last, settings.max_consecutive_skips)
     return sorted({round(share * steps) for share in SHARES if 1 <= round(share * steps) <= most})
 
 
 def policies(cache: StepCache, trace: StepTrace, count: int) -> dict[str, Any]:
     """How every method skips `count` of the trace's steps: JSON-like, for draw_all."""
     rule = find_threshold(cache.rule, trace.change, count)
-    limits = (cache.rule.first, cache.rule.last, cache.rule.longest_run or trace.steps)
+    limits = (cache.rule.first, cache.rule.last, cache.rule.max_consecutive_skips or trace.steps)
     return {
         "static": {"schedule": list(best_schedules(trace.residual_error, *limits)[count][0])},
         "dynamic": {"rule": _as_json(rule)},
@@ -129,7 +129,7 @@ def measure_point(
     judges: Judges,
     advance: Callable[[], None],
 ) -> None:
-    """Write figures.json into `folder`, and METHOD.npy with the pictures of every method in `keep`."""
+    """Write figures.json into `folder`, and METHOD.npy with the pictures of every method in `exclude`."""
     found, kept = {}, {}
     for method, policy in methods.items():
         pictures, skipped = draw_all(bundle, target, request, policy, advance)

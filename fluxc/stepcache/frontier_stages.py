@@ -36,7 +36,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class PointInputs:
-    """`methods` say how each skips; `keep` whose images are kept. `full` are those of every step, none where they are made.
+    """`methods` say how each skips; `exclude` whose images are kept. `full` are those of every step, none where they are made.
 
     `judges` are the files of LPIPS (`lpips`) and of a CLIP model (`image_text`), if any.
     """

@@ -66,7 +66,7 @@ def accumulated_error(skipped: list[list[int]], error: np.ndarray) -> float:
 
 
 def best_schedules(
-    error: np.ndarray, first: int, last: int, longest_run: int
+    error: np.ndarray, first: int, last: int, max_consecutive_skips: int
 ) -> dict[int, tuple[tuple[int, ...], float]]:
     """By number of skipped steps, the schedule with the least accumulated error, and that error.
 
@@ -81,7 +81,7 @@ def best_schedules(
     best[0] = {0: (0.0, -1)}
     for step in range(steps):
         cost = 0.0
-        for to in range(step + 1, min(step + longest_run + 1, steps) + 1):
+        for to in range(step + 1, min(step + max_consecutive_skips + 1, steps) + 1):
             between = to - step - 1
             if between:
                 skipped = to - 1

@@ -19,7 +19,7 @@ import msgspec
 from fluxrt.errors import BundleError
 
 FORMAT = "fluxc-bundle"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "bundle.json"
 
 
@@ -243,22 +243,22 @@ class CacheRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When the dynamic step cache skips, see fluxrt.stepcache.
 
     `coefficients` of the polynomial, highest degree first; `first` and `last` steps are always computed, and no more than
-    `longest_run` are skipped in a row. A negative value of the polynomial counts as `zero` (ours), as it is (`signed`, the
-    authors' rule) or with its sign taken off (`absolute`, VisualGen's).
+    `max_consecutive_skips` are skipped in a row. A negative value of the polynomial counts as `zero` (ours), as it is
+    (`signed`, the authors' rule) or with its sign taken off (`absolute`, VisualGen's).
     """
 
     coefficients: tuple[float, ...]
     threshold: float
     first: int = 1
     last: int = 1
-    longest_run: int | None = None
+    max_consecutive_skips: int | None = None
     negative: Literal["zero", "signed", "absolute"] = "zero"
 
 
 class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which steps reuse the last residual: by `rule` (dynamic) or those in `schedule` (static), for `steps` steps at `size`.
 
-    `elsewhere` is what happens to requests of another size or number of steps, which the rule decides if anything does.
+    `on_mismatch` is what happens to requests of another size or number of steps, which the rule decides if anything does.
     `visual_gen` is the rule for TensorRT-LLM's VisualGen, fitted to residuals of the latents. `fit` says how well the
     polynomials fit, and how thresholds were found.
     """
@@ -268,7 +268,7 @@ class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule: tuple[int, ...]
     steps: int
     size: tuple[int, int]
-    elsewhere: Literal["refuse", "warn", "allow"]
+    on_mismatch: Literal["refuse", "warn", "allow"]
     visual_gen: CacheRule
     fit: dict[str, Any]
 

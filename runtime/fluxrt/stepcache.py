@@ -36,7 +36,7 @@ class Decisions:
         rule = self.rule
         if rule is None or step == 0 or step < rule.first or step >= self.steps - rule.last:
             return False
-        return rule.longest_run is None or self._run < rule.longest_run
+        return rule.max_consecutive_skips is None or self._run < rule.max_consecutive_skips
 
     def skip(self, step: int, change: float | None) -> bool:
         """Whether `step` is skipped; `change` is the relative change of its signal, not looked at where needs_change says no.
@@ -116,9 +116,9 @@ def decisions_for(
     if not fitted:
         height, width = cache.size
         what = f"the step cache was fitted to {cache.steps} steps at {height}x{width}, not to {steps} at {size[0]}x{size[1]}"
-        if cache.elsewhere == "refuse":
+        if cache.on_mismatch == "refuse":
             raise RequestError(f"{what}; ask for those, or give --no-step-cache")
-        if cache.elsewhere == "warn":
+        if cache.on_mismatch == "warn":
             note = f"{what}: its rule decides all the same, and how well it does so there was not measured"
     if cache.mode == "static" and fitted and threshold is None:
         return Decisions(steps, None, cache.schedule), note
