@@ -41,6 +41,7 @@ lint: setup-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --allow-subclassing-any runtime/fluxrt
 	$(BIN)/lint-imports
 
 check: lint test

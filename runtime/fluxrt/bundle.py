@@ -197,10 +197,10 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def input(self, name: str) -> Port:
         """The first input of this name; BundleError if there is none."""
         plans = self.engine.plans.values() if self.engine else ()
-        for part in (*self.graphs.values(), *plans):
-            for port in part.inputs:
-                if port.name == name:
-                    return port
+        ports: list[Port] = [port for part in (*self.graphs.values(), *plans) for port in part.inputs]
+        for port in ports:
+            if port.name == name:
+                return port
         raise BundleError(f"no graph of target {self.name!r} has an input {name!r}; rebuild the bundle")
 
 

@@ -73,7 +73,8 @@ class Group:
         """The sum over ranks in float64, the same to the bit on all of them."""
         import numpy as np
 
-        return np.sum(np.stack(self.gather(values.astype(np.float64))), axis=0)
+        total: np.ndarray = np.sum(np.stack(self.gather(values.astype(np.float64))), axis=0)
+        return total
 
     def agree(self, data: bytes | None) -> bytes:
         """Rank 0's `data`, at most 4 KiB; the other ranks give None."""

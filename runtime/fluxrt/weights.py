@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BundleError
 
@@ -95,6 +95,6 @@ def component_weights(bundle: Bundle, entry: str) -> dict[str, StoredTensor]:
     return {name: tensor for file in files for name, tensor in read_weights(file).items()}
 
 
-def _length(entry: dict) -> int:
+def _length(entry: dict[str, Any]) -> int:
     start, stop = entry["data_offsets"]
     return int(stop) - int(start)

@@ -337,7 +337,7 @@ class _Lowering:
             self._made["constant", name] = name
         return name
 
-    def once(self, key: tuple[str, ...], op: str, inputs: list[str], output: str, **attributes) -> str:
+    def once(self, key: tuple[str, ...], op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         if key not in self._made:
             self._graph.node.append(helper.make_node(op, inputs, [output], **attributes))
             self._made[key] = output

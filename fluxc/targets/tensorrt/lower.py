@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -302,7 +303,7 @@ class _Lowering:
             self._made["ints", name] = name
         return name
 
-    def _node(self, op: str, inputs: list[str], output: str, node_name: str | None = None, **attributes) -> str:
+    def _node(self, op: str, inputs: list[str], output: str, node_name: str | None = None, **attributes: Any) -> str:
         self._graph.node.append(helper.make_node(op, inputs, [output], name=node_name or output, **attributes))
         return output
 
