@@ -21,7 +21,7 @@ from fluxc.base.errors import BuildError
 from fluxc.base.numbers import significant
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
-from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
+from fluxc.checkpoint.reference import Drawing, draw, guided, load_pipeline
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.formats import cpu
 from fluxc.formats.registry import FORMATS
@@ -69,7 +69,7 @@ def record_states(
             handle.remove()
         for step in wanted:
             passes = calls[step * branches : (step + 1) * branches]
-            states.append(State([a for a, _ in passes], _guided([v for _, v in passes], drawing.guidance)))
+            states.append(State([a for a, _ in passes], guided([v for _, v in passes], drawing.guidance)))
     return states
 
 
@@ -78,7 +78,7 @@ def output_error(model: torch.nn.Module, states: list[State], guidance: float) -
     errors = []
     with torch.no_grad():
         for state in states:
-            velocity = _guided([model(**arguments)[0] for arguments in state.arguments], guidance)
+            velocity = guided([model(**arguments)[0] for arguments in state.arguments], guidance)
             reference = state.velocity.double()
             errors.append(((velocity.double() - reference).square().sum() / reference.square().sum()).item())
     return float(np.mean(errors))
@@ -250,12 +250,6 @@ def _within(budget: Budget, costs: list[GroupCost], total: int, error: Callable[
         else:
             low = middle
     return kept
-
-
-def _guided(velocities: list[torch.Tensor], guidance: float) -> torch.Tensor:
-    """The conditional velocity, or, with an unconditional second one, the two combined by classifier-free guidance."""
-    conditional, *empty = velocities
-    return empty[0] + guidance * (conditional - empty[0]) if empty else conditional
 
 
 def _evenly(count: int, wanted: int) -> list[int]:

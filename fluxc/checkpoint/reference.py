@@ -57,6 +57,15 @@ def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, **components: Any)
     return pipeline
 
 
+def guided(velocities: list[Any], guidance: float) -> Any:
+    """The conditional velocity, or, with an unconditional second one, the two combined by classifier-free guidance.
+
+    Arrays of numpy or torch, all of one shape.
+    """
+    conditional, *empty = velocities
+    return empty[0] + guidance * (conditional - empty[0]) if empty else conditional
+
+
 def grid_of(checkpoint: Checkpoint, size: tuple[int, int]) -> tuple[int, int]:
     """Token rows and columns of a picture of `size` (height, width)."""
     pixels = pixels_per_token(checkpoint)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fluxc.checkpoint.reference import Drawing, draw
+from fluxc.checkpoint.reference import Drawing, draw, guided
 from fluxc.checkpoint.source import Checkpoint
 
 
@@ -72,8 +72,7 @@ def record(pipeline: Any, checkpoint: Checkpoint, prompt: str, branches: int, dr
         for handle in handles:
             handle.remove()
     for step in range(len(trace.latents)):
-        conditional, *empty = passes[step * branches : (step + 1) * branches]
-        trace.velocities.append(empty[0] + drawing.guidance * (conditional - empty[0]) if empty else conditional)
+        trace.velocities.append(guided(passes[step * branches : (step + 1) * branches], drawing.guidance))
     return trace
 
 

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from fluxc.base.errors import BuildError
 from fluxc.graph.export import make_model
+from fluxc.graph.values import renamed
 
 
 class Composition:
@@ -99,7 +100,7 @@ def compose_body(
     start = body.constant("text_end", [text_length])
     end, axis = body.constant("all_end", [2**62]), body.constant("token_axis", [1])
     image, before = body.node("Slice", [joined, start, end, axis], "hidden_out"), "hidden"
-    residual = _renamed(prologue["hidden"], "residual")
+    residual = renamed(prologue["hidden"], "residual")
     if residual.type.tensor_type.elem_type != TensorProto.FLOAT:
         image = body.node("Cast", [image], "hidden_out/fp32", to=TensorProto.FLOAT)
         before = body.node("Cast", ["hidden"], "hidden/fp32", to=TensorProto.FLOAT)
@@ -160,7 +161,7 @@ def compose_steps(pieces: dict[str, onnx.ModelProto], text_length: int) -> dict[
         wired = dict(zip(("text_hidden", "hidden"), parts, strict=True))
         hidden, text_hidden = double.inline(pieces["double_block"], wired | {name: name for name in given})
         double.node("Concat", [text_hidden, hidden], "joined_out", axis=1)
-        steps["double_block"] = double.finish([_renamed(joined, "joined_out")])
+        steps["double_block"] = double.finish([renamed(joined, "joined_out")])
     if "single_block" in pieces:
         steps["single_block"] = pieces["single_block"]
 
@@ -170,7 +171,7 @@ def compose_steps(pieces: dict[str, onnx.ModelProto], text_length: int) -> dict[
     after = residual.node("Cast", [image], "after", to=TensorProto.FLOAT)
     before = residual.node("Cast", ["hidden"], "before", to=TensorProto.FLOAT)
     residual.node("Sub", [after, before], "residual")
-    difference = _renamed(traced["hidden"], "residual")
+    difference = renamed(traced["hidden"], "residual")
     difference.type.tensor_type.elem_type = TensorProto.FLOAT
     steps["residual"] = residual.finish([difference])
     return steps
@@ -256,10 +257,10 @@ def compose_text_join(pieces: dict[str, onnx.ModelProto], taken: int) -> onnx.Mo
     """taken_0, taken_1, ... [B, L, D] -> text [B, L, taken * D]."""
     join = Composition()
     hidden = pieces["text_stem"].graph.output[0]
-    values = [_renamed(hidden, f"taken_{number}") for number in range(taken)]
+    values = [renamed(hidden, f"taken_{number}") for number in range(taken)]
     join.arguments(values)
     join.node("Concat", [value.name for value in values], "text", axis=-1)
-    text = _renamed(hidden, "text")
+    text = renamed(hidden, "text")
     text.type.tensor_type.shape.dim[2].dim_value *= taken
     return join.finish([text])
 
@@ -272,10 +273,3 @@ def _parted(composition: Composition, joined: str, text_length: int) -> list[str
         composition.node("Slice", [joined, *bounds, axis], name)
         for name, bounds in (("text_part", (start, end)), ("image_part", (end, last)))
     ]
-
-
-def _renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
-    copy = onnx.ValueInfoProto()
-    copy.CopyFrom(value)
-    copy.name = name
-    return copy

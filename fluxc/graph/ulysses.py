@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from fluxc.base.errors import BuildError
 from fluxc.graph import LINEAR_DOMAIN
 from fluxc.graph.export import make_model
+from fluxc.graph.values import renamed
 
 COLLECTIVE = "DistCollective"
 COLLECTIVE_DOMAIN = "trt"
@@ -117,7 +118,7 @@ def split_at_exchanges(model: onnx.ModelProto) -> list[onnx.ModelProto | Exchang
         parts.append(_piece(model, stage, gives, values, names))
         if at < len(collectives):
             ends = (collectives[at].input[0], collectives[at].output[0])
-            parts.append(Exchange(*(_named(values[name], names[name]) for name in ends)))
+            parts.append(Exchange(*(renamed(values[name], names[name]) for name in ends)))
     return parts
 
 
@@ -133,9 +134,9 @@ def _piece(
     read = dict.fromkeys(name for node in nodes for name in node.input if name and name not in made)
     graph = onnx.GraphProto(name="fluxc")
     graph.input.extend(value for value in model.graph.input if value.name in read)
-    graph.input.extend(_named(values[name], names[name]) for name in read if name in names)
+    graph.input.extend(renamed(values[name], names[name]) for name in read if name in names)
     graph.output.extend(value for value in model.graph.output if value.name in made)
-    graph.output.extend(_named(values[name], names[name]) for name in gives)
+    graph.output.extend(renamed(values[name], names[name]) for name in gives)
     graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in read)
     for node in nodes:
         copy = graph.node.add()
@@ -179,13 +180,6 @@ def _described(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
             if dimension.dim_value in symbols:
                 dimension.dim_param = symbols[dimension.dim_value]
     return values
-
-
-def _named(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
-    copy = onnx.ValueInfoProto()
-    copy.CopyFrom(value)
-    copy.name = name
-    return copy
 
 
 def _sharded(node: onnx.NodeProto, ranks: int, padded: bool) -> Iterable[onnx.NodeProto]:

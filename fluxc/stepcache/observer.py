@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fluxc.checkpoint.reference import guided
 from fluxc.recipe.structs import LAGS
 from fluxc.stepcache.trace import StepTrace
 
@@ -60,7 +61,7 @@ class StepObserver:
             "residuals": self._residuals,
             "latent_residuals": [velocity - latents for latents, velocity in self._passes],
         }
-        guided = self._guided([velocity for _, velocity in self._passes])
+        whole = guided([velocity for _, velocity in self._passes], self._guidance)
         none = [0.0] * self._branches
         row: dict[str, Any] = {"change": 0.0, "residual_change": none, "latent_change": none}
         if self._old:
@@ -72,9 +73,9 @@ class StepObserver:
         errors = {"residual_error": [np.inf] * LAGS, "latent_error": [np.inf] * LAGS}
         for lag, old in enumerate(self._old):
             velocities = self._velocities(old["residuals"])
-            errors["residual_error"][lag] = _rms(self._guided(velocities) - guided)
+            errors["residual_error"][lag] = _rms(guided(velocities, self._guidance) - whole)
             shifted = [x + residual for x, residual in zip(latents, old["latent_residuals"], strict=True)]
-            errors["latent_error"][lag] = _rms(self._guided(shifted) - guided)
+            errors["latent_error"][lag] = _rms(guided(shifted, self._guidance) - whole)
         self._rows.append(row | errors)
         self._sigmas.append(sigma)
         self._old = [step, *self._old][:LAGS]
@@ -91,12 +92,6 @@ class StepObserver:
         finally:
             self._comparing = False
         return list(velocity.split(1))
-
-    def _guided(self, velocities: list[torch.Tensor]) -> torch.Tensor:
-        if len(velocities) == 1:
-            return velocities[0]
-        conditional, empty = velocities
-        return empty + self._guidance * (conditional - empty)
 
     def take(self) -> StepTrace:
         """The trace of the one picture drawn since the last `take`."""

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.graph import OPSET
+from fluxc.graph.values import renamed
 from fluxc.targets.tensorrt.lower import TRT_DOMAIN
 from fluxrt.bundle import Bundle, Engine, WeightPort, dimension_size
 
@@ -92,14 +93,14 @@ def whole_graph(bundle: Bundle, engine: Engine, stage: str) -> onnx.ModelProto:
             buffer = call.buffers.get(value.name, value.name)
             if buffer not in held:
                 held[buffer] = buffer
-                graph.input.append(_named(value, buffer))
+                graph.input.append(renamed(value, buffer))
             names[value.name] = held[buffer]
         for value in source.output:
             buffer = call.buffers.get(value.name, value.name)
             is_result = buffer in results and last[buffer] == number
             names[value.name] = held[buffer] = buffer if is_result else f"{number}/{buffer}"
             if is_result:
-                graph.output.append(_named(value, buffer))
+                graph.output.append(renamed(value, buffer))
         _inline(graph, source, names, f"{number}/")
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(TRT_DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=11, producer_name="fluxc")
@@ -152,13 +153,6 @@ def _external(
     for key, text in place.items():
         tensor.external_data.add(key=key, value=text)
     return tensor
-
-
-def _named(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
-    copy = onnx.ValueInfoProto()
-    copy.CopyFrom(value)
-    copy.name = name
-    return copy
 
 
 def _command(stage: str, model: onnx.ModelProto, profile: dict[str, tuple[int, int, int]]) -> str:
