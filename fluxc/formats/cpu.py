@@ -255,18 +255,6 @@ def fp8_values(codes: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
     return out
 
 
-def amaxes(patterns: np.ndarray, dtype: str, format: str) -> np.ndarray:
-    """The largest magnitudes, as patterns, of every block (nvfp4) or every row (fp8)."""
-    return block_amax(patterns, dtype) if format == "nvfp4" else row_amax(patterns, dtype)
-
-
-def round_trip(patterns: np.ndarray, dtype: str, format: str, scale: np.float32, scales: Scales) -> np.ndarray:
-    """fp32 [rows, columns]: what the weights file gives back of `patterns` stored in `format` under tensor scale `scale`."""
-    if format == "fp8":
-        return fp8_values(fp8(patterns, dtype, scale), scale)
-    return nvfp4_values(nvfp4(patterns, dtype, block_amax(patterns, dtype), scale, scales), scale)
-
-
 def squared_sums(exact: np.ndarray, restored: np.ndarray) -> tuple[float, float]:
     """(sum of exact^2, sum of (exact - restored)^2) in float64, of fp32 arrays [rows, columns]."""
     return kernels.squared_sums(exact, restored)
