@@ -161,15 +161,17 @@ def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_on_fake_gpus_draw_what_one_draws(bundle: Bundle) -> None:
     """The graphs handed to TensorRT, rank by rank in ONNX's reference evaluator, captured and launched: one picture, one set
-    of decisions; bf16 rounds products at other places, so the picture is near and not equal."""
-    ((whole, skipped, _),) = drawn(bundle, 1, steps=10)
-    found = drawn(bundle, 2, steps=10)
+    of decisions; bf16 rounds products at other places, so the picture is near and not equal.
+
+    The threshold lies in the middle of a range under which one rank decides the same.
+    """
+    ((whole, skipped, _),) = drawn(bundle, 1, steps=10, threshold=0.225)
+    found = drawn(bundle, 2, steps=10, threshold=0.225)
     assert all(np.array_equal(latents, found[0][0]) for latents, _, _ in found)
-    assert {steps for _, steps, _ in found} == {found[0][1]}
-    assert abs(len(found[0][1]) - len(skipped)) <= 1
+    assert {steps for _, steps, _ in found} == {skipped}
+    assert len(skipped) == 5
     cpu = Pipeline(bundle, target="onnxruntime-nvfp4")
-    if found[0][1] == skipped:
-        assert psnr(*(cpu.decode(latents, (8, 8))[0] for latents in (found[0][0], whole))) > 35
+    assert psnr(*(cpu.decode(latents, (8, 8))[0] for latents in (found[0][0], whole))) > 35
     for rank, (_, _, driver) in enumerate(found):
         # Rank 0 alone has the text encoder; every rank captured its steps and launched them.
         assert any(entry.startswith("run text_layer") for entry in driver.log) == (rank == 0)
