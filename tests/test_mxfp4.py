@@ -104,11 +104,21 @@ def test_mxfp4_beside_nvfp4(workshop: Path) -> None:
 
 @pytest.mark.parametrize(
     ("targets", "says"),
-    [("{kind: tensorrt_rtx}", "do not compute in mxfp4"), ("{kind: visual_gen}", "VisualGen does not take mxfp4")],
+    [
+        ("{kind: tensorrt_rtx}", "do not compute in mxfp4"),
+        ("{kind: visual_gen}", "VisualGen does not take mxfp4"),
+        ("{kind: onnxruntime, device: cuda}", r"targets\[0\].device: ONNX Runtime on CUDA does not compute in mxfp4"),
+    ],
 )
 def test_targets_without_mxfp4_refuse_it(targets: str, says: str) -> None:
     changes = (*QUICK, "precision.transformer.default=mxfp4", f"targets=[{targets}]")
     with pytest.raises(RecipeError, match=says):
+        open_job(load_recipe(NANO.parents[1] / "recipes/flux2-nano.yaml", changes), Path("unused"))
+
+
+def test_modelopts_engine_refuses_mxfp4_before_any_work() -> None:
+    changes = (*QUICK, "precision.transformer.default=mxfp4", "calibration.engine=modelopt")
+    with pytest.raises(RecipeError, match=r"calibration\.engine: modelopt quantizes to nvfp4 and fp8 here, .* mxfp4"):
         open_job(load_recipe(NANO.parents[1] / "recipes/flux2-nano.yaml", changes), Path("unused"))
 
 

@@ -47,6 +47,11 @@ def test_a_toy_format_builds_a_bundle_that_generates(tmp_path: Path) -> None:
     layers = [layer.name for layer in manifest.precision if layer.format == "int8-rows"]
     assert len(layers) == 36
     assert {stored[f"{name}.weight"].dtype for name in layers} == {"I8"}
+    for entry in open_job(load_recipe(RECIPE, (*QUICK, *changes)), tmp_path).original.plans["transformer"]:
+        parts = [ref.nbytes for name, ref in stored.items() if name.rpartition(".")[0] == entry.layer.name]
+        assert entry.bytes_after == sum(parts), entry.layer.name
+    config = json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"] == {"dynamic": False, "num_bits": 8, "type": "int"}
     report = json.loads((out / "report" / "report.json").read_text())
     assert min(layer["snr_db"] for layer in report["layers"]) > 35
     assert manifest.fidelity["targets"]["onnxruntime"]["step_cosine"] > 0.9999

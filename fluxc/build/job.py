@@ -87,6 +87,10 @@ def open_job(loaded: LoadedRecipe, root: Path) -> Job:
         raise RecipeError(
             "calibration.engine: the checkpoint is quantized already; leave `engine` out, or use the original"
         )
+    if recipe.calibration.engine == "modelopt":
+        from fluxc.calibrate.modelopt import check_formats
+
+        check_formats(job.original.plans["transformer"])
     job.held_out = loaded.prompts("fidelity.prompts", recipe.fidelity.prompts)
     return job
 

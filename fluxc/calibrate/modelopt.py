@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fluxc.base.errors import BuildError
+from fluxc.base.errors import BuildError, RecipeError
 from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.quantize.plan import LayerPlan
@@ -31,6 +31,16 @@ def check_available() -> None:
         raise BuildError(
             f"calibration.engine: modelopt needs {' and '.join(lacking)}; its extra is `pip install 'fluxc[modelopt]'`. "
             "Without them, leave `engine` out: fluxc calibrates on any machine"
+        )
+
+
+def check_formats(plan: list[LayerPlan]) -> None:
+    """Raise RecipeError for a plan with a format that fluxc has no modelopt scheme for."""
+    others = sorted({entry.format for entry in plan} - {"bf16", *SCHEMES})
+    if others:
+        raise RecipeError(
+            f"calibration.engine: modelopt quantizes to {' and '.join(SCHEMES)} here, and the precision plan asks for "
+            f"{', '.join(others)}; leave `engine` out, and fluxc quantizes to it"
         )
 
 

@@ -42,7 +42,8 @@ class GraphBuilder(Protocol):
 class Format(ABC):
     """A format by `name`, with values along in_features in blocks of `block`.
 
-    `algorithm` and `group_size` are ModelOpt's words for it, `bits` those of a value. `scalars` are the parts a fusion group
+    `algorithm` and `group_size` are ModelOpt's words for it, `bits` and `number`
+    (float or int) those of a value. `scalars` are the parts a fusion group
     shares, `calibrated` whether inputs are rounded under a static scale, which calibration finds. `searches_scales`: whether a
     recipe's `scales` changes anything.
     """
@@ -50,6 +51,7 @@ class Format(ABC):
     name: str
     block: int = 1
     bits: int = 8
+    number: str = "float"
     algorithm: str = ""
     group_size: int | None = None
     scalars: tuple[str, ...] = ()
@@ -60,9 +62,9 @@ class Format(ABC):
     def parts(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Safetensors dtype and shape of every tensor of a Linear [rows, columns], by part."""
 
-    def nbytes(self, parameters: int) -> int:
-        """Bytes of the tensors of a Linear of so many parameters."""
-        parts = self.parts(parameters // self.block, self.block).values()
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of the tensors of a Linear [rows, columns]."""
+        parts = self.parts(rows, columns).values()
         return sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in parts)
 
     def recognises(self, dtypes: Mapping[str, str]) -> bool:

@@ -132,7 +132,11 @@ def _rows(name: str, text: int, image: int, branches: int) -> int:
 
 
 def _product(layer: _Layer, rows: int) -> Product:
-    weight = 2 * layer.parameters if layer.format == "bf16" else FORMATS[layer.format].nbytes(layer.parameters)
+    weight = (
+        2 * layer.parameters
+        if layer.format == "bf16"
+        else FORMATS[layer.format].nbytes(layer.out_features, layer.in_features)
+    )
     read = weight + rows * layer.in_features * BITS[layer.format] / 8
     return Product(layer.format, 2.0 * rows * layer.parameters, read + ACTIVATION * rows * layer.out_features)
 

@@ -75,13 +75,13 @@ def _algorithm(entry: LayerPlan) -> str:
     return FORMATS[entry.format].algorithm if entry.format in FORMATS else "BF16"
 
 
-def _kind(entry: LayerPlan) -> tuple[str, int]:
-    return _algorithm(entry), entry.low_rank
+def _kind(entry: LayerPlan) -> tuple[str, str, int]:
+    return _algorithm(entry), entry.format, entry.low_rank
 
 
-def _config_group(algorithm: str, low_rank: int, targets: list[str]) -> dict[str, Any]:
-    format = next((f for f in FORMATS.values() if f.algorithm == algorithm), FORMATS["nvfp4"])
-    scheme: dict[str, Any] = {"dynamic": False, "num_bits": format.bits, "type": "float"}
+def _config_group(algorithm: str, name: str, low_rank: int, targets: list[str]) -> dict[str, Any]:
+    format = FORMATS[name]
+    scheme: dict[str, Any] = {"dynamic": False, "num_bits": format.bits, "type": format.number}
     if format.group_size:
         scheme["group_size"] = format.group_size
     group: dict[str, Any] = (

@@ -45,7 +45,7 @@ def weights_memory(
         two_bytes_each = 2 * math.prod(shape)
         entry = layers.get(name)
         bf16 += two_bytes_each
-        fp8 += FORMATS["fp8"].nbytes(entry.parameters) if entry else two_bytes_each
+        fp8 += FORMATS["fp8"].nbytes(entry.layer.out_features, entry.layer.in_features) if entry else two_bytes_each
         if entry and entry.format != "bf16":
             planned += entry.bytes_after
         else:

@@ -64,8 +64,9 @@ class LayerPlan:
     @property
     def bytes_after(self) -> int:
         """Bytes of the layer's tensors in the bundle; a layer that is kept is copied as it lies in the checkpoint."""
-        copied = self.format == "bf16" or self.quantized_in_source
-        return self.source_bytes if copied else FORMATS[self.format].nbytes(self.parameters)
+        if self.format == "bf16" or self.quantized_in_source:
+            return self.source_bytes
+        return FORMATS[self.format].nbytes(self.layer.out_features, self.layer.in_features)
 
 
 def precision_plan(

@@ -98,7 +98,7 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
     if recipe.precision.transformer.exclude == "auto" and not to_quantize(plans["transformer"]):
         raise RecipeError(
             "precision.transformer.exclude: auto has nothing to choose from: no layer of the transformer would be quantized; "
-            "set `default: nvfp4`, or leave keep and budget out"
+            "set `default: nvfp4`, or leave exclude and budget out"
         )
     return Source(checkpoint, family, has_cfg_batch(checkpoint, family), kept, plans, quantized)
 

@@ -115,7 +115,7 @@ TARGET_KINDS = ["onnxruntime", "tensorrt_rtx", "tensorrt", "visual_gen"]
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to compile for.
 
-    onnxruntime: `activations: nvfp4` rounds the inputs of quantized layers as an FP4 GPU does; `weights_in_memory: 4-bit`
+    onnxruntime: `activations: nvfp4` rounds the inputs of NVFP4 and FP8 layers as an FP4 GPU does; `weights_in_memory: 4-bit`
     halves the memory of NVFP4 weights at run time, and takes longer. `device: cuda` is for an NVIDIA GPU of SM90 or later,
     with 4-bit weights and activations in `dtype`.
 
@@ -193,7 +193,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether inputs of quantized layers are rounded to the weights' format."""
+        """Whether inputs of NVFP4 and FP8 layers are rounded to the weights' format."""
         return self.activations != "none" or self.is_tensorrt or self.is_visual_gen
 
 

@@ -21,6 +21,7 @@ class Int8Rows(Format):
 
     name = "int8-rows"
     algorithm = "INT8_ROWS"
+    number = "int"
     calibrated = False
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:

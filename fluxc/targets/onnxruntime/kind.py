@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fluxc.base.cache import Made
+from fluxc.base.errors import RecipeError
 from fluxc.graph.stage import ExportInputs
 from fluxc.recipe.structs import Target
 from fluxc.targets.base import COMPONENTS, TargetContext, TargetWork
 from fluxc.targets.onnxruntime import stage
+from fluxc.targets.onnxruntime.lower import FORMS
 from fluxc.targets.parts import Weights
 from fluxc.targets.sharding import check_sharding, needs_padding
 from fluxrt.bundle import StepCache
@@ -20,7 +22,14 @@ class OnnxRuntime:
     name = "onnxruntime"
 
     def check(self, field: str, target: Target, context: TargetContext) -> None:
-        """Refuse a number of processes that cannot share the model."""
+        """Refuse formats that the CUDA provider has no operator for, and a number of processes that cannot share the model."""
+        formats = {entry.format for plan in context.source.plans.values() for entry in plan}
+        unknown = sorted(formats - {"bf16", *FORMS})
+        if target.device == "cuda" and unknown:
+            raise RecipeError(
+                f"{field}.device: ONNX Runtime on CUDA does not compute in {', '.join(unknown)}, as the precision plan asks; "
+                f"it computes in {', '.join(FORMS)} and bf16. Set precision to those, or leave `device` out to run on the CPU"
+            )
         if target.ranks > 1:
             check_sharding(
                 f"{field}.gpus", target.ranks, context.config, context.recipe.text.length, context.tokens, False
@@ -71,7 +80,7 @@ class OnnxRuntime:
         inputs = (
             "activations in full precision"
             if target.activations == "none"
-            else "inputs of quantized layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
+            else "inputs of NVFP4 and FP8 layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
         )
         where = f"in {target.ranks} processes on the CPU" if target.ranks > 1 else "on the CPU"
         return f"ONNX Runtime {where}; {weights}; {inputs}; built and run on this machine"
