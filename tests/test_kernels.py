@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -198,3 +201,14 @@ def test_a_weight_that_is_not_contiguous_is_quantized_as_its_copy() -> None:
     assert json.dumps(nvfp4.quantize(weight).codes.tolist()) == json.dumps(
         nvfp4.quantize(weight.clone()).codes.tolist()
     )
+
+
+@pytest.mark.parametrize("torch_first", [False, True])
+def test_kernels_leave_the_number_of_threads_that_torch_rounds_by(torch_first: bool) -> None:
+    """An image decoded after a layer was quantized, in the same process, is that of a process of its own."""
+    work = ["import numpy, fluxc.formats.cpu as cpu", 'cpu.row_amax(numpy.ones((64, 64), numpy.uint16), "BF16")']
+    load = ["import torch", "torch.get_num_threads()"]
+    code = "\n".join([*(load + work if torch_first else work + load), "print(torch.get_num_threads())"])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+    assert process.stdout.split() == [b"1"]

@@ -10,9 +10,11 @@ All of it is one file, because numba's cache on disk only looks at the file a co
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import get_num_threads, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -24,6 +26,12 @@ REACHED = np.array([False, True, False, True, False, True, False, False])
 # Up to here an fp32 quotient underflows to zero.
 UNDERFLOW = 2.0**-150
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+
+# numba's OpenMP layer starts by setting how many threads OpenMP gives the thread it starts in. In the main thread that number
+# would be torch's too from the first kernel on, and torch rounds by it: images would depend on what ran before them.
+_starter = threading.Thread(target=get_num_threads)
+_starter.start()
+_starter.join()
 
 
 def values_of(patterns: np.ndarray, dtype: str) -> np.ndarray:

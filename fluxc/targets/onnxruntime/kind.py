@@ -10,7 +10,7 @@ from fluxc.graph.stage import ExportInputs
 from fluxc.recipe.structs import Target
 from fluxc.targets.base import COMPONENTS, TargetContext, TargetWork
 from fluxc.targets.onnxruntime import stage
-from fluxc.targets.onnxruntime.lower import FORMS
+from fluxc.targets.onnxruntime.forms import FORMS
 from fluxc.targets.parts import Weights
 from fluxc.targets.sharding import check_sharding, needs_padding
 from fluxrt.bundle import StepCache

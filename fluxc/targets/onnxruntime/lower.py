@@ -29,6 +29,7 @@ from fluxc.formats.registry import FORMATS
 from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.export import make_model
 from fluxc.quantize.plan import LayerPlan
+from fluxc.targets.onnxruntime.forms import FORMS
 
 STORED = {"F32": TensorProto.FLOAT, "BF16": TensorProto.BFLOAT16, "F16": TensorProto.FLOAT16}
 TYPE_NAMES: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
@@ -118,8 +119,6 @@ def fake_quantize_function() -> onnx.FunctionProto:
     )
 
 
-FORMS = ("nvfp4", "fp8")
-"""The formats with a form of their own; any other goes through the format's reference form, on the CPU."""
 STORED_KINDS: dict[str, int] = {
     "F32": TensorProto.FLOAT,
     "BF16": TensorProto.BFLOAT16,
