@@ -155,14 +155,14 @@ def fluxrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path, 
     from fluxc.base.safetensors import read_header
     from fluxc.graph.compose import compose_body
     from fluxc.graph.export import trace_transformer
-    from fluxc.models.flux2_transformer import transformer_linears
+    from fluxc.models.flux2_transformer import Flux2Transformer
     from fluxc.quantize.plan import precision_plan
     from fluxc.recipe.structs import ComponentPrecision, Target
     from fluxc.targets.onnxruntime.build import build_graphs
     from fluxrt.backends.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaBackend
 
     plan = precision_plan(
-        "transformer", transformer_linears(config), ComponentPrecision(default="nvfp4", preset=PRESET)
+        "transformer", Flux2Transformer.read(config).linears, ComponentPrecision(default="nvfp4", preset=PRESET)
     )
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     file.parent.mkdir()

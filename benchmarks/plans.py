@@ -26,7 +26,7 @@ import numpy as np
 from cpu_step import cpu_name
 
 from fluxc.base.safetensors import TensorRef, read_header
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.published import MODELS
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.writer import planned_tensors
@@ -84,7 +84,7 @@ def measure(model: str, baked: bool, memory_gib: float) -> dict[str, Any]:
     pieces = trace_transformer(config, TEXT_LENGTH, False, torch.bfloat16)
     traced = time.perf_counter()
     plan = precision_plan(
-        "transformer", transformer_linears(config), ComponentPrecision(default="nvfp4", preset=PRESET)
+        "transformer", Flux2Transformer.read(config).linears, ComponentPrecision(default="nvfp4", preset=PRESET)
     )
     with tempfile.TemporaryDirectory(prefix="plans-") as scratch:
         folder = Path(scratch)
@@ -124,7 +124,7 @@ def tensors_of(config: dict[str, Any], plan: list[LayerPlan]) -> dict[str, Tenso
     """The tensors a weights file of this model would hold under `plan`."""
     source = {
         name: TensorRef(name, "BF16", shape, Path(), 0, 2 * int(np.prod(shape)))
-        for name, shape in transformer_tensors(config).items()
+        for name, shape in Flux2Transformer.read(config).tensors.items()
     }
     return planned_tensors(source, plan)
 

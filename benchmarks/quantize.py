@@ -23,7 +23,7 @@ import torch
 from cpu_step import cpu_name
 
 from fluxc.formats import nvfp4
-from fluxc.models.flux2_transformer import transformer_linears
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.published import KLEIN_4B
 from fluxc.recipe.structs import Scales
 
@@ -152,7 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     contenders = {n: c for n, c in (FLUXC | PEERS).items() if options.device in c.devices}
     quantizers = {name: contender.load() for name, contender in contenders.items() if contender.installed}
-    klein = dict.fromkeys((layer.out_features, layer.in_features) for layer in transformer_linears(KLEIN_4B))
+    klein = dict.fromkeys((layer.out_features, layer.in_features) for layer in Flux2Transformer.read(KLEIN_4B).linears)
     print(machine(options.device), versions(contenders), sep="; ")
     for title, shapes in {
         "[6144, 12288]": [(6144, 12288)],

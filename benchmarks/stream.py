@@ -29,7 +29,7 @@ from cpu_step import cpu_name
 
 from fluxc.base.safetensors import read_header
 from fluxc.calibrate.records import ROWS
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.published import KLEIN_4B
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import write_weights
@@ -78,7 +78,9 @@ def main() -> None:
 def quantize(source: Path, out: Path, scales: str, config: dict) -> None:
     """What the measured process does: every tensor of `source`'s files, planned with the preset, into `out`."""
     tensors = {n: ref for file in sorted(source.iterdir()) for n, ref in read_header(file).items()}
-    plan = precision_plan("transformer", transformer_linears(config), ComponentPrecision("nvfp4", preset=PRESET))
+    plan = precision_plan(
+        "transformer", Flux2Transformer.read(config).linears, ComponentPrecision("nvfp4", preset=PRESET)
+    )
     generator = np.random.default_rng(1)
     inputs = {n: generator.standard_normal((ROWS, n), dtype=np.float32) for n in {e.layer.in_features for e in plan}}
     rows = {entry.layer.name: inputs[entry.layer.in_features] for entry in plan}
@@ -91,7 +93,7 @@ def make_checkpoint(folder: Path, config: dict, shards: int) -> list[Path]:
     generator = np.random.default_rng(0)
     pool = generator.standard_normal(1 << 24, dtype=np.float32)
     pool /= np.abs(pool).max()
-    tensors = transformer_tensors(config)
+    tensors = Flux2Transformer.read(config).tensors
     names = list(tensors)
     share = -(-len(names) // shards)
     files = []

@@ -23,8 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from fluxc.base.cache import ENVIRONMENT, USED
 from fluxc.base.progress import StageProgress
 from fluxc.build.build import build
-from fluxc.models.flux2_transformer import transformer_tensors
-from fluxc.models.qwen3 import text_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
+from fluxc.models.qwen3 import Qwen3
 from fluxc.recipe.load import LoadedRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,8 +137,8 @@ def hollow_checkpoint(root: Path, transformer: dict[str, Any], text_encoder: dic
     """A checkpoint with these configs, as published, and flux2-nano's VAE; the large weights are holes."""
     copy_checkpoint(root)
     parts: list[tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] = [
-        ("transformer", "diffusion_pytorch_model.safetensors", transformer, transformer_tensors(transformer)),
-        ("text_encoder", "model.safetensors", text_encoder, text_tensors(text_encoder, 36)),
+        ("transformer", "diffusion_pytorch_model.safetensors", transformer, Flux2Transformer.read(transformer).tensors),
+        ("text_encoder", "model.safetensors", text_encoder, Qwen3.read(text_encoder).tensors(36)),
     ]
     for name, weights, config, shapes in parts:
         (root / name / "config.json").write_text(json.dumps(config))

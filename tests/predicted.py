@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fluxc.models.flux2_transformer import transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.predict.scaling import Subject, rank_memory
 from fluxc.predict.work import work_of
 from fluxc.quantize.memory import weights_memory
@@ -26,7 +26,8 @@ def check_prediction(engine: Engine, folder: Path, config: dict[str, Any], compo
     """Within 15 %: memory traffic of a step, kernels, working memory and buffers of 1024x1024 with 512 text tokens; within
     1 %: the weights that a rank uploads."""
     plan = component.plan
-    work = work_of(config, plan, shares_of(ranks, (1024, 1024), 4096, config, 512, 1, 2), 1)
+    model = Flux2Transformer.read(config)
+    work = work_of(model, plan, shares_of(ranks, (1024, 1024), 4096, model, 512, 1, 2), 1)
     programs = {}
     for name, entry in engine.plans.items():
         (programs[name],) = (p for p in read_programs((folder / str(entry.file)).read_bytes()) if not p.is_fragment)
@@ -34,7 +35,7 @@ def check_prediction(engine: Engine, folder: Path, config: dict[str, Any], compo
     assert work.moved_bytes == pytest.approx(sum(map(moved, called)), rel=0.15)
     assert work.kernels == pytest.approx(sum(len(program.kernels) for program in called), rel=0.15)
     largest = max(found["working_bytes"] for found in engine.audit.values())
-    held = weights_memory(transformer_tensors(config), plan).planned
+    held = weights_memory(model.tensors, plan).planned
     memory = rank_memory(Subject("", config, plan, (1024, 1024), 4096, 512, 1, 50, held), work)
     stored = {n: StoredTensor(ref.dtype, ref.file, ref.offset, ref.nbytes) for n, ref in component.weights.items()}
     uploaded = sum(plan_arena(engine.programs[stage], engine, stored).nbytes for stage in STAGES)

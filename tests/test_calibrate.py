@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
+from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into, results_of
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import CHECKPOINT_PARTS, Origin, check_origin
 from fluxc.build.measure import calibrate_to_file
@@ -343,22 +343,23 @@ def test_rows_are_spread_over_prompts_calls_and_tokens(prompts: int, calls: int)
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_calibrate_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_calibrate_killed_and_run_again_gives_the_same_bytes(
+    quick_bundle: Path, shared_cache: Path, tmp_path: Path
+) -> None:
+    (made,) = (path for path in results_of(shared_cache, quick_bundle) if path.name.startswith("calibration-"))
     arguments = [a for change in QUICK for a in ("--set", change)]
-    for folder in ("killed", "undisturbed"):
-        (tmp_path / folder).mkdir()
-    command = [sys.executable, "-m", "fluxc.cli", "calibrate", str(RECIPE), *arguments, "--out"]
-    killed, undisturbed = (tmp_path / folder / "nano.safetensors" for folder in ("killed", "undisturbed"))
-    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    (tmp_path / "killed").mkdir()
+    killed = tmp_path / "killed" / "nano.safetensors"
+    command = [sys.executable, "-m", "fluxc.cli", "calibrate", str(RECIPE), *arguments, "--out", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(killed.parent.glob(".fluxc/progress/*/prompt-00000.safetensors")):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not killed.exists()
     assert list(killed.parent.glob(".fluxc/progress/*/prompt-00000.safetensors"))
-    for path in (killed, undisturbed):
-        subprocess.run([*command, str(path)], check=True, capture_output=True)
-    assert killed.read_bytes() == undisturbed.read_bytes()
+    subprocess.run(command, check=True, capture_output=True)
+    assert killed.read_bytes() == (made / "calibration.safetensors").read_bytes()
     assert list((killed.parent / ".fluxc/progress").iterdir()) == []
 
 

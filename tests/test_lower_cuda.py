@@ -25,7 +25,7 @@ from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_body
 from fluxc.graph.export import make_model, trace_transformer
 from fluxc.models.base import Linear
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.targets.onnxruntime.cuda_kernels import TABLE_OPSET, check_kernels
@@ -123,9 +123,9 @@ def lowered(request: pytest.FixtureRequest) -> dict[str, onnx.ModelProto]:
     pieces = trace_transformer(config, 32, guidance_branches=True, dtype=TORCH[request.param])
     body = compose_body(pieces, config["num_layers"], config["num_single_layers"], 32)
     keep = ("x_embedder", "context_embedder", "time_guidance_embed*", "*modulation*", "norm_out*", "proj_out")
-    layers = precision_plan("transformer", transformer_linears(config), ComponentPrecision("nvfp4", keep))
+    layers = precision_plan("transformer", Flux2Transformer.read(config).linears, ComponentPrecision("nvfp4", keep))
     plan = {entry.layer.name: entry for entry in layers}
-    refs = {name: reference(name, "BF16", shape) for name, shape in transformer_tensors(config).items()}
+    refs = {name: reference(name, "BF16", shape) for name, shape in Flux2Transformer.read(config).tensors.items()}
     for name in (name for name, entry in plan.items() if entry.format == "nvfp4"):
         rows, columns = refs[f"{name}.weight"].shape
         refs[f"{name}.weight"] = reference(f"{name}.weight", "U8", (rows, columns // 2))

@@ -10,7 +10,7 @@ import torch
 
 from conftest import NANO
 from fluxc.base.safetensors import read_header
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.memory import weights_memory
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import write_weights
@@ -29,7 +29,7 @@ from test_flux2_tables import DEV, NANO_CONFIG
 )
 def test_predicted_bytes_equal_what_is_written(precision: ComponentPrecision, tmp_path: Path) -> None:
     tensors = read_header(NANO / "transformer" / "diffusion_pytorch_model.safetensors")
-    plan = precision_plan("transformer", transformer_linears(NANO_CONFIG), precision)
+    plan = precision_plan("transformer", Flux2Transformer.read(NANO_CONFIG).linears, precision)
     memory = weights_memory({name: ref.shape for name, ref in tensors.items()}, plan)
     path = tmp_path / "weights.safetensors"
     write_weights(path, tensors, plan, {entry.layer.name: 1.0 for entry in plan})
@@ -43,8 +43,8 @@ def test_predicted_bytes_equal_what_is_written(precision: ComponentPrecision, tm
 
 def test_dev_in_bf16_fp8_and_nvfp4() -> None:
     """60.0 GiB in bf16 is the published checkpoint's size; FP8 halves it, NVFP4's 4.5 bits take 4.5/16 of it."""
-    plan = precision_plan("transformer", transformer_linears(DEV), ComponentPrecision(default="nvfp4"))
-    memory = weights_memory(transformer_tensors(DEV), plan)
+    plan = precision_plan("transformer", Flux2Transformer.read(DEV).linears, ComponentPrecision(default="nvfp4"))
+    memory = weights_memory(Flux2Transformer.read(DEV).tensors, plan)
     assert memory.bf16 / 2**30 == pytest.approx(60.0, abs=0.05)
     assert memory.fp8_change == pytest.approx(-0.5, abs=1e-4)
     assert memory.planned_change == pytest.approx(4.5 / 16 - 1, abs=1e-4)
@@ -70,8 +70,8 @@ def by_modelopt(config: dict[str, Any]) -> int:
 
 
 def test_unquantized_tensors_count_as_the_checkpoint_stores_them() -> None:
-    plan = precision_plan("transformer", transformer_linears(NANO_CONFIG), ComponentPrecision(default="bf16"))
-    shapes = transformer_tensors(NANO_CONFIG)
+    plan = precision_plan("transformer", Flux2Transformer.read(NANO_CONFIG).linears, ComponentPrecision(default="bf16"))
+    shapes = Flux2Transformer.read(NANO_CONFIG).tensors
     in_float32 = {name: 4 * shape[0] * (shape[1] if len(shape) > 1 else 1) for name, shape in shapes.items()}
     memory = weights_memory(shapes, plan, in_float32)
     assert memory.planned == 2 * memory.bf16

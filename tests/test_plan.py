@@ -9,14 +9,14 @@ import pytest
 from fluxc.base.errors import RecipeError
 from fluxc.formats.registry import FORMATS
 from fluxc.models.base import Linear
-from fluxc.models.flux2_transformer import transformer_linears
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.recipe.structs import ComponentPrecision, Rule
 from test_flux2_tables import KLEIN_4B
 
 
 def plan_of(**precision: Any) -> dict[str, LayerPlan]:
-    plan = precision_plan("transformer", transformer_linears(KLEIN_4B), ComponentPrecision(**precision))
+    plan = precision_plan("transformer", Flux2Transformer.read(KLEIN_4B).linears, ComponentPrecision(**precision))
     return {entry.layer.name: entry for entry in plan}
 
 

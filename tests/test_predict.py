@@ -22,7 +22,7 @@ from conftest import RECIPE
 from fluxc.base.safetensors import TensorRef
 from fluxc.cli.main import main
 from fluxc.graph.export import trace_vae_decoder
-from fluxc.models.flux2_transformer import transformer_linears
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.published import DEV, KLEIN_4B
 from fluxc.predict import published
@@ -43,8 +43,9 @@ console = Console(width=200)
 
 
 def work(config: dict[str, Any], ranks: int = 1, branches: int = 1, format: Format = "nvfp4") -> Work:
-    plan = precision_plan("transformer", transformer_linears(config), ComponentPrecision(default=format))
-    return work_of(config, plan, shares_of(ranks, SIZE, 4096, config, 512, branches, 2), branches)
+    model = Flux2Transformer.read(config)
+    plan = precision_plan("transformer", model.linears, ComponentPrecision(default=format))
+    return work_of(model, plan, shares_of(ranks, SIZE, 4096, model, 512, branches, 2), branches)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,9 @@ def test_more_gpus_are_faster_but_never_ideal_and_hold_the_same_weights() -> Non
 
 def test_a_gpu_without_fp4_computes_nvfp4_layers_in_bf16_and_holds_them_in_four() -> None:
     dev = published_model("dev")
-    in_bf16 = replace(dev, plan=precision_plan("transformer", transformer_linears(DEV), ComponentPrecision("bf16")))
+    in_bf16 = replace(
+        dev, plan=precision_plan("transformer", Flux2Transformer.read(DEV).linears, ComponentPrecision("bf16"))
+    )
     nvfp4, bf16 = (predict(subject, GPUS["h200"], (1,)).predictions[0] for subject in (dev, in_bf16))
     assert nvfp4.time == bf16.time
     assert nvfp4.first.weights < 20 * 2**30

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fluxc.base.errors import RecipeError
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.memory import weights_memory
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.presets import PRESETS, absent_parts
@@ -27,7 +27,7 @@ family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 
 
 def plan_of(config: dict[str, Any], **precision: Any) -> list[LayerPlan]:
-    return precision_plan("transformer", transformer_linears(config), ComponentPrecision(**precision))
+    return precision_plan("transformer", Flux2Transformer.read(config).linears, ComponentPrecision(**precision))
 
 
 def kept(config: dict[str, Any], **precision: Any) -> set[str]:
@@ -37,7 +37,7 @@ def kept(config: dict[str, Any], **precision: Any) -> set[str]:
 def share_and_gib(config: dict[str, Any], **precision: Any) -> tuple[float, float]:
     plan = plan_of(config, default="nvfp4", **precision)
     share = sum(e.parameters for e in plan if e.format == "bf16") / sum(e.parameters for e in plan)
-    return 100 * share, weights_memory(transformer_tensors(config), plan).planned / 2**30
+    return 100 * share, weights_memory(Flux2Transformer.read(config).tensors, plan).planned / 2**30
 
 
 def diffusers_model(config: dict[str, Any]) -> torch.nn.Module:
@@ -137,7 +137,9 @@ def test_a_preset_says_which_part_decided_and_splits_no_fusion_group(config: dic
 @family
 def test_the_only_part_a_flux2_may_lack_is_flux1s(config: dict[str, Any]) -> None:
     lacking = {
-        (name, part.pattern) for name in PRESETS for part in absent_parts(PRESETS[name], transformer_linears(config))
+        (name, part.pattern)
+        for name in PRESETS
+        for part in absent_parts(PRESETS[name], Flux2Transformer.read(config).linears)
     }
     assert lacking == {("modelopt-flux2", "*time_text_embed*")}
 
@@ -171,7 +173,7 @@ def test_a_rule_for_one_member_of_a_group_that_a_preset_keeps_moves_the_whole_gr
 
 
 def test_a_part_that_matches_nothing_is_an_error_with_the_preset_and_near_matches() -> None:
-    layers = [layer for layer in transformer_linears(KLEIN_4B) if not layer.name.startswith("norm_out")]
+    layers = [layer for layer in Flux2Transformer.read(KLEIN_4B).linears if not layer.name.startswith("norm_out")]
     with pytest.raises(
         RecipeError, match=r"precision\.transformer\.preset modelopt-flux2: .*'\*norm_out\*' matches no"
     ):

@@ -11,7 +11,7 @@ from fluxc.base.safetensors import TensorRef
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_body
 from fluxc.graph.export import trace_transformer
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.targets.onnxruntime.lower import lower
@@ -25,12 +25,12 @@ def test_every_tensor_of_a_published_model_is_bound_once(config: dict[str, Any],
     full = {**config, "axes_dims_rope": [32] * 4, "rope_theta": 2000, "eps": 1e-6, "timestep_guidance_channels": 256}
     pieces = trace_transformer(full, 512, guidance_branches=not config["guidance_embeds"])
     body = compose_body(pieces, config["num_layers"], config["num_single_layers"], 512)
-    layers = transformer_linears(full)
+    layers = Flux2Transformer.read(full).linears
     plan = {e.layer.name: e for e in precision_plan("transformer", layers, ComponentPrecision("nvfp4", KEEP))}
     quantized = [name for name, entry in plan.items() if entry.format == "nvfp4"]
     assert len(quantized) == products
 
-    refs = {name: reference(name, "BF16", shape) for name, shape in transformer_tensors(full).items()}
+    refs = {name: reference(name, "BF16", shape) for name, shape in Flux2Transformer.read(full).tensors.items()}
     for name in quantized:
         rows, columns = refs[f"{name}.weight"].shape
         refs[f"{name}.weight"] = reference(f"{name}.weight", "U8", (rows, columns // 2))

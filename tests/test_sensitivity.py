@@ -17,7 +17,7 @@ from fluxc.calibrate.sensitivity import GroupCost, Simulation, choose, output_er
 from fluxc.checkpoint.reference import Drawing, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats import nvfp4
-from fluxc.models.flux2_transformer import transformer_linears
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.presets import PRESETS
 from fluxc.quantize.source import read_source
@@ -49,7 +49,9 @@ def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:
     assert len(states) == 6
     assert output_error(model, states, DRAWING.guidance) == 0
     plan = precision_plan(
-        "transformer", transformer_linears(checkpoint.components["transformer"].config), ComponentPrecision("nvfp4")
+        "transformer",
+        Flux2Transformer.read(checkpoint.components["transformer"].config).linears,
+        ComponentPrecision("nvfp4"),
     )
     group = [entry for entry in plan if entry.layer.group == "transformer_blocks.1.attn.to_qkv"]
     assert len(group) == 3

@@ -22,6 +22,7 @@ UNSEEN = split_specs()[1][:16]
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """recipes/flux2-nano-50-steps.yaml, traced on 16 prompts, without the frontier."""
     changes = (
+        "calibration.prompts=../tests/data/two-prompts.txt",
         "fidelity.prompts=../tests/data/two-prompts.txt",
         "step_cache={skip: 19, prompts: prompts/flux2-nano-calibration.txt, frontier: []}",
     )

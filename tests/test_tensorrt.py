@@ -29,7 +29,7 @@ from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_steps
 from fluxc.graph.export import trace_transformer
 from fluxc.models.base import Linear
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.source import read_source
 from fluxc.quantize.writer import planned_tensors
@@ -159,11 +159,11 @@ def test_a_range_of_sizes_is_one_profile(workshop: Path) -> None:
 def test_devs_whole_transformer_is_a_few_small_plans(tmp_path: Path) -> None:
     """32 billion parameters, from shapes alone: 192 Linears as FP4, 56 attentions fused, under 20 MB."""
     plan = precision_plan(
-        "transformer", transformer_linears(DEV), ComponentPrecision(default="nvfp4", preset="modelopt-flux2")
+        "transformer", Flux2Transformer.read(DEV).linears, ComponentPrecision(default="nvfp4", preset="modelopt-flux2")
     )
     source = {
         name: TensorRef(name, "BF16", shape, Path(), 0, 2 * math.prod(shape))
-        for name, shape in transformer_tensors(DEV).items()
+        for name, shape in Flux2Transformer.read(DEV).tensors.items()
     }
     pieces = trace_transformer(DEV, 512, False, torch.bfloat16)
     target = Target("tensorrt_rtx", compute_capabilities=("12.0", "12.1"))
@@ -319,7 +319,9 @@ def double_block(rtx_bundle: Path, tmp_path_factory: pytest.TempPathFactory):
     stored = {name.removeprefix(prefix): ref for name, ref in refs.items() if name.startswith(prefix)}
     plan = without_prefix(
         precision_plan(
-            "transformer", transformer_linears(config), ComponentPrecision(default="nvfp4", preset="modelopt-flux2")
+            "transformer",
+            Flux2Transformer.read(config).linears,
+            ComponentPrecision(default="nvfp4", preset="modelopt-flux2"),
         ),
         prefix,
     )

@@ -15,7 +15,9 @@ from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import read_header
 from fluxc.build.job import open_job
 from fluxc.families.registry import FAMILIES
+from fluxc.families.registry import register as register_family
 from fluxc.formats.registry import FORMATS
+from fluxc.formats.registry import register as register_format
 from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
 
@@ -24,7 +26,7 @@ from fluxrt.bundle import open_bundle
 def toy_family() -> Iterator[None]:
     from toys.family_toy import TOY
 
-    FAMILIES[TOY.pipeline_class] = TOY
+    register_family(TOY)
     yield
     del FAMILIES[TOY.pipeline_class]
 
@@ -33,7 +35,7 @@ def toy_family() -> Iterator[None]:
 def toy_format() -> Iterator[None]:
     from toys.format_toy import INT8_ROWS
 
-    FORMATS[INT8_ROWS.name] = INT8_ROWS
+    register_format(INT8_ROWS)
     yield
     del FORMATS[INT8_ROWS.name]
 

@@ -31,6 +31,7 @@ from fluxc.graph import LINEAR_DOMAIN
 from fluxc.graph.compose import compose_body
 from fluxc.graph.export import trace_transformer
 from fluxc.graph.ulysses import COLLECTIVE_DOMAIN, Exchange, hide_padding, shard, split_at_exchanges
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.recipe.load import load_recipe
 from fluxc.targets.sharding import shares_of
 from fluxrt.bundle import Bundle, dimension_size, open_bundle
@@ -43,6 +44,7 @@ from ranks import groups, on_every_rank
 
 CONFIG: dict[str, Any] = json.loads((NANO / "transformer" / "config.json").read_text())
 SMALL = CONFIG | {"num_layers": 1, "num_single_layers": 2}
+MODEL = Flux2Transformer.read(SMALL)
 TEXT, BRANCHES = 32, 2
 PROMPTS = ("a large red circle at the left on a white background", "a small blue ring at the top on a black background")
 RECIPE = NANO.parent.parent / "recipes" / "flux2-nano.yaml"
@@ -115,7 +117,7 @@ def of_one_rank(ranks: int, padded: bool) -> dict[str, onnx.ModelProto]:
     pieces = trace_transformer(SMALL, TEXT // ranks, guidance_branches=True, part=True)
     body = compose_body(pieces, SMALL["num_layers"], SMALL["num_single_layers"], TEXT // ranks)
     signal = hide_padding(pieces["signal"]) if padded else pieces["signal"]
-    return pieces | {"body": shard(body, SMALL, ranks, padded), "signal": signal}
+    return pieces | {"body": shard(body, MODEL, ranks, padded), "signal": signal}
 
 
 def feeds_of(tokens: int) -> dict[str, np.ndarray]:
@@ -171,7 +173,7 @@ def test_n_ranks_compute_what_one_does(whole: dict[str, onnx.ModelProto], ranks:
     blocks = SMALL["num_layers"] + SMALL["num_single_layers"]
     assert world.exchanged == blocks * 4 * BRANCHES * (share.tokens + TEXT // ranks) * 128 * 4
     # What `plan` says, and what predictions of the time of exchanges are made from.
-    assert shares_of(ranks, (64, 64), tokens, SMALL, TEXT, BRANCHES, 4).exchanged_bytes == world.exchanged
+    assert shares_of(ranks, (64, 64), tokens, MODEL, TEXT, BRANCHES, 4).exchanged_bytes == world.exchanged
 
 
 def test_the_cut_body_is_the_same_nodes_and_every_exchange_is_described() -> None:
@@ -194,12 +196,12 @@ def test_the_cut_body_is_the_same_nodes_and_every_exchange_is_described() -> Non
 
 def test_heads_and_masks_that_cannot_be_divided_are_refused(whole: dict[str, onnx.ModelProto]) -> None:
     with pytest.raises(BuildError, match="4 heads cannot be divided among 3 ranks"):
-        shard(whole["single_block"], CONFIG, 3)
+        shard(whole["single_block"], Flux2Transformer.read(CONFIG), 3)
     masked = onnx.ModelProto()
     masked.CopyFrom(whole["single_block"])
     next(node for node in masked.graph.node if node.op_type == "Attention").input.append("mask")
     with pytest.raises(BuildError, match="has a mask"):
-        shard(masked, CONFIG, 2)
+        shard(masked, Flux2Transformer.read(CONFIG), 2)
 
 
 @pytest.mark.parametrize(("ranks", "total"), [(1, 5), (2, 7), (4, 64), (4, 49), (4, 5), (8, 3)])

@@ -25,7 +25,7 @@ from fluxc.cli.describe_bundle import print_bundle
 from fluxc.fidelity.metrics import psnr
 from fluxc.graph.export import trace_transformer
 from fluxc.graph.ulysses import shard
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe.structs import ComponentPrecision, Target
@@ -60,10 +60,10 @@ def model(request: pytest.FixtureRequest) -> tuple[dict[str, Any], int, Componen
     """Config, number of single-stream blocks, and the transformer as modelopt's preset plans it, from shapes alone."""
     _, config, singles = request.param
     settings = ComponentPrecision(default="nvfp4", preset="modelopt-flux2")
-    plan = precision_plan("transformer", transformer_linears(config), settings)
+    plan = precision_plan("transformer", Flux2Transformer.read(config).linears, settings)
     source = {
         name: TensorRef(name, "BF16", shape, Path(), 0, 2 * math.prod(shape))
-        for name, shape in transformer_tensors(config).items()
+        for name, shape in Flux2Transformer.read(config).tensors.items()
     }
     return config, singles, Component("transformer", planned_tensors(source, plan), plan, "")
 
@@ -74,7 +74,8 @@ def test_sharded_plans_hold_fp4_gemms_and_two_collectives_a_block(
 ) -> None:
     config, singles, component = model
     pieces = trace_transformer(config, 512 // ranks, False, torch.bfloat16, part=True)
-    pieces |= {name: shard(piece, config, ranks) for name, piece in pieces.items() if name.endswith("_block")}
+    transformer = Flux2Transformer.read(config)
+    pieces |= {name: shard(piece, transformer, ranks) for name, piece in pieces.items() if name.endswith("_block")}
     target = Target("tensorrt_rtx", compute_capabilities=("12.0", "12.1"), gpus=ranks)
     request = {"branches": 1, "tokens": 4096 // ranks, "rows": 64, "columns": 64}
     cutter = Cutter([request], False, target.name, f"engines/{target.name}")

@@ -26,7 +26,7 @@ from conftest import NANO, QUICK, compile_into, copy_checkpoint, quantized_by_mo
 from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.checkpoint.components import weights_tensors
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import View, planned_tensors, write_views
 from fluxc.recipe.structs import ComponentPrecision
@@ -143,7 +143,7 @@ def loaded(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], Counter[str]
         modules[f"{at}.to_qkv_mlp_proj.proj"] = take(f"{at}.to_qkv_mlp_proj")
         modules[f"{at}.to_out.proj"] = take(f"{at}.to_out")
     blocks = ("transformer_blocks.", "single_transformer_blocks.")
-    outside = [layer.name for layer in transformer_linears(config) if not layer.name.startswith(blocks)]
+    outside = [layer.name for layer in Flux2Transformer.read(config).linears if not layer.name.startswith(blocks)]
     modules |= {name: take(name) for name in outside}
     taken.update(name for name in stored if "norm" in name and name not in taken)
     return modules, taken
@@ -213,9 +213,9 @@ def test_a_stock_modelopt_export_fails_for_the_known_reasons(bundle: Bundle, tmp
 def test_a_checkpoint_of_klein_4bs_shape_passes(bundle: Bundle, tmp_path: Path) -> None:
     """Shapes and names of 3.9 billion parameters; the values are zeros."""
     settings = ComponentPrecision(default="nvfp4", preset="modelopt-flux2")
-    plan = precision_plan("transformer", transformer_linears(KLEIN_4B), settings)
+    plan = precision_plan("transformer", Flux2Transformer.read(KLEIN_4B).linears, settings)
     hollow = tmp_path / "hollow.safetensors"
-    write_hollow(hollow, transformer_tensors(KLEIN_4B))
+    write_hollow(hollow, Flux2Transformer.read(KLEIN_4B).tensors)
     planned = planned_tensors(read_header(hollow), plan)
     (tmp_path / "transformer").mkdir()
     zeros = tmp_path / "zeros"

@@ -119,7 +119,7 @@ def sampling_entry(job: Job) -> dict[str, Any]:
     return {
         "sizes": recipe.sizes,
         "pixels_per_token": pixels_per_token(source.checkpoint),
-        "latent_channels": source.checkpoint.components["transformer"].config["in_channels"],
+        "latent_channels": source.transformer.in_channels,
         "schedule": source.family.schedule,
         "steps": recipe.sampling.steps,
         "guidance": recipe.sampling.guidance,

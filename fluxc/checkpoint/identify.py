@@ -5,7 +5,9 @@ from __future__ import annotations
 from fluxc.base.errors import CheckpointError, RecipeError
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.families.registry import FAMILIES, Family
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
+from fluxc.models.qwen3 import Qwen3
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -28,6 +30,18 @@ def family_of(checkpoint: Checkpoint) -> Family:
                 f"fluxc compiles FLUX.2's own schedule, where it is {value!r}"
             )
     return family
+
+
+def transformer_of(checkpoint: Checkpoint) -> Flux2Transformer:
+    """The checkpoint's transformer."""
+    component = checkpoint.components["transformer"]
+    return Flux2Transformer.read(component.config, component.folder)
+
+
+def text_encoder_of(checkpoint: Checkpoint) -> Qwen3:
+    """The checkpoint's text encoder."""
+    component = checkpoint.components["text_encoder"]
+    return Qwen3.read(component.config, component.folder)
 
 
 def vae_of(checkpoint: Checkpoint) -> Flux2VAE:
@@ -54,4 +68,4 @@ def check_sizes(checkpoint: Checkpoint, sizes: tuple[tuple[int, int], ...]) -> N
 
 def has_cfg_batch(checkpoint: Checkpoint, family: Family) -> bool:
     """Whether guidance means two rows a step (conditional and empty prompt) instead of an embedded scale."""
-    return family.cfg_batch(checkpoint.components["transformer"].config, checkpoint.index)
+    return family.cfg_batch(transformer_of(checkpoint).guidance_embeds, checkpoint.index)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fluxc.checkpoint.identify import family_of, pixels_per_token
+from fluxc.checkpoint.identify import family_of, pixels_per_token, transformer_of
 from fluxc.checkpoint.source import Checkpoint
 from fluxrt.pipeline import starting_noise
 
@@ -75,7 +75,7 @@ def grid_of(checkpoint: Checkpoint, size: tuple[int, int]) -> tuple[int, int]:
 def noise_for(checkpoint: Checkpoint, size: tuple[int, int], seed: int) -> np.ndarray:
     """The runtime's starting noise fp32 [1, tokens, channels] for one picture."""
     rows, columns = grid_of(checkpoint, size)
-    return starting_noise(seed, rows * columns, checkpoint.components["transformer"].config["in_channels"])[None]
+    return starting_noise(seed, rows * columns, transformer_of(checkpoint).in_channels)[None]
 
 
 def spread(latents: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:

@@ -53,12 +53,12 @@ class Family:
             "scheduler": self.scheduler_class,
         }
 
-    def cfg_batch(self, transformer: dict[str, Any], index: dict[str, Any]) -> bool:
+    def cfg_batch(self, guidance_embeds: bool, index: dict[str, Any]) -> bool:
         """Whether guidance means two rows a step (conditional and empty prompt) instead of an embedded scale.
 
-        `transformer` is that component's config, `index` model_index.json.
+        `guidance_embeds`: whether the transformer embeds that scale; `index` is model_index.json.
         """
-        return not transformer.get("guidance_embeds", True) and not index.get("is_distilled", False)
+        return not guidance_embeds and not index.get("is_distilled", False)
 
     def text_layers_stored(self, layers: int) -> int:
         """How many text-encoder layers a bundle stores, of `layers`: one more than the last whose output is taken.

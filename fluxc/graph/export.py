@@ -32,6 +32,9 @@ from fluxc.graph.modules import (
     TextStem,
     VaeDecoder,
 )
+from fluxc.models.flux2_transformer import Flux2Transformer
+from fluxc.models.flux2_vae import Flux2VAE
+from fluxc.models.qwen3 import Qwen3
 
 Input = tuple[torch.Tensor, dict[int, str] | None]
 
@@ -50,17 +53,17 @@ def trace_transformer(
     """
     from diffusers import Flux2Transformer2DModel
 
+    shape = Flux2Transformer.read(config)
     small = {
         **config,
-        "num_layers": min(1, config["num_layers"]),
-        "num_single_layers": min(1, config["num_single_layers"]),
+        "num_layers": min(1, shape.num_layers),
+        "num_single_layers": min(1, shape.num_single_layers),
     }
     with torch.device("meta"), _quiet():
         model = Flux2Transformer2DModel.from_config(small).eval().to(dtype)
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    channels, head_dim, features = config["in_channels"], config["attention_head_dim"], config["joint_attention_dim"]
+    width, head_dim = shape.width, shape.attention_head_dim
+    channels, features = shape.in_channels, shape.joint_attention_dim
     branches, tokens, length = 2, 70, text_length
-    embeds = bool(config.get("guidance_embeds", True))
 
     hidden = _meta(branches, tokens, width, dtype=dtype)
     text_hidden = _meta(branches, length, width, dtype=dtype)
@@ -87,11 +90,11 @@ def trace_transformer(
     if part:
         index = torch.empty((), dtype=torch.int64, device="meta")
         prologue_inputs |= {"first_token": (index, None), "first_text": (index, None)}
-    if embeds:
+    if shape.guidance_embeds:
         prologue_inputs["guidance"] = (scalar, None)
     if guidance_branches:
         epilogue_inputs["guidance"] = (scalar, None)
-    first = ("modulation_img", 6) if config["num_layers"] else ("modulation_single", 3)
+    first = ("modulation_img", 6) if shape.num_layers else ("modulation_single", 3)
     signal_inputs = {
         "hidden": (hidden, both),
         first[0]: (_meta(1, first[1] * width, dtype=dtype), None),
@@ -129,10 +132,10 @@ def trace_transformer(
         "signal": trace(Signal(model.config.eps), signal_inputs, ("signal", "change")),
         "epilogue": trace(Epilogue(model, guidance_branches), epilogue_inputs, ("next_latents",)),
     }
-    if config["num_layers"]:
+    if shape.num_layers:
         double = DoubleBlock(model.transformer_blocks[0])
         graphs["double_block"] = trace(double, double_inputs, ("hidden_out", "text_hidden_out"), strip="block.")
-    if config["num_single_layers"]:
+    if shape.num_single_layers:
         single = SingleBlock(model.single_transformer_blocks[0])
         graphs["single_block"] = trace(single, single_inputs, ("joined_out",), strip="block.")
     return graphs
@@ -155,14 +158,14 @@ def trace_text_encoder(
     rotary = type(model.rotary_emb)(model.config)
     constants = {f"model.rotary_emb.{name}": value for name, value in rotary.named_buffers()}
     tokens = torch.empty(2, text_length, dtype=torch.int64, device="meta")
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    shape = Qwen3.read(config)
     branches = {0: "branches"}
     stem_inputs: dict[str, Input] = {"input_ids": (tokens, branches), "attention_mask": (tokens, branches)}
     layer_inputs: dict[str, Input] = {
-        "hidden": (_meta(2, text_length, config["hidden_size"], dtype=dtype), branches),
+        "hidden": (_meta(2, text_length, shape.hidden_size, dtype=dtype), branches),
         "attends": (torch.empty(2, 1, text_length, text_length, dtype=torch.bool, device="meta"), branches),
-        "cos": (_meta(1, text_length, head_dim, dtype=dtype), None),
-        "sin": (_meta(1, text_length, head_dim, dtype=dtype), None),
+        "cos": (_meta(1, text_length, shape.head_width, dtype=dtype), None),
+        "sin": (_meta(1, text_length, shape.head_width, dtype=dtype), None),
     }
     return {
         "text_stem": trace(
@@ -178,7 +181,7 @@ def trace_vae_decoder(config: dict[str, Any], dtype: torch.dtype = torch.float32
 
     with torch.device("meta"), _quiet():
         vae = AutoencoderKLFlux2.from_config(config).eval().to(dtype)
-    inputs = {"latent_grid": (_meta(1, 6, 10, config["latent_channels"] * 4), {1: "rows", 2: "columns"})}
+    inputs = {"latent_grid": (_meta(1, 6, 10, Flux2VAE.read(config).latent_channels * 4), {1: "rows", 2: "columns"})}
     return trace(VaeDecoder(vae), inputs, ("image",))
 
 

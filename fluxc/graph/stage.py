@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxc.base.progress import Report
 from fluxc.families.base import Family
+from fluxc.models.flux2_transformer import Flux2Transformer
 
 if TYPE_CHECKING:
     import onnx
@@ -59,7 +60,8 @@ def _export(inputs: ExportInputs) -> dict[str, onnx.ModelProto]:
         pieces = export.trace_transformer(config, inputs.text_length, inputs.cfg_batch, dtype, part=inputs.part)
         if not inputs.composed:
             return pieces
-        body = compose.compose_body(pieces, config["num_layers"], config["num_single_layers"], inputs.text_length)
+        shape = Flux2Transformer.read(config)
+        body = compose.compose_body(pieces, shape.num_layers, shape.num_single_layers, inputs.text_length)
         return {name: pieces[name] for name in ("prologue", "signal", "epilogue")} | {"body": body}
     if inputs.component == "text_encoder":
         assert inputs.family is not None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -21,6 +20,7 @@ from fluxc.base.errors import BuildError
 from fluxc.graph import LINEAR_DOMAIN
 from fluxc.graph.export import make_model
 from fluxc.graph.values import renamed
+from fluxc.models.flux2_transformer import Flux2Transformer
 
 COLLECTIVE = "DistCollective"
 COLLECTIVE_DOMAIN = "trt"
@@ -37,13 +37,13 @@ class Exchange:
     receives: onnx.ValueInfoProto
 
 
-def shard(model: onnx.ModelProto, config: dict[str, Any], ranks: int, padded: bool = False) -> onnx.ModelProto:
+def shard(model: onnx.ModelProto, config: Flux2Transformer, ranks: int, padded: bool = False) -> onnx.ModelProto:
     """`model`, blocks or a whole body traced with one rank's share of tokens, with its attentions over those of all ranks.
 
     `config` is the transformer's. With `padded` some of the ranks' tokens only fill up: the input `keys`, int64, lists those
     that are attended to, in attention's order. Raises BuildError where the heads cannot be divided, or an attention has a mask.
     """
-    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
     if heads % ranks:
         raise BuildError(f"{heads} heads cannot be divided among {ranks} ranks")
     graph = onnx.GraphProto()

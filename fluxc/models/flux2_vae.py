@@ -12,9 +12,8 @@ from typing import Any
 
 import msgspec
 
+from fluxc.models.base import Shape
 from fluxc.models.config import read_config
-
-Shape = tuple[int, ...]
 
 
 class Flux2VAE(msgspec.Struct, frozen=True):
@@ -32,7 +31,7 @@ class Flux2VAE(msgspec.Struct, frozen=True):
     patch_size: tuple[int, int] = (2, 2)
 
     @classmethod
-    def read(cls, config: dict[str, Any], where: Path) -> Flux2VAE:
+    def read(cls, config: dict[str, Any], where: Path = Path()) -> Flux2VAE:
         """From config.json's fields; CheckpointError naming `where` and the field that does not fit."""
         return read_config(cls, config, where)
 

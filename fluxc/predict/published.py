@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from fluxc.models.flux2_transformer import transformer_linears
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.published import DEV
 from fluxc.predict.gpus import GPUS
 from fluxc.predict.rates import Reached, fit, step_time
@@ -60,8 +60,9 @@ class Checked:
 @cache
 def dev_work(format: Format, ranks: int, preset: str | None = None) -> Work:
     """A step of dev on one of `ranks` GPUs, its layers in `format` but those the preset keeps."""
-    plan = precision_plan("transformer", transformer_linears(DEV), ComponentPrecision(default=format, preset=preset))
-    return work_of(DEV, plan, shares_of(ranks, SIZE, IMAGE_TOKENS, DEV, TEXT_TOKENS, 1, 2), 1)
+    dev = Flux2Transformer.read(DEV)
+    plan = precision_plan("transformer", dev.linears, ComponentPrecision(default=format, preset=preset))
+    return work_of(dev, plan, shares_of(ranks, SIZE, IMAGE_TOKENS, dev, TEXT_TOKENS, 1, 2), 1)
 
 
 def _step(gpu: str, format: Format, ranks: int = 1, preset: str | None = None) -> Callable[[Reached], float]:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fluxc.base.errors import RecipeError
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.checkpoint.identify import vae_of
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import Gpu
 from fluxc.predict.published import calibrated, checked, steps_computed_with_teacache
@@ -30,14 +31,14 @@ STEPS = {"dev": 50, "klein-4b": 4, "klein-9b": 4}
 
 @dataclass(frozen=True)
 class Subject:
-    """What is predicted: a transformer's config and plan, one size, and what else the GPU of the first rank holds.
+    """What is predicted: a transformer and its plan, one size, and what else the GPU of the first rank holds.
 
     `skipped`: steps that a step cache skips on average, None where it is not known before a build. `first_rank`: bytes of the
     weights of text encoder and VAE, None where they are not known; `decoder`: of the VAE's working memory.
     """
 
     name: str
-    config: dict[str, Any]
+    transformer: Flux2Transformer
     plan: list[LayerPlan]
     size: tuple[int, int]
     tokens: int
@@ -86,23 +87,22 @@ class Scaling:
 
 def published_model(name: str) -> Subject:
     """A published model at 1024x1024, all but modelopt's keep list in NVFP4, from its shapes alone."""
-    config = MODELS[name]
-    plan = precision_plan("transformer", transformer_linears(config), ComponentPrecision("nvfp4", preset=PRESET))
-    weights = weights_memory(transformer_tensors(config), plan).planned
-    return Subject(f"FLUX.2 {name}", config, plan, SIZE, TOKENS, TEXT_TOKENS, 1, STEPS[name], weights)
+    model = Flux2Transformer.read(MODELS[name])
+    plan = precision_plan("transformer", model.linears, ComponentPrecision("nvfp4", preset=PRESET))
+    weights = weights_memory(model.tensors, plan).planned
+    return Subject(f"FLUX.2 {name}", model, plan, SIZE, TOKENS, TEXT_TOKENS, 1, STEPS[name], weights)
 
 
 def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
     """The model of a recipe, as planned there, at its first size."""
     recipe = loaded.recipe
-    components = source.checkpoint.components
     memory = memory_by_component(source)
     size, tokens = next(iter(TargetContext(recipe, source).tokens.items()))
     cache = recipe.step_cache
-    decoder = VAE_WORKING * ACTIVATION * components["vae"].config["block_out_channels"][0] * size[0] * size[1]
+    decoder = VAE_WORKING * ACTIVATION * vae_of(source.checkpoint).block_out_channels[0] * size[0] * size[1]
     return Subject(
         name=recipe.name,
-        config=components["transformer"].config,
+        transformer=source.transformer,
         plan=source.plans["transformer"],
         size=size,
         tokens=tokens,
@@ -125,7 +125,7 @@ def predict(subject: Subject, gpu: Gpu, counts: tuple[int, ...]) -> Scaling:
     for count in counts:
         try:
             check_sharding(
-                "--gpus", count, subject.config, subject.text_tokens, {subject.size: subject.tokens}, count > 1
+                "--gpus", count, subject.transformer, subject.text_tokens, {subject.size: subject.tokens}, count > 1
             )
         except RecipeError as error:
             impossible[count] = str(error)
@@ -138,10 +138,10 @@ def predict(subject: Subject, gpu: Gpu, counts: tuple[int, ...]) -> Scaling:
 
 def _predict(subject: Subject, gpu: Gpu, count: int) -> Prediction:
     shares = shares_of(
-        count, subject.size, subject.tokens, subject.config, subject.text_tokens, subject.branches, ACTIVATION
+        count, subject.size, subject.tokens, subject.transformer, subject.text_tokens, subject.branches, ACTIVATION
     )
     computed = [entry if entry.format in gpu.products else replace(entry, format="bf16") for entry in subject.plan]
-    work = work_of(subject.config, computed, shares, subject.branches)
+    work = work_of(subject.transformer, computed, shares, subject.branches)
     held = rank_memory(subject, work)
     first = RankMemory(held.weights + (subject.first_rank or 0), max(held.working, subject.decoder), held.buffers)
     return Prediction(count, work, step_time(work, gpu, calibrated()), first, held if count > 1 else None)
@@ -153,12 +153,11 @@ def rank_memory(subject: Subject, work: Work) -> RankMemory:
     Between plans lie the image tokens before the first block and all tokens before and after each, text as it was encoded,
     rotations in fp32, and in fp32 what a step cache may keep: a step's residual, and the signal of two steps.
     """
-    config, count = subject.config, work.ranks
-    width = config["num_attention_heads"] * config["attention_head_dim"]
+    model, count = subject.transformer, work.ranks
     image, text = subject.tokens / count, subject.text_tokens / count
-    tokens = width * (ACTIVATION * image + 2 * ACTIVATION * (image + text) + 3 * 4 * image)
-    encoded = config["joint_attention_dim"] * ACTIVATION * text
-    rotations = 2 * 4 * config["attention_head_dim"] * (image + text)
+    tokens = model.width * (ACTIVATION * image + 2 * ACTIVATION * (image + text) + 3 * 4 * image)
+    encoded = model.joint_attention_dim * ACTIVATION * text
+    rotations = 2 * 4 * model.attention_head_dim * (image + text)
     return RankMemory(subject.weights, work.working_bytes, subject.branches * (tokens + encoded) + rotations)
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fluxc.formats.constants import BLOCK, MX_BLOCK
 from fluxc.formats.registry import FORMATS
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.sharding import Shares
 
@@ -62,16 +62,15 @@ class Work:
         return self.attention_operations + sum(product.operations * product.count for product in self.products)
 
 
-def work_of(config: dict[str, Any], plan: list[LayerPlan], shares: Shares, branches: int) -> Work:
-    """The work of one rank that holds `shares`, with the transformer's `config` and precision `plan`."""
+def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shares: Shares, branches: int) -> Work:
+    """The work of one rank that holds `shares`, with the precision `plan` of `transformer`."""
     ranks, text, image = shares.ranks, branches * shares.text_tokens, branches * shares.image_tokens
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    hidden = int(width * config["mlp_ratio"])
-    blocks = config["num_layers"] + config["num_single_layers"]
+    width, hidden, blocks = transformer.width, transformer.mlp_width, transformer.blocks
+    doubles, singles = transformer.num_layers, transformer.num_single_layers
     tokens = text + image
     products: Counter[Product] = Counter()
     moved = 0.0
-    kernels = KERNELS["double"] * config["num_layers"] + KERNELS["single"] * config["num_single_layers"]
+    kernels = KERNELS["double"] * doubles + KERNELS["single"] * singles
     layers = _fused(plan)
     for layer in layers:
         rows = _rows(layer.name, text, image, branches)
@@ -79,7 +78,7 @@ def work_of(config: dict[str, Any], plan: list[LayerPlan], shares: Shares, branc
         moved += _quantizing(layer) * rows + _swizzling(layer)
         kernels += KERNELS_QUANTIZING * (layer.format != "bf16")
     double, single, exchanging = (ACTIVATION * sum(map(sum, passes)) for passes in _passes(width, hidden))
-    moved += tokens * (double * config["num_layers"] + single * config["num_single_layers"])
+    moved += tokens * (double * doubles + single * singles)
     if ranks > 1:
         moved += tokens * blocks * exchanging
         kernels += KERNELS_SHARDED * blocks

@@ -9,13 +9,12 @@ from typing import Any
 
 from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import TensorRef
-from fluxc.checkpoint.identify import check_sizes, family_of, has_cfg_batch, vae_of
+from fluxc.checkpoint.identify import check_sizes, family_of, has_cfg_batch, text_encoder_of, transformer_of, vae_of
 from fluxc.checkpoint.quantized import SourceLayer, as_stored, quantized_layers
 from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint
 from fluxc.families.base import Family
 from fluxc.models.base import Linear
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
-from fluxc.models.qwen3 import text_linears, text_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan, needs_calibration, precision_plan, to_quantize
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision, Recipe
@@ -38,19 +37,24 @@ class Source:
     quantized: dict[str, dict[str, SourceLayer]]
     """By component, the layers that the checkpoint holds quantized already."""
 
+    @property
+    def transformer(self) -> Flux2Transformer:
+        """The checkpoint's transformer."""
+        return transformer_of(self.checkpoint)
+
     def linears(self, component: str) -> list[Linear]:
         """Every Linear that the checkpoint has of `component`."""
-        config = self.checkpoint.components[component].config
         if component == "text_encoder":
-            return text_linears(config, config["num_hidden_layers"])
-        return transformer_linears(config) if component == "transformer" else []
+            encoder = text_encoder_of(self.checkpoint)
+            return encoder.linears(encoder.num_hidden_layers)
+        return self.transformer.linears if component == "transformer" else []
 
     def stored_plan(self, component: str) -> list[LayerPlan]:
         """The plan of every Linear that a bundle stores: of the text encoder, also those of the layer that is never run."""
         plan = self.plans.get(component, [])
         if component != "text_encoder":
             return plan
-        stored = text_linears(self.checkpoint.components[component].config, self.text_layers_kept)
+        stored = text_encoder_of(self.checkpoint).linears(self.text_layers_kept)
         return plan + precision_plan(
             component, stored[len(plan) :], ComponentPrecision(), in_source=self.quantized[component]
         )
@@ -79,20 +83,21 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
         checkpoint = replace(checkpoint, components={**checkpoint.components, "transformer": replaced})
     family = family_of(checkpoint)
     transformer, encoder = checkpoint.components["transformer"], checkpoint.components["text_encoder"]
-    text_layers = encoder.config["num_hidden_layers"]
+    transformer_model, encoder_model = transformer_of(checkpoint), text_encoder_of(checkpoint)
+    text_layers = encoder_model.num_hidden_layers
     quantized = {
-        "transformer": quantized_layers(transformer, transformer_linears(transformer.config)),
-        "text_encoder": quantized_layers(encoder, text_linears(encoder.config, text_layers)),
+        "transformer": quantized_layers(transformer, transformer_model.linears),
+        "text_encoder": quantized_layers(encoder, encoder_model.linears(text_layers)),
     }
-    check_tensors(transformer, as_stored(transformer_tensors(transformer.config), quantized["transformer"]))
+    check_tensors(transformer, as_stored(transformer_model.tensors, quantized["transformer"]))
     kept = family.text_layers_stored(text_layers)
-    every_layer = as_stored(text_tensors(encoder.config, text_layers), quantized["text_encoder"])
+    every_layer = as_stored(encoder_model.tensors(text_layers), quantized["text_encoder"])
     check_tensors(encoder, every_layer, ignored=("lm_head.",))
     check_tensors(checkpoint.components["vae"], vae_of(checkpoint).tensors, ignored=("bn.num_batches_tracked",))
     check_sizes(checkpoint, recipe.sizes)
     layers: dict[str, list[Linear]] = {
-        "transformer": transformer_linears(transformer.config),
-        "text_encoder": text_linears(encoder.config, family.text_layers[-1]),
+        "transformer": transformer_model.linears,
+        "text_encoder": encoder_model.linears(family.text_layers[-1]),
     }
     plans = {name: _plan(recipe, checkpoint, name, linears, quantized[name]) for name, linears in layers.items()}
     if recipe.precision.transformer.exclude == "auto" and not to_quantize(plans["transformer"]):
@@ -123,7 +128,8 @@ def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
     if component != "text_encoder":
         return part.tensors
     return {
-        name: part.tensors[name] for name in as_stored(text_tensors(part.config, source.text_layers_kept), quantized)
+        name: part.tensors[name]
+        for name in as_stored(text_encoder_of(source.checkpoint).tensors(source.text_layers_kept), quantized)
     }
 
 

@@ -28,11 +28,6 @@ class TargetContext:
     source: Source
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The transformer's."""
-        return self.source.checkpoint.components["transformer"].config
-
-    @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Token rows and columns of every size."""
         pixels = pixels_per_token(self.source.checkpoint)
@@ -66,7 +61,7 @@ class TargetContext:
         """What each rank of a sharded target holds, for every size."""
         branches, itemsize = 2 if self.source.guidance_branches else 1, 2 if target.is_for_gpu else 4
         return [
-            shares_of(target.ranks, size, tokens, self.config, self.recipe.text.length, branches, itemsize)
+            shares_of(target.ranks, size, tokens, self.source.transformer, self.recipe.text.length, branches, itemsize)
             for size, tokens in self.tokens.items()
         ]
 

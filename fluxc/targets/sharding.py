@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fluxc.base.errors import RecipeError
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxrt.share import Share
 
 MOST_GPUS = 64
@@ -21,17 +22,17 @@ def undivided(gpus: int, heads: int, text_tokens: int, image_tokens: dict[tuple[
 def check_sharding(
     field: str,
     gpus: int,
-    config: dict[str, Any],
+    transformer: Flux2Transformer,
     text_length: int,
     tokens: dict[tuple[int, int], int],
     is_tensorrt: bool,
 ) -> None:
     """Refuse a target that cannot be sharded for `gpus`, saying what could be.
 
-    `config` is the transformer's, `tokens` the number of image tokens of every size. A CPU target fills those up; TensorRT
+    `tokens` is the number of image tokens of every size. A CPU target fills those up; TensorRT
     needs equal shares, and two heads on each GPU: TensorRT-RTX 1.7.1 has no kernel for a sharded attention of one.
     """
-    heads = config["num_attention_heads"]
+    heads = transformer.num_attention_heads
 
     def faults(number: int) -> list[str]:
         shared = undivided(number, heads, text_length, tokens if is_tensorrt else {})
@@ -88,7 +89,7 @@ def shares_of(
     ranks: int,
     size: tuple[int, int],
     tokens: int,
-    config: dict[str, Any],
+    transformer: Flux2Transformer,
     text_length: int,
     branches: int,
     itemsize: int,
@@ -99,14 +100,17 @@ def shares_of(
     model's width.
     """
     share = Share(0, ranks, tokens, text_length // ranks)
-    blocks = config["num_layers"] + config["num_single_layers"]
-    width = config["num_attention_heads"] * config["attention_head_dim"]
     return Shares(
         ranks=ranks,
         size=size,
-        heads=config["num_attention_heads"] // ranks,
+        heads=transformer.num_attention_heads // ranks,
         text_tokens=share.text_tokens,
         image_tokens=share.tokens,
         fill=ranks * share.tokens - tokens,
-        exchanged_bytes=blocks * 4 * branches * (share.tokens + share.text_tokens) * width * itemsize,
+        exchanged_bytes=transformer.blocks
+        * 4
+        * branches
+        * (share.tokens + share.text_tokens)
+        * transformer.width
+        * itemsize,
     )

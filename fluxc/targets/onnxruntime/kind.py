@@ -32,7 +32,12 @@ class OnnxRuntime:
             )
         if target.ranks > 1:
             check_sharding(
-                f"{field}.gpus", target.ranks, context.config, context.recipe.text.length, context.tokens, False
+                f"{field}.gpus",
+                target.ranks,
+                context.source.transformer,
+                context.recipe.text.length,
+                context.tokens,
+                False,
             )
 
     def exports(self, target: Target, context: TargetContext) -> dict[str, ExportInputs]:
@@ -60,7 +65,7 @@ class OnnxRuntime:
             weights=dict(weights),
             plans=context.source.plans,
             unused=context.source.unused,
-            config=context.config,
+            transformer=context.source.transformer,
             text_length=context.recipe.text.length,
             text_layers=context.source.family.text_layers,
             step_cache=context.recipe.step_cache is not None,

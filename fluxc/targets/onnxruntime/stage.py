@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fluxc.base.cache import Made
 from fluxc.base.progress import Report
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.structs import Target
 from fluxc.targets.parts import Weights, load_exports, weights_beside, write_entry
@@ -32,7 +33,7 @@ class OnnxRuntimeInputs:
     weights: dict[str, Weights]
     plans: dict[str, list[LayerPlan]]
     unused: dict[str, tuple[str, ...]]
-    config: dict[str, Any]
+    transformer: Flux2Transformer
     text_length: int
     text_layers: tuple[int, ...]
     step_cache: bool
@@ -72,8 +73,8 @@ def _composed(inputs: OnnxRuntimeInputs, graphs: Mapping[str, onnx.ModelProto]) 
     """Whole graphs from those of each kind of block."""
     from fluxc.graph.compose import compose_body, compose_text_encoder
 
-    config = inputs.config
-    body = compose_body(dict(graphs), config["num_layers"], config["num_single_layers"], inputs.text_length)
+    model = inputs.transformer
+    body = compose_body(dict(graphs), model.num_layers, model.num_single_layers, inputs.text_length)
     encoder = compose_text_encoder(dict(graphs), inputs.text_layers)
     return {name: graphs[name] for name in WHOLE if name in graphs} | {"body": body, "text_encoder": encoder}
 
@@ -86,14 +87,14 @@ def _sharded(
     from fluxc.graph.ulysses import Exchange, hide_padding, shard, split_at_exchanges
     from fluxc.targets.onnxruntime.build import port_of
 
-    config, ranks = inputs.config, inputs.target.ranks
+    model, ranks = inputs.transformer, inputs.target.ranks
     text_tokens = inputs.text_length // ranks
-    body = compose_body(graphs, config["num_layers"], config["num_single_layers"], text_tokens)
+    body = compose_body(graphs, model.num_layers, model.num_single_layers, text_tokens)
     kept = {name: graph for name, graph in graphs.items() if not name.endswith("_block")}
     if inputs.padding and "signal" in kept:
         kept["signal"] = hide_padding(kept["signal"])
     order: list[str | format.Exchange] = []
-    for part in split_at_exchanges(shard(body, config, ranks, inputs.padding)):
+    for part in split_at_exchanges(shard(body, model, ranks, inputs.padding)):
         if isinstance(part, Exchange):
             port = port_of(part.sends)
             order.append(format.Exchange(port.name, part.receives.name, port.dtype, port.shape))

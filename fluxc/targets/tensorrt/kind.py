@@ -40,7 +40,7 @@ class TensorRT:
             )
         if target.ranks > 1:
             length, tokens = context.recipe.text.length, context.tokens
-            check_sharding(f"{field}.gpus", target.ranks, context.config, length, tokens, True)
+            check_sharding(f"{field}.gpus", target.ranks, context.source.transformer, length, tokens, True)
 
     def check_library(self) -> None:
         """Refuse, before anything long runs, a library that is missing here although it could build here: BuildError."""
@@ -70,7 +70,7 @@ class TensorRT:
             weights=dict(weights),
             plans=context.source.plans,
             unused=context.source.unused,
-            config=context.config,
+            transformer=context.source.transformer,
             grids=context.grids,
             cfg_batch=context.source.guidance_branches,
             text_length=context.recipe.text.length,

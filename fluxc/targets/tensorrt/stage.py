@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fluxc.base.cache import Made
 from fluxc.base.progress import Report
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.structs import Target
 from fluxc.targets.parts import Weights, load_exports, weights_beside, write_entry
@@ -29,7 +29,7 @@ class TensorRTInputs:
     weights: dict[str, Weights]
     plans: dict[str, list[LayerPlan]]
     unused: dict[str, tuple[str, ...]]
-    config: dict[str, Any]
+    transformer: Flux2Transformer
     grids: tuple[tuple[int, int], ...]
     cfg_batch: bool
     text_length: int
@@ -63,7 +63,9 @@ def run(inputs: TensorRTInputs, folder: Path, report: Report) -> None:
     sharding = None
     if target.ranks > 1:
         blocks = neutral["transformer"]
-        blocks |= {name: shard(blocks[name], inputs.config, target.ranks) for name in blocks if name.endswith("_block")}
+        blocks |= {
+            name: shard(blocks[name], inputs.transformer, target.ranks) for name in blocks if name.endswith("_block")
+        }
         sharding = format.Sharding(target.ranks, inputs.text_length // target.ranks)
     cut = build.cut_target(target, neutral, components, sizes, inputs.text_layers)
     for name, tensors in refs.items():

@@ -19,7 +19,8 @@ from fluxc.base.errors import FluxError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE
 from fluxc.formats.constants import BLOCK
-from fluxc.models.flux2_transformer import transformer_linears, transformer_tensors
+from fluxc.models.flux2_transformer import Flux2Transformer
+from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.targets.sharding import undivided
 from fluxc.targets.visual_gen.folder import HALVES, ignored, is_split, module_of
 
@@ -121,11 +122,12 @@ def faults_of(folder: Path, text_tokens: int = TEXT_TOKENS) -> list[str]:
     """What VisualGen would refuse, or get wrong, of the folder; `text_tokens` is the length prompts are padded to."""
     try:
         config = json.loads((folder / "transformer" / "config.json").read_text())
+        transformer = Flux2Transformer.read(config, folder / "transformer")
         return [
             *_component_faults(folder),
-            *_transformer_faults(folder / "transformer", config),
+            *_transformer_faults(folder / "transformer", config, transformer),
             *_text_encoder_faults(folder / "text_encoder"),
-            *_settings_faults(folder, config, text_tokens),
+            *_settings_faults(folder, transformer.num_attention_heads, text_tokens),
         ]
     except (OSError, ValueError, FluxError) as error:
         return [f"{folder}: cannot be read: {error}"]
@@ -160,7 +162,7 @@ def _tensors(folder: Path, name: str) -> tuple[dict[str, TensorRef], list[str]]:
     return found, faults
 
 
-def _transformer_faults(folder: Path, config: dict[str, Any]) -> Iterator[str]:
+def _transformer_faults(folder: Path, config: dict[str, Any], transformer: Flux2Transformer) -> Iterator[str]:
     tensors, faults = _tensors(folder, WEIGHTS_FILE["transformer"])
     yield from faults
     ignore, algorithm = [], None
@@ -177,7 +179,7 @@ def _transformer_faults(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     if unsplit:
         yield f"transformer: {unsplit[0]} is not split into gate and up: the loader would take {len(unsplit)} tensors wrongly"
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-    linears = {layer.name: (layer.out_features, layer.in_features) for layer in transformer_linears(config)}
+    linears = {layer.name: (layer.out_features, layer.in_features) for layer in transformer.linears}
     modules: dict[str, list[str]] = {}
     for layer, (rows, columns) in linears.items():
         names = [f"{layer}_{half}" for half in HALVES] if is_split(layer) else [layer]
@@ -187,7 +189,7 @@ def _transformer_faults(folder: Path, config: dict[str, Any]) -> Iterator[str]:
             yield f"quantization_config.ignore: {layer} and VisualGen's {module_of(layer)} are not both in it"
         for name in names:
             expected |= _linear_tensors(name, rows // len(names), columns, None if left_out else algorithm)
-    for name, shape in transformer_tensors(config).items():
+    for name, shape in transformer.tensors.items():
         if name.removesuffix(".weight") not in linears:
             expected[name] = ("BF16", shape)
     known = {*linears, *modules, *(name for names in modules.values() for name in names)}
@@ -253,24 +255,22 @@ def _text_encoder_faults(folder: Path) -> Iterator[str]:
         yield "text_encoder/config.json: has a quantization_config, which VisualGen does not take"
 
 
-def _settings_faults(folder: Path, config: dict[str, Any], text_tokens: int) -> Iterator[str]:
+def _settings_faults(folder: Path, heads: int, text_tokens: int) -> Iterator[str]:
     files = sorted(folder.glob("*gpu.yaml"))
     if not files:
         yield "there is no NUMBERgpu.yaml"
     vae = json.loads((folder / "vae" / "config.json").read_text())
-    pixels = 2 * 2 ** (len(vae["block_out_channels"]) - 1)
+    pixels = Flux2VAE.read(vae, folder / "vae").pixels_per_token
     for file in files:
         try:
             args = msgspec.convert(yaml.safe_load(file.read_text()), VisualGenArgs)
         except (msgspec.ValidationError, yaml.YAMLError) as error:
             yield f"{file.name}: {error}"
             continue
-        yield from (f"{file.name}: {fault}" for fault in _args_faults(args, file, config, pixels, text_tokens))
+        yield from (f"{file.name}: {fault}" for fault in _args_faults(args, file, heads, pixels, text_tokens))
 
 
-def _args_faults(
-    args: VisualGenArgs, file: Path, config: dict[str, Any], pixels: int, text_tokens: int
-) -> Iterator[str]:
+def _args_faults(args: VisualGenArgs, file: Path, heads: int, pixels: int, text_tokens: int) -> Iterator[str]:
     if args.quant_config is not None:
         yield "quant_config quantizes again and overrides the checkpoint; leave it out"
     parallel, gpus = args.parallel_config, file.name.removesuffix("gpu.yaml")
@@ -287,7 +287,7 @@ def _args_faults(
         tokens[height, width] = height // pixels * (width // pixels)
     if not args.compilation_config.resolutions:
         yield "compilation_config.resolutions is missing, so nothing is compiled for the sizes served"
-    for what in undivided(parallel.ulysses_size, config["num_attention_heads"], text_tokens, tokens):
+    for what in undivided(parallel.ulysses_size, heads, text_tokens, tokens):
         yield f"{parallel.ulysses_size} GPUs cannot share {what}, and VisualGen does not fill up"
     cache = args.cache_config
     if cache and not cache.teacache_thresh > 0:

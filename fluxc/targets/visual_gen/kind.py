@@ -26,7 +26,7 @@ class VisualGen:
     def check(self, field: str, target: Target, context: TargetContext) -> None:
         """Refuse formats, numbers of GPUs and text encoders that VisualGen does not take."""
         source = context.source
-        heads = context.config["num_attention_heads"]
+        heads = context.source.transformer.num_attention_heads
         plan, length = source.stored_plan("transformer"), context.recipe.text.length
         check_visual_gen(field, target.gpu_counts, plan, heads, length, context.tokens)
         if source.quantized.get("text_encoder"):
@@ -53,7 +53,7 @@ class VisualGen:
         encoder = source.checkpoint.components["text_encoder"]
         inputs = stage.VisualGenInputs(
             target=target,
-            config=context.config,
+            config=context.source.checkpoint.components["transformer"].config,
             plan=source.stored_plan("transformer"),
             weights=weights["transformer"],
             contents=weights["transformer"].files,
