@@ -55,7 +55,7 @@ def test_a_toy_format_builds_a_bundle_that_generates(tmp_path: Path) -> None:
     report = json.loads((out / "report" / "report.json").read_text())
     assert min(layer["snr_db"] for layer in report["layers"]) > 35
     assert manifest.fidelity["targets"]["onnxruntime"]["step_cosine"] > 0.9999
-    assert np.asarray(fluxrt.load(out)("a small red ring", seed=3).images[0]).std() > 10
+    assert np.asarray(fluxrt.load(out).generate(fluxrt.Request("a small red ring", seed=3)).images[0]).std() > 10
 
 
 @pytest.mark.usefixtures("toy_format")
@@ -82,7 +82,7 @@ def test_a_toy_family_builds_a_bundle_that_generates(tmp_path: Path) -> None:
         name.split(".")[2] for name in read_header(out / "text_encoder" / "model.safetensors") if "layers" in name
     }
     assert layers == {str(number) for number in range(21)}
-    image = np.asarray(fluxrt.load(out)("a small red ring", seed=3).images[0])
+    image = np.asarray(fluxrt.load(out).generate(fluxrt.Request("a small red ring", seed=3)).images[0])
     assert image.shape == (64, 64, 3)
     assert image.std() > 10
 
@@ -116,6 +116,6 @@ def test_a_toy_target_builds_a_bundle_that_generates(workshop: Path) -> None:
         assert pipeline.target.kind == "onnxruntime"
     before = CountingBackend.runs
     with fluxrt.load(out, target="toy") as pipeline:
-        image = np.asarray(pipeline("a small red ring", seed=3).images[0])
+        image = np.asarray(pipeline.generate(fluxrt.Request("a small red ring", seed=3)).images[0])
     assert CountingBackend.runs - before == 1 + 3 * 3 + 1
     assert image.std() > 10

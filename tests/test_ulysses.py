@@ -38,6 +38,7 @@ from fluxrt.choose import choose
 from fluxrt.group import Group, PeerError
 from fluxrt.pipeline import Pipeline
 from fluxrt.ranked import RankedPipeline, RankError
+from fluxrt.request import Request
 from fluxrt.share import Share
 from ranks import groups, on_every_rank
 
@@ -285,7 +286,7 @@ def latents_of(bundle: Bundle, target: str, **request: Any) -> tuple[np.ndarray,
 
     def work(group: Group | None) -> tuple[np.ndarray, list[int]]:
         pipeline = Pipeline(bundle, target=target, threads=1, group=group)
-        result = pipeline(PROMPTS[0], seed=5, **request)
+        result = pipeline.generate(Request(PROMPTS[0], seed=5, **request))
         return pipeline.latents(), list(result.skipped[0])
 
     ranks = bundle.target(target).gpus
@@ -368,18 +369,18 @@ def test_ranks_serve_many_requests_and_refuse_what_one_refuses(bundle: Bundle) -
     with fluxrt.load(bundle.root, gpus=2, threads=1) as pipeline:
         assert isinstance(pipeline, RankedPipeline)
         with pytest.raises(fluxrt.RequestError, match="size 128x128"):
-            pipeline(PROMPTS[0], size=(128, 128))
+            pipeline.generate(Request(PROMPTS[0], size=(128, 128)))
         noise = np.random.default_rng(3).standard_normal((1, 64, 32)).astype(np.float32)
         seen = []
         for request in ({"seed": 3}, {"latents": noise, "steps": 3}, {"size": (56, 56), "steps": 2}):
-            ours = pipeline(PROMPTS[0], **request, on_step=lambda done, total: seen.append((done, total)))
-            theirs = whole(PROMPTS[0], **request)
+            ours = pipeline.generate(Request(PROMPTS[0], **request), lambda done, total: seen.append((done, total)))
+            theirs = whole.generate(Request(PROMPTS[0], **request))
             assert np.abs(np.asarray(ours.images[0], int) - np.asarray(theirs.images[0], int)).max() <= 1
             assert ours.skipped == theirs.skipped
             assert ours.seconds.keys() == theirs.seconds.keys()
         assert seen == [*((n, 10) for n in range(1, 11)), (1, 3), (2, 3), (3, 3), (1, 2), (2, 2)]
     with pytest.raises(RankError, match="ended"):
-        pipeline(PROMPTS[0])
+        pipeline.generate(Request(PROMPTS[0]))
 
 
 def test_a_target_is_found_by_its_gpus_or_refused(bundle: Bundle) -> None:
@@ -517,7 +518,7 @@ def test_a_rank_that_cannot_load_says_why(bundle: Bundle, tmp_path: Path) -> Non
         fluxrt.load(copy, gpus=2) as pipeline,
         pytest.raises(RankError, match=r"rank \d of 2 .*its SHA-256 is not the one in bundle.json"),
     ):
-        pipeline(PROMPTS[0])
+        pipeline.generate(Request(PROMPTS[0]))
 
 
 @pytest.mark.parametrize(

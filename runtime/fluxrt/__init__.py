@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
     from fluxrt.pipeline import Pipeline
     from fluxrt.ranked import RankedPipeline
+    from fluxrt.request import Request
     from fluxrt.visual_gen import VisualGenPipeline
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "BundleError", "FluxError", "Pipeline", "RankedPipeline", "RequestError", "load"]
+__all__ = ["BackendError", "BundleError", "FluxError", "Pipeline", "RankedPipeline", "Request", "RequestError", "load"]
 
 
 def load(
@@ -56,4 +57,8 @@ def __getattr__(name: str) -> object:
         from fluxrt.ranked import RankedPipeline
 
         return RankedPipeline
+    if name == "Request":
+        from fluxrt.request import Request
+
+        return Request
     raise AttributeError(f"module 'fluxrt' has no attribute {name!r}")

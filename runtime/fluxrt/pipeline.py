@@ -11,7 +11,7 @@ from fluxrt.backends.registry import make_backend
 from fluxrt.bundle import dimension_size
 from fluxrt.choose import choose
 from fluxrt.errors import BackendError, RequestError
-from fluxrt.prompt import PromptEncoder, with_seeds
+from fluxrt.prompt import PromptEncoder
 from fluxrt.result import Result
 from fluxrt.schedule import SCHEDULES
 from fluxrt.share import Share
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
+    from fluxrt.request import Request
 
 STEP = ("prologue", "body", "epilogue")
 
@@ -74,61 +75,31 @@ class Pipeline:
         """Give back what the backend holds."""
         self.backend.close()
 
-    def __call__(
-        self,
-        prompt: str | list[str],
-        *,
-        seed: int | list[int] = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: tuple[int, int] | None = None,
-        latents: np.ndarray | None = None,
-        step_cache: bool | None = None,
-        threshold: float | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> Result:
-        """Draw one picture a prompt.
+    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
+        """One image a prompt; `on_step(done, total)` is called after every step.
 
-        `seed` fixes the starting noise: one for all (picture i then uses seed + i) or one a prompt. `size` is
-        (height, width) in pixels and must be one that was compiled. `guidance` 1.0 turns classifier-free guidance off
-        where the model uses it. `latents`, fp32 [prompts, tokens, channels], replaces the starting noise. `step_cache` False
-        computes every step; `threshold` has the step cache decide by its rule with this threshold.
-        `on_step(done, total)` is called after every step. Raises RequestError for what the bundle cannot do.
+        Raises RequestError for what the bundle cannot do.
         """
-        import numpy as np
-
-        sampling = self.bundle.manifest.sampling
-        prompts, seeds = with_seeds(prompt, seed)
-        steps = sampling.steps if steps is None else steps
-        if steps < 1:
-            raise RequestError(f"steps must be at least 1, got {steps}")
-        guidance = sampling.guidance if guidance is None else guidance
+        sampling, cache = self.bundle.manifest.sampling, self.bundle.manifest.step_cache
+        steps, guidance, size = request.with_defaults(sampling)
         grid = self.grid(size)
         tokens = grid[0] * grid[1]
-        expected = (len(prompts), tokens, sampling.latent_channels)
-        if latents is None:
-            latents = np.stack([starting_noise(s, tokens, sampling.latent_channels) for s in seeds])
-        elif latents.shape != expected:
-            raise RequestError(f"latents have shape {list(latents.shape)}, this request needs {list(expected)}")
-
-        pixels = sampling.pixels_per_token
-        drawn = (grid[0] * pixels, grid[1] * pixels)
-        cache = self.bundle.manifest.step_cache
-        _, note = decisions_for(cache, steps, drawn, step_cache, threshold)
+        latents = starting_latents(request, tokens, sampling.latent_channels)
+        _, note = decisions_for(cache, steps, size, request.step_cache, request.threshold)
         sigmas = SCHEDULES[sampling.schedule](tokens, steps)
         seconds = {"text": 0.0, "steps": 0.0, "decode": 0.0}
         images, skipped, done = [], [], 0
-        for words, start in zip(prompts, latents, strict=True):
+        for words, start in zip(request.prompts, latents, strict=True):
             began = time.perf_counter()
             self.begin(start[None], grid, guidance, self.tokenize(self.branches(words, guidance)))
             encoded = time.perf_counter()
-            decisions, _ = decisions_for(cache, steps, drawn, step_cache, threshold)
+            decisions, _ = decisions_for(cache, steps, size, request.step_cache, request.threshold)
             left_out = []
             for number, skips in enumerate(self.denoise(sigmas, decisions)):
                 left_out += [number] if skips else []
                 done += 1
                 if on_step:
-                    on_step(done, steps * len(prompts))
+                    on_step(done, steps * len(latents))
             skipped.append(tuple(left_out))
             final = self.latents()
             stepped = time.perf_counter()
@@ -297,6 +268,18 @@ class Pipeline:
             tokens = self._share.tokens
         self._sizes = {"branches": branches, "tokens": tokens, "rows": rows, "columns": columns}
         self.backend.prepare(self._sizes)
+
+
+def starting_latents(request: Request, tokens: int, channels: int) -> np.ndarray:
+    """The latents of a request's images before the first step, fp32 [prompts, tokens, channels]: its own, or noise."""
+    import numpy as np
+
+    expected = (len(request.prompts), tokens, channels)
+    if request.latents is None:
+        return np.stack([starting_noise(seed, tokens, channels) for seed in request.seeds])
+    if request.latents.shape != expected:
+        raise RequestError(f"latents have shape {list(request.latents.shape)}, this request needs {list(expected)}")
+    return request.latents
 
 
 def starting_noise(seed: int, tokens: int, channels: int) -> np.ndarray:
