@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import fluxrt
 from conftest import QUICK, RECIPE, compile_into, copy_checkpoint
@@ -99,6 +100,41 @@ def toy_target() -> Iterator[None]:
     KINDS.pop(kind.name)
     TARGET_KINDS.remove(kind.name)
     backends.KINDS.pop((backend.name, backend.device))
+
+
+def test_a_kind_brings_its_own_pipeline(
+    quick_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fluxrt.backends.registry import KINDS, Kind
+    from fluxrt.cli import main
+    from toys.pipeline_toy import PlainPipeline
+
+    target = open_bundle(quick_bundle).manifest.targets[0]
+    kind = Kind(target.kind, target.device, 5, lambda *_: None, pipeline=PlainPipeline)
+    monkeypatch.setitem(KINDS, (kind.name, kind.device), kind)
+    with fluxrt.load(quick_bundle, target=target.name, gpus=3) as pipeline:
+        assert isinstance(pipeline, PlainPipeline)
+        assert pipeline.gpus == 3
+    assert pipeline.is_closed
+    out = tmp_path / "image.png"
+    arguments = [
+        "generate",
+        str(quick_bundle),
+        "--target",
+        target.name,
+        "--prompt",
+        "a",
+        "--seed",
+        "9",
+        "--out",
+        str(out),
+    ]
+    assert main(arguments) == 0
+    assert "no graph was run" in capsys.readouterr().err
+    with Image.open(out) as image:
+        assert (image.size, image.getpixel((0, 0))) == ((64, 64), (9, 9, 9))
+    with pytest.raises(fluxrt.BackendError, match="which this fluxrt cannot run"):
+        fluxrt.Pipeline(open_bundle(quick_bundle), target=target.name)
 
 
 @pytest.mark.usefixtures("toy_target")
