@@ -39,7 +39,7 @@ from fluxrt.group import Group, PeerError
 from fluxrt.pipeline import Pipeline
 from fluxrt.ranked import RankedPipeline, RankError
 from fluxrt.request import Request
-from fluxrt.share import Share
+from fluxrt.sharding import Shard
 from ranks import groups, on_every_rank
 
 CONFIG: dict[str, Any] = json.loads((NANO / "transformer" / "config.json").read_text())
@@ -148,12 +148,12 @@ def test_n_ranks_compute_what_one_does(whole: dict[str, onnx.ModelProto], ranks:
 
     def run(rank: int) -> None:
         world.me.rank = rank
-        share = Share(rank, ranks, tokens, TEXT // ranks)
+        held = Shard(rank, ranks, tokens, TEXT // ranks)
         feeds = feeds_of(tokens)
-        feeds["text_share"] = share.text_parts(feeds["text"])[rank]
-        feeds |= {name: share.image(feeds[name]) for name in ("latents", "previous_signal")}
-        feeds |= {"first_token": np.int64(share.first_token), "first_text": np.int64(share.first_text)}
-        feeds |= {"keys": share.keys(), "image_tokens": share.is_token()}
+        feeds["text_share"] = held.text_parts(feeds["text"])[rank]
+        feeds |= {name: held.image(feeds[name]) for name in ("latents", "previous_signal")}
+        feeds |= {"first_token": np.int64(held.first_token), "first_text": np.int64(held.first_text)}
+        feeds |= {"keys": held.keys(), "image_tokens": held.is_token()}
         for name in ("prologue", "body", "epilogue", "signal"):
             feeds |= evaluate(part[name], feeds, weights, world)
         results[rank] = feeds
@@ -163,14 +163,14 @@ def test_n_ranks_compute_what_one_does(whole: dict[str, onnx.ModelProto], ranks:
         thread.start()
     for thread in threads:
         thread.join()
-    share = Share(0, ranks, tokens, TEXT // ranks)
+    held = Shard(0, ranks, tokens, TEXT // ranks)
     for name in ("residual", "next_latents"):
-        ours = share.whole([result[name] for result in results])
+        ours = held.whole([result[name] for result in results])
         assert np.abs(ours - expected[name]).max() < 3e-6 * np.abs(expected[name]).max()
     np.testing.assert_allclose(sum(r["change"] for r in results), expected["change"], rtol=1e-5)
     # docs/multi-gpu.md: four activations of width D a block, for this rank's tokens.
     blocks = SMALL["num_layers"] + SMALL["num_single_layers"]
-    assert world.exchanged == blocks * 4 * BRANCHES * (share.tokens + TEXT // ranks) * 128 * 4
+    assert world.exchanged == blocks * 4 * BRANCHES * (held.tokens + TEXT // ranks) * 128 * 4
     # What `plan` says, and what predictions of the time of exchanges are made from.
     assert shares_of(ranks, (64, 64), tokens, SMALL, TEXT, BRANCHES, 4).exchanged_bytes == world.exchanged
 
@@ -204,15 +204,15 @@ def test_heads_and_masks_that_cannot_be_divided_are_refused(whole: dict[str, onn
 
 
 @pytest.mark.parametrize(("ranks", "total"), [(1, 5), (2, 7), (4, 64), (4, 49), (4, 5), (8, 3)])
-def test_a_share_is_what_slicing_by_hand_gives(ranks: int, total: int) -> None:
+def test_a_shard_is_what_slicing_by_hand_gives(ranks: int, total: int) -> None:
     tokens, text = np.arange(1.0, total + 1).reshape(1, total, 1), 2
-    shares = [Share(rank, ranks, total, text) for rank in range(ranks)]
-    parts = [share.image(tokens) for share in shares]
+    shards = [Shard(rank, ranks, total, text) for rank in range(ranks)]
+    parts = [held.image(tokens) for held in shards]
     assert {part.shape for part in parts} == {(1, math.ceil(total / ranks), 1)}
-    assert np.array_equal(shares[0].whole(parts), tokens)
+    assert np.array_equal(shards[0].whole(parts), tokens)
     sequence = [value for part in parts for value in [9.0] * text + part.ravel().tolist()]
-    assert [at for at, value in enumerate(sequence) if value] == shares[0].keys().tolist()
-    assert sum(share.is_token().sum() for share in shares) == total
+    assert [at for at, value in enumerate(sequence) if value] == shards[0].keys().tolist()
+    assert sum(held.is_token().sum() for held in shards) == total
 
 
 # Groups.
@@ -226,7 +226,7 @@ def test_collectives_of_three_ranks() -> None:
             group.gather(np.array([me], np.int64)),
             group.scatter(np.arange(6, dtype=np.float32).reshape(3, 2) if me == 0 else None, (2,)),
             group.sum(np.array([0.1 * me], np.float32)),
-            group.agree(b"together" if me == 0 else None)[:8],
+            group.broadcast(b"together" if me == 0 else None)[:8],
         ]
 
     for me, (exchanged, gathered, scattered, summed, agreed) in enumerate(on_every_rank(3, work)):

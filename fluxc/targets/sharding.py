@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fluxc.base.errors import RecipeError
-from fluxrt.share import Share
+from fluxrt.sharding import Shard
 
 MOST_GPUS = 64
 
@@ -98,15 +98,15 @@ def shares_of(
     In each block queries, keys and values are exchanged before attention and its output after it: four activations of the
     model's width.
     """
-    share = Share(0, ranks, tokens, text_length // ranks)
+    shard = Shard(0, ranks, tokens, text_length // ranks)
     blocks = config["num_layers"] + config["num_single_layers"]
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return Shares(
         ranks=ranks,
         size=size,
         heads=config["num_attention_heads"] // ranks,
-        text_tokens=share.text_tokens,
-        image_tokens=share.tokens,
-        fill=ranks * share.tokens - tokens,
-        exchanged_bytes=blocks * 4 * branches * (share.tokens + share.text_tokens) * width * itemsize,
+        text_tokens=shard.text_tokens,
+        image_tokens=shard.tokens,
+        fill=ranks * shard.tokens - tokens,
+        exchanged_bytes=blocks * 4 * branches * (shard.tokens + shard.text_tokens) * width * itemsize,
     )

@@ -14,7 +14,7 @@ from fluxrt.errors import BackendError, RequestError
 from fluxrt.prompt import PromptEncoder
 from fluxrt.result import Result
 from fluxrt.schedule import SCHEDULES
-from fluxrt.share import Share
+from fluxrt.sharding import rank_of
 from fluxrt.stepcache import Decisions, decisions_for
 
 if TYPE_CHECKING:
@@ -54,11 +54,10 @@ class Pipeline:
                 f"target {self.target.name!r} is sharded for {self.target.gpus} ranks, not {ranks}; "
                 f"load the bundle with gpus={self.target.gpus} (fluxrt generate --gpus {self.target.gpus})"
             )
-        self._group = group
+        self._rank = rank_of(group, self.target)
         self.backend: Backend = backend or make_backend(bundle, self.target, threads, group)
         self._encoder: PromptEncoder | None = None
         self._sizes: dict[str, int] = {}
-        self._share: Share | None = None
 
     def __enter__(self) -> Pipeline:
         return self
@@ -103,7 +102,7 @@ class Pipeline:
             skipped.append(tuple(left_out))
             final = self.latents()
             stepped = time.perf_counter()
-            if self._is_first:
+            if self._rank.is_first:
                 images.append(to_image(self.decode(final, grid)[0]))
             decoded = time.perf_counter()
             for what, took in (("text", encoded - began), ("steps", stepped - encoded), ("decode", decoded - stepped)):
@@ -171,16 +170,14 @@ class Pipeline:
 
         given = text[0] if isinstance(text, tuple) else text
         self._prepare(len(given), grid)
-        if isinstance(text, tuple) and self._is_first:
+        if isinstance(text, tuple) and self._rank.is_first:
             self.backend.put("input_ids", text[0])
             self.backend.put("attention_mask", text[1])
             self.backend.play(("text_encoder",))
         elif not isinstance(text, tuple):
             self.backend.put("text", text)
-        if self._share:
-            latents = self._share.image(latents)
-            self._put_share(self._share, len(given))
-        self.backend.put("latents", np.ascontiguousarray(latents, dtype=np.float32))
+        self._rank.put_shard(self.backend)
+        self.backend.put("latents", np.ascontiguousarray(self._rank.shard(latents), dtype=np.float32))
         self.backend.put("columns", np.array(grid[1], dtype=np.int64))
         if self.target.reads("guidance"):
             self.backend.put("guidance", np.array(guidance, dtype=np.float32))
@@ -212,8 +209,7 @@ class Pipeline:
             if decisions.needs_change(number):
                 self._put_sigmas(sigma, next_sigma)
                 self.backend.play(front, carry)
-                sums = self.backend.get("change")
-                moved, before = (float(part) for part in (self._group.sum(sums) if self._group else sums))
+                moved, before = (float(part) for part in self._rank.sum(self.backend.get("change")))
                 change = moved / before if before else 0.0
             skips = decisions.skip(number, change)
             back = ("epilogue",) if skips else ("body", "epilogue")
@@ -226,8 +222,7 @@ class Pipeline:
 
     def latents(self) -> np.ndarray:
         """The latents of the whole picture, fp32 [1, tokens, channels], on every rank."""
-        own = self.backend.get("latents")
-        return self._share.whole(self._group.gather(own)) if self._share and self._group else own
+        return self._rank.gather(self.backend.get("latents"))
 
     def decode(self, latents: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Picture fp32 [1, height, width, 3] in 0..1 from `latents` [1, tokens, channels]."""
@@ -240,33 +235,8 @@ class Pipeline:
         self.backend.put("sigma", np.array(sigma, dtype=np.float32))
         self.backend.put("next_sigma", np.array(next_sigma, dtype=np.float32))
 
-    @property
-    def _is_first(self) -> bool:
-        return self._group is None or self._group.rank == 0
-
-    def _put_share(self, share: Share, branches: int) -> None:
-        """Fill the buffers of a sharded target that say which part of the picture is this rank's; rank 0 has the text."""
-        import numpy as np
-
-        assert self._group is not None
-        features = self.target.input("text_share").shape[-1]
-        parts = share.text_parts(self.backend.get("text")) if self._is_first else None
-        shape = (branches, share.text_tokens, dimension_size(features, self._sizes))
-        self.backend.put("text_share", self._group.scatter(parts, shape))
-        self.backend.put("first_token", np.array(share.first_token, dtype=np.int64))
-        self.backend.put("first_text", np.array(share.first_text, dtype=np.int64))
-        if self.target.reads("keys"):
-            self.backend.put("keys", share.keys())
-        if self.target.reads("image_tokens"):
-            self.backend.put("image_tokens", share.is_token())
-
     def _prepare(self, branches: int, grid: tuple[int, int]) -> None:
-        rows, columns = grid
-        tokens = rows * columns
-        if self._group and self.target.sharding:
-            self._share = Share(self._group.rank, self._group.ranks, tokens, self.target.sharding.text_tokens)
-            tokens = self._share.tokens
-        self._sizes = {"branches": branches, "tokens": tokens, "rows": rows, "columns": columns}
+        self._sizes = self._rank.sizes(branches, grid)
         self.backend.prepare(self._sizes)
 
 

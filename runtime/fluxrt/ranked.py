@@ -27,7 +27,7 @@ from fluxrt.channel import Channel
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.rank import Start
 from fluxrt.result import Result
-from fluxrt.share import Share
+from fluxrt.sharding import Shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -247,7 +247,7 @@ def _largest_exchange(bundle: Bundle, target: Target) -> int:
     pixels = sampling.pixels_per_token
     totals = [height // pixels * (width // pixels) for height, width in sampling.sizes]
     totals += [target.tokens[1]] if target.tokens else []
-    tokens = max(Share(0, sharding.ranks, total, sharding.text_tokens).tokens for total in totals)
+    tokens = max(Shard(0, sharding.ranks, total, sharding.text_tokens).tokens for total in totals)
     sizes = {"branches": 2 if sampling.guidance_branches else 1, "tokens": tokens}
 
     def nbytes(shape: tuple[int | str, ...], dtype: str) -> int:
