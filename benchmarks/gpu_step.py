@@ -205,8 +205,9 @@ def compare_pictures(path: Path) -> str:
         next(t.name for t in targets if t.kind == "onnxruntime" and t.device == device) for device in ("cpu", "cuda")
     ]
     prompt = "a small white ring at the top on a red background"
+    request = fluxrt.Request(prompt, seed=7)
     pictures = [
-        np.asarray(fluxrt.load(path, target=name)(prompt, seed=7).images[0], np.float64) / 255 for name in names
+        np.asarray(fluxrt.load(path, target=name).generate(request).images[0], np.float64) / 255 for name in names
     ]
     return f"{names[1]} draws {prompt!r} at {psnr(pictures[1], pictures[0]):.1f} dB of {names[0]}"
 

@@ -80,11 +80,11 @@ def measure(bundle: Path, ranks: int, steps: int) -> dict[str, float]:
 
     target = "onnxruntime" if ranks == 1 else f"onnxruntime-{ranks}gpus"
     with Memory() as memory, fluxrt.load(bundle, target=target, gpus=ranks) as pipeline:
-        pipeline(PROMPT, seed=0)
+        pipeline.generate(fluxrt.Request(PROMPT, seed=0))
         times = []
         for seed in range(1, 4):
             began = time.perf_counter()
-            pipeline(PROMPT, seed=seed)
+            pipeline.generate(fluxrt.Request(PROMPT, seed=seed))
             times.append((time.perf_counter() - began) / steps)
     return {"ms": 1000 * statistics.median(times), "all_mib": memory.together, "largest_mib": memory.largest}
 

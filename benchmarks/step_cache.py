@@ -112,7 +112,7 @@ def bundle_rows(path: Path, count: int) -> list[list[str]]:
     pictures: dict[str, list[np.ndarray]] = {name: [] for name in requests}
     seconds: dict[str, list[float]] = {name: [] for name in requests}
     computed: dict[str, list[int]] = {name: [] for name in requests}
-    pipeline("a red circle")
+    pipeline.generate(fluxrt.Request("a red circle"))
     for number, spec in enumerate(specs(count)):
         for name, request in requests.items():
             began = time.perf_counter()

@@ -265,9 +265,10 @@ def test_mixed_formats_build_and_draw(workshop: Path) -> None:
     assert {("transformer", "fp8"), ("transformer", "nvfp4"), ("text_encoder", "fp8")} <= formats
     config = json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]
     assert config["quant_algo"] == "MIXED_PRECISION"
+    request = fluxrt.Request("a large red circle at the left on a white background")
     for target in manifest.targets:
         assert manifest.fidelity["targets"][target.name]["step_cosine"] > 0.9
-        assert fluxrt.load(out, target=target.name)("a large red circle at the left on a white background").images
+        assert fluxrt.load(out, target=target.name).generate(request).images
 
 
 def test_a_missed_gate_fails_naming_figures_and_writes_no_bundle(workshop: Path) -> None:
@@ -331,7 +332,10 @@ def test_a_component_in_several_files_computes_the_same(quick_bundle: Path, work
         n: t.view(torch.uint8).tolist() for n, t in whole.items() if t.ndim == 2
     }
     pictures = [
-        fluxrt.load(bundle, target="onnxruntime-nvfp4")("a small red ring", seed=3).images[0].tobytes()
+        fluxrt.load(bundle, target="onnxruntime-nvfp4")
+        .generate(fluxrt.Request("a small red ring", seed=3))
+        .images[0]
+        .tobytes()
         for bundle in (quick_bundle, split)
     ]
     assert pictures[0] == pictures[1]

@@ -55,7 +55,9 @@ def test_a_changed_graph_is_not_run(quick_copy: Path) -> None:
     with pytest.raises(
         BundleError, match=r"body\.onnx: its SHA-256 is not the one in bundle\.json, so it will not be run"
     ):
-        fluxrt.load(quick_copy)("a large red circle at the left on a white background", steps=1)
+        fluxrt.load(quick_copy).generate(
+            fluxrt.Request("a large red circle at the left on a white background", steps=1)
+        )
 
 
 def test_a_truncated_file_is_named_on_opening(quick_copy: Path) -> None:

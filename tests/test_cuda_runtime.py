@@ -23,6 +23,7 @@ from fluxrt.choose import Machine, choose
 from fluxrt.cuda import CudaDriver, Gpu, OutOfMemoryError, first_gpu
 from fluxrt.errors import BackendError, BundleError, RequestError
 from fluxrt.pipeline import Pipeline
+from fluxrt.request import Request
 from fluxrt.weights import StoredTensor, component_weights, read_weights
 from test_tensorrt import RTX as RTX_RECIPE
 from test_tensorrt import rtx_bundle  # noqa: F401
@@ -52,8 +53,10 @@ def test_a_picture_goes_through_buffers_capture_and_replay(bundle: Bundle) -> No
     """Eager, captured, launched: every step of a picture, and of the next one, gives what the CPU target gives."""
     driver = FakeDriver()
     pipeline = pipeline_of(bundle, driver)
-    expected = Pipeline(bundle, target="onnxruntime-nvfp4")([PROMPT, "a large red circle"], steps=4).images
-    drawn = pipeline([PROMPT, "a large red circle"], steps=4).images
+    expected = (
+        Pipeline(bundle, target="onnxruntime-nvfp4").generate(Request([PROMPT, "a large red circle"], steps=4)).images
+    )
+    drawn = pipeline.generate(Request([PROMPT, "a large red circle"], steps=4)).images
     for ours, theirs in zip(drawn, expected, strict=True):
         difference = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
         assert 10 * np.log10(255**2 / np.mean(difference**2)) > 25
@@ -76,7 +79,7 @@ def test_launched_steps_equal_eager_ones(bundle: Bundle) -> None:
     for refuses in (False, True):
         driver = FakeDriver(refuses_capture=refuses)
         pipeline = pipeline_of(bundle, driver)
-        results.append(np.asarray(pipeline(PROMPT, steps=4).images[0]))
+        results.append(np.asarray(pipeline.generate(Request(PROMPT, steps=4)).images[0]))
         notes = pipeline.backend.notes
         assert len(notes) == (1 if refuses else 0)
         assert not refuses or "not captured as a CUDA graph" in notes[0]
@@ -87,7 +90,7 @@ def test_a_plan_that_cannot_be_captured_is_launched_and_named(bundle: Bundle) ->
     driver = FakeDriver()
     pipeline = pipeline_of(bundle, driver)
     pipeline.backend._trt.not_capturable.add("single")
-    pipeline(PROMPT, steps=4)
+    pipeline.generate(Request(PROMPT, steps=4))
     assert pipeline.backend.notes == [
         "prologue, body, epilogue: not captured as a CUDA graph, every call is launched: TensorRT says that single cannot be"
     ]
@@ -98,10 +101,10 @@ def test_a_plan_that_cannot_be_captured_is_launched_and_named(bundle: Bundle) ->
 def test_weights_are_uploaded_once_and_scalars_before_each_launch(bundle: Bundle) -> None:
     driver = FakeDriver()
     pipeline = pipeline_of(bundle, driver)
-    pipeline(PROMPT, steps=3)
+    pipeline.generate(Request(PROMPT, steps=3))
     first = len(driver.log)
     uploads = sum(entry.startswith("upload") for entry in driver.log)
-    pipeline(PROMPT, steps=3)
+    pipeline.generate(Request(PROMPT, steps=3))
     again = driver.log[first:]
     # tokens, mask, latents, columns, guidance; two sigmas a step; the decoder's input.
     assert sum(entry.startswith("upload") for entry in again) == 5 + 3 * 2 + 1
@@ -113,13 +116,13 @@ def test_other_sizes_are_captured_anew(bundle: Bundle) -> None:
     """Guidance off is one branch: other buffers, other optimization profile, nothing stale."""
     driver = FakeDriver()
     pipeline = pipeline_of(bundle, driver)
-    both = np.asarray(pipeline(PROMPT, steps=3, guidance=1.5).images[0])
+    both = np.asarray(pipeline.generate(Request(PROMPT, steps=3, guidance=1.5)).images[0])
     blocks = len(driver.blocks)
-    one = np.asarray(pipeline(PROMPT, steps=3, guidance=1.0).images[0])
-    np.testing.assert_array_equal(np.asarray(pipeline(PROMPT, steps=3, guidance=1.5).images[0]), both)
+    one = np.asarray(pipeline.generate(Request(PROMPT, steps=3, guidance=1.0)).images[0])
+    np.testing.assert_array_equal(np.asarray(pipeline.generate(Request(PROMPT, steps=3, guidance=1.5)).images[0]), both)
     assert len(driver.blocks) == blocks
     assert len(driver.graphs) == 1
-    reference = Pipeline(bundle, target="onnxruntime-nvfp4")(PROMPT, steps=3, guidance=1.0).images[0]
+    reference = Pipeline(bundle, target="onnxruntime-nvfp4").generate(Request(PROMPT, steps=3, guidance=1.0)).images[0]
     difference = one.astype(np.float64) - np.asarray(reference, np.float64)
     assert 10 * np.log10(255**2 / np.mean(difference**2)) > 25
 
@@ -133,19 +136,19 @@ def test_a_range_of_sizes_draws_what_lies_between(
     sizes = "sizes=[[64, 64], [32, 96], [96, 96]]"
     ranged = open_bundle(compile_into(workshop / "rtx-ranged", *QUICK, sizes, targets, recipe=RTX_RECIPE))
     pipeline = pipeline_of(ranged, FakeDriver())
-    drawn = pipeline(PROMPT, steps=2, size=(48, 80))
+    drawn = pipeline.generate(Request(PROMPT, steps=2, size=(48, 80)))
     assert drawn.images[0].size == (80, 48)
     with pytest.raises(
         RequestError, match=r"size 96x104 .* not compiled; this bundle has .* sizes of 48 to 144 tokens of 8x8"
     ):
-        pipeline(PROMPT, steps=2, size=(96, 104))
+        pipeline.generate(Request(PROMPT, steps=2, size=(96, 104)))
     with pytest.raises(RequestError, match=r"size 50x80 .* was not compiled"):
-        pipeline(PROMPT, steps=2, size=(50, 80))
+        pipeline.generate(Request(PROMPT, steps=2, size=(50, 80)))
     listed = Pipeline(ranged, target="onnxruntime-nvfp4")
     with pytest.raises(
         RequestError, match=r"size 48x80 .* was not compiled; this bundle has 64x64, 32x96, 96x96; choose"
     ):
-        listed(PROMPT, steps=1, size=(48, 80))
+        listed.generate(Request(PROMPT, steps=1, size=(48, 80)))
 
 
 def test_a_model_without_guidance_draws_too(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +161,8 @@ def test_a_model_without_guidance_draws_too(workshop: Path, tmp_path: Path, monk
     distilled = open_bundle(compile_into(workshop / "rtx-distilled", *QUICK, *changes, recipe=RTX_RECIPE))
     assert all(plan.profiles == () for plan in distilled.target("tensorrt_rtx").engine.plans.values())
     assert not distilled.target("tensorrt_rtx").reads("guidance")
-    drawn = pipeline_of(distilled, FakeDriver())(PROMPT, steps=3).images[0]
-    expected = Pipeline(distilled, target="onnxruntime-nvfp4")(PROMPT, steps=3).images[0]
+    drawn = pipeline_of(distilled, FakeDriver()).generate(Request(PROMPT, steps=3)).images[0]
+    expected = Pipeline(distilled, target="onnxruntime-nvfp4").generate(Request(PROMPT, steps=3)).images[0]
     difference = np.asarray(drawn, np.float64) - np.asarray(expected, np.float64)
     assert 10 * np.log10(255**2 / np.mean(difference**2)) > 25
 
@@ -176,14 +179,14 @@ def test_a_step_without_a_beginning_is_refused(bundle: Bundle) -> None:
 def test_an_interrupt_in_a_capture_ends_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = FakeDriver()
     pipeline = pipeline_of(bundle, driver)
-    pipeline(PROMPT, steps=1)
+    pipeline.generate(Request(PROMPT, steps=1))
 
     def interrupted() -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(driver, "end_capture", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline(PROMPT, steps=1)
+        pipeline.generate(Request(PROMPT, steps=1))
     assert driver.recording is None
 
 
@@ -203,14 +206,14 @@ def test_the_weights_on_the_gpu_are_the_files_bytes(bundle: Bundle) -> None:
     assert {call.prefix for call in program.calls} >= {"transformer_blocks.0.", "single_transformer_blocks.5."}
     driver = FakeDriver()
     pipeline = pipeline_of(bundle, driver)
-    pipeline(PROMPT, steps=1)
+    pipeline.generate(Request(PROMPT, steps=1))
     address = pipeline.backend._programs["body"].address
     for name, offset in at.items():
         np.testing.assert_array_equal(driver.at(address + offset, stored[name].nbytes), stored[name].read())
 
 
 def test_compiled_kernels_are_kept_and_found_again(bundle: Bundle, tmp_path: Path) -> None:
-    pipeline_of(bundle, FakeDriver())(PROMPT, steps=1)
+    pipeline_of(bundle, FakeDriver()).generate(Request(PROMPT, steps=1))
     kept = sorted((tmp_path / "cache").rglob("*.bin"))
     assert len(kept) == 17
     driver = FakeDriver()
@@ -221,7 +224,7 @@ def test_compiled_kernels_are_kept_and_found_again(bundle: Bundle, tmp_path: Pat
     assert {"double", "single", "residual"} <= library.compiled
     kept[0].write_bytes(b"damaged")
     pipeline = pipeline_of(bundle, FakeDriver())
-    pipeline(PROMPT, steps=1)
+    pipeline.generate(Request(PROMPT, steps=1))
     assert [note for note in pipeline.backend.notes if str(kept[0]) in note]
     assert kept[0].read_bytes() != b"damaged"
 
@@ -323,7 +326,7 @@ def test_a_plan_altered_by_one_byte_is_not_run(bundle: Bundle, tmp_path: Path) -
     plan.write_bytes(data)
     pipeline = pipeline_of(open_bundle(copy), FakeDriver())
     with pytest.raises(BundleError, match=r"single\.plan: its SHA-256 is not the one"):
-        pipeline(PROMPT, steps=1)
+        pipeline.generate(Request(PROMPT, steps=1))
 
 
 def test_a_plan_for_another_gpu_is_refused(bundle: Bundle) -> None:
@@ -368,11 +371,11 @@ def test_out_of_memory_frees_everything_and_says_so(bundle: Bundle, capacity: in
     driver = FakeDriver(capacity=capacity)
     pipeline = pipeline_of(bundle, driver)
     with pytest.raises(OutOfMemoryError, match=r"a made-up RTX has no room for .*free again; ask for a smaller size"):
-        pipeline(PROMPT, steps=2)
+        pipeline.generate(Request(PROMPT, steps=2))
     assert driver.blocks == {}
     assert driver.graphs == {}
     driver.capacity = 1 << 34
-    pipeline(PROMPT, steps=2)
+    pipeline.generate(Request(PROMPT, steps=2))
 
 
 def test_an_array_of_another_shape_is_refused(bundle: Bundle) -> None:

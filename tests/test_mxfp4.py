@@ -80,7 +80,7 @@ def test_it_generates_within_the_loss_of_four_bits(bundle: Path, quick_bundle: P
     figures = open_bundle(bundle).manifest.fidelity["targets"]["onnxruntime"]
     nvfp4 = open_bundle(quick_bundle).manifest.fidelity["targets"]["onnxruntime"]
     assert 0.95 < figures["step_cosine"] < nvfp4["step_cosine"]
-    assert np.asarray(fluxrt.load(bundle)("a small red ring", seed=3).images[0]).std() > 10
+    assert np.asarray(fluxrt.load(bundle).generate(fluxrt.Request("a small red ring", seed=3)).images[0]).std() > 10
 
 
 def test_a_bundle_in_mxfp4_is_a_checkpoint(bundle: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.errors import BackendError
 from fluxrt.pipeline import Pipeline
+from fluxrt.request import Request
 from fluxrt.schedule import flow_match_sigmas
 from trt_reference import E2M1, E4M3, Attention, LayerNormalization, MatMul, RMSNormalization
 
@@ -156,9 +157,10 @@ def test_a_graph_onnxruntime_does_not_accept_fails_the_build_without_a_gpu(tmp_p
 def test_bound_buffers_give_the_pictures_of_plain_runs(bundle: Bundle) -> None:
     """The backend as it is, but on the CPU's provider and the CPU target's graphs."""
     pipeline = Pipeline(bundle, target="onnxruntime")
-    expected = pipeline([PROMPT, "a large red circle"], steps=3)
+    request = Request([PROMPT, "a large red circle"], steps=3)
+    expected = pipeline.generate(request).images
     pipeline.backend = OnnxRuntimeCudaBackend(bundle, bundle.target("onnxruntime"), "cpu", ("CPUExecutionProvider",))
-    for ours, theirs in zip(pipeline([PROMPT, "a large red circle"], steps=3).images, expected.images, strict=True):
+    for ours, theirs in zip(pipeline.generate(request).images, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
@@ -168,7 +170,7 @@ def test_work_that_would_fall_back_to_the_cpu_is_refused(bundle: Bundle) -> None
     providers = ("AzureExecutionProvider", "CPUExecutionProvider")
     pipeline.backend = OnnxRuntimeCudaBackend(bundle, bundle.target("onnxruntime"), "cpu", providers)
     with pytest.raises(BackendError, match=r"nodes that do a layer's work \(\w+\) were given to CPUExecutionProvider"):
-        pipeline(PROMPT, steps=1)
+        pipeline.generate(Request(PROMPT, steps=1))
 
 
 def test_without_the_cuda_provider_the_package_is_named(bundle: Bundle) -> None:

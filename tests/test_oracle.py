@@ -55,6 +55,6 @@ def test_bf16_reference_follows_unseen_prompts(reference_agreement: float) -> No
 @pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-nvfp4"])
 def test_nvfp4_loses_at_most_three_points(nano_bundle: Path, reference_agreement: float, target: str) -> None:
     pipeline = fluxrt.load(nano_bundle, target=target)
-    pictures = pipeline([spec.caption(i % 3) for i, spec in enumerate(UNSEEN)], seed=0).images
+    pictures = pipeline.generate(fluxrt.Request([spec.caption(i % 3) for i, spec in enumerate(UNSEEN)], seed=0)).images
     right = sum(follows(np.asarray(image), spec) for image, spec in zip(pictures, UNSEEN, strict=True))
     assert right / len(UNSEEN) >= reference_agreement - 0.03

@@ -182,4 +182,6 @@ def test_a_distilled_checkpoint_runs_one_branch_and_other_sizes_match_too(tmp_pa
     pipeline = fluxrt.load(bundle)
     assert not pipeline.bundle.manifest.sampling.guidance_branches
     assert pipeline.encode_text("a", 4.0).shape[0] == 1
-    assert [pipeline("a", size=size, steps=1).images[0].size for size in ((32, 96), (64, 64))] == [(96, 32), (64, 64)]
+    for height, width in ((32, 96), (64, 64)):
+        image = pipeline.generate(fluxrt.Request("a", size=(height, width), steps=1)).images[0]
+        assert image.size == (width, height)

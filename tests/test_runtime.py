@@ -18,6 +18,7 @@ import fluxrt
 from conftest import ROOT
 from fluxrt import BundleError, RequestError
 from fluxrt.cli import main
+from fluxrt.request import Request
 
 PROMPT = "a large red circle at the left on a white background"
 
@@ -29,23 +30,23 @@ def pipeline(quick_bundle: Path) -> Iterator[fluxrt.Pipeline]:
 
 
 def test_the_same_seed_draws_the_same_picture(pipeline: fluxrt.Pipeline) -> None:
-    first, second = (np.asarray(pipeline(PROMPT, seed=3).images[0]) for _ in range(2))
+    first, second = (np.asarray(pipeline.generate(Request(PROMPT, seed=3)).images[0]) for _ in range(2))
     assert np.array_equal(first, second)
     assert first.shape == (64, 64, 3)
-    assert not np.array_equal(first, np.asarray(pipeline(PROMPT, seed=4).images[0]))
+    assert not np.array_equal(first, np.asarray(pipeline.generate(Request(PROMPT, seed=4)).images[0]))
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipeline: fluxrt.Pipeline) -> None:
     other = "a small green square at the top right on a black background"
-    batch = pipeline([other, PROMPT], seed=5).images
-    assert np.array_equal(np.asarray(batch[1]), np.asarray(pipeline(PROMPT, seed=6).images[0]))
-    chosen = pipeline([other, PROMPT], seed=[9, 6]).images
+    batch = pipeline.generate(Request([other, PROMPT], seed=5)).images
+    assert np.array_equal(np.asarray(batch[1]), np.asarray(pipeline.generate(Request(PROMPT, seed=6)).images[0]))
+    chosen = pipeline.generate(Request([other, PROMPT], seed=[9, 6])).images
     assert np.array_equal(np.asarray(chosen[1]), np.asarray(batch[1]))
 
 
 def test_steps_and_guidance_change_the_picture(pipeline: fluxrt.Pipeline) -> None:
     pictures = [
-        np.asarray(pipeline(PROMPT, **request).images[0])
+        np.asarray(pipeline.generate(Request(PROMPT, **request)).images[0])
         for request in ({}, {"steps": 5}, {"guidance": 1.0}, {"guidance": 5.0})
     ]
     assert all(not np.array_equal(pictures[0], other) for other in pictures[1:])
@@ -60,22 +61,22 @@ def test_given_latents_replace_the_noise(pipeline: fluxrt.Pipeline) -> None:
     from fluxrt.pipeline import starting_noise
 
     noise = starting_noise(12, 64, 32)
-    given = pipeline(PROMPT, seed=99, latents=noise[None]).images[0]
-    assert np.array_equal(np.asarray(given), np.asarray(pipeline(PROMPT, seed=12).images[0]))
+    given = pipeline.generate(Request(PROMPT, seed=99, latents=noise[None])).images[0]
+    assert np.array_equal(np.asarray(given), np.asarray(pipeline.generate(Request(PROMPT, seed=12)).images[0]))
     with pytest.raises(RequestError, match=r"latents have shape \[1, 3, 32\], this request needs \[1, 64, 32\]"):
-        pipeline(PROMPT, latents=noise[None, :3])
+        pipeline.generate(Request(PROMPT, latents=noise[None, :3]))
 
 
 def test_steps_are_reported(pipeline: fluxrt.Pipeline) -> None:
     seen: list[tuple[int, int]] = []
-    result = pipeline([PROMPT, PROMPT], steps=2, on_step=lambda done, total: seen.append((done, total)))
+    result = pipeline.generate(Request([PROMPT, PROMPT], steps=2), lambda done, total: seen.append((done, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert set(result.seconds) == {"text", "steps", "decode"}
 
 
 def test_a_prompt_longer_than_compiled_is_refused_not_cut(pipeline: fluxrt.Pipeline) -> None:
     with pytest.raises(RequestError, match=r"tokens long .* compiled for 32.*text\.length"):
-        pipeline("a red circle " * 20)
+        pipeline.generate(Request("a red circle " * 20))
 
 
 def test_the_longest_prompt_that_fits_is_served(pipeline: fluxrt.Pipeline) -> None:
@@ -92,14 +93,14 @@ def test_the_longest_prompt_that_fits_is_served(pipeline: fluxrt.Pipeline) -> No
 
 def test_a_size_that_was_not_compiled_is_refused_with_those_that_were(pipeline: fluxrt.Pipeline) -> None:
     with pytest.raises(RequestError, match=r"size 128x64 .* was not compiled; this bundle has 64x64"):
-        pipeline(PROMPT, size=(128, 64))
+        pipeline.generate(Request(PROMPT, size=(128, 64)))
 
 
 def test_wrong_requests_are_refused(pipeline: fluxrt.Pipeline, quick_bundle: Path) -> None:
     with pytest.raises(RequestError, match="2 prompts but 1 seeds"):
-        pipeline([PROMPT, PROMPT], seed=[1])
+        pipeline.generate(Request([PROMPT, PROMPT], seed=[1]))
     with pytest.raises(RequestError, match="steps must be at least 1, got 0"):
-        pipeline(PROMPT, steps=0)
+        pipeline.generate(Request(PROMPT, steps=0))
     with pytest.raises(BundleError, match="no target 'tpu' in this bundle; it has: onnxruntime, onnxruntime-nvfp4"):
         fluxrt.load(quick_bundle, target="tpu")
 
@@ -114,7 +115,7 @@ def test_a_picture_that_is_not_finite_is_refused() -> None:
 def test_generate_writes_png_files(quick_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "picture.png"
     assert main(["generate", str(quick_bundle), "--prompt", PROMPT, "--seed", "3", "--out", str(out)]) == 0
-    expected = fluxrt.load(quick_bundle)(PROMPT, seed=3).images[0]
+    expected = fluxrt.load(quick_bundle).generate(Request(PROMPT, seed=3)).images[0]
     with Image.open(out) as image:
         assert np.array_equal(np.asarray(image), np.asarray(expected))
     arguments = [
@@ -209,7 +210,7 @@ def test_it_draws_in_an_environment_without_torch_diffusers_transformers_and_onn
     out = tmp_path / "picture.png"
     command = [str(folder / "bin" / "fluxrt"), "generate", str(quick_bundle), "--prompt", PROMPT, "--seed", "3"]
     subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=300)
-    expected = fluxrt.load(quick_bundle)(PROMPT, seed=3).images[0]
+    expected = fluxrt.load(quick_bundle).generate(Request(PROMPT, seed=3)).images[0]
     with Image.open(out) as image:
         difference = np.abs(np.asarray(image).astype(int) - np.asarray(expected).astype(int))
     assert difference.max() <= 1

@@ -317,7 +317,3 @@ def test_requests_that_the_cache_was_not_fitted_for_do_as_the_bundle_says() -> N
     assert served.rule == msgspec.structs.replace(cache.rule, threshold=0.07)
     with pytest.raises(RequestError, match="this bundle has no step cache"):
         decisions_for(None, 50, (64, 64), threshold=0.1)
-    with pytest.raises(RequestError, match="--threshold goes with the step cache"):
-        decisions_for(cache, 50, (64, 64), enabled=False, threshold=0.1)
-    with pytest.raises(RequestError, match="threshold must be at least 0, got nan"):
-        decisions_for(cache, 50, (64, 64), threshold=math.nan)

@@ -30,6 +30,7 @@ from fluxc.stepcache.file import check_complete, merge_traces, read_trace, write
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.cli import main as fluxrt_main
 from fluxrt.pipeline import Pipeline, starting_noise
+from fluxrt.request import Request
 from fluxrt.schedule import SCHEDULES
 from fluxrt.stepcache import Decisions
 
@@ -171,8 +172,8 @@ def test_skipping_is_what_reused_residuals_do_in_diffusers(bundle: Path, mode: s
 
 def test_a_threshold_of_nothing_skips_nothing(bundle: Path) -> None:
     pipeline = fluxrt.load(bundle)
-    cached = pipeline([PROMPT, "a red circle"], seed=3, threshold=0.0)
-    plain = pipeline([PROMPT, "a red circle"], seed=3, step_cache=False)
+    cached = pipeline.generate(Request([PROMPT, "a red circle"], seed=3, threshold=0.0))
+    plain = pipeline.generate(Request([PROMPT, "a red circle"], seed=3, step_cache=False))
     assert cached.skipped == plain.skipped == [(), ()]
     for ours, theirs in zip(cached.images, plain.images, strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
@@ -180,19 +181,19 @@ def test_a_threshold_of_nothing_skips_nothing(bundle: Path) -> None:
 
 def test_a_picture_does_not_depend_on_the_one_before(bundle: Path) -> None:
     pipeline = fluxrt.load(bundle)
-    alone = pipeline(PROMPT, seed=4, threshold=0.12)
-    batch = pipeline(["a red circle", PROMPT], seed=3, threshold=0.12)
+    alone = pipeline.generate(Request(PROMPT, seed=4, threshold=0.12))
+    batch = pipeline.generate(Request(["a red circle", PROMPT], seed=3, threshold=0.12))
     assert batch.skipped[1] == alone.skipped[0]
     assert np.array_equal(np.asarray(batch.images[1]), np.asarray(alone.images[0]))
 
 
 def test_other_steps_and_guidance_are_served_by_the_rule(bundle: Path) -> None:
     pipeline = fluxrt.load(bundle)
-    result = pipeline(PROMPT, steps=20)
+    result = pipeline.generate(Request(PROMPT, steps=20))
     assert "fitted to 12 steps at 64x64, not to 20 at 64x64" in result.notes[0]
     assert 0 < len(result.skipped[0]) < 19
-    assert pipeline(PROMPT, guidance=1.0).skipped[0] == pipeline(PROMPT).skipped[0]
-    assert pipeline(PROMPT, steps=2).skipped == [()]
+    assert pipeline.generate(Request(PROMPT, guidance=1.0)).skipped[0] == pipeline.generate(Request(PROMPT)).skipped[0]
+    assert pipeline.generate(Request(PROMPT, steps=2)).skipped == [()]
 
 
 def test_generate_says_what_was_skipped(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +281,9 @@ def test_without_a_step_cache_nothing_of_it_is_in_the_bundle(made: Path, bundle:
     assert manifest.step_cache is None
     assert "signal" not in manifest.targets[0].graphs
     assert not [name for name in manifest.files if "step-cache" in name or "signal" in name]
-    drawn, cached = (fluxrt.load(path)(PROMPT, step_cache=False).images[0] for path in (plain, bundle))
+    drawn, cached = (
+        fluxrt.load(path).generate(Request(PROMPT, step_cache=False)).images[0] for path in (plain, bundle)
+    )
     assert np.array_equal(np.asarray(drawn), np.asarray(cached))
 
 
@@ -372,7 +375,7 @@ def test_a_change_that_is_nan_is_an_error_not_a_picture(bundle: Path) -> None:
     pipeline = fluxrt.load(bundle)
     noise = np.full((1, 64, 32), np.nan, np.float32)
     with pytest.raises(fluxrt.BackendError, match=r"step 1: the change of the step cache's signal is nan"):
-        pipeline(PROMPT, latents=noise, threshold=0.1)
+        pipeline.generate(Request(PROMPT, latents=noise, threshold=0.1))
 
 
 def test_decisions_depend_on_the_bundle_alone(bundle: Path) -> None:
@@ -383,7 +386,7 @@ def test_decisions_depend_on_the_bundle_alone(bundle: Path) -> None:
     manifest = msgspec.structs.replace(
         opened.manifest, step_cache=msgspec.structs.replace(cache, mode="dynamic", rule=rule)
     )
-    result = Pipeline(Bundle(bundle, manifest))(PROMPT)
+    result = Pipeline(Bundle(bundle, manifest)).generate(Request(PROMPT))
     assert result.skipped == [(1, 2, 3, 5, 6, 7, 9, 10)]
     assert Decisions(STEPS, rule).needs_change(0) is False
 

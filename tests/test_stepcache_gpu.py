@@ -21,6 +21,7 @@ from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.pipeline import Pipeline
+from fluxrt.request import Request
 from test_tensorrt import RTX as RTX_RECIPE
 
 PROMPT = "a small white ring at the top on a red background"
@@ -56,18 +57,18 @@ def test_skipped_steps_run_no_block(bundle: Bundle) -> None:
     """A fixed schedule is two CUDA graphs, and nothing between the host and the GPU but two numbers a step."""
     driver = FakeDriver()
     pipeline = on_fake_gpu(bundle, driver)
-    result = pipeline(PROMPT)
+    result = pipeline.generate(Request(PROMPT))
     assert result.skipped == [bundle.manifest.step_cache.schedule]
     assert len(result.skipped[0]) == 4
     assert not any("signal" in entry for entry in driver.log)
     before = len(driver.log)
-    pipeline(PROMPT, seed=1)
+    pipeline.generate(Request(PROMPT, seed=1))
     again = driver.log[before:]
     launches = [entry for entry in again if entry == "launch"]
     assert len(launches) >= STEPS
     assert not any(entry.startswith(("run double", "run single")) for entry in again)
     full = FakeDriver()
-    on_fake_gpu(bundle, full)(PROMPT, step_cache=False)
+    on_fake_gpu(bundle, full).generate(Request(PROMPT, step_cache=False))
     # Blocks run eagerly in the first computed step alone: after that they are in a CUDA graph.
     assert driver.log.count("run single") == full.log.count("run single") == 6
 
@@ -78,17 +79,17 @@ def test_the_rule_decides_on_the_gpu_as_on_the_cpu(bundle: Bundle) -> None:
     pictures, skipped = [], []
     for refuses in (False, True):
         driver = FakeDriver(refuses_capture=refuses)
-        result = on_fake_gpu(bundle, driver)(PROMPT, threshold=0.225)
+        result = on_fake_gpu(bundle, driver).generate(Request(PROMPT, threshold=0.225))
         pictures.append(np.asarray(result.images[0]))
         skipped.append(result.skipped[0])
         assert any("run signal_change" in entry for entry in driver.log)
     np.testing.assert_array_equal(*pictures)
     assert skipped[0] == skipped[1]
-    assert Pipeline(bundle, target=CPU)(PROMPT, threshold=0.225).skipped[0] == skipped[0]
+    assert Pipeline(bundle, target=CPU).generate(Request(PROMPT, threshold=0.225)).skipped[0] == skipped[0]
     assert len(skipped[0]) == 5
     for threshold in (0.12, 0.5):
-        gpu = on_fake_gpu(bundle, FakeDriver())(PROMPT, threshold=threshold).skipped[0]
-        assert Pipeline(bundle, target=CPU)(PROMPT, threshold=threshold).skipped[0] == gpu
+        gpu = on_fake_gpu(bundle, FakeDriver()).generate(Request(PROMPT, threshold=threshold)).skipped[0]
+        assert Pipeline(bundle, target=CPU).generate(Request(PROMPT, threshold=threshold)).skipped[0] == gpu
 
 
 @pytest.mark.parametrize("target", ["tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cuda-float16"])
@@ -128,10 +129,10 @@ def test_the_change_in_16_bits_is_the_change(bundle: Bundle, target: str) -> Non
 
 def test_bound_buffers_carry_the_signal(bundle: Bundle) -> None:
     """ONNX Runtime's CUDA backend on the CPU's provider: same decisions, same pictures as the plain one."""
-    expected = Pipeline(bundle, target=CPU)([PROMPT, "a large red circle"], threshold=0.2)
+    expected = Pipeline(bundle, target=CPU).generate(Request([PROMPT, "a large red circle"], threshold=0.2))
     pipeline = Pipeline(bundle, target=CPU)
     pipeline.backend = OnnxRuntimeCudaBackend(bundle, bundle.target(CPU), "cpu", ("CPUExecutionProvider",))
-    found = pipeline([PROMPT, "a large red circle"], threshold=0.2)
+    found = pipeline.generate(Request([PROMPT, "a large red circle"], threshold=0.2))
     assert found.skipped == expected.skipped
     for ours, theirs in zip(found.images, expected.images, strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))

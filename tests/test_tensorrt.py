@@ -46,6 +46,7 @@ from fluxc.targets.tensorrt.lower import Lowered, fix_shapes, lower_tensorrt
 from fluxc.targets.tensorrt.program import read_programs
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.pipeline import Pipeline
+from fluxrt.request import Request
 from fluxrt.schedule import flow_match_sigmas
 from predicted import check_prediction
 from test_flux2_tables import DEV
@@ -243,7 +244,7 @@ def test_a_picture_drawn_by_the_graphs_is_the_cpu_targets(rtx_bundle: Path) -> N
     player = Player(bundle, bundle.target("tensorrt_rtx"))
     prompt, grid, guidance = "a small white ring at the top on a red background", cpu.grid(None), 1.5
     noise = np.random.default_rng(3).standard_normal((1, 1, grid[0] * grid[1], 32)).astype(np.float32)[0]
-    expected = cpu(prompt, steps=12, latents=noise)
+    expected = cpu.generate(Request(prompt, steps=12, latents=noise))
     ids, mask = cpu.tokenize([prompt, ""])
     player.run("text_encoder", {"input_ids": ids, "attention_mask": mask})
     scalars = {"columns": np.array(grid[1]), "guidance": np.array(guidance, np.float32)}

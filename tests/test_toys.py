@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import fluxrt
 from conftest import QUICK, RECIPE, compile_into, copy_checkpoint
@@ -57,7 +58,7 @@ def test_a_toy_format_builds_a_bundle_that_generates(tmp_path: Path) -> None:
     report = json.loads((out / "report" / "report.json").read_text())
     assert min(layer["snr_db"] for layer in report["layers"]) > 35
     assert manifest.fidelity["targets"]["onnxruntime"]["step_cosine"] > 0.9999
-    assert np.asarray(fluxrt.load(out)("a small red ring", seed=3).images[0]).std() > 10
+    assert np.asarray(fluxrt.load(out).generate(fluxrt.Request("a small red ring", seed=3)).images[0]).std() > 10
 
 
 @pytest.mark.usefixtures("toy_format")
@@ -84,7 +85,7 @@ def test_a_toy_family_builds_a_bundle_that_generates(tmp_path: Path) -> None:
         name.split(".")[2] for name in read_header(out / "text_encoder" / "model.safetensors") if "layers" in name
     }
     assert layers == {str(number) for number in range(21)}
-    image = np.asarray(fluxrt.load(out)("a small red ring", seed=3).images[0])
+    image = np.asarray(fluxrt.load(out).generate(fluxrt.Request("a small red ring", seed=3)).images[0])
     assert image.shape == (64, 64, 3)
     assert image.std() > 10
 
@@ -103,6 +104,41 @@ def toy_target() -> Iterator[None]:
     backends.KINDS.pop((backend.name, backend.device))
 
 
+def test_a_kind_brings_its_own_pipeline(
+    quick_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fluxrt.backends.registry import KINDS, Kind
+    from fluxrt.cli import main
+    from toys.pipeline_toy import PlainPipeline
+
+    target = open_bundle(quick_bundle).manifest.targets[0]
+    kind = Kind(target.kind, target.device, 5, lambda *_: None, pipeline=PlainPipeline)
+    monkeypatch.setitem(KINDS, (kind.name, kind.device), kind)
+    with fluxrt.load(quick_bundle, target=target.name, gpus=3) as pipeline:
+        assert isinstance(pipeline, PlainPipeline)
+        assert pipeline.gpus == 3
+    assert pipeline.is_closed
+    out = tmp_path / "image.png"
+    arguments = [
+        "generate",
+        str(quick_bundle),
+        "--target",
+        target.name,
+        "--prompt",
+        "a",
+        "--seed",
+        "9",
+        "--out",
+        str(out),
+    ]
+    assert main(arguments) == 0
+    assert "no graph was run" in capsys.readouterr().err
+    with Image.open(out) as image:
+        assert (image.size, image.getpixel((0, 0))) == ((64, 64), (9, 9, 9))
+    with pytest.raises(fluxrt.BackendError, match="which this fluxrt cannot run"):
+        fluxrt.Pipeline(open_bundle(quick_bundle), target=target.name)
+
+
 @pytest.mark.usefixtures("toy_target")
 def test_a_toy_target_builds_a_bundle_that_generates(workshop: Path) -> None:
     from fluxc.targets.registry import kind_of
@@ -118,6 +154,6 @@ def test_a_toy_target_builds_a_bundle_that_generates(workshop: Path) -> None:
         assert pipeline.target.kind == "onnxruntime"
     before = CountingBackend.runs
     with fluxrt.load(out, target="toy") as pipeline:
-        image = np.asarray(pipeline("a small red ring", seed=3).images[0])
+        image = np.asarray(pipeline.generate(fluxrt.Request("a small red ring", seed=3)).images[0])
     assert CountingBackend.runs - before == 1 + 3 * 3 + 1
     assert image.std() > 10

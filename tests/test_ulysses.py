@@ -39,7 +39,8 @@ from fluxrt.choose import choose
 from fluxrt.group import Group, PeerError
 from fluxrt.pipeline import Pipeline
 from fluxrt.ranked import RankedPipeline, RankError
-from fluxrt.share import Share
+from fluxrt.request import Request
+from fluxrt.sharding import Shard
 from ranks import groups, on_every_rank
 
 CONFIG: dict[str, Any] = json.loads((NANO / "transformer" / "config.json").read_text())
@@ -149,12 +150,12 @@ def test_n_ranks_compute_what_one_does(whole: dict[str, onnx.ModelProto], ranks:
 
     def run(rank: int) -> None:
         world.me.rank = rank
-        share = Share(rank, ranks, tokens, TEXT // ranks)
+        held = Shard(rank, ranks, tokens, TEXT // ranks)
         feeds = feeds_of(tokens)
-        feeds["text_share"] = share.text_parts(feeds["text"])[rank]
-        feeds |= {name: share.image(feeds[name]) for name in ("latents", "previous_signal")}
-        feeds |= {"first_token": np.int64(share.first_token), "first_text": np.int64(share.first_text)}
-        feeds |= {"keys": share.keys(), "image_tokens": share.is_token()}
+        feeds["text_share"] = held.text_parts(feeds["text"])[rank]
+        feeds |= {name: held.image(feeds[name]) for name in ("latents", "previous_signal")}
+        feeds |= {"first_token": np.int64(held.first_token), "first_text": np.int64(held.first_text)}
+        feeds |= {"keys": held.keys(), "image_tokens": held.is_token()}
         for name in ("prologue", "body", "epilogue", "signal"):
             feeds |= evaluate(part[name], feeds, weights, world)
         results[rank] = feeds
@@ -164,14 +165,14 @@ def test_n_ranks_compute_what_one_does(whole: dict[str, onnx.ModelProto], ranks:
         thread.start()
     for thread in threads:
         thread.join()
-    share = Share(0, ranks, tokens, TEXT // ranks)
+    held = Shard(0, ranks, tokens, TEXT // ranks)
     for name in ("residual", "next_latents"):
-        ours = share.whole([result[name] for result in results])
+        ours = held.whole([result[name] for result in results])
         assert np.abs(ours - expected[name]).max() < 3e-6 * np.abs(expected[name]).max()
     np.testing.assert_allclose(sum(r["change"] for r in results), expected["change"], rtol=1e-5)
     # docs/multi-gpu.md: four activations of width D a block, for this rank's tokens.
     blocks = SMALL["num_layers"] + SMALL["num_single_layers"]
-    assert world.exchanged == blocks * 4 * BRANCHES * (share.tokens + TEXT // ranks) * 128 * 4
+    assert world.exchanged == blocks * 4 * BRANCHES * (held.tokens + TEXT // ranks) * 128 * 4
     # What `plan` says, and what predictions of the time of exchanges are made from.
     assert shares_of(ranks, (64, 64), tokens, MODEL, TEXT, BRANCHES, 4).exchanged_bytes == world.exchanged
 
@@ -205,15 +206,15 @@ def test_heads_and_masks_that_cannot_be_divided_are_refused(whole: dict[str, onn
 
 
 @pytest.mark.parametrize(("ranks", "total"), [(1, 5), (2, 7), (4, 64), (4, 49), (4, 5), (8, 3)])
-def test_a_share_is_what_slicing_by_hand_gives(ranks: int, total: int) -> None:
+def test_a_shard_is_what_slicing_by_hand_gives(ranks: int, total: int) -> None:
     tokens, text = np.arange(1.0, total + 1).reshape(1, total, 1), 2
-    shares = [Share(rank, ranks, total, text) for rank in range(ranks)]
-    parts = [share.image(tokens) for share in shares]
+    shards = [Shard(rank, ranks, total, text) for rank in range(ranks)]
+    parts = [held.image(tokens) for held in shards]
     assert {part.shape for part in parts} == {(1, math.ceil(total / ranks), 1)}
-    assert np.array_equal(shares[0].whole(parts), tokens)
+    assert np.array_equal(shards[0].whole(parts), tokens)
     sequence = [value for part in parts for value in [9.0] * text + part.ravel().tolist()]
-    assert [at for at, value in enumerate(sequence) if value] == shares[0].keys().tolist()
-    assert sum(share.is_token().sum() for share in shares) == total
+    assert [at for at, value in enumerate(sequence) if value] == shards[0].keys().tolist()
+    assert sum(held.is_token().sum() for held in shards) == total
 
 
 # Groups.
@@ -227,7 +228,7 @@ def test_collectives_of_three_ranks() -> None:
             group.gather(np.array([me], np.int64)),
             group.scatter(np.arange(6, dtype=np.float32).reshape(3, 2) if me == 0 else None, (2,)),
             group.sum(np.array([0.1 * me], np.float32)),
-            group.agree(b"together" if me == 0 else None)[:8],
+            group.broadcast(b"together" if me == 0 else None)[:8],
         ]
 
     for me, (exchanged, gathered, scattered, summed, agreed) in enumerate(on_every_rank(3, work)):
@@ -287,7 +288,7 @@ def latents_of(bundle: Bundle, target: str, **request: Any) -> tuple[np.ndarray,
 
     def work(group: Group | None) -> tuple[np.ndarray, list[int]]:
         pipeline = Pipeline(bundle, target=target, threads=1, group=group)
-        result = pipeline(PROMPTS[0], seed=5, **request)
+        result = pipeline.generate(Request(PROMPTS[0], seed=5, **request))
         return pipeline.latents(), list(result.skipped[0])
 
     ranks = bundle.target(target).gpus
@@ -370,18 +371,18 @@ def test_ranks_serve_many_requests_and_refuse_what_one_refuses(bundle: Bundle) -
     with fluxrt.load(bundle.root, gpus=2, threads=1) as pipeline:
         assert isinstance(pipeline, RankedPipeline)
         with pytest.raises(fluxrt.RequestError, match="size 128x128"):
-            pipeline(PROMPTS[0], size=(128, 128))
+            pipeline.generate(Request(PROMPTS[0], size=(128, 128)))
         noise = np.random.default_rng(3).standard_normal((1, 64, 32)).astype(np.float32)
         seen = []
         for request in ({"seed": 3}, {"latents": noise, "steps": 3}, {"size": (56, 56), "steps": 2}):
-            ours = pipeline(PROMPTS[0], **request, on_step=lambda done, total: seen.append((done, total)))
-            theirs = whole(PROMPTS[0], **request)
+            ours = pipeline.generate(Request(PROMPTS[0], **request), lambda done, total: seen.append((done, total)))
+            theirs = whole.generate(Request(PROMPTS[0], **request))
             assert np.abs(np.asarray(ours.images[0], int) - np.asarray(theirs.images[0], int)).max() <= 1
             assert ours.skipped == theirs.skipped
             assert ours.seconds.keys() == theirs.seconds.keys()
         assert seen == [*((n, 10) for n in range(1, 11)), (1, 3), (2, 3), (3, 3), (1, 2), (2, 2)]
     with pytest.raises(RankError, match="ended"):
-        pipeline(PROMPTS[0])
+        pipeline.generate(Request(PROMPTS[0]))
 
 
 def test_a_target_is_found_by_its_gpus_or_refused(bundle: Bundle) -> None:
@@ -519,7 +520,7 @@ def test_a_rank_that_cannot_load_says_why(bundle: Bundle, tmp_path: Path) -> Non
         fluxrt.load(copy, gpus=2) as pipeline,
         pytest.raises(RankError, match=r"rank \d of 2 .*its SHA-256 is not the one in bundle.json"),
     ):
-        pipeline(PROMPTS[0])
+        pipeline.generate(Request(PROMPTS[0]))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from fluxrt.choose import Machine, obstacle
 from fluxrt.errors import BackendError
 from fluxrt.group import Group
 from fluxrt.pipeline import Pipeline
+from fluxrt.request import Request
 from predicted import check_prediction
 from ranks import on_every_rank
 from test_flux2_tables import DEV, KLEIN_4B
@@ -149,7 +150,7 @@ def drawn(bundle: Bundle, ranks: int, **request: Any) -> list[tuple[np.ndarray, 
         library = FakeLibrary(bundle, target, driver, None, group)
         backend = TensorRTBackend(bundle, target, driver, library, group, CAPSULE if group else None)
         pipeline = Pipeline(bundle, target=target.name, group=group, backend=backend)
-        result = pipeline(PROMPT, seed=2, **request)
+        result = pipeline.generate(Request(PROMPT, seed=2, **request))
         return pipeline.latents(), result.skipped[0], driver
 
     return on_every_rank(ranks, work) if ranks > 1 else [work(None)]

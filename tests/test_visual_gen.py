@@ -34,6 +34,7 @@ from fluxc.targets.visual_gen.check import faults_of
 from fluxc.targets.visual_gen.folder import Settings, write_folder
 from fluxrt.bundle import Bundle, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle
+from fluxrt.request import Request
 from test_flux2_tables import KLEIN_4B
 
 RECIPE = NANO.parent.parent / "recipes" / "flux2-nano.yaml"
@@ -377,7 +378,7 @@ def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: p
     with fluxrt.load(bundle.root, target="visual_gen", gpus=2) as pipeline:
         assert asked[0][0] == str(bundle.root / "visual_gen")
         assert asked[0][1].parallel_config["ulysses_size"] == 2
-        result = pipeline([PROMPT, "another"], seed=7, steps=5, guidance=2.0)
+        result = pipeline.generate(Request([PROMPT, "another"], seed=7, steps=5, guidance=2.0))
         params = {"height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 2.0, "max_sequence_length": 32}
         assert asked[1:3] == [(PROMPT, params | {"seed": 7}), ("another", params | {"seed": 8})]
         assert [image.size for image in result.images] == [(64, 64)] * 2
@@ -388,5 +389,5 @@ def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: p
             {"size": (8, 8)},
         ):
             with pytest.raises(fluxrt.RequestError):
-                pipeline(PROMPT, **request)
+                pipeline.generate(Request(PROMPT, **request))
     assert asked[-1] == "shutdown"

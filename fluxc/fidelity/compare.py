@@ -17,6 +17,7 @@ from fluxrt.backends import run
 from fluxrt.bundle import Bundle
 from fluxrt.pipeline import Pipeline
 from fluxrt.ranked import RankedPipeline
+from fluxrt.request import Request
 from fluxrt.schedule import SCHEDULES
 
 LEAST_RANKS_PSNR_DB = 35.0
@@ -104,7 +105,7 @@ def compare_ranks(
     pictures = []
     with RankedPipeline(bundle, bundle.target(target)) as pipeline:
         for reference in references:
-            result = pipeline(
+            request = Request(
                 reference.trace.prompt,
                 steps=steps,
                 guidance=guidance,
@@ -112,6 +113,7 @@ def compare_ranks(
                 latents=reference.trace.latents[0],
                 step_cache=False,
             )
+            result = pipeline.generate(request)
             pictures.append(np.asarray(result.images[0], np.float32) / 255)
             on_picture()
     psnrs = [psnr(ours, theirs) for ours, theirs in zip(pictures, expected, strict=True)]

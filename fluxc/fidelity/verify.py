@@ -14,6 +14,7 @@ from fluxc.base.errors import BuildError
 from fluxc.fidelity.metrics import psnr
 from fluxrt.bundle import Bundle, Picture, Target, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle, this_machine
+from fluxrt.request import Request
 
 LEAST_PSNR_DB = 40.0
 LEAST_PSNR_DB_OF_ANOTHER = 25.0
@@ -43,7 +44,7 @@ def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
             yield f"target {entry.name}: no picture was recorded"
             continue
         with contextlib.closing(fluxrt.load(path, target=entry.name)) as pipeline:
-            result = pipeline(
+            request = Request(
                 recorded.prompt,
                 seed=recorded.seed,
                 steps=recorded.steps,
@@ -51,6 +52,7 @@ def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
                 size=recorded.size,
                 step_cache=False,
             )
+            result = pipeline.generate(request)
         with Image.open(bundle.path(recorded.file)) as image:
             expected = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
         agreement = psnr(np.asarray(result.images[0], dtype=np.float64) / 255, expected)

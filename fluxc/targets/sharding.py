@@ -7,7 +7,7 @@ from typing import Any
 
 from fluxc.base.errors import RecipeError
 from fluxc.models.flux2_transformer import Flux2Transformer
-from fluxrt.share import Share
+from fluxrt.sharding import Shard
 
 MOST_GPUS = 64
 
@@ -99,18 +99,14 @@ def shares_of(
     In each block queries, keys and values are exchanged before attention and its output after it: four activations of the
     model's width.
     """
-    share = Share(0, ranks, tokens, text_length // ranks)
+    shard = Shard(0, ranks, tokens, text_length // ranks)
+    activation = branches * (shard.tokens + shard.text_tokens) * transformer.width * itemsize
     return Shares(
         ranks=ranks,
         size=size,
         heads=transformer.num_attention_heads // ranks,
-        text_tokens=share.text_tokens,
-        image_tokens=share.tokens,
-        fill=ranks * share.tokens - tokens,
-        exchanged_bytes=transformer.blocks
-        * 4
-        * branches
-        * (share.tokens + share.text_tokens)
-        * transformer.width
-        * itemsize,
+        text_tokens=shard.text_tokens,
+        image_tokens=shard.tokens,
+        fill=ranks * shard.tokens - tokens,
+        exchanged_bytes=transformer.blocks * 4 * activation,
     )

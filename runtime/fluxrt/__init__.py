@@ -9,42 +9,33 @@ from fluxrt.errors import BackendError, BundleError, FluxError, RequestError
 if TYPE_CHECKING:
     from os import PathLike
 
+    from fluxrt.backends.registry import AnyPipeline
     from fluxrt.pipeline import Pipeline
     from fluxrt.ranked import RankedPipeline
-    from fluxrt.visual_gen import VisualGenPipeline
+    from fluxrt.request import Request
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "BundleError", "FluxError", "Pipeline", "RankedPipeline", "RequestError", "load"]
+__all__ = ["BackendError", "BundleError", "FluxError", "Pipeline", "RankedPipeline", "Request", "RequestError", "load"]
 
 
 def load(
     path: str | PathLike[str], *, target: str | None = None, threads: int | None = None, gpus: int | None = None
-) -> Pipeline | RankedPipeline | VisualGenPipeline:
-    """Open the bundle at `path` and return what draws with `target`, by default the best that this machine runs.
+) -> AnyPipeline:
+    """Open the bundle at `path` and return what generates with `target`, by default the best that this machine runs.
 
     With `gpus` that is one sharded for so many GPUs, or on a CPU processes: a RankedPipeline, which starts them at once, one
-    a rank, and is to be closed. A visual_gen target is a VisualGenPipeline. Otherwise a Pipeline, of which only the manifest is
-    read here; graphs and weights are loaded by the first picture. `threads` limits the CPU threads a graph of one rank uses
-    (all cores by default, divided among ranks).
+    a rank, and is to be closed. Otherwise it is a Pipeline, of which only the manifest is read here; graphs and weights are
+    loaded by the first request. A kind may bring a pipeline of its own, as visual_gen does. `threads` limits the CPU threads a
+    graph of one rank uses (all cores by default, divided among ranks).
     Raises BundleError for a damaged bundle or a target it does not have, RequestError for a target with other `gpus`.
     """
+    from fluxrt.backends.registry import make_pipeline
     from fluxrt.bundle import open_bundle
     from fluxrt.choose import choose
-    from fluxrt.pipeline import Pipeline
-    from fluxrt.ranked import RankedPipeline
-    from fluxrt.visual_gen import VisualGenPipeline
 
     bundle = open_bundle(path)
     chosen = choose(bundle, gpus=gpus or 1)[0] if target is None else bundle.target(target)
-    if chosen.visual_gen:
-        return VisualGenPipeline(bundle, chosen, gpus or 1)
-    if gpus is not None and chosen.gpus != gpus:
-        raise RequestError(
-            f"target {chosen.name!r} is for {chosen.gpus} GPUs, not {gpus}; leave gpus out, or the target"
-        )
-    if chosen.gpus > 1:
-        return RankedPipeline(bundle, chosen, threads=threads)
-    return Pipeline(bundle, target=chosen.name, threads=threads)
+    return make_pipeline(bundle, chosen, threads, gpus)
 
 
 def __getattr__(name: str) -> object:
@@ -56,4 +47,8 @@ def __getattr__(name: str) -> object:
         from fluxrt.ranked import RankedPipeline
 
         return RankedPipeline
+    if name == "Request":
+        from fluxrt.request import Request
+
+        return Request
     raise AttributeError(f"module 'fluxrt' has no attribute {name!r}")

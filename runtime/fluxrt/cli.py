@@ -58,6 +58,15 @@ def _generate(options: argparse.Namespace) -> int:
         raise RequestError(f"--out {out}: pictures are written as PNG; give a name that ends in .png")
     if not out.parent.is_dir():
         raise RequestError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    request = fluxrt.Request(
+        options.prompt,
+        seed=options.seed,
+        steps=options.steps,
+        guidance=options.guidance,
+        size=options.size,
+        step_cache=False if options.no_step_cache else None,
+        threshold=options.threshold,
+    )
     showing = sys.stderr.isatty()
 
     def on_step(done: int, total: int) -> None:
@@ -65,16 +74,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     pipeline = fluxrt.load(options.bundle, target=options.target, threads=options.threads, gpus=options.gpus)
     with contextlib.closing(pipeline):
-        result = pipeline(
-            options.prompt,
-            seed=options.seed,
-            steps=options.steps,
-            guidance=options.guidance,
-            size=options.size,
-            step_cache=False if options.no_step_cache else None,
-            threshold=options.threshold,
-            on_step=on_step if showing else None,
-        )
+        result = pipeline.generate(request, on_step if showing else None)
     for note in (*result.notes, *pipeline.notes):
         print(f"fluxrt: {note}", file=sys.stderr)
     several = len(result.images) > 1

@@ -49,7 +49,7 @@ class Group:
         """`array` [ranks, ...] of this rank to [ranks, ...], of which part i is what rank i had for this one."""
         import numpy as np
 
-        self._meet(array)
+        self._barrier(array)
         part = array.nbytes // self.ranks
         got = np.empty_like(array)
         for rank in range(self.ranks):
@@ -58,14 +58,14 @@ class Group:
 
     def gather(self, array: np.ndarray) -> list[np.ndarray]:
         """Every rank's `array`, all of one shape, in order of rank."""
-        self._meet(array)
+        self._barrier(array)
         return [self._read(rank, 0, array.shape, array.dtype).copy() for rank in range(self.ranks)]
 
     def scatter(self, parts: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
         """Rank 0's `parts` fp32 [ranks, *shape]: the one for this rank. The other ranks give None."""
         import numpy as np
 
-        self._meet(np.empty(0, np.float32) if parts is None else parts)
+        self._barrier(np.empty(0, np.float32) if parts is None else parts)
         part = 4 * math.prod(shape)
         return self._read(0, self.rank * part, shape, np.dtype(np.float32)).copy()
 
@@ -76,7 +76,7 @@ class Group:
         total: np.ndarray = np.sum(np.stack(self.gather(values.astype(np.float64))), axis=0)
         return total
 
-    def agree(self, data: bytes | None) -> bytes:
+    def broadcast(self, data: bytes | None) -> bytes:
         """Rank 0's `data`, at most 4 KiB; the other ranks give None."""
         import numpy as np
 
@@ -84,8 +84,8 @@ class Group:
         filled = np.frombuffer((data or b"").ljust(size, b"\0"), np.uint8)
         return self.gather(filled)[0].tobytes()
 
-    def _meet(self, array: np.ndarray) -> None:
-        """Write `array` where the others find it, and wait until they have written theirs."""
+    def _barrier(self, array: np.ndarray) -> None:
+        """Write `array` where the other ranks find it, and wait until they have written theirs."""
         import numpy as np
 
         if array.nbytes > self._half:
@@ -133,6 +133,6 @@ class Group:
         """A part of what `rank` wrote last, in place."""
         import numpy as np
 
-        # _meet has gone on to the next turn.
+        # _barrier has gone on to the next turn.
         offset = self._offset(rank, self._turn - 1) + start
         return np.frombuffer(self._memory, dtype, math.prod(shape), offset).reshape(shape)

@@ -11,10 +11,10 @@ from fluxrt.backends.registry import make_backend
 from fluxrt.bundle import dimension_size
 from fluxrt.choose import choose
 from fluxrt.errors import BackendError, RequestError
-from fluxrt.prompt import PromptEncoder, with_seeds
+from fluxrt.prompt import PromptEncoder
 from fluxrt.result import Result
 from fluxrt.schedule import SCHEDULES
-from fluxrt.share import Share
+from fluxrt.sharding import rank_of
 from fluxrt.stepcache import Decisions, decisions_for
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
+    from fluxrt.request import Request
 
 STEP = ("prologue", "body", "epilogue")
 
@@ -53,11 +54,10 @@ class Pipeline:
                 f"target {self.target.name!r} is sharded for {self.target.gpus} ranks, not {ranks}; "
                 f"load the bundle with gpus={self.target.gpus} (fluxrt generate --gpus {self.target.gpus})"
             )
-        self._group = group
+        self._rank = rank_of(group, self.target)
         self.backend: Backend = backend or make_backend(bundle, self.target, threads, group)
         self._encoder: PromptEncoder | None = None
         self._sizes: dict[str, int] = {}
-        self._share: Share | None = None
 
     def __enter__(self) -> Pipeline:
         return self
@@ -74,65 +74,35 @@ class Pipeline:
         """Give back what the backend holds."""
         self.backend.close()
 
-    def __call__(
-        self,
-        prompt: str | list[str],
-        *,
-        seed: int | list[int] = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: tuple[int, int] | None = None,
-        latents: np.ndarray | None = None,
-        step_cache: bool | None = None,
-        threshold: float | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> Result:
-        """Draw one picture a prompt.
+    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
+        """One image a prompt; `on_step(done, total)` is called after every step.
 
-        `seed` fixes the starting noise: one for all (picture i then uses seed + i) or one a prompt. `size` is
-        (height, width) in pixels and must be one that was compiled. `guidance` 1.0 turns classifier-free guidance off
-        where the model uses it. `latents`, fp32 [prompts, tokens, channels], replaces the starting noise. `step_cache` False
-        computes every step; `threshold` has the step cache decide by its rule with this threshold.
-        `on_step(done, total)` is called after every step. Raises RequestError for what the bundle cannot do.
+        Raises RequestError for what the bundle cannot do.
         """
-        import numpy as np
-
-        sampling = self.bundle.manifest.sampling
-        prompts, seeds = with_seeds(prompt, seed)
-        steps = sampling.steps if steps is None else steps
-        if steps < 1:
-            raise RequestError(f"steps must be at least 1, got {steps}")
-        guidance = sampling.guidance if guidance is None else guidance
+        sampling, cache = self.bundle.manifest.sampling, self.bundle.manifest.step_cache
+        steps, guidance, size = request.with_defaults(sampling)
         grid = self.grid(size)
         tokens = grid[0] * grid[1]
-        expected = (len(prompts), tokens, sampling.latent_channels)
-        if latents is None:
-            latents = np.stack([starting_noise(s, tokens, sampling.latent_channels) for s in seeds])
-        elif latents.shape != expected:
-            raise RequestError(f"latents have shape {list(latents.shape)}, this request needs {list(expected)}")
-
-        pixels = sampling.pixels_per_token
-        drawn = (grid[0] * pixels, grid[1] * pixels)
-        cache = self.bundle.manifest.step_cache
-        _, note = decisions_for(cache, steps, drawn, step_cache, threshold)
+        latents = starting_latents(request, tokens, sampling.latent_channels)
+        _, note = decisions_for(cache, steps, size, request.step_cache, request.threshold)
         sigmas = SCHEDULES[sampling.schedule](tokens, steps)
         seconds = {"text": 0.0, "steps": 0.0, "decode": 0.0}
         images, skipped, done = [], [], 0
-        for words, start in zip(prompts, latents, strict=True):
+        for words, start in zip(request.prompts, latents, strict=True):
             began = time.perf_counter()
             self.begin(start[None], grid, guidance, self.tokenize(self.branches(words, guidance)))
             encoded = time.perf_counter()
-            decisions, _ = decisions_for(cache, steps, drawn, step_cache, threshold)
+            decisions, _ = decisions_for(cache, steps, size, request.step_cache, request.threshold)
             left_out = []
             for number, skips in enumerate(self.denoise(sigmas, decisions)):
                 left_out += [number] if skips else []
                 done += 1
                 if on_step:
-                    on_step(done, steps * len(prompts))
+                    on_step(done, steps * len(latents))
             skipped.append(tuple(left_out))
             final = self.latents()
             stepped = time.perf_counter()
-            if self._is_first:
+            if self._rank.is_first:
                 images.append(to_image(self.decode(final, grid)[0]))
             decoded = time.perf_counter()
             for what, took in (("text", encoded - began), ("steps", stepped - encoded), ("decode", decoded - stepped)):
@@ -200,16 +170,14 @@ class Pipeline:
 
         given = text[0] if isinstance(text, tuple) else text
         self._prepare(len(given), grid)
-        if isinstance(text, tuple) and self._is_first:
+        if isinstance(text, tuple) and self._rank.is_first:
             self.backend.put("input_ids", text[0])
             self.backend.put("attention_mask", text[1])
             self.backend.play(("text_encoder",))
         elif not isinstance(text, tuple):
             self.backend.put("text", text)
-        if self._share:
-            latents = self._share.image(latents)
-            self._put_share(self._share, len(given))
-        self.backend.put("latents", np.ascontiguousarray(latents, dtype=np.float32))
+        self._rank.put_shard(self.backend)
+        self.backend.put("latents", np.ascontiguousarray(self._rank.shard(latents), dtype=np.float32))
         self.backend.put("columns", np.array(grid[1], dtype=np.int64))
         if self.target.reads("guidance"):
             self.backend.put("guidance", np.array(guidance, dtype=np.float32))
@@ -241,8 +209,7 @@ class Pipeline:
             if decisions.needs_change(number):
                 self._put_sigmas(sigma, next_sigma)
                 self.backend.play(front, carry)
-                sums = self.backend.get("change")
-                moved, before = (float(part) for part in (self._group.sum(sums) if self._group else sums))
+                moved, before = (float(part) for part in self._rank.sum(self.backend.get("change")))
                 change = moved / before if before else 0.0
             skips = decisions.skip(number, change)
             back = ("epilogue",) if skips else ("body", "epilogue")
@@ -255,8 +222,7 @@ class Pipeline:
 
     def latents(self) -> np.ndarray:
         """The latents of the whole picture, fp32 [1, tokens, channels], on every rank."""
-        own = self.backend.get("latents")
-        return self._share.whole(self._group.gather(own)) if self._share and self._group else own
+        return self._rank.gather(self.backend.get("latents"))
 
     def decode(self, latents: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Picture fp32 [1, height, width, 3] in 0..1 from `latents` [1, tokens, channels]."""
@@ -269,34 +235,21 @@ class Pipeline:
         self.backend.put("sigma", np.array(sigma, dtype=np.float32))
         self.backend.put("next_sigma", np.array(next_sigma, dtype=np.float32))
 
-    @property
-    def _is_first(self) -> bool:
-        return self._group is None or self._group.rank == 0
-
-    def _put_share(self, share: Share, branches: int) -> None:
-        """Fill the buffers of a sharded target that say which part of the picture is this rank's; rank 0 has the text."""
-        import numpy as np
-
-        assert self._group is not None
-        features = self.target.input("text_share").shape[-1]
-        parts = share.text_parts(self.backend.get("text")) if self._is_first else None
-        shape = (branches, share.text_tokens, dimension_size(features, self._sizes))
-        self.backend.put("text_share", self._group.scatter(parts, shape))
-        self.backend.put("first_token", np.array(share.first_token, dtype=np.int64))
-        self.backend.put("first_text", np.array(share.first_text, dtype=np.int64))
-        if self.target.reads("keys"):
-            self.backend.put("keys", share.keys())
-        if self.target.reads("image_tokens"):
-            self.backend.put("image_tokens", share.is_token())
-
     def _prepare(self, branches: int, grid: tuple[int, int]) -> None:
-        rows, columns = grid
-        tokens = rows * columns
-        if self._group and self.target.sharding:
-            self._share = Share(self._group.rank, self._group.ranks, tokens, self.target.sharding.text_tokens)
-            tokens = self._share.tokens
-        self._sizes = {"branches": branches, "tokens": tokens, "rows": rows, "columns": columns}
+        self._sizes = self._rank.sizes(branches, grid)
         self.backend.prepare(self._sizes)
+
+
+def starting_latents(request: Request, tokens: int, channels: int) -> np.ndarray:
+    """The latents of a request's images before the first step, fp32 [prompts, tokens, channels]: its own, or noise."""
+    import numpy as np
+
+    expected = (len(request.prompts), tokens, channels)
+    if request.latents is None:
+        return np.stack([starting_noise(seed, tokens, channels) for seed in request.seeds])
+    if request.latents.shape != expected:
+        raise RequestError(f"latents have shape {list(request.latents.shape)}, this request needs {list(expected)}")
+    return request.latents
 
 
 def starting_noise(seed: int, tokens: int, channels: int) -> np.ndarray:

@@ -15,15 +15,6 @@ if TYPE_CHECKING:
     from fluxrt.bundle import Prompting
 
 
-def with_seeds(prompt: str | list[str], seed: int | list[int]) -> tuple[list[str], list[int]]:
-    """The prompts of a request and a seed for each: one given for all is counted up from the first."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed + number for number in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise RequestError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed, or one a prompt")
-    return prompts, seeds
-
-
 class PromptEncoder:
     """Holds a tokenizer and the rendered template."""
 

@@ -53,7 +53,7 @@ def main(argument: str) -> int:
         pipeline = _load(start, control)
         control.send({"kind": "ready"})
         while (message := control.receive()) is not None:
-            control.send(_draw(pipeline, message, control))
+            control.send(_generate(pipeline, message["request"], control))
     except PeerError as error:
         return _report(control, "peer", error)
     except FluxError as error:
@@ -77,19 +77,15 @@ def _load(start: Start, control: Channel) -> Any:
     return Pipeline(bundle, target=start.target, threads=start.threads, group=group)
 
 
-def _draw(pipeline: Any, request: dict[str, Any], control: Channel) -> dict[str, Any]:
-    """Draw what is asked for; a request that the bundle cannot serve is refused by every rank alike, before any exchange."""
-    import numpy as np
-
-    latents = request.pop("latents")
-    if latents is not None:
-        request["latents"] = np.frombuffer(latents["data"], np.float32).reshape(latents["shape"])
+def _generate(pipeline: Any, request: bytes, control: Channel) -> dict[str, Any]:
+    """Serve an encoded request; one that the bundle cannot serve is refused by every rank alike, before any exchange."""
+    from fluxrt.request import decode_request
 
     def on_step(done: int, total: int) -> None:
         control.send({"kind": "step", "done": done, "total": total})
 
     try:
-        result = pipeline(**request, on_step=on_step)
+        result = pipeline.generate(decode_request(request), on_step)
     except RequestError as error:
         return {"kind": "refused", "text": str(error)}
     return {

@@ -27,12 +27,12 @@ from fluxrt.channel import Channel
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.rank import Start
 from fluxrt.result import Result
-from fluxrt.share import Share
+from fluxrt.sharding import Shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import numpy as np
+    from fluxrt.request import Request
 
 STALL = 5.0
 """Seconds without a sign of life, and without a moment of CPU time, after which a rank is taken for hung."""
@@ -97,36 +97,12 @@ class RankedPipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __call__(
-        self,
-        prompt: str | list[str],
-        *,
-        seed: int | list[int] = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: tuple[int, int] | None = None,
-        latents: np.ndarray | None = None,
-        step_cache: bool | None = None,
-        threshold: float | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> Result:
-        """Draw one picture a prompt, as Pipeline does; RankError, naming the rank, where one fails."""
+    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
+        """One image a prompt, as Pipeline does; RankError, naming the rank, where one fails."""
         from PIL import Image
 
-        request = {
-            "prompt": prompt,
-            "seed": seed,
-            "steps": steps,
-            "guidance": guidance,
-            "size": size,
-            "latents": None
-            if latents is None
-            else {"data": latents.astype("float32").tobytes(), "shape": list(latents.shape)},
-            "step_cache": step_cache,
-            "threshold": threshold,
-        }
         try:
-            self._send(request)
+            self._send({"request": request.encode()})
             done = self._wait("done", on_step)[0]
         except RequestError:
             raise
@@ -271,7 +247,7 @@ def _largest_exchange(bundle: Bundle, target: Target) -> int:
     pixels = sampling.pixels_per_token
     totals = [height // pixels * (width // pixels) for height, width in sampling.sizes]
     totals += [target.tokens[1]] if target.tokens else []
-    tokens = max(Share(0, sharding.ranks, total, sharding.text_tokens).tokens for total in totals)
+    tokens = max(Shard(0, sharding.ranks, total, sharding.text_tokens).tokens for total in totals)
     sizes = {"branches": 2 if sampling.guidance_branches else 1, "tokens": tokens}
 
     def nbytes(shape: tuple[int | str, ...], dtype: str) -> int:

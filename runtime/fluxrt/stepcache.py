@@ -97,15 +97,7 @@ def decisions_for(
     """
     import msgspec
 
-    if threshold is not None:
-        if enabled is False:
-            raise RequestError(
-                "--threshold goes with the step cache, which --no-step-cache turns off; give one of them"
-            )
-        if not threshold >= 0:
-            raise RequestError(f"threshold must be at least 0, got {threshold}")
-        enabled = True
-    if enabled is False or (cache is None and not enabled):
+    if enabled is False or (cache is None and not enabled and threshold is None):
         return None, None
     if cache is None:
         raise RequestError(

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError, RequestError
-from fluxrt.prompt import with_seeds
 from fluxrt.result import Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
-
     from fluxrt.bundle import Bundle, Target
+    from fluxrt.request import Request
 
 
 def how_to_serve(bundle: Bundle, target: Target, gpus: int = 1) -> str:
@@ -60,45 +58,31 @@ class VisualGenPipeline:
         self._args = VisualGenArgs.from_yaml(str(config))
         self._engine = VisualGen(model=str(bundle.root / entry.folder), args=self._args)
 
-    def __call__(
-        self,
-        prompt: str | list[str],
-        *,
-        seed: int | list[int] = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: tuple[int, int] | None = None,
-        latents: np.ndarray | None = None,
-        step_cache: bool | None = None,
-        threshold: float | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> Result:
-        """Draw one picture a prompt, as Pipeline does; `on_step` is called after every picture.
+    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
+        """One image a prompt, as Pipeline does; `on_step` is called after every image.
 
         Raises RequestError for what VisualGen decides by itself: the starting noise, and skipped steps.
         """
         sampling = self.bundle.manifest.sampling
-        if latents is not None:
+        if request.latents is not None:
             raise RequestError("VisualGen makes its own starting noise; give a seed")
-        if threshold is not None or (step_cache is False and self._args.cache_config is not None):
+        if request.threshold is not None or (request.step_cache is False and self._args.cache_config is not None):
             raise RequestError(
                 "VisualGen takes its step cache from the YAML it was loaded with; edit cache_config there"
             )
-        prompts, seeds = with_seeds(prompt, seed)
-        size = sampling.sizes[0] if size is None else (int(size[0]), int(size[1]))
+        steps, guidance, size = request.with_defaults(sampling)
         if size not in sampling.sizes:
             known = ", ".join(f"{height}x{width}" for height, width in sampling.sizes)
             raise RequestError(f"size {size[0]}x{size[1]} (height x width) was not compiled; this bundle has {known}")
         images, began = [], time.perf_counter()
-        for number, (words, start) in enumerate(zip(prompts, seeds, strict=True)):
+        for number, (words, start) in enumerate(zip(request.prompts, request.seeds, strict=True)):
             params = self._engine.default_params
             params.height, params.width = size
-            params.num_inference_steps = sampling.steps if steps is None else steps
-            params.guidance_scale = sampling.guidance if guidance is None else guidance
+            params.num_inference_steps, params.guidance_scale = steps, guidance
             params.max_sequence_length, params.seed = self._entry.text_length, start
             images.append(_picture(self._engine.generate(inputs=words, params=params)))
             if on_step:
-                on_step(number + 1, len(prompts))
+                on_step(number + 1, len(request.prompts))
         seconds = {"text": 0.0, "steps": time.perf_counter() - began, "decode": 0.0}
         return Result(images, seconds, [()] * len(images))
 

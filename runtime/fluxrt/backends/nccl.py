@@ -29,7 +29,7 @@ class Communicator:
             raise BackendError(
                 f"a sharded target needs NCCL, which cannot be used here ({error}); pip install 'fluxrt[nccl]'"
             ) from error
-        unique = core.UniqueId.from_bytes(group.agree(mine)[:UNIQUE_ID_BYTES])
+        unique = core.UniqueId.from_bytes(group.broadcast(mine)[:UNIQUE_ID_BYTES])
         try:
             self._communicator = core.Communicator.init(nranks=group.ranks, rank=group.rank, unique_id=unique)
         except Exception as error:

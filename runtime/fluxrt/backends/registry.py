@@ -1,37 +1,81 @@
-"""The kinds of targets this fluxrt runs: how good each is, what stands in its way on a machine, and its backend.
+"""The kinds of targets this fluxrt runs: how good each is, what stands in its way on a machine, and its backend or pipeline.
 
-A further kind is a `Kind` and a line that registers it. Backends are imported when one is made.
+A further kind is a `Kind` and a line that registers it. Backends and pipelines are imported when one is made.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from fluxrt.errors import BackendError
+from fluxrt.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
     from fluxrt.backends import Backend
     from fluxrt.bundle import Bundle, Target
     from fluxrt.group import Group
     from fluxrt.machine import Machine
+    from fluxrt.request import Request
+    from fluxrt.result import Result
+
+
+class AnyPipeline(Protocol):
+    """A loaded target of any kind, which generates images until it is closed; `with` closes it.
+
+    `notes` says what did not go as it should and was worked around.
+    """
+
+    bundle: Bundle
+    target: Target
+
+    @property
+    def notes(self) -> list[str]: ...
+
+    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
+        """One image a prompt; `on_step(done, total)` says how far it is. RequestError for what the bundle cannot do."""
+        ...
+
+    def close(self) -> None:
+        """Give back whatever the pipeline holds."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def backend_pipeline(bundle: Bundle, target: Target, threads: int | None, gpus: int | None) -> AnyPipeline:
+    """The pipeline of a kind that has a backend: of a sharded target one that starts its ranks."""
+    from fluxrt.pipeline import Pipeline
+    from fluxrt.ranked import RankedPipeline
+
+    if gpus is not None and target.gpus != gpus:
+        raise RequestError(
+            f"target {target.name!r} is for {target.gpus} GPUs, not {gpus}; leave gpus out, or the target"
+        )
+    if target.gpus > 1:
+        return RankedPipeline(bundle, target, threads=threads)
+    return Pipeline(bundle, target=target.name, threads=threads)
 
 
 @dataclass(frozen=True)
 class Kind:
     """Targets of kind `name` on `device`; of those that run on a machine the one of the highest `preference` is chosen.
 
-    `obstacle(bundle, target, machine)` says why one does not run there, None if it does. `make(bundle, target, threads, group)`
-    makes its backend, of a sharded target for one rank of `group`; None for a kind that is no backend of fluxrt's own.
+    `obstacle(bundle, target, machine)` says why one does not run there, None if it does. Either the kind has a backend, which
+    `backend(bundle, target, threads, group)` makes, of a sharded target for one rank of `group`; or it brings a pipeline of its
+    own, which `pipeline(bundle, target, threads, gpus)` makes, with `gpus` None where the caller leaves them to the target.
     """
 
     name: str
     device: str
     preference: int
     obstacle: Callable[[Bundle, Target, Machine], str | None]
-    make: Callable[[Bundle, Target, int | None, Group | None], Backend] | None
+    backend: Callable[[Bundle, Target, int | None, Group | None], Backend] | None = None
+    pipeline: Callable[[Bundle, Target, int | None, int | None], AnyPipeline] = backend_pipeline
 
 
 KINDS: dict[tuple[str, str], Kind] = {}
@@ -50,12 +94,24 @@ def find_kind(target: Target) -> Kind | None:
 def make_backend(bundle: Bundle, target: Target, threads: int | None, group: Group | None = None) -> Backend:
     """The backend of `target`, of a sharded one for one rank of `group`; BackendError when this fluxrt has none."""
     kind = find_kind(target)
-    if kind is None or kind.make is None:
-        raise BackendError(
-            f"{bundle.root}: target {target.name!r} is of kind {target.kind!r}, which this fluxrt cannot run; "
-            "choose another target of the bundle or install a newer fluxrt"
-        )
-    return kind.make(bundle, target, threads, group)
+    if kind is None or kind.backend is None:
+        raise _unknown(bundle, target)
+    return kind.backend(bundle, target, threads, group)
+
+
+def make_pipeline(bundle: Bundle, target: Target, threads: int | None, gpus: int | None) -> AnyPipeline:
+    """The pipeline that generates with `target`; BackendError when this fluxrt has none, RequestError for other `gpus`."""
+    kind = find_kind(target)
+    if kind is None:
+        raise _unknown(bundle, target)
+    return kind.pipeline(bundle, target, threads, gpus)
+
+
+def _unknown(bundle: Bundle, target: Target) -> BackendError:
+    return BackendError(
+        f"{bundle.root}: target {target.name!r} is of kind {target.kind!r}, which this fluxrt cannot run; "
+        "choose another target of the bundle or install a newer fluxrt"
+    )
 
 
 def _nothing(bundle: Bundle, target: Target, machine: Machine) -> str | None:
@@ -78,6 +134,12 @@ def _tensorrt(bundle: Bundle, target: Target, threads: int | None, group: Group 
     from fluxrt.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(bundle, target, group=group)
+
+
+def _visual_gen(bundle: Bundle, target: Target, threads: int | None, gpus: int | None) -> AnyPipeline:
+    from fluxrt.visual_gen import VisualGenPipeline
+
+    return VisualGenPipeline(bundle, target, gpus or 1)
 
 
 def _no_cuda_provider(bundle: Bundle, target: Target, machine: Machine) -> str | None:
@@ -119,7 +181,7 @@ def _no_visual_gen(bundle: Bundle, target: Target, machine: Machine) -> str | No
 for _kind in (
     Kind("onnxruntime", "cpu", 10, _nothing, _onnxruntime),
     Kind("onnxruntime", "cuda", 20, _no_cuda_provider, _onnxruntime_cuda),
-    Kind("visual_gen", "cuda", 30, _no_visual_gen, None),
+    Kind("visual_gen", "cuda", 30, _no_visual_gen, pipeline=_visual_gen),
     Kind("tensorrt_rtx", "cuda", 40, _no_tensorrt, _tensorrt),
     Kind("tensorrt", "cuda", 50, _no_tensorrt, _tensorrt),
 ):
