@@ -28,7 +28,7 @@ def load(
     (all cores by default, divided among ranks).
     Raises BundleError for a damaged bundle or a target it does not have, RequestError for a target with other `gpus`.
     """
-    from fluxrt.bundle import open_bundle
+    from fluxrt.bundle import VisualGenTarget, open_bundle
     from fluxrt.choose import choose
     from fluxrt.pipeline import Pipeline
     from fluxrt.ranked import RankedPipeline
@@ -36,7 +36,7 @@ def load(
 
     bundle = open_bundle(path)
     chosen = choose(bundle, gpus=gpus or 1)[0] if target is None else bundle.target(target)
-    if chosen.visual_gen:
+    if isinstance(chosen, VisualGenTarget):
         return VisualGenPipeline(bundle, chosen, gpus or 1)
     if gpus is not None and chosen.gpus != gpus:
         raise RequestError(
