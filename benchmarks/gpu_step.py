@@ -157,7 +157,8 @@ def fluxrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path, 
     from fluxc.graph.export import trace_transformer
     from fluxc.models.flux2_transformer import Flux2Transformer
     from fluxc.quantize.plan import precision_plan
-    from fluxc.recipe.structs import ComponentPrecision, Target
+    from fluxc.recipe.structs import ComponentPrecision
+    from fluxc.recipe.targets import OnnxRuntimeTarget
     from fluxc.targets.onnxruntime.build import build_graphs
     from fluxrt.backends.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaBackend
 
@@ -170,14 +171,14 @@ def fluxrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path, 
     pieces = trace_transformer(config, length, False, torch.bfloat16 if device == "cuda" else torch.float32)
     body = compose_body(pieces, config["num_layers"], config["num_single_layers"], length)
     graphs = {"prologue": pieces["prologue"], "body": body, "epilogue": pieces["epilogue"]}
-    target = Target("onnxruntime", device=device)
+    target = OnnxRuntimeTarget(device=device)
     built = build_graphs(
         graphs, {"transformer": read_header(file)}, {"transformer": file.name}, {"transformer": plan}, target, {}
     )
     for graph in built.values():
         (folder / graph.entry.file).write_bytes(graph.model.SerializeToString())
     graphs_of = {name: graph.entry for name, graph in built.items()}
-    entry = format.Target(target.name, target.kind, target.activations, graphs_of, device=device)
+    entry = format.OnnxRuntimeTarget(target.name, target.activations, graphs_of, device)
     providers = (PROVIDER,) if device == "cuda" else ("CPUExecutionProvider",)
     backend = OnnxRuntimeCudaBackend(Unsealed(folder), entry, device, providers)
     rng = np.random.default_rng(0)

@@ -30,7 +30,8 @@ from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.published import MODELS
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.writer import planned_tensors
-from fluxc.recipe.structs import ComponentPrecision, Target
+from fluxc.recipe.structs import ComponentPrecision
+from fluxc.recipe.targets import TensorRTRtxTarget
 
 PRESET = "modelopt-flux2"
 TEXT_LENGTH, TOKENS = 512, 4096
@@ -96,7 +97,7 @@ def measure(model: str, baked: bool, memory_gib: float) -> dict[str, Any]:
             weights = read_header(file)
         before = peak_gib()
         start = time.perf_counter()
-        target = Target("tensorrt_rtx", compute_capabilities=("12.0", "12.1"), weights="baked" if baked else "bound")
+        target = TensorRTRtxTarget(weights="baked" if baked else "bound")
         side = int(TOKENS**0.5)
         request = {"branches": 1, "tokens": TOKENS, "rows": side, "columns": side}
         cutter = Cutter([request], False, target.name, f"engines/{target.name}")

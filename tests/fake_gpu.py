@@ -15,7 +15,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from fluxrt.bundle import Bundle, Plan, Target
+from fluxrt.bundle import Bundle, Plan, TensorRTTarget
 from fluxrt.cuda import Gpu, OutOfMemoryError
 from fluxrt.errors import BackendError
 from fluxrt.group import Group
@@ -150,13 +150,12 @@ class FakeLibrary:
     def __init__(
         self,
         bundle: Bundle,
-        target: Target,
+        target: TensorRTTarget,
         driver: FakeDriver,
         version: str | None = None,
         group: Group | None = None,
         refuses_communicator: bool = False,
     ) -> None:
-        assert target.engine is not None
         self.refuses_communicator = refuses_communicator
         operators = [*OPERATORS, *([all_to_all(group)] if group else [])]
         self.__version__ = version or str(target.engine.version)

@@ -11,7 +11,7 @@ import fluxrt
 from fluxc.base.errors import BuildError
 from fluxc.fidelity.verify import verify_bundle
 from fluxrt import BundleError
-from fluxrt.bundle import Manifest, encode_manifest, manifest_digest, open_bundle, verify_files
+from fluxrt.bundle import decode_manifest, encode_manifest, manifest_digest, open_bundle, verify_files
 
 
 def edit_manifest(bundle: Path, edit) -> None:
@@ -23,10 +23,8 @@ def edit_manifest(bundle: Path, edit) -> None:
 
 def reseal(bundle: Path, edit) -> None:
     """Change the manifest and make its digest right again, as a careful forger would."""
-    import msgspec
-
     edit_manifest(bundle, edit)
-    manifest = msgspec.json.decode((bundle / "bundle.json").read_bytes(), type=Manifest)
+    manifest = decode_manifest((bundle / "bundle.json").read_bytes())
     (bundle / "bundle.json").write_bytes(encode_manifest(manifest))
 
 
@@ -102,10 +100,41 @@ def test_an_edited_manifest_is_refused(quick_copy: Path) -> None:
         open_bundle(quick_copy)
 
 
-def test_another_format_version_names_both(quick_copy: Path) -> None:
-    edit_manifest(quick_copy, lambda m: m.update(format_version=99))
-    with pytest.raises(BundleError, match="bundle format 99, this fluxrt reads format 5"):
+@pytest.mark.parametrize(
+    ("version", "way_out"),
+    [
+        (4, "build the bundle again from its recipe, or install the fluxrt that came with"),
+        (5, "build the bundle again from its recipe, or install the fluxrt that came with"),
+        (99, "install the fluxrt that comes with the fluxc that built it"),
+    ],
+)
+def test_another_format_version_names_both(quick_copy: Path, version: int, way_out: str) -> None:
+    edit_manifest(quick_copy, lambda m: m.update(format_version=version))
+    with pytest.raises(BundleError, match=f"bundle format {version}, this fluxrt reads format 6; {way_out}"):
         open_bundle(quick_copy)
+
+
+def test_a_target_has_the_fields_of_its_kind(quick_copy: Path) -> None:
+    whole = json.loads((quick_copy / "bundle.json").read_text())["targets"][0]
+    assert list(whole) == ["kind", "name", "activations", "graphs", "device", "sharding"]
+    edit_manifest(quick_copy, lambda m: m["targets"][1].update(engine=None))
+    with pytest.raises(BundleError, match=r"targets\[1\]: Object contains unknown field `engine`"):
+        open_bundle(quick_copy)
+    edit_manifest(quick_copy, lambda m: m["targets"][1].pop("kind"))
+    with pytest.raises(BundleError, match=r"targets\[1\]: Object missing required field `kind`"):
+        open_bundle(quick_copy)
+
+
+def test_a_target_of_an_unknown_kind_is_kept_and_never_chosen(quick_copy: Path) -> None:
+    """As of a kind that the machine which built the bundle had registered, and this one has not."""
+    foreign = {"kind": "abacus", "name": "abacus", "beads per wire": 10, "runs_on": ["wood"], "sharding": {"wires": 7}}
+    reseal(quick_copy, lambda m: m["targets"].insert(0, foreign))
+    bundle = open_bundle(quick_copy)
+    assert json.loads(encode_manifest(bundle.manifest))["targets"][0] == foreign
+    assert fluxrt.load(quick_copy).target.name == bundle.manifest.targets[1].name
+    reason = "kind 'abacus', which this fluxrt cannot run; choose another target"
+    with pytest.raises(fluxrt.BackendError, match=reason):
+        fluxrt.load(quick_copy, target="abacus")
 
 
 def test_an_unknown_manifest_field_is_refused(quick_copy: Path) -> None:

@@ -160,6 +160,7 @@ def test_the_comparison_depends_on_the_layers_figures(quick_bundle: Path) -> Non
         seed=0,
         targets=(),
         draft=Draft(open_bundle(quick_bundle)),
+        evidence={},
         layers=[layer],
         sensitivity=None,
         step_cache=False,

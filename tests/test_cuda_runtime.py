@@ -18,7 +18,7 @@ from conftest import QUICK, compile_into, copy_checkpoint
 from fake_gpu import RTX, FakeDriver, FakeLibrary
 from fluxrt.backends.buffers import Buffer, plan_arena, plan_buffers, profile_for, resolve
 from fluxrt.backends.tensorrt import TensorRTBackend
-from fluxrt.bundle import Bundle, Call, Engine, Plan, Port, Program, Target, WeightPort, open_bundle
+from fluxrt.bundle import Bundle, Call, Engine, Plan, Port, Program, Target, WeightPort, open_bundle, read_target
 from fluxrt.choose import Machine, choose
 from fluxrt.cuda import CudaDriver, Gpu, OutOfMemoryError, first_gpu
 from fluxrt.errors import BackendError, BundleError, RequestError
@@ -345,7 +345,6 @@ def test_another_version_of_the_library_is_refused(bundle: Bundle) -> None:
 
 def test_unfinished_plans_are_refused(bundle: Bundle) -> None:
     target = bundle.target("tensorrt_rtx")
-    assert target.engine is not None
     plans = {name: msgspec.structs.replace(plan, file=None) for name, plan in target.engine.plans.items()}
     unfinished = msgspec.structs.replace(target, engine=msgspec.structs.replace(target.engine, plans=plans))
     with pytest.raises(BackendError, match=r"built on the GPU itself .* run `fluxc finish"):
@@ -417,7 +416,6 @@ def with_targets(bundle: Bundle, *targets: Target) -> Bundle:
 
 def test_the_best_target_of_bundle_and_machine_is_chosen(bundle: Bundle) -> None:
     rtx, cpu = bundle.target("tensorrt_rtx"), bundle.target("onnxruntime-nvfp4")
-    assert rtx.engine is not None
     version = str(rtx.engine.version)
     machine = Machine(RTX, versions={"tensorrt_rtx": version})
     assert choose(with_targets(bundle, cpu, rtx), machine)[0] is rtx
@@ -426,7 +424,7 @@ def test_the_best_target_of_bundle_and_machine_is_chosen(bundle: Bundle) -> None
     assert obstacles == {"tensorrt_rtx": "no driver", "onnxruntime-nvfp4": None}
     _, obstacles = choose(with_targets(bundle, rtx, cpu), Machine(RTX))
     assert obstacles["tensorrt_rtx"] == "tensorrt_rtx is not installed; pip install 'fluxrt[tensorrt-rtx]'"
-    newer = msgspec.structs.replace(cpu, name="newer", kind="newer")
+    newer = read_target({"kind": "newer", "name": "newer", "sharding": "unheard of"})
     _, obstacles = choose(with_targets(bundle, newer, cpu), Machine(None))
     assert obstacles["newer"] == "this fluxrt cannot run targets of kind 'newer'; install a newer one"
     with pytest.raises(BackendError, match=r"no target of this bundle runs on this machine. tensorrt_rtx: .*H100"):

@@ -32,7 +32,8 @@ from fluxc.predict.report import print_scaling
 from fluxc.predict.scaling import predict, published_model
 from fluxc.predict.work import ACTIVATION, VAE_WORKING, Work, work_of
 from fluxc.quantize.plan import precision_plan
-from fluxc.recipe.structs import ComponentPrecision, Format, Target
+from fluxc.recipe.structs import ComponentPrecision, Format
+from fluxc.recipe.targets import TensorRTRtxTarget
 from fluxc.targets.sharding import shares_of
 from fluxc.targets.tensorrt.build import build_engine, write_sources
 from fluxc.targets.tensorrt.cut import Component, Cutter
@@ -89,7 +90,7 @@ def test_the_vae_wants_the_working_memory_its_plan_states(side: int, tmp_path: P
         n: TensorRef(n, "BF16", shape, Path(), 0, 2 * math.prod(shape))
         for n, shape in Flux2VAE.read(config, tmp_path).tensors.items()
     }
-    target = Target("tensorrt_rtx", compute_capabilities=("12.0",))
+    target = TensorRTRtxTarget(compute_capabilities=("12.0",))
     rows = side // 16
     cutter = Cutter([{"branches": 1, "tokens": rows**2, "rows": rows, "columns": rows}], False, target.name, "engines")
     cutter.vae_decoder(model, Component("vae", weights, [], ""))

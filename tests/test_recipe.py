@@ -29,7 +29,7 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
         ("step_cache={longest_run: 2}", r"'step_cache\.longest_run' is called 'max_consecutive_skips' now"),
         ("step_cache={elsewhere: warn}", r"'step_cache\.elsewhere' is called 'on_mismatch' now"),
         ("precision.transformer.exclud=[a]", r"unknown field 'precision\.transformer\.exclud'; did you mean 'exclude'"),
-        ("targets=[{kind: onnxruntime, activation: none}]", r"'targets\.activation'; did you mean 'activations'"),
+        ("targets=[{kind: onnxruntime, activation: none}]", r"'targets\[0\]\.activation'; did you mean 'activations'"),
         (
             "precision.transformer.rules=[{mtch: a, format: fp8}]",
             r"'precision\.transformer\.rules\.mtch'; did you mean 'match'",
@@ -42,6 +42,32 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
         ("targets=[]", r"targets: give at least one"),
         ("targets=[{kind: onnxruntime}, {kind: onnxruntime}]", r"targets: 'onnxruntime' appears twice"),
         ("name=a/b", r"name: 'a/b' becomes a folder name"),
+        (
+            "targets=[{kind: tensorrt_rtx}, {kind: tensorrt, activations: none}]",
+            r"targets\[1\]\.activations: a target of kind tensorrt has no such option, those of kind onnxruntime have\. Its "
+            r"options are: gpus, compute_capabilities, ",
+        ),
+        (
+            "targets=[{kind: onnxruntime, memory_gib: 8}]",
+            r"targets\[0\]\.memory_gib: .* no such option, those of kind tensorrt_rtx and tensorrt have",
+        ),
+        (
+            "targets=[{kind: visual_gen, dtype: float16}]",
+            r"kind visual_gen has no such option, those of kind onnxruntime",
+        ),
+        (
+            "targets=[{kind: tensorrt, memory_gib: much}]",
+            r"Expected `float`, got `str` - at `targets\[0\]\.memory_gib`",
+        ),
+        (
+            "targets=[{kind: tensorrt, compute_capabilities: []}]",
+            r"compute_capabilities: give at least one, or leave it",
+        ),
+        ("targets=[{kind: tensorrt, allow: [{layr: a}]}]", r"'targets\[0\]\.allow\.layr'; did you mean 'layer'"),
+        ("targets=[{gpus: 2}]", r"targets\[0\]\.kind: say what kind of target it is\. It can be onnxruntime, "),
+        ("targets=[{kind: [a]}]", r"targets\[0\]\.kind: \['a'\] is not possible\. It can be onnxruntime, "),
+        ("targets=[onnxruntime]", r"Expected `object`, got `str` - at `targets\[0\]`"),
+        ("targets=onnxruntime", r"Expected `array`, got `str` - at `targets`"),
         ("nonsense", r"write it as field\.sub_field=value"),
         ("name.first=a", r"'name' is not a mapping"),
     ],
@@ -128,7 +154,10 @@ def test_changes_replace_fields() -> None:
             "precision.transformer.exclude=automatic",
             r"exclude: 'automatic' is not possible.* It can be auto, or a list",
         ),
-        ("targets=[{kind: onnxruntim}]", r"targets\.kind: 'onnxruntim' is not possible; did you mean 'onnxruntime'"),
+        (
+            "targets=[{kind: onnxruntim}]",
+            r"targets\[0\]\.kind: 'onnxruntim' is not possible; did you mean 'onnxruntime'",
+        ),
     ],
 )
 def test_a_word_that_is_not_possible_is_refused_with_those_that_are(change: str, words: str) -> None:

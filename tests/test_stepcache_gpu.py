@@ -99,7 +99,7 @@ def test_the_change_in_16_bits_is_the_change(bundle: Bundle, target: str) -> Non
     entry = bundle.target(target)
     dtype = np.float16 if target.endswith("float16") else ml_dtypes.bfloat16
     graphs = {}
-    if entry.engine:
+    if entry.kind == "tensorrt_rtx":
         for name in ("signal_signal", "signal_change"):
             graphs[name] = ReferenceEvaluator(onnx.load(bundle.path(entry.engine.plans[name].source)))
     else:

@@ -34,7 +34,8 @@ from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.source import read_source
 from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe.load import load_recipe
-from fluxc.recipe.structs import Allow, ComponentPrecision, Target
+from fluxc.recipe.structs import ComponentPrecision
+from fluxc.recipe.targets import Allow, TensorRTRtxTarget
 from fluxc.targets.base import TargetContext
 from fluxc.targets.onnxruntime.lower import lower
 from fluxc.targets.tensorrt.audit import Audit, Expected, Finding, audit
@@ -44,7 +45,7 @@ from fluxc.targets.tensorrt.cut import Component, Cutter, without_prefix
 from fluxc.targets.tensorrt.export_onnx import export_onnx
 from fluxc.targets.tensorrt.lower import Lowered, fix_shapes, lower_tensorrt
 from fluxc.targets.tensorrt.program import read_programs
-from fluxrt.bundle import Bundle, open_bundle
+from fluxrt.bundle import Bundle, TensorRTTarget, open_bundle
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from fluxrt.schedule import flow_match_sigmas
@@ -77,7 +78,7 @@ def mixed_bundle(workshop: Path) -> Path:
 
 
 def engine_of(bundle: Bundle):
-    return next(target.engine for target in bundle.manifest.targets if target.engine)
+    return next(target.engine for target in bundle.manifest.targets if isinstance(target, TensorRTTarget))
 
 
 @pytest.mark.parametrize("which", ["rtx_bundle", "mixed_bundle"])
@@ -167,7 +168,7 @@ def test_devs_whole_transformer_is_a_few_small_plans(tmp_path: Path) -> None:
         for name, shape in Flux2Transformer.read(DEV).tensors.items()
     }
     pieces = trace_transformer(DEV, 512, False, torch.bfloat16)
-    target = Target("tensorrt_rtx", compute_capabilities=("12.0", "12.1"))
+    target = TensorRTRtxTarget(compute_capabilities=("12.0", "12.1"))
     cutter = Cutter(
         [{"branches": 1, "tokens": 4096, "rows": 64, "columns": 64}], False, target.name, "engines/tensorrt_rtx"
     )
@@ -567,7 +568,7 @@ def test_a_fault_is_allowed_by_name_and_by_nothing_else() -> None:
     found = Audit(
         {}, 0, 1, 0.5, 0, SM120, (Finding("format", ("ff.linear_in",), "planned nvfp4, runs as bf16 (function)"),)
     )
-    target = Target("tensorrt_rtx", compute_capabilities=SM120)
+    target = TensorRTRtxTarget(compute_capabilities=SM120)
     with pytest.raises(BuildError, match=r"plan double: ff\.linear_in: planned nvfp4, runs as bf16"):
         check_audits(target, {"double": found})
     check_audits(msgspec.structs.replace(target, allow=(Allow("ff.*"),)), {"double": found})
@@ -591,7 +592,7 @@ def test_what_is_no_plan_cannot_be_audited() -> None:
 
 def test_nothing_lets_a_plan_pass_that_is_not_the_one_asked_for() -> None:
     """A pattern that matches every layer says nothing of GPUs, ranks and collectives."""
-    target = Target("tensorrt_rtx", compute_capabilities=SM120, allow=(Allow("*"),))
+    target = TensorRTRtxTarget(compute_capabilities=SM120, allow=(Allow("*"),))
     layer = Finding("format", ("ff.linear_in",), "planned nvfp4, runs as bf16 (function)")
     for finding in (
         Finding("ranks", (), "the plan is for 1 ranks, not 2: its collectives would do nothing, or hang"),
@@ -604,7 +605,7 @@ def test_nothing_lets_a_plan_pass_that_is_not_the_one_asked_for() -> None:
 
 def test_allow_may_name_a_kind_of_finding() -> None:
     found = Audit({}, 0, 1, 0.5, 0, SM120, (Finding("attention", ("attn",), "attention is not one fused kernel"),))
-    target = Target("tensorrt_rtx", compute_capabilities=SM120)
+    target = TensorRTRtxTarget(compute_capabilities=SM120)
     check_audits(msgspec.structs.replace(target, allow=(Allow("*", "attention"),)), {"double": found})
     with pytest.raises(BuildError, match="matches no fault"):
         check_audits(msgspec.structs.replace(target, allow=(Allow("*", "format"),)), {"double": found})

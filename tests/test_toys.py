@@ -92,16 +92,17 @@ def test_a_toy_family_builds_a_bundle_that_generates(tmp_path: Path) -> None:
 
 @pytest.fixture
 def toy_target() -> Iterator[None]:
-    from fluxc.recipe.structs import TARGET_KINDS
+    from fluxc.recipe.targets import TARGETS
     from fluxc.targets.registry import KINDS
+    from fluxrt import bundle
     from fluxrt.backends import registry as backends
     from toys import target_toy
 
-    kind, backend = KINDS.get("toy", target_toy.Toy()), backends.KINDS["toy", "cpu"]
+    assert KINDS["toy"].options is target_toy.ToyTarget
     yield
-    KINDS.pop(kind.name)
-    TARGET_KINDS.remove(kind.name)
-    backends.KINDS.pop((backend.name, backend.device))
+    for known in (KINDS, TARGETS, bundle.TARGETS):
+        known.pop("toy")
+    backends.KINDS.pop(("toy", "cpu"))
 
 
 def test_a_kind_brings_its_own_pipeline(
@@ -112,8 +113,8 @@ def test_a_kind_brings_its_own_pipeline(
     from toys.pipeline_toy import PlainPipeline
 
     target = open_bundle(quick_bundle).manifest.targets[0]
-    kind = Kind(target.kind, target.device, 5, lambda *_: None, pipeline=PlainPipeline)
-    monkeypatch.setitem(KINDS, (kind.name, kind.device), kind)
+    kind = Kind(type(target), target.device, 5, lambda *_: None, pipeline=PlainPipeline)
+    monkeypatch.setitem(KINDS, (target.kind, target.device), kind)
     with fluxrt.load(quick_bundle, target=target.name, gpus=3) as pipeline:
         assert isinstance(pipeline, PlainPipeline)
         assert pipeline.gpus == 3
@@ -144,12 +145,16 @@ def test_a_toy_target_builds_a_bundle_that_generates(workshop: Path) -> None:
     from fluxc.targets.registry import kind_of
     from toys.target_toy import CountingBackend
 
-    out = compile_into(workshop / "toy-target", *QUICK, "targets=[{kind: onnxruntime}, {kind: toy}]")
+    out = compile_into(workshop / "toy-target", *QUICK, "targets=[{kind: onnxruntime}, {kind: toy, beads: 7}]")
     manifest = open_bundle(out).manifest
     assert [target.kind for target in manifest.targets] == ["onnxruntime", "toy"]
     figures = manifest.fidelity["targets"]
     assert figures["toy"]["step_cosine"] == figures["onnxruntime"]["step_cosine"]
-    assert "counts" in kind_of("toy").describe(load_recipe(RECIPE).recipe.targets[0])
+    assert manifest.recipe["targets"][1]["beads"] == 7
+    toy = load_recipe(RECIPE, ("targets=[{kind: toy}]",)).recipe.targets[0]
+    assert kind_of("toy").describe(toy) == "a toy: counts the graphs it runs with 10 beads"
+    with pytest.raises(RecipeError, match=r"targets\[0\]\.beads: .* no such option, those of kind toy have"):
+        load_recipe(RECIPE, ("targets=[{kind: onnxruntime, beads: 7}]",))
     with fluxrt.load(out) as pipeline:
         assert pipeline.target.kind == "onnxruntime"
     before = CountingBackend.runs

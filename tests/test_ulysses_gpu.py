@@ -28,7 +28,8 @@ from fluxc.graph.ulysses import shard
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import planned_tensors
-from fluxc.recipe.structs import ComponentPrecision, Target
+from fluxc.recipe.structs import ComponentPrecision
+from fluxc.recipe.targets import TensorRTRtxTarget
 from fluxc.targets.tensorrt.audit import Expected, audit
 from fluxc.targets.tensorrt.build import build_engine, write_sources
 from fluxc.targets.tensorrt.cut import Component, Cutter
@@ -77,7 +78,7 @@ def test_sharded_plans_hold_fp4_gemms_and_two_collectives_a_block(
     pieces = trace_transformer(config, 512 // ranks, False, torch.bfloat16, part=True)
     transformer = Flux2Transformer.read(config)
     pieces |= {name: shard(piece, transformer, ranks) for name, piece in pieces.items() if name.endswith("_block")}
-    target = Target("tensorrt_rtx", compute_capabilities=("12.0", "12.1"), gpus=ranks)
+    target = TensorRTRtxTarget(gpus=ranks)
     request = {"branches": 1, "tokens": 4096 // ranks, "rows": 64, "columns": 64}
     cutter = Cutter([request], False, target.name, f"engines/{target.name}")
     cutter.transformer(pieces, component, 512 // ranks, None)

@@ -74,7 +74,7 @@ def test_it_passes_and_holds_nothing_twice(bundle: Bundle) -> None:
     halves = read_header(folder / "transformer" / "gate_up.safetensors")
     assert all("linear_in_" in name for name in halves)
     assert len(links) > 8
-    entry = bundle.target("visual_gen").visual_gen
+    entry = bundle.target("visual_gen")
     assert entry.configs == {str(n): f"visual_gen/{n}gpu.yaml" for n in (1, 2, 4)}
     assert "1.3 and 1.4" in entry.schema
 

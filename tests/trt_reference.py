@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from safetensors import safe_open
 
-from fluxrt.bundle import Bundle, Plan, Target
+from fluxrt.bundle import Bundle, Plan, TensorRTTarget
 
 BF16, E4M3, E2M1 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 DTYPES = {
@@ -99,8 +99,7 @@ OPERATORS = [TRT_FP4DynamicQuantize, Gemm, MatMul, DequantizeLinear, Attention, 
 class Player:
     """A bundle's TensorRT target on the CPU. With `full`, every bf16 in the graphs is fp32: the same graph, unrounded."""
 
-    def __init__(self, bundle: Bundle, target: Target, full: bool = False) -> None:
-        assert target.engine is not None
+    def __init__(self, bundle: Bundle, target: TensorRTTarget, full: bool = False) -> None:
         self._bundle, self._engine, self._full = bundle, target.engine, full
         self._evaluators: dict[str, ReferenceEvaluator] = {}
         self._tensors: dict[tuple[str, str], np.ndarray] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -21,8 +20,8 @@ from fluxc.quantize.component_files import write_small_files
 from fluxc.quantize.source import Source
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import Recipe
-from fluxc.targets.parts import Weights, read_entry
-from fluxc.targets.visual_gen.check import faults_of
+from fluxc.targets.parts import Weights, link_or_copy, read_entry
+from fluxc.targets.registry import kind_of
 from fluxrt import bundle as format
 
 LEFT_OUT = ("pictures.json", SEAL)
@@ -44,47 +43,9 @@ def place_components(
 
 
 def place_targets(recipe: Recipe, targets: Mapping[str, Path], staging: Path) -> tuple[format.Target, ...]:
-    """Copy every target's files into the bundle; targets whose graph is the same to the byte share one file."""
-    entries = []
-    for target in recipe.targets:
-        folder = targets[target.name]
-        entry = read_entry(folder)
-        graphs = {}
-        for name, graph in entry.graphs.items():
-            content = (folder / graph.file).read_bytes()
-            file = graph.file
-            if (staging / file).exists() and (staging / file).read_bytes() != content:
-                file = f"{graph.file.removesuffix('.onnx')}.{target.name}.onnx"
-            if not (staging / file).exists():
-                shutil.copyfile(folder / graph.file, staging / file)
-            graphs[name] = msgspec.structs.replace(graph, file=file)
-        for plan in entry.engine.plans.values() if entry.engine else ():
-            for file in filter(None, (plan.source, plan.file)):
-                (staging / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / file, staging / file)
-        if entry.visual_gen:
-            _place_visual_gen(folder, entry.visual_gen, staging)
-        entries.append(msgspec.structs.replace(entry, graphs=graphs))
-    return tuple(entries)
-
-
-def _place_visual_gen(folder: Path, entry: format.VisualGen, staging: Path) -> None:
-    """Put the folder into the bundle, with links to the bundle's own files, and refuse one that VisualGen would not take."""
-    for file in sorted(path for path in (folder / entry.folder).rglob("*") if path.is_file()):
-        target = staging / file.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Of weights one copy on the disk is enough; the others are small, and may be edited.
-        (_link_or_copy if file.suffix == ".safetensors" else shutil.copyfile)(file, target)
-    for name, file in json.loads((folder / "links.json").read_text()).items():
-        link = staging / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(staging / file, link.parent))
-    faults = faults_of(staging / entry.folder, entry.text_length)
-    if faults:
-        raise BuildError(
-            f"target visual_gen: TensorRT-LLM would not take the folder: {'; '.join(faults[:4])}"
-            f"{' and more' if len(faults) > 4 else ''}. No bundle was written"
-        )
+    """Put every target's files into the bundle; their manifest entries."""
+    folders = [(target.kind, targets[target.name]) for target in recipe.targets]
+    return tuple(kind_of(kind).place(read_entry(folder), folder, staging) for kind, folder in folders)
 
 
 def place_reports(folders: list[Path], staging: Path) -> None:
@@ -197,22 +158,12 @@ def _take_weights(cached: Path, target: Path, cache: StageCache, out: Path) -> N
     ours = source.is_relative_to(out.resolve())
     own_cache = cache.root == beside(out) and source.is_relative_to(cache.root)
     if ours or (own_cache and source.stat().st_nlink == 1):
-        _link_or_copy(source, target)
+        link_or_copy(source, target)
     else:
         shutil.copyfile(source, target)
     sealed = json.loads((cached.parent / SEAL).read_text())[cached.name]
     if cache.file_digest(target) != sealed:
         raise BuildError(f"{source}: it changed while the bundle was made; build again")
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Another name for a file, or a copy where the file system gives it none."""
-    try:
-        target.hardlink_to(source)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP):
-            raise
-        shutil.copyfile(source, target)
 
 
 def _sync(folder: Path) -> None:

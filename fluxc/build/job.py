@@ -98,9 +98,7 @@ def open_job(loaded: LoadedRecipe, root: Path) -> Job:
 def check_machine(loaded: LoadedRecipe) -> None:
     """Refuse what this machine lacks for a build, before anything long runs: libraries of targets, modelopt and its GPU."""
     for target in loaded.recipe.targets:
-        check = getattr(kind_of(target.kind), "check_library", None)
-        if check:
-            check()
+        kind_of(target.kind).check_library()
     if loaded.recipe.calibration.engine == "modelopt":
         from fluxc.calibrate.modelopt import check_available
 

@@ -29,13 +29,12 @@ from fluxc.graph import stage as export_stage
 from fluxc.graph.stage import ExportInputs
 from fluxc.quantize.plan import needs_calibration
 from fluxc.quantize.source import kept_tensors
-from fluxc.recipe.structs import Calibration, Recipe, Target
+from fluxc.recipe.structs import Calibration, Recipe
+from fluxc.recipe.targets import Target
 from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
 from fluxc.targets.base import TargetContext
 from fluxc.targets.parts import Weights
 from fluxc.targets.registry import kind_of
-from fluxc.targets.tensorrt.library import installed_version
-from fluxc.targets.visual_gen.folder import is_split
 from fluxrt.bundle import StepCache
 
 PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
@@ -129,8 +128,10 @@ def sampling_entry(job: Job) -> dict[str, Any]:
 
 def provenance_tools(recipe: Recipe) -> dict[str, str]:
     """Versions of everything the bundle's bytes depend on."""
-    libraries = {target.kind: installed_version(target.kind) for target in recipe.targets if target.is_tensorrt}
-    return dict(sorted((tool_versions() | {name: version for name, version in libraries.items() if version}).items()))
+    versions = tool_versions()
+    for target in recipe.targets:
+        versions = versions | kind_of(target.kind).tools()
+    return dict(sorted(versions.items()))
 
 
 def layers_of(results: Results) -> list[dict[str, Any]]:
@@ -233,8 +234,7 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
     plan = source.plans.get(component, [])
     precision = getattr(recipe.precision, component, None)
     calibration = _calibration(job, results) if needs_calibration(plan) else None
-    # VisualGen wants these under other names, and everything else from the same files as everyone.
-    split = component == "transformer" and any(target.is_visual_gen for target in recipe.targets)
+    apart = [name for target in recipe.targets for name in kind_of(target.kind).apart(component, plan)]
     part = source.checkpoint.components[component]
     digests = job.files.digests[component]
     if part is not job.original.checkpoint.components[component]:
@@ -249,7 +249,7 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
         settings=_amax_settings(recipe) if calibration else None,
         scales=precision.scales if precision and searches else "max",
         shard_bytes=None if recipe.weights.shard_gib is None else int(recipe.weights.shard_gib * 2**30),
-        apart=[f"{entry.layer.name}.weight" for entry in plan if is_split(entry.layer.name)] if split else [],
+        apart=list(dict.fromkeys(apart)),
     )
     return Stage(f"weights-{component}", f"write {component} weights", inputs, weights_stage.run, weights_stage.load)
 
@@ -282,6 +282,8 @@ def _reference(job: Job) -> Stage[Any, Made]:
 
 def _compare(job: Job, results: Results) -> Stage[Any, Path]:
     recipe, pipeline = job.loaded.recipe, job.original.checkpoint.pipeline_class
+    draft = results[DRAFT]
+    evidence = {entry.name: kind_of(entry.kind).evidence(entry) for entry in draft.manifest.targets}
     inputs = compare_stage.CompareInputs(
         name=recipe.name,
         title=f"diffusers {pipeline} in {recipe.fidelity.reference}",
@@ -292,7 +294,8 @@ def _compare(job: Job, results: Results) -> Stage[Any, Path]:
         guidance=recipe.sampling.guidance,
         seed=recipe.fidelity.seed,
         targets=recipe.targets,
-        draft=compare_stage.Draft(results[DRAFT]),
+        draft=compare_stage.Draft(draft),
+        evidence={name: found for name, found in evidence.items() if found},
         layers=layers_of(results),
         sensitivity=results["sensitivity"],
         step_cache=recipe.step_cache is not None,

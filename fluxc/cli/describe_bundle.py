@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections import Counter
 from importlib import metadata
 
 from rich.markup import escape
 from rich.table import Table
 
 from fluxc.cli.describe import new_console
+from fluxc.targets.registry import KINDS
 from fluxc.targets.tensorrt.library import LIBRARIES, installed_version
-from fluxrt.bundle import Bundle, Engine
+from fluxrt.bundle import Bundle
 from fluxrt.choose import choose, obstacle, this_machine
 
 
@@ -53,8 +53,9 @@ def print_bundle(bundle: Bundle) -> None:
             f"{figures['image_psnr_db']} dB mean, {figures['image_psnr_db_worst']} dB worst"
         )
     for target in manifest.targets:
-        if target.engine:
-            console.print(_engine_table(target.name, target.engine))
+        shown = KINDS[target.kind].inspect(target) if target.kind in KINDS else None
+        if shown:
+            console.print(shown)
     if manifest.step_cache:
         from fluxc.stepcache.summary import step_cache_lines
 
@@ -69,42 +70,6 @@ def print_bundle(bundle: Bundle) -> None:
     size = sum(file.size for file in manifest.files.values())
     tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items())
     console.print(f"{len(manifest.files)} files, {size:,} bytes; built with {tools}")
-
-
-def _engine_table(name: str, engine: Engine) -> Table:
-    """The plans of an engine as the audit found them."""
-    built = f"{engine.library} {engine.version}" if engine.version else f"to be built by {engine.library} on the GPU"
-    title = f"{name}: {built}, compute capability {', '.join(engine.compute_capabilities)}"
-    title += f", finished on {engine.gpu} (driver {engine.driver})" if engine.gpu else ""
-    table = Table(
-        "plan",
-        "runs",
-        "GEMMs",
-        "fused attentions",
-        "all-to-alls",
-        "kernels",
-        "weights copied a run",
-        "working memory",
-        "allowed faults",
-    )
-    table.title, table.title_justify = title, "left"
-    runs = Counter(call.plan for program in engine.programs.values() for call in program.calls)
-    for plan in engine.plans:
-        found = engine.audit.get(plan)
-        if found is None:
-            table.add_row(plan, str(runs[plan]), "not built yet")
-            continue
-        gemms = ", ".join(f"{count} {format}" for format, count in found["gemms"].items())
-        figures = (
-            found["attentions"],
-            found["collectives"],
-            found["kernels"],
-            f"{found['copied_bytes']:,} bytes",
-            f"{found.get('working_bytes', 0):,} bytes",
-            "; ".join(f"{', '.join(fault['layers'])}: {fault['text']}" for fault in found["faults"]),
-        )
-        table.add_row(plan, str(runs[plan]), gemms, *map(str, figures))
-    return table
 
 
 def print_targets(bundle: Bundle) -> None:

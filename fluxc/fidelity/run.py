@@ -12,7 +12,6 @@ from fluxc.base.progress import Report
 from fluxc.fidelity.compare import compare_ranks, compare_target
 from fluxc.fidelity.reference_stage import read_references
 from fluxc.fidelity.report import write_report
-from fluxrt.bundle import Engine
 
 if TYPE_CHECKING:
     from fluxc.fidelity.stage import CompareInputs
@@ -23,8 +22,9 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
     prompts, steps, guidance, size = inputs.prompts, inputs.steps, inputs.guidance, inputs.size
     bundle = inputs.draft.bundle
     runnable = [target for target in inputs.targets if target.runs_here]
-    sharded = [target for target in inputs.targets if target.is_for_processes]
-    total = len(prompts) * (len(runnable) + len(sharded))
+    sharded = [(target, target.in_one) for target in inputs.targets if target.in_one]
+    drawing = [*runnable, *(target for target, _ in sharded)]
+    total = len(prompts) * len(drawing)
     done = 0
 
     def advance() -> None:
@@ -42,8 +42,8 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
         "prompts": prompts,
         "targets": {},
         "ranks": {},
-        "not_run": [target.name for target in inputs.targets if target not in (*runnable, *sharded)],
-        "engines": {t.name: _engine(t.engine) for t in bundle.manifest.targets if t.engine},
+        "not_run": [target.name for target in inputs.targets if target not in drawing],
+        "engines": inputs.evidence,
         "layers": inputs.layers,
         "sensitivity": inputs.sensitivity,
         "step_cache": inputs.step_cache,
@@ -53,10 +53,9 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
         figures["targets"][target.name], pictures[target.name] = compare_target(
             bundle, target.name, references, size=size, steps=steps, guidance=guidance, on_picture=advance
         )
-    for target in sharded:
-        whole = target.in_one.name
+    for target, whole in sharded:
         figures["ranks"][target.name], pictures[target.name] = compare_ranks(
-            bundle, target.name, whole, pictures[whole], references, steps, guidance, size, advance
+            bundle, target.name, whole.name, pictures[whole.name], references, steps, guidance, size, advance
         )
     write_report(folder / "report", figures, pictures)
     recorded = [
@@ -69,13 +68,7 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
             "guidance": guidance,
             "size": size,
         }
-        for target in (*runnable, *sharded)
+        for target in drawing
         for number, reference in enumerate(references)
     ]
     (folder / "pictures.json").write_text(json.dumps(recorded))
-
-
-def _engine(engine: Engine) -> dict[str, Any]:
-    """What the report says of an engine: what it was built with and for, and what was found in its plans."""
-    fields = ("library", "version", "compute_capabilities", "gpu", "audit")
-    return {field: getattr(engine, field) for field in fields}

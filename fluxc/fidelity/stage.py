@@ -10,7 +10,7 @@ import msgspec
 
 from fluxc.base.cache import Made
 from fluxc.base.progress import Report
-from fluxc.recipe.structs import Target
+from fluxc.recipe.targets import Target
 from fluxrt.bundle import Bundle
 
 
@@ -34,8 +34,8 @@ class Draft:
 class CompareInputs:
     """`reference` is what ReferenceInputs with these prompts, size, steps, guidance and seed came to, `title` says how.
 
-    `layers` are the quantized layers with their errors, `sensitivity` what `exclude: auto` measured, for the report to show, as
-    whether there is a page on the step cache.
+    For the report to show: `evidence`, by target, is what was found in what was built; `layers` are the quantized layers with
+    their errors, `sensitivity` what `exclude: auto` measured; `step_cache` says whether there is a page on it.
     """
 
     name: str
@@ -48,6 +48,7 @@ class CompareInputs:
     seed: int
     targets: tuple[Target, ...]
     draft: Draft
+    evidence: dict[str, dict[str, Any]]
     layers: list[dict[str, Any]]
     sensitivity: dict[str, Any] | None
     step_cache: bool

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from fluxc.base.errors import RecipeError
-from fluxc.recipe.structs import LAGS, LEAST_STEPS, Recipe, Target, most_skipped
+from fluxc.recipe.structs import LAGS, LEAST_STEPS, Recipe, most_skipped
+from fluxc.recipe.targets import Refuse
 
 
 def check_values(recipe: Recipe, path: Path) -> None:
@@ -62,11 +62,15 @@ def check_values(recipe: Recipe, path: Path) -> None:
         refuse("gates.step_cache_psnr_db", "there is no step_cache in this recipe")
     if not recipe.targets:
         refuse("targets", "give at least one, for example {kind: onnxruntime}")
+    _check_targets(recipe, refuse)
+
+
+def _check_targets(recipe: Recipe, refuse: Refuse) -> None:
     for at, target in enumerate(recipe.targets):
-        _check_target(target, f"targets[{at}]", refuse)
+        target.check(f"targets[{at}]", refuse)
     names = [target.name for target in recipe.targets]
     for at, target in enumerate(recipe.targets):
-        if target.is_for_processes and target.in_one.name not in names:
+        if target.in_one and target.in_one.name not in names:
             refuse(
                 f"targets[{at}]",
                 f"what {target.ranks} processes draw is held against what one draws; add the same target without gpus",
@@ -76,7 +80,7 @@ def check_values(recipe: Recipe, path: Path) -> None:
             refuse("targets", f"{name!r} appears twice")
 
 
-def _check_step_cache(recipe: Recipe, refuse: Callable[[str, str], None]) -> None:
+def _check_step_cache(recipe: Recipe, refuse: Refuse) -> None:
     cache, steps = recipe.step_cache, recipe.sampling.steps
     assert cache is not None
     if cache.skip is not None and cache.max_error is not None:
@@ -114,36 +118,3 @@ def _check_step_cache(recipe: Recipe, refuse: Callable[[str, str], None]) -> Non
             )
     if cache.frontier != "auto" and any(count < 1 for count in cache.frontier):
         refuse("step_cache.frontier", "lists numbers of skipped steps, 1 or more")
-
-
-def _check_target(target: Target, field: str, refuse: Callable[[str, str], None]) -> None:
-    only = {
-        "onnxruntime": ("activations", "weights_in_memory", "device", "dtype"),
-        "tensorrt": ("compute_capabilities", "weights", "memory_gib", "shapes", "allow"),
-    }
-    own = "tensorrt" if target.is_tensorrt else target.kind
-    for option in (option for kind, options in only.items() if kind != own for option in options):
-        if getattr(target, option) != getattr(Target(target.kind), option):
-            refuse(f"{field}.{option}", f"a target of kind {target.kind} has no such option")
-    for option, needed in (("activations", "cpu"), ("weights_in_memory", "cpu"), ("dtype", "cuda")):
-        plain = Target("onnxruntime")
-        if (
-            target.kind == "onnxruntime"
-            and target.device != needed
-            and getattr(target, option) != getattr(plain, option)
-        ):
-            refuse(f"{field}.{option}", f"goes with device: {needed}")
-    if not target.gpu_counts or min(target.gpu_counts) < 1:
-        refuse(f"{field}.gpus", f"must be at least 1, got {target.gpus}")
-    if len(set(target.gpu_counts)) != len(target.gpu_counts):
-        refuse(f"{field}.gpus", "one appears twice")
-    if not target.is_visual_gen and not isinstance(target.gpus, int):
-        refuse(f"{field}.gpus", f"a target of kind {target.kind} takes one number; make a target of each")
-    if target.ranks > 1 and target.kind == "onnxruntime" and target.device == "cuda":
-        refuse(
-            f"{field}.gpus", "ONNX Runtime has no collectives for device: cuda; use a tensorrt target, or device: cpu"
-        )
-    if len(set(target.compute_capabilities)) != len(target.compute_capabilities):
-        refuse(f"{field}.compute_capabilities", "one appears twice")
-    if not target.memory_gib > 1:
-        refuse(f"{field}.memory_gib", f"must be more than 1, which the library itself takes, got {target.memory_gib}")

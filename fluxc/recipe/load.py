@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -11,7 +13,8 @@ import yaml
 
 from fluxc.base.errors import RecipeError, nearest
 from fluxc.recipe.checks import check_values
-from fluxc.recipe.structs import TARGET_KINDS, USUAL_CAPABILITIES, Recipe, Target
+from fluxc.recipe.structs import Recipe
+from fluxc.recipe.targets import TARGETS, Target
 
 
 class LoadedRecipe(msgspec.Struct, frozen=True):
@@ -51,17 +54,18 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe
         raise RecipeError(f"{path}: a recipe is a mapping of fields; see recipes/flux2-nano.yaml")
     for change in changes:
         _apply_change(data, change)
-    _check_kinds(data, str(path))
-    _spell_out(data)
+    entries = data.get("targets")
+    targets = _read_targets(entries, str(path)) if isinstance(entries, list) else ()
+    data |= {"targets": []} if targets else {}
     _check_fields(data, Recipe, "", str(path))
     try:
         recipe = msgspec.convert(data, Recipe, strict=True)
     except msgspec.ValidationError as error:
         raise RecipeError(f"{path}: {str(error).replace('$.', '')}") from error
+    recipe = msgspec.structs.replace(recipe, targets=targets)
     check_values(recipe, path)
     if recipe.step_cache and recipe.step_cache.skip is None and recipe.step_cache.max_error is None:
         recipe = msgspec.structs.replace(recipe, step_cache=msgspec.structs.replace(recipe.step_cache, skip="auto"))
-    recipe = msgspec.structs.replace(recipe, targets=tuple(_with_defaults(target) for target in recipe.targets))
     return LoadedRecipe(recipe, path.resolve().parent)
 
 
@@ -98,25 +102,46 @@ def _apply_change(data: dict[str, Any], change: str) -> None:
     data[last] = parsed
 
 
-def _check_kinds(data: dict[str, Any], file: str) -> None:
-    """Refuse a target of a kind that there is not, with the nearest one that there is."""
-    targets = data.get("targets")
-    for target in targets if isinstance(targets, list) else ():
-        kind = target.get("kind") if isinstance(target, dict) else None
-        if isinstance(kind, str) and kind not in TARGET_KINDS:
+def _read_targets(entries: list[Any], file: str) -> tuple[Target, ...]:
+    """Each entry as the struct of its kind. Kinds are registered while the program runs, so their union is made here."""
+    union: Any = reduce(or_, TARGETS.values())
+    wanted: Any = tuple[union, ...]
+    checked = [_checked_target(entry, f"targets[{at}]", file) for at, entry in enumerate(entries)]
+    try:
+        targets: tuple[Target, ...] = msgspec.convert(checked, wanted, strict=True)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"{file}: {str(error).replace('`$', '`targets', 1)}") from error
+    return targets
+
+
+def _checked_target(entry: Any, where: str, file: str) -> Any:
+    """The entry with short forms written in full; refuses a kind that there is not, and options that the kind has not."""
+    if not isinstance(entry, dict):
+        return entry
+    if "kind" not in entry:
+        raise RecipeError(f"{file}: {where}.kind: say what kind of target it is. It can be {', '.join(TARGETS)}")
+    kind = entry["kind"]
+    if not isinstance(kind, str) or kind not in TARGETS:
+        raise RecipeError(
+            f"{file}: {where}.kind: {kind!r} is not possible{nearest(str(kind), TARGETS) or '.'} It can be {', '.join(TARGETS)}"
+        )
+    options = {option: value for option, value in entry.items() if option != "kind"}
+    types = {field.encode_name: field.type for field in msgspec.structs.fields(TARGETS[kind])}
+    for option, value in options.items():
+        others = [other for other, struct in TARGETS.items() if option in struct.__struct_fields__]
+        if option not in types and others:
             raise RecipeError(
-                f"{file}: targets.kind: {kind!r} is not possible{nearest(kind, TARGET_KINDS) or '.'} It can be "
-                f"{', '.join(TARGET_KINDS)}"
+                f"{file}: {where}.{option}: a target of kind {kind} has no such option, those of kind {' and '.join(others)} "
+                f"have. Its options are: {', '.join(types)}."
             )
-
-
-def _spell_out(data: dict[str, Any]) -> None:
-    """Write short forms in full: a pattern alone in a target's `allow`."""
-    targets = data.get("targets")
-    for target in targets if isinstance(targets, list) else ():
-        allowed = target.get("allow") if isinstance(target, dict) else None
-        if isinstance(allowed, list):
-            target["allow"] = [{"layer": entry} if isinstance(entry, str) else entry for entry in allowed]
+        if isinstance(value, list) and types.get(option) is int:
+            raise RecipeError(
+                f"{file}: {where}.{option}: a target of kind {kind} takes one number; make a target of each"
+            )
+    if isinstance(options.get("allow"), list):
+        options["allow"] = [{"layer": item} if isinstance(item, str) else item for item in options["allow"]]
+    _check_fields(options, TARGETS[kind], f"{where}.", file)
+    return {"kind": kind, **options}
 
 
 def _check_fields(data: Any, kind: Any, where: str, file: str) -> None:
@@ -157,10 +182,3 @@ def _structs_in(kind: Any) -> list[Any]:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return [kind]
     return [found for part in getattr(kind, "__args__", ()) for found in _structs_in(part)]
-
-
-def _with_defaults(target: Target) -> Target:
-    """`target` with the GPUs that its library is used for most, if it names none."""
-    if not target.is_tensorrt or target.compute_capabilities:
-        return target
-    return msgspec.structs.replace(target, compute_capabilities=USUAL_CAPABILITIES[target.kind])

@@ -6,11 +6,11 @@ from typing import Literal
 
 import msgspec
 
+from fluxc.recipe.targets import Target
+
 LAGS = 6
 """How many steps back a step trace measures a reused residual: the longest run of skipped steps any policy can have."""
 LEAST_STEPS = 10
-USUAL_CAPABILITIES = {"tensorrt_rtx": ("12.0", "12.1"), "tensorrt": ("10.0",)}
-"""Compute capabilities of the GPUs that each library is used for most."""
 
 Format = str
 """A number format by name; which there are is the matter of fluxc.formats."""
@@ -96,105 +96,6 @@ class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     transformer: ComponentPrecision = ComponentPrecision(default="nvfp4")
     text_encoder: ComponentPrecision = ComponentPrecision()
-
-
-class Allow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Findings of an engine's audit that are accepted: about layers that the pattern matches, of this kind or any.
-
-    Kinds: missing, format, group, attention, copy. In YAML a pattern alone stands for {layer: PATTERN}.
-    """
-
-    layer: str
-    kind: Literal["missing", "format", "group", "attention", "copy"] | None = None
-
-
-TARGET_KINDS = ["onnxruntime", "tensorrt_rtx", "tensorrt", "visual_gen"]
-"""What `kind` of a target can be; fluxc.targets.registry adds to it."""
-
-
-class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What to compile for.
-
-    onnxruntime: `activations: nvfp4` rounds the inputs of NVFP4 and FP8 layers as an FP4 GPU does; `weights_in_memory: 4-bit`
-    halves the memory of NVFP4 weights at run time, and takes longer. `device: cuda` is for an NVIDIA GPU of SM90 or later,
-    with 4-bit weights and activations in `dtype`.
-
-    tensorrt_rtx, tensorrt: `compute_capabilities` are the GPUs; `weights: baked` puts them into the plans, in segments that
-    can be built in `memory_gib`; `shapes` makes an optimization profile of every size, or one that spans them; `allow` lists
-    findings of the audit that are accepted.
-
-    `gpus` shards the transformer by sequence (Ulysses) for so many GPUs, onnxruntime for so many processes on the CPU.
-
-    visual_gen is a folder for TensorRT-LLM's VisualGen; `gpus` lists the numbers of GPUs it can be served with.
-    """
-
-    kind: str
-    activations: Literal["none", "nvfp4"] = "none"
-    weights_in_memory: Literal["8-bit", "4-bit"] = "8-bit"
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    compute_capabilities: tuple[str, ...] = ()
-    weights: Literal["bound", "baked"] = "bound"
-    memory_gib: float = 16.0
-    shapes: Literal["profiles", "range"] = "profiles"
-    allow: tuple[Allow, ...] = ()
-    gpus: int | tuple[int, ...] = 1
-
-    @property
-    def name(self) -> str:
-        parts: list[str] = [self.kind]
-        parts += ["cuda"] if self.device == "cuda" else []
-        parts += [self.dtype] if self.dtype != "bfloat16" else []
-        parts += [self.activations] if self.activations != "none" and not self.is_tensorrt else []
-        parts += [self.weights_in_memory] if self.weights_in_memory != "8-bit" else []
-        parts += [self.weights] if self.weights != "bound" else []
-        parts += [f"{self.ranks}gpus"] if self.ranks > 1 else []
-        return "-".join(parts)
-
-    @property
-    def is_tensorrt(self) -> bool:
-        """Whether it is compiled to TensorRT plans."""
-        return self.kind in ("tensorrt_rtx", "tensorrt")
-
-    @property
-    def is_visual_gen(self) -> bool:
-        """Whether it is a folder for TensorRT-LLM's VisualGen."""
-        return self.kind == "visual_gen"
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks its graphs are sharded for; 1 where another program divides the work."""
-        return self.gpus if isinstance(self.gpus, int) and not self.is_visual_gen else 1
-
-    @property
-    def gpu_counts(self) -> tuple[int, ...]:
-        """The numbers of GPUs a visual_gen folder can be served with."""
-        return (self.gpus,) if isinstance(self.gpus, int) else self.gpus
-
-    @property
-    def is_for_gpu(self) -> bool:
-        """Whether it runs on a GPU, in 16 bits."""
-        return self.is_tensorrt or self.is_visual_gen or self.device == "cuda"
-
-    @property
-    def runs_here(self) -> bool:
-        """Whether the machine that builds can draw with it in one process, so that it is compared with diffusers."""
-        return not self.is_for_gpu and self.ranks == 1
-
-    @property
-    def is_for_processes(self) -> bool:
-        """Whether the machine that builds can draw with it in several processes."""
-        return not self.is_for_gpu and self.ranks > 1
-
-    @property
-    def in_one(self) -> Target:
-        """The same target, not sharded."""
-        return msgspec.structs.replace(self, gpus=1)
-
-    @property
-    def rounds_inputs(self) -> bool:
-        """Whether inputs of NVFP4 and FP8 layers are rounded to the weights' format."""
-        return self.activations != "none" or self.is_tensorrt or self.is_visual_gen
 
 
 class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,21 +1,32 @@
-"""What a kind of target is to a build: checks before any work, the graphs it starts from, the stage that makes it."""
+"""What a kind of target is to a build: checks before any work, the graphs it starts from, the stage that makes it.
+
+A kind has a struct of options (fluxc.recipe.targets) and a struct for the manifest (fluxrt.bundle), and its class here answers
+whatever is asked of a target without a look at its kind.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fluxc.base.cache import Made
 from fluxc.base.progress import Report
 from fluxc.checkpoint.identify import pixels_per_token
 from fluxc.graph.stage import ExportInputs
+from fluxc.quantize.plan import LayerPlan
 from fluxc.quantize.source import Source
-from fluxc.recipe.structs import Recipe, Target
+from fluxc.recipe.structs import Recipe
+from fluxc.recipe.targets import Target, kind_name
 from fluxc.targets.parts import Weights
 from fluxc.targets.sharding import Shares, shares_of
+from fluxrt import bundle as format
 from fluxrt.bundle import StepCache
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 COMPONENTS = ("vae", "text_encoder", "transformer")
 
@@ -59,9 +70,9 @@ class TargetContext:
 
     def shares(self, target: Target) -> list[Shares]:
         """What each rank of a sharded target holds, for every size."""
-        branches, itemsize = 2 if self.source.guidance_branches else 1, 2 if target.is_for_gpu else 4
+        branches, length = 2 if self.source.guidance_branches else 1, self.recipe.text.length
         return [
-            shares_of(target.ranks, size, tokens, self.source.transformer, self.recipe.text.length, branches, itemsize)
+            shares_of(target.ranks, size, tokens, self.source.transformer, length, branches, target.activation_bytes)
             for size, tokens in self.tokens.items()
         ]
 
@@ -74,30 +85,62 @@ class TargetWork:
     run: Callable[[Any, Path, Report], None]
 
 
-class TargetKind(Protocol):
-    """One kind of target; `name` is what `kind` says in a recipe and in a manifest."""
+Options = TypeVar("Options", bound=Target)
+Entry = TypeVar("Entry", bound=format.Target)
 
-    name: str
 
-    def check(self, field: str, target: Target, context: TargetContext) -> None:
+class TargetKind(ABC, Generic[Options, Entry]):
+    """One kind of target: `options` is the struct of its targets in a recipe, an `Entry` what its stage writes."""
+
+    options: type[Options]
+
+    @property
+    def name(self) -> str:
+        """What `kind` says in a recipe and in a manifest."""
+        return kind_name(self.options)
+
+    @abstractmethod
+    def check(self, field: str, target: Options, context: TargetContext) -> None:
         """Refuse what this kind cannot do, from recipe, configs and headers: RecipeError naming `field`, or BuildError."""
-        ...
 
-    def exports(self, target: Target, context: TargetContext) -> dict[str, ExportInputs]:
+    @abstractmethod
+    def exports(self, target: Options, context: TargetContext) -> dict[str, ExportInputs]:
         """The graphs the target starts from, by component."""
-        ...
 
+    @abstractmethod
     def work(
         self,
-        target: Target,
+        target: Options,
         context: TargetContext,
         exports: Mapping[str, Made],
         weights: Mapping[str, Weights],
         step_cache: StepCache | None,
     ) -> TargetWork:
         """The stage that makes the target."""
-        ...
 
-    def describe(self, target: Target) -> str:
+    @abstractmethod
+    def place(self, entry: Entry, folder: Path, staging: Path) -> Entry:
+        """Put the files of the stage's result `folder` into the bundle at `staging`; the entry that names them there."""
+
+    @abstractmethod
+    def describe(self, target: Options) -> str:
         """A sentence: engine, formats it computes in, where it is built and run."""
-        ...
+
+    def check_library(self) -> None:
+        """Refuse, before anything long runs, a library that is missing here although the target needs it: BuildError."""
+
+    def tools(self) -> dict[str, str]:
+        """Versions of the libraries here that the target's bytes depend on, besides those of every build."""
+        return {}
+
+    def apart(self, component: str, plan: list[LayerPlan]) -> list[str]:
+        """Weights of a component that the target wants in files of their own, by name."""
+        return []
+
+    def evidence(self, entry: Entry) -> dict[str, Any] | None:
+        """What was found in what was built, for the report."""
+        return None
+
+    def inspect(self, entry: Entry) -> RenderableType | None:
+        """What `fluxc inspect` shows of what was built."""
+        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import msgspec
 from fluxc.base.cache import Made
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.components import weights_entry, weights_files, weights_tensors
-from fluxrt.bundle import Target
+from fluxrt.bundle import Target, read_target
 
 if TYPE_CHECKING:
     import onnx
@@ -84,4 +86,14 @@ def write_entry(folder: Path, entry: Target) -> None:
 
 def read_entry(folder: Path) -> Target:
     """The manifest entry of a target's result folder."""
-    return msgspec.json.decode((folder / ENTRY).read_bytes(), type=Target)
+    return read_target(msgspec.json.decode((folder / ENTRY).read_bytes()))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Another name for a file, or a copy where the file system gives it none."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)

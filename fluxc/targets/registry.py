@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fluxc.base.errors import RecipeError, nearest
-from fluxc.recipe.structs import TARGET_KINDS
-from fluxc.targets.base import TargetKind
+from fluxc.recipe.targets import TARGETS, TensorRTRtxTarget, TensorRTTarget
+from fluxc.targets.base import Entry, Options, TargetKind
 from fluxc.targets.onnxruntime.kind import OnnxRuntime
 from fluxc.targets.tensorrt.kind import TensorRT
 from fluxc.targets.visual_gen.kind import VisualGen
 
-KINDS: dict[str, TargetKind] = {}
+KINDS: dict[str, TargetKind[Any, Any]] = {}
 
 
-def register(kind: TargetKind) -> None:
-    """Make `kind` known under its name."""
+def register(kind: TargetKind[Options, Entry]) -> None:
+    """Make `kind` known under its name, and its options to recipes."""
     KINDS[kind.name] = kind
-    if kind.name not in TARGET_KINDS:
-        TARGET_KINDS.append(kind.name)
+    TARGETS[kind.name] = kind.options
 
 
-def kind_of(name: str) -> TargetKind:
+def kind_of(name: str) -> TargetKind[Any, Any]:
     """The kind called `name`; RecipeError with near matches if there is none."""
     if name not in KINDS:
         raise RecipeError(
@@ -28,5 +29,11 @@ def kind_of(name: str) -> TargetKind:
     return KINDS[name]
 
 
-for _kind in (OnnxRuntime(), TensorRT("tensorrt_rtx"), TensorRT("tensorrt"), VisualGen()):
+BUILT_IN: tuple[TargetKind[Any, Any], ...] = (
+    OnnxRuntime(),
+    TensorRT(TensorRTRtxTarget),
+    TensorRT(TensorRTTarget),
+    VisualGen(),
+)
+for _kind in BUILT_IN:
     register(_kind)

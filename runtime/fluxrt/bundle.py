@@ -12,14 +12,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from fluxrt.errors import BundleError
 
 FORMAT = "fluxc-bundle"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "bundle.json"
 
 
@@ -151,34 +151,44 @@ class Sharding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body: tuple[str | Exchange, ...] = ()
 
 
-class VisualGen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A folder that TensorRT-LLM's VisualGen loads: where it is, what its settings are written for, and by number of GPUs
-    (as text) the file with them. Prompts are padded to `text_length` tokens."""
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+    """One way of running the bundle. Each kind has a struct of its own with what its backend needs; `kind` says which.
 
-    folder: str
-    schema: str
-    configs: dict[str, str]
-    text_length: int
-
-
-class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One way of running the bundle: the kind of engine, how activations are treated, and its graphs by name, or for the
-    TensorRT kinds its engine.
-
-    `device` is where the graphs run. `tokens` is the range of image tokens any size may have, where it is not limited to
-    the sizes listed under `sampling`. With `sharding` several processes run it, one a rank, and what its graphs count as
-    "tokens" are those of one rank.
+    What is asked of a target of any kind is answered here as for one GPU that computes in the layers' formats; a kind that
+    answers otherwise has a field or a property of that name.
     """
 
     name: str
-    kind: str
-    activations: str
-    graphs: dict[str, Graph]
-    device: str = "cpu"
-    tokens: tuple[int, int] | None = None
-    engine: Engine | None = None
-    sharding: Sharding | None = None
-    visual_gen: VisualGen | None = None
+
+    @property
+    def kind(self) -> str:
+        """The word for its kind, as in a recipe."""
+        return kind_name(type(self))
+
+    @property
+    def device(self) -> str:
+        """Where it runs: cpu or cuda."""
+        return "cuda"
+
+    @property
+    def activations(self) -> str:
+        """How the inputs of quantized layers are rounded: as an FP4 GPU does it (nvfp4), or not at all (none)."""
+        return "nvfp4"
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How a picture is divided among several processes, one a rank."""
+        return None
+
+    @property
+    def tokens(self) -> tuple[int, int] | None:
+        """The range of image tokens any size may have, where it is not limited to the sizes listed under `sampling`."""
+        return None
+
+    @property
+    def parts(self) -> tuple[Graph | Plan, ...]:
+        """Its graphs or plans."""
+        return ()
 
     @property
     def gpus(self) -> int:
@@ -187,21 +197,118 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def runs_on(self, gpus: int) -> bool:
         """Whether it can draw with so many GPUs, or on a CPU processes."""
-        return str(gpus) in self.visual_gen.configs if self.visual_gen else self.gpus == gpus
+        return self.gpus == gpus
 
     def reads(self, name: str) -> bool:
         """Whether a graph or plan has an input of this name; a model without embedded guidance reads none, for example."""
-        plans = self.engine.plans.values() if self.engine else ()
-        return any(port.name == name for part in (*self.graphs.values(), *plans) for port in part.inputs)
+        return any(port.name == name for part in self.parts for port in part.inputs)
 
     def input(self, name: str) -> Port:
         """The first input of this name; BundleError if there is none."""
-        plans = self.engine.plans.values() if self.engine else ()
-        ports: list[Port] = [port for part in (*self.graphs.values(), *plans) for port in part.inputs]
-        for port in ports:
-            if port.name == name:
-                return port
+        for part in self.parts:
+            for port in part.inputs:
+                if port.name == name:
+                    return port
         raise BundleError(f"no graph of target {self.name!r} has an input {name!r}; rebuild the bundle")
+
+
+class OnnxRuntimeTarget(Target, frozen=True, tag="onnxruntime"):
+    """Graphs by name, for ONNX Runtime on `device`. `activations` are "none", or rounded as an FP4 GPU does it ("nvfp4").
+
+    With `sharding` several processes run it, one a rank, and what its graphs count as "tokens" are those of one rank.
+    """
+
+    activations: str
+    graphs: dict[str, Graph]
+    device: str = "cpu"
+    sharding: Sharding | None = None
+
+    @property
+    def parts(self) -> tuple[Graph | Plan, ...]:
+        """The graphs."""
+        return tuple(self.graphs.values())
+
+
+class TensorRTTarget(Target, frozen=True, tag="tensorrt"):
+    """An engine for TensorRT. `tokens` is the range any size may have, None where the sizes are those under `sampling`.
+
+    With `sharding` there is a process for each GPU, and what its plans count as "tokens" are those of one rank.
+    """
+
+    engine: Engine
+    tokens: tuple[int, int] | None = None
+    sharding: Sharding | None = None
+
+    @property
+    def parts(self) -> tuple[Graph | Plan, ...]:
+        """The plans."""
+        return tuple(self.engine.plans.values())
+
+
+class TensorRTRtxTarget(TensorRTTarget, frozen=True, tag="tensorrt_rtx"):
+    """An engine for TensorRT-RTX."""
+
+
+class VisualGenTarget(Target, frozen=True, tag="visual_gen"):
+    """A folder that TensorRT-LLM's VisualGen loads: where it is, what its settings are written for, and by number of GPUs
+    (as text) the file with them. Prompts are padded to `text_length` tokens."""
+
+    folder: str
+    schema: str
+    configs: dict[str, str]
+    text_length: int
+
+    def runs_on(self, gpus: int) -> bool:
+        """Whether there are settings for so many GPUs."""
+        return str(gpus) in self.configs
+
+
+def kind_name(struct: type[Target]) -> str:
+    """What `kind` is in an entry that `struct` is for."""
+    return str(struct.__struct_config__.tag)
+
+
+TARGETS: dict[str, type[Target]] = {
+    kind_name(struct): struct for struct in (OnnxRuntimeTarget, TensorRTRtxTarget, TensorRTTarget, VisualGenTarget)
+}
+"""The structs of manifest entries by kind; fluxrt.backends.registry adds those of further kinds."""
+
+AnyTarget = TypeVar("AnyTarget", bound=Target)
+
+
+def struct_of(kind: str, base: type[AnyTarget]) -> type[AnyTarget]:
+    """The struct of entries of `kind`, which is `base` or made from it."""
+    struct = TARGETS[kind]
+    assert issubclass(struct, base)
+    return struct
+
+
+def read_target(entry: Any) -> Target:
+    """A manifest's entry as the struct of its kind; msgspec.ValidationError says what is wrong with it.
+
+    An entry of a kind that is not known here is kept as it is: nothing runs it, and the bundle's other targets are of use.
+    """
+    head = msgspec.convert(entry, _AnyKind)
+    return msgspec.convert(entry, TARGETS.get(head.kind) or _unknown_kind(head.kind, entry))
+
+
+def _unknown_kind(kind: str, entry: dict[str, Any]) -> type[Target]:
+    """A struct for this entry; its fields have names of our own, so that none of them hides what Target answers."""
+    fields = {f"field_{at}": key for at, key in enumerate(entry) if key not in ("kind", "name")}
+    typed = [(field, Any) for field in fields]
+    try:
+        made: Any = msgspec.defstruct("UnknownTarget", typed, bases=(Target,), frozen=True, tag=kind, rename=fields)
+    except ValueError as error:
+        raise msgspec.ValidationError(str(error)) from error
+    struct: type[Target] = made
+    return struct
+
+
+class _AnyKind(msgspec.Struct):
+    """The two fields every entry has."""
+
+    kind: str
+    name: str
 
 
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -315,6 +422,22 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_cache: StepCache | None = None
 
 
+def decode_manifest(raw: bytes) -> Manifest:
+    """The manifest as a struct, its targets by their kinds; msgspec.MsgspecError says what is wrong with it."""
+    plain = msgspec.json.decode(raw)
+    entries = plain.get("targets") if isinstance(plain, dict) else None
+    if not isinstance(entries, list):
+        return msgspec.convert(plain, Manifest)
+    manifest = msgspec.convert(plain | {"targets": []}, Manifest)
+    targets = []
+    for at, entry in enumerate(entries):
+        try:
+            targets.append(read_target(entry))
+        except msgspec.ValidationError as error:
+            raise msgspec.ValidationError(f"targets[{at}]: {error}") from error
+    return msgspec.structs.replace(manifest, targets=tuple(targets))
+
+
 class _Head(msgspec.Struct):
     """The two fields every format version has."""
 
@@ -392,7 +515,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{root}: there is no {MANIFEST}, so this is not a fluxc bundle") from None
     _check_format(manifest_path, raw)
     try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
+        manifest = decode_manifest(raw)
     except msgspec.MsgspecError as error:
         raise BundleError(f"{manifest_path}: not a valid manifest: {error}; rebuild the bundle") from error
     if manifest_digest(manifest) != manifest.digest:
@@ -425,9 +548,11 @@ def _check_format(path: Path, raw: bytes) -> None:
     if head.format != FORMAT:
         raise BundleError(f"{path}: its format is {head.format!r}, not {FORMAT!r}; this is not a fluxc bundle")
     if head.format_version != FORMAT_VERSION:
+        older = "build the bundle again from its recipe, or install the fluxrt that came with the fluxc that built it"
+        newer = "install the fluxrt that comes with the fluxc that built it"
         raise BundleError(
             f"{path}: it has bundle format {head.format_version}, this fluxrt reads format {FORMAT_VERSION}; "
-            "install the matching fluxrt, or rebuild the bundle"
+            f"{older if head.format_version < FORMAT_VERSION else newer}"
         )
 
 

@@ -62,14 +62,14 @@ def main(argument: str) -> int:
 
 
 def _load(start: Start, control: Channel) -> Any:
-    from fluxrt.bundle import Bundle, Manifest
+    from fluxrt.bundle import Bundle, decode_manifest
     from fluxrt.pipeline import Pipeline
 
     # The manifest as the command read it, so that all ranks have the same.
     message = control.receive()
     if message is None:
         raise SystemExit(1)
-    bundle = Bundle(Path(start.root), msgspec.json.decode(message["manifest"], type=Manifest))
+    bundle = Bundle(Path(start.root), decode_manifest(message["manifest"]))
 
     peers = {rank: socket.socket(fileno=fd) for rank, fd in start.peers.items()}
     memory = mmap.mmap(start.memory, 2 * (len(peers) + 1) * start.half)

@@ -16,14 +16,13 @@ from fluxrt.result import Result
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fluxrt.bundle import Bundle, Target
+    from fluxrt.bundle import Bundle, VisualGenTarget
     from fluxrt.request import Request
 
 
-def how_to_serve(bundle: Bundle, target: Target, gpus: int = 1) -> str:
+def how_to_serve(bundle: Bundle, target: VisualGenTarget, gpus: int = 1) -> str:
     """The command that serves the folder with TensorRT-LLM."""
-    assert target.visual_gen is not None
-    folder, config = bundle.root / target.visual_gen.folder, target.visual_gen.configs.get(str(gpus))
+    folder, config = bundle.root / target.folder, target.configs.get(str(gpus))
     return f"trtllm-serve {folder} --visual_gen_args {bundle.root / (config or 'Ngpu.yaml')}"
 
 
@@ -37,12 +36,10 @@ def is_installed() -> bool:
 class VisualGenPipeline:
     """The folder loaded by VisualGen on `gpus` GPUs; TensorRT-LLM starts the ranks itself."""
 
-    def __init__(self, bundle: Bundle, target: Target, gpus: int = 1) -> None:
-        entry = target.visual_gen
-        assert entry is not None
-        if str(gpus) not in entry.configs:
+    def __init__(self, bundle: Bundle, target: VisualGenTarget, gpus: int = 1) -> None:
+        if str(gpus) not in target.configs:
             raise RequestError(
-                f"{bundle.root}: the visual_gen folder has settings for {', '.join(entry.configs)} GPUs, not {gpus}; choose "
+                f"{bundle.root}: the visual_gen folder has settings for {', '.join(target.configs)} GPUs, not {gpus}; choose "
                 "one of these with --gpus, or add it to the recipe's gpus and rebuild"
             )
         try:
@@ -52,11 +49,11 @@ class VisualGenPipeline:
                 f"target {target.name!r} needs tensorrt-llm, which cannot be imported here ({error}). Where it is installed, "
                 f"run this again, or serve the folder: {how_to_serve(bundle, target, gpus)}"
             ) from error
-        self.bundle, self.target, self._entry = bundle, target, entry
+        self.bundle, self.target = bundle, target
         self.notes: list[str] = []
-        config = bundle.checked_file(entry.configs[str(gpus)])
+        config = bundle.checked_file(target.configs[str(gpus)])
         self._args = VisualGenArgs.from_yaml(str(config))
-        self._engine = VisualGen(model=str(bundle.root / entry.folder), args=self._args)
+        self._engine = VisualGen(model=str(bundle.root / target.folder), args=self._args)
 
     def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
         """One image a prompt, as Pipeline does; `on_step` is called after every image.
@@ -79,7 +76,7 @@ class VisualGenPipeline:
             params = self._engine.default_params
             params.height, params.width = size
             params.num_inference_steps, params.guidance_scale = steps, guidance
-            params.max_sequence_length, params.seed = self._entry.text_length, start
+            params.max_sequence_length, params.seed = self.target.text_length, start
             images.append(_picture(self._engine.generate(inputs=words, params=params)))
             if on_step:
                 on_step(number + 1, len(request.prompts))

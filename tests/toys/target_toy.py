@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxc.recipe.structs import Target
+from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxc.targets.onnxruntime.kind import OnnxRuntime
 from fluxc.targets.registry import register
+from fluxrt import bundle as format
 from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
 from fluxrt.backends.registry import Kind
 from fluxrt.backends.registry import register as register_backend
@@ -15,13 +16,23 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+class ToyTarget(OnnxRuntimeTarget, frozen=True, tag="toy"):
+    """Its options in a recipe."""
+
+    beads: int = 10
+
+
 class Toy(OnnxRuntime):
     """The compiler's side."""
 
-    name = "toy"
+    options = ToyTarget
 
-    def describe(self, target: Target) -> str:
-        return "a toy: counts the graphs it runs"
+    def describe(self, target: ToyTarget) -> str:
+        return f"a toy: counts the graphs it runs with {target.beads} beads"
+
+
+class ToyEntry(format.OnnxRuntimeTarget, frozen=True, tag="toy"):
+    """Its entry in a manifest."""
 
 
 class CountingBackend(OnnxRuntimeBackend):
@@ -35,4 +46,4 @@ class CountingBackend(OnnxRuntimeBackend):
 
 
 register(Toy())
-register_backend(Kind("toy", "cpu", 5, lambda *_: None, lambda bundle, target, *_: CountingBackend(bundle, target)))
+register_backend(Kind(ToyEntry, "cpu", 5, lambda *_: None, lambda bundle, target, *_: CountingBackend(bundle, target)))

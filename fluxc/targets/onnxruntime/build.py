@@ -12,7 +12,7 @@ from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef
 from fluxc.graph.bind import argument_names, bind
 from fluxc.quantize.plan import LayerPlan
-from fluxc.recipe.structs import Target
+from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
 from fluxc.targets.onnxruntime.lower import lower
 from fluxc.targets.unused import check_no_stray
@@ -48,7 +48,7 @@ def build_graphs(
     weights: dict[str, dict[str, TensorRef]],
     entries: dict[str, str],
     plans: dict[str, list[LayerPlan]],
-    target: Target,
+    target: OnnxRuntimeTarget,
     unused: dict[str, tuple[str, ...]],
 ) -> dict[str, BuiltGraph]:
     """Lower and bind the graphs; those named "body-N" are pieces of the body.
@@ -57,12 +57,13 @@ def build_graphs(
     prefixes no graph needs. Raises BuildError naming tensors that no graph uses, so that nothing is dropped in silence.
     """
     built, bound = {}, {component: set[str]() for component in weights}
+    for_gpu = target.device == "cuda"
     for name, model in neutral.items():
         component, arguments = COMPONENT_OF[name.partition("-")[0]], argument_names(model)
         stored = {tensor: ref.dtype for tensor, ref in weights[component].items()}
         planned = {entry.layer.name: entry for entry in plans.get(component, [])}
         # The VAE stays in fp32: the CUDA provider has no bf16 kernel for Resize.
-        dtype = PRECISIONS[target.dtype] if target.is_for_gpu and component != "vae" else TensorProto.FLOAT
+        dtype = PRECISIONS[target.dtype] if for_gpu and component != "vae" else TensorProto.FLOAT
         lowered = lower(model, arguments, stored, planned, target.activations, target.weights_in_memory, dtype)
         bound[component] |= bind(lowered, arguments, weights[component])
         entry = Graph(
@@ -71,7 +72,7 @@ def build_graphs(
             inputs=tuple(port_of(value) for value in lowered.graph.input),
             outputs=tuple(port_of(value) for value in lowered.graph.output),
         )
-        if target.is_for_gpu:
+        if for_gpu:
             check_kernels(name, lowered)
         built[name] = BuiltGraph(lowered, entry)
     for component, tensors in weights.items():

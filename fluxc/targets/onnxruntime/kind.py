@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
 
 from fluxc.base.cache import Made
 from fluxc.base.errors import RecipeError
 from fluxc.graph.stage import ExportInputs
-from fluxc.recipe.structs import Target
-from fluxc.targets.base import COMPONENTS, TargetContext, TargetWork
+from fluxc.recipe.targets import OnnxRuntimeTarget
+from fluxc.targets.base import COMPONENTS, TargetContext, TargetKind, TargetWork
 from fluxc.targets.onnxruntime import stage
 from fluxc.targets.onnxruntime.forms import FORMS
 from fluxc.targets.parts import Weights
 from fluxc.targets.sharding import check_sharding, needs_padding
-from fluxrt.bundle import StepCache
+from fluxrt import bundle as format
 
 
-class OnnxRuntime:
+class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
     """See TargetKind."""
 
-    name = "onnxruntime"
+    options = OnnxRuntimeTarget
 
-    def check(self, field: str, target: Target, context: TargetContext) -> None:
+    def check(self, field: str, target: OnnxRuntimeTarget, context: TargetContext) -> None:
         """Refuse formats that the CUDA provider has no operator for, and a number of processes that cannot share the model."""
         formats = {entry.format for plan in context.source.plans.values() for entry in plan}
         unknown = sorted(formats - {"bf16", *FORMS})
@@ -40,23 +44,24 @@ class OnnxRuntime:
                 False,
             )
 
-    def exports(self, target: Target, context: TargetContext) -> dict[str, ExportInputs]:
+    def exports(self, target: OnnxRuntimeTarget, context: TargetContext) -> dict[str, ExportInputs]:
         """Whole graphs in fp32; on a GPU those of each kind of block in 16 bits, but for the VAE."""
-        dtype = target.dtype if target.is_for_gpu else "float32"
+        for_gpu = target.device == "cuda"
+        dtype = target.dtype if for_gpu else "float32"
         found = {}
         for name in COMPONENTS:
             ranks = target.ranks if name == "transformer" else 1
-            in_blocks = ranks > 1 or (target.is_for_gpu and name != "vae")
+            in_blocks = ranks > 1 or (for_gpu and name != "vae")
             found[name] = context.export(name, dtype if in_blocks else "float32", ranks, composed=not in_blocks)
         return found
 
     def work(
         self,
-        target: Target,
+        target: OnnxRuntimeTarget,
         context: TargetContext,
         exports: Mapping[str, Made],
         weights: Mapping[str, Weights],
-        step_cache: StepCache | None,
+        step_cache: format.StepCache | None,
     ) -> TargetWork:
         """Lowered and bound graphs."""
         inputs = stage.OnnxRuntimeInputs(
@@ -73,7 +78,20 @@ class OnnxRuntime:
         )
         return TargetWork(inputs, stage.run)
 
-    def describe(self, target: Target) -> str:
+    def place(self, entry: format.OnnxRuntimeTarget, folder: Path, staging: Path) -> format.OnnxRuntimeTarget:
+        """The graphs; those that are the same to the byte as another target's share its file."""
+        graphs = {}
+        for name, graph in entry.graphs.items():
+            content = (folder / graph.file).read_bytes()
+            file = graph.file
+            if (staging / file).exists() and (staging / file).read_bytes() != content:
+                file = f"{graph.file.removesuffix('.onnx')}.{entry.name}.onnx"
+            if not (staging / file).exists():
+                shutil.copyfile(folder / graph.file, staging / file)
+            graphs[name] = msgspec.structs.replace(graph, file=file)
+        return msgspec.structs.replace(entry, graphs=graphs)
+
+    def describe(self, target: OnnxRuntimeTarget) -> str:
         """Where it runs and how it holds and multiplies weights."""
         if target.device == "cuda":
             return (

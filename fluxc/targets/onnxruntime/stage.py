@@ -11,7 +11,7 @@ from fluxc.base.cache import Made
 from fluxc.base.progress import Report
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
-from fluxc.recipe.structs import Target
+from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxc.targets.parts import Weights, load_exports, weights_beside, write_entry
 from fluxrt import bundle as format
 
@@ -28,7 +28,7 @@ class OnnxRuntimeInputs:
     `config` is the transformer's. `padding`: whether some size's image tokens are filled up for all ranks to hold as many.
     """
 
-    target: Target
+    target: OnnxRuntimeTarget
     exports: dict[str, Made]
     weights: dict[str, Weights]
     plans: dict[str, list[LayerPlan]]
@@ -44,13 +44,13 @@ def run(inputs: OnnxRuntimeInputs, folder: Path, report: Report) -> None:
     """Write the graphs under COMPONENT/, and the manifest entry."""
     from fluxc.targets.onnxruntime import build
 
-    target = inputs.target
+    target, for_gpu = inputs.target, inputs.target.device == "cuda"
     exported = load_exports(inputs.exports, inputs.step_cache)
     graphs = {name: model for pieces in exported.values() for name, model in pieces.items()}
     sharding = None
     if target.ranks > 1:
         graphs, sharding = _sharded(inputs, graphs)
-    if target.is_for_gpu:
+    if for_gpu:
         graphs = _composed(inputs, graphs)
     weights = inputs.weights
     refs = {name: written.tensors for name, written in weights.items()}
@@ -59,14 +59,10 @@ def run(inputs: OnnxRuntimeInputs, folder: Path, report: Report) -> None:
     with weights_beside(folder, weights):
         for graph in built.values():
             (folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
-        build.check_loads(folder, [graph.entry.file for graph in built.values()], target.is_for_gpu)
+        build.check_loads(folder, [graph.entry.file for graph in built.values()], for_gpu)
     graph_entries = {name: graph.entry for name, graph in built.items()}
-    write_entry(
-        folder,
-        format.Target(
-            target.name, target.kind, target.activations, graph_entries, device=target.device, sharding=sharding
-        ),
-    )
+    entry = format.struct_of(target.kind, format.OnnxRuntimeTarget)
+    write_entry(folder, entry(target.name, target.activations, graph_entries, target.device, sharding))
 
 
 def _composed(inputs: OnnxRuntimeInputs, graphs: Mapping[str, onnx.ModelProto]) -> dict[str, onnx.ModelProto]:

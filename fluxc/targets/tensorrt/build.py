@@ -17,7 +17,7 @@ import onnx
 from fluxc.base.errors import BuildError
 from fluxc.base.progress import Report
 from fluxc.quantize.plan import LayerPlan
-from fluxc.recipe.structs import Allow, Target
+from fluxc.recipe.targets import Allow, TensorRTTarget
 from fluxc.targets.tensorrt.audit import WAIVABLE, Audit, Expected, Finding, audit
 from fluxc.targets.tensorrt.builder import PlanRequest, build_plan
 from fluxc.targets.tensorrt.cut import MEMORY_A_BYTE, Component, Cut, Cutter
@@ -48,7 +48,7 @@ class Sizes:
 
 
 def cut_target(
-    target: Target,
+    target: TensorRTTarget,
     pieces: dict[str, dict[str, onnx.ModelProto]],
     components: dict[str, Component],
     sizes: Sizes,
@@ -106,7 +106,7 @@ def write_sources(cut: Cut, folder: Path) -> None:
         path.write_bytes(plan.model.SerializeToString(deterministic=True))
 
 
-def build_engine(target: Target, cut: Cut, folder: Path, report: Report | None = None) -> Engine:
+def build_engine(target: TensorRTTarget, cut: Cut, folder: Path, report: Report | None = None) -> Engine:
     """Build and audit every plan below `folder`, where the graphs and, for baked plans, the weights lie; its manifest entry.
 
     Raises BuildError naming plan and layer of every fault that the target's `allow` does not cover.
@@ -151,7 +151,7 @@ def plan_file(target: str, plan: str) -> str:
     return f"engines/{target}/{plan}.plan"
 
 
-def unfinished_engine(target: Target, cut: Cut) -> Engine:
+def unfinished_engine(target: TensorRTTarget, cut: Cut) -> Engine:
     """The manifest entry of an engine whose plans are built later, on the GPU."""
     return Engine(
         library=target.kind,
@@ -163,7 +163,7 @@ def unfinished_engine(target: Target, cut: Cut) -> Engine:
     )
 
 
-def check_audits(target: Target, audits: dict[str, Audit]) -> None:
+def check_audits(target: TensorRTTarget, audits: dict[str, Audit]) -> None:
     """Raise BuildError for every finding that the target's `allow` does not cover, and for an entry of it without a finding.
 
     An entry names layers by a pattern, and with `kind` one kind of finding. What is wrong with a plan as a whole (its GPUs,

@@ -20,7 +20,7 @@ from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.graph import OPSET
 from fluxc.graph.values import renamed
 from fluxc.targets.tensorrt.lower import TRT_DOMAIN
-from fluxrt.bundle import Bundle, Engine, WeightPort, dimension_size
+from fluxrt.bundle import Bundle, Engine, TensorRTTarget, WeightPort, dimension_size
 
 
 def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
@@ -28,7 +28,8 @@ def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
 
     Returns the trtexec command that builds each. Raises BuildError when `out` exists, or the bundle has no such target.
     """
-    engines = {t.name: t.engine for t in bundle.manifest.targets if t.engine and not t.sharding}
+    targets = [t for t in bundle.manifest.targets if isinstance(t, TensorRTTarget)]
+    engines = {t.name: t.engine for t in targets if not t.sharding}
     if (target or next(iter(engines), None)) not in engines:
         known = ", ".join(engines) or "none"
         raise BuildError(
@@ -39,7 +40,6 @@ def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
             f"{out}: exists; give a folder that does not, so that nothing in it is taken for part of the export"
         )
     engine = engines[target or next(iter(engines))]
-    assert engine is not None
     if any(not plan.weights and plan.expected["gemms"] for plan in engine.plans.values()):
         raise BuildError(
             f"{bundle.root}: the plans of this target have their weights baked in; export from a target with weights: bound"

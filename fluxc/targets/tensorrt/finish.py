@@ -11,7 +11,7 @@ import msgspec
 import onnx
 
 from fluxc.base.errors import BuildError
-from fluxc.recipe.structs import Target as RecipeTarget
+from fluxc.recipe.targets import TARGETS, TensorRTTarget
 from fluxc.targets.tensorrt.audit import Expected
 from fluxc.targets.tensorrt.build import build_audited, check_audits, plan_file
 from fluxc.targets.tensorrt.builder import PlanRequest
@@ -31,7 +31,8 @@ def finish_bundle(path: Path, target: str | None = None, find_gpu: FindGpu = fir
     bundle = format.open_bundle(path)
     format.verify_files(bundle)
     names = [bundle.target(target).name] if target else [t.name for t in bundle.manifest.targets]
-    left = [t for t in bundle.manifest.targets if t.name in names and t.engine and t.engine.unfinished]
+    engines = [t for t in bundle.manifest.targets if isinstance(t, format.TensorRTTarget) and t.name in names]
+    left = [t for t in engines if t.engine.unfinished]
     if not left:
         yield f"{path}: nothing is left to build"
         return
@@ -48,9 +49,10 @@ def finish_bundle(path: Path, target: str | None = None, find_gpu: FindGpu = fir
     yield f"{path}: finished for {gpu.name} (compute capability {gpu.compute_capability}, driver {gpu.driver})"
 
 
-def _build(bundle: format.Bundle, target: format.Target, gpu: Gpu, scratch: Path) -> tuple[format.Engine, list[str]]:
+def _build(
+    bundle: format.Bundle, target: format.TensorRTTarget, gpu: Gpu, scratch: Path
+) -> tuple[format.Engine, list[str]]:
     engine = target.engine
-    assert engine is not None
     if gpu.compute_capability not in engine.compute_capabilities:
         raise BuildError(
             f"{bundle.root}: target {target.name} is for compute capability {', '.join(engine.compute_capabilities)}, this "
@@ -83,13 +85,15 @@ def _build(bundle: format.Bundle, target: format.Target, gpu: Gpu, scratch: Path
     return finished, lines
 
 
-def _allowing(bundle: format.Bundle, target: format.Target) -> RecipeTarget:
+def _allowing(bundle: format.Bundle, target: format.TensorRTTarget) -> TensorRTTarget:
     """The recipe's own entry of `target`, as the manifest keeps it, with what it allows."""
-    entries = msgspec.convert(bundle.manifest.recipe["targets"], tuple[RecipeTarget, ...])
-    return next(entry for entry in entries if entry.name == target.name)
+    entries = [entry for entry in bundle.manifest.recipe["targets"] if entry["kind"] == target.kind]
+    options = TARGETS[target.kind]
+    targets = (msgspec.convert(entry, options) for entry in entries)
+    return next(found for found in targets if isinstance(found, TensorRTTarget) and found.name == target.name)
 
 
-def _seal(bundle: format.Bundle, finished: list[format.Target], scratch: Path) -> None:
+def _seal(bundle: format.Bundle, finished: list[format.TensorRTTarget], scratch: Path) -> None:
     """Put the plans into the bundle and, last, a manifest that names them."""
     files = dict(bundle.manifest.files)
     for path in sorted(p for p in scratch.rglob("*") if p.is_file()):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fluxc.base.cache import Made
 from fluxc.base.errors import RecipeError
 from fluxc.graph.stage import ExportInputs
-from fluxc.recipe.structs import Target
-from fluxc.targets.base import COMPONENTS, TargetContext, TargetWork
+from fluxc.recipe.targets import TensorRTTarget
+from fluxc.targets.base import COMPONENTS, TargetContext, TargetKind, TargetWork
 from fluxc.targets.parts import Weights
 from fluxc.targets.sharding import check_sharding
 from fluxc.targets.tensorrt import stage
@@ -20,17 +23,20 @@ from fluxc.targets.tensorrt.library import (
     installed_version,
     load_library,
 )
-from fluxrt.bundle import StepCache
+from fluxrt import bundle as format
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
-class TensorRT:
+class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
     """See TargetKind; `name` is the library's."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._library = LIBRARIES[name]
+    def __init__(self, options: type[TensorRTTarget]) -> None:
+        self.options = options
+        self._library = LIBRARIES[self.name]
 
-    def check(self, field: str, target: Target, context: TargetContext) -> None:
+    def check(self, field: str, target: TensorRTTarget, context: TargetContext) -> None:
         """Refuse GPUs that do not compute in the planned formats, and a number of them that cannot share the model."""
         formats = {entry.format for plan in context.source.plans.values() for entry in plan}
         check_capabilities(self.name, target.compute_capabilities, formats, f"{field}.compute_capabilities")
@@ -47,20 +53,19 @@ class TensorRT:
         if self._library.builds_without_gpu:
             load_library(self.name)
 
-    def exports(self, target: Target, context: TargetContext) -> dict[str, ExportInputs]:
+    def exports(self, target: TensorRTTarget, context: TargetContext) -> dict[str, ExportInputs]:
         """The graphs of each kind of block in bf16."""
         return {
-            name: context.export(name, target.dtype, target.ranks if name == "transformer" else 1)
-            for name in COMPONENTS
+            name: context.export(name, "bfloat16", target.ranks if name == "transformer" else 1) for name in COMPONENTS
         }
 
     def work(
         self,
-        target: Target,
+        target: TensorRTTarget,
         context: TargetContext,
         exports: Mapping[str, Made],
         weights: Mapping[str, Weights],
-        step_cache: StepCache | None,
+        step_cache: format.StepCache | None,
     ) -> TargetWork:
         """Engines, or the graphs they are built from on the GPU."""
         baked = target.weights == "baked"
@@ -83,7 +88,31 @@ class TensorRT:
         )
         return TargetWork(inputs, stage.run)
 
-    def describe(self, target: Target) -> str:
+    def place(self, entry: format.TensorRTTarget, folder: Path, staging: Path) -> format.TensorRTTarget:
+        """The plans, and the graphs they are built from."""
+        for plan in entry.engine.plans.values():
+            for file in filter(None, (plan.source, plan.file)):
+                (staging / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / file, staging / file)
+        return entry
+
+    def tools(self) -> dict[str, str]:
+        """The library."""
+        version = installed_version(self.name)
+        return {self.name: version} if version else {}
+
+    def evidence(self, entry: format.TensorRTTarget) -> dict[str, Any]:
+        """What the engine was built with and for, and what the audit found in its plans."""
+        fields = ("library", "version", "compute_capabilities", "gpu", "audit")
+        return {field: getattr(entry.engine, field) for field in fields}
+
+    def inspect(self, entry: format.TensorRTTarget) -> RenderableType:
+        """The plans as the audit found them."""
+        from fluxc.targets.tensorrt.plan_table import plan_table
+
+        return plan_table(entry)
+
+    def describe(self, target: TensorRTTarget) -> str:
         """GPUs, where weights lie, shapes, and where engines are built."""
         gpus = ", ".join(f"{c} ({GPUS[c]})" for c in target.compute_capabilities)
         weights = (
@@ -103,7 +132,7 @@ class TensorRT:
         ranks = f"{target.ranks} GPUs (Ulysses), each of " if target.ranks > 1 else ""
         return f"{ranks}compute capability {gpus}; {weights}; {shapes}; {where}"
 
-    def _builds_here(self, target: Target) -> bool:
+    def _builds_here(self, target: TensorRTTarget) -> bool:
         """Whether this machine builds the engines; check_library refused a library that could be here and is not."""
         if self._library.builds_without_gpu:
             return True

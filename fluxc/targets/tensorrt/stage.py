@@ -9,7 +9,7 @@ from fluxc.base.cache import Made
 from fluxc.base.progress import Report
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
-from fluxc.recipe.structs import Target
+from fluxc.recipe.targets import TensorRTTarget
 from fluxc.targets.parts import Weights, load_exports, weights_beside, write_entry
 from fluxc.targets.unused import check_no_stray
 from fluxrt import bundle as format
@@ -24,7 +24,7 @@ class TensorRTInputs:
     engines, with `library`, the version of the target's library.
     """
 
-    target: Target
+    target: TensorRTTarget
     exports: dict[str, Made]
     weights: dict[str, Weights]
     plans: dict[str, list[LayerPlan]]
@@ -77,12 +77,8 @@ def run(inputs: TensorRTInputs, folder: Path, report: Report) -> None:
         engine = build.build_engine(target, cut, folder, report) if here else build.unfinished_engine(target, cut)
     counts = [rows * columns for rows, columns in sizes.grids]
     tokens = (min(counts), max(counts)) if target.shapes == "range" else None
-    write_entry(
-        folder,
-        format.Target(
-            target.name, target.kind, "nvfp4", {}, device="cuda", tokens=tokens, engine=engine, sharding=sharding
-        ),
-    )
+    entry = format.struct_of(target.kind, format.TensorRTTarget)
+    write_entry(folder, entry(target.name, engine, tokens, sharding))
 
 
 def scalars_of(weights: Weights) -> list[str]:

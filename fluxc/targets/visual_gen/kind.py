@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from fluxc.base.cache import Made
 from fluxc.base.errors import RecipeError
 from fluxc.checkpoint.components import INDEX, small_files
 from fluxc.checkpoint.source import HF_QUANT_CONFIG
 from fluxc.graph.stage import ExportInputs
+from fluxc.quantize.plan import LayerPlan
 from fluxc.quantize.source import kept_tensors
-from fluxc.recipe.structs import Target
-from fluxc.targets.base import TargetContext, TargetWork
+from fluxc.recipe.targets import VisualGenTarget
+from fluxc.targets.base import TargetContext, TargetKind, TargetWork
 from fluxc.targets.parts import Weights
 from fluxc.targets.visual_gen import stage
-from fluxc.targets.visual_gen.folder import SCHEMA, check_visual_gen
-from fluxrt.bundle import StepCache
+from fluxc.targets.visual_gen.folder import SCHEMA, check_visual_gen, is_split
+from fluxrt import bundle as format
 
 
-class VisualGen:
+class VisualGen(TargetKind[VisualGenTarget, format.VisualGenTarget]):
     """See TargetKind."""
 
-    name = "visual_gen"
+    options = VisualGenTarget
 
-    def check(self, field: str, target: Target, context: TargetContext) -> None:
+    def check(self, field: str, target: VisualGenTarget, context: TargetContext) -> None:
         """Refuse formats, numbers of GPUs and text encoders that VisualGen does not take."""
         source = context.source
         heads = context.source.transformer.num_attention_heads
@@ -35,17 +37,17 @@ class VisualGen:
                 "is not, or leave this target out"
             )
 
-    def exports(self, target: Target, context: TargetContext) -> dict[str, ExportInputs]:
+    def exports(self, target: VisualGenTarget, context: TargetContext) -> dict[str, ExportInputs]:
         """None: VisualGen has code of its own."""
         return {}
 
     def work(
         self,
-        target: Target,
+        target: VisualGenTarget,
         context: TargetContext,
         exports: Mapping[str, Made],
         weights: Mapping[str, Weights],
-        step_cache: StepCache | None,
+        step_cache: format.StepCache | None,
     ) -> TargetWork:
         """The folder's own files, and links to the bundle's."""
         source, recipe = context.source, context.recipe
@@ -70,7 +72,20 @@ class VisualGen:
         )
         return TargetWork(inputs, stage.run)
 
-    def describe(self, target: Target) -> str:
+    def place(self, entry: format.VisualGenTarget, folder: Path, staging: Path) -> format.VisualGenTarget:
+        """The folder, checked where it then is."""
+        from fluxc.targets.visual_gen.place import place_folder
+
+        place_folder(entry, folder, staging)
+        return entry
+
+    def apart(self, component: str, plan: list[LayerPlan]) -> list[str]:
+        """What VisualGen wants under other names; everything else it reads from the same files as everyone."""
+        if component != "transformer":
+            return []
+        return [f"{entry.layer.name}.weight" for entry in plan if is_split(entry.layer.name)]
+
+    def describe(self, target: VisualGenTarget) -> str:
         """What it is for and how far it is checked."""
         counts = ", ".join(map(str, target.gpu_counts))
         return (

@@ -11,7 +11,7 @@ from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.components import WEIGHTS_FILE, text_encoder_config
 from fluxc.quantize.plan import LayerPlan
-from fluxc.recipe.structs import Target
+from fluxc.recipe.targets import VisualGenTarget
 from fluxc.targets.parts import Weights, write_entry
 from fluxrt import bundle as format
 
@@ -36,7 +36,7 @@ class VisualGenInputs:
     must explain for its polynomial to be written.
     """
 
-    target: Target
+    target: VisualGenTarget
     config: dict[str, Any]
     plan: list[LayerPlan]
     weights: Weights
@@ -68,6 +68,6 @@ def run(inputs: VisualGenInputs, folder: Path, report: Report) -> None:
         (encoder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / LINKS).write_text(json.dumps(written.links))
     configs = {str(number): file for number, file in written.configs.items()}
-    served = format.VisualGen(visual_gen.FOLDER, visual_gen.SCHEMA, configs, inputs.text_length)
-    target = inputs.target
-    write_entry(folder, format.Target(target.name, target.kind, "nvfp4", {}, device="cuda", visual_gen=served))
+    entry = format.struct_of(inputs.target.kind, format.VisualGenTarget)
+    names = (inputs.target.name, visual_gen.FOLDER, visual_gen.SCHEMA)
+    write_entry(folder, entry(*names, configs, inputs.text_length))

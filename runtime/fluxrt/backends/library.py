@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrt.errors import BackendError
 
 if TYPE_CHECKING:
-    from fluxrt.bundle import Bundle, Engine, Target
+    from fluxrt.bundle import Bundle, Engine, Target, TensorRTTarget
     from fluxrt.cuda import Gpu
 
 EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
@@ -26,9 +26,8 @@ def load_library(engine: Engine) -> Any:
         ) from error
 
 
-def check_finished(bundle: Bundle, target: Target) -> None:
+def check_finished(bundle: Bundle, target: TensorRTTarget) -> None:
     """Refuse an engine whose plans were not built yet."""
-    assert target.engine is not None
     if target.engine.unfinished:
         raise BackendError(
             f"{bundle.root}: target {target.name!r} has plans that are built on the GPU itself "
@@ -37,9 +36,8 @@ def check_finished(bundle: Bundle, target: Target) -> None:
         )
 
 
-def check_version(bundle: Bundle, target: Target, version: str) -> None:
+def check_version(bundle: Bundle, target: TensorRTTarget, version: str) -> None:
     """Refuse a library of another version than the plans were built with; plans load in that one alone."""
-    assert target.engine is not None
     built = str(target.engine.version)
     if version.split(".")[:3] != built.split(".")[:3]:
         raise BackendError(
@@ -48,9 +46,8 @@ def check_version(bundle: Bundle, target: Target, version: str) -> None:
         )
 
 
-def check_gpu(bundle: Bundle, target: Target, gpu: Gpu) -> None:
+def check_gpu(bundle: Bundle, target: TensorRTTarget, gpu: Gpu) -> None:
     """Refuse a GPU the plans were not built for."""
-    assert target.engine is not None
     if gpu.compute_capability not in target.engine.compute_capabilities:
         raise BackendError(
             f"{bundle.root}: the plans of target {target.name!r} are for compute capability "

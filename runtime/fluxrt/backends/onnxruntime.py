@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fluxrt.bundle import Bundle, Graph, Sharding, Target
+    from fluxrt.bundle import Bundle, Graph, OnnxRuntimeTarget, Sharding
     from fluxrt.group import Group
 
 
@@ -21,7 +21,9 @@ class OnnxRuntimeBackend:
     The body of a sharded target is several graphs; `group` carries out the exchanges between them.
     """
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int | None = None, group: Group | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, target: OnnxRuntimeTarget, threads: int | None = None, group: Group | None = None
+    ) -> None:
         self._bundle = bundle
         self._target = target
         self._threads = threads

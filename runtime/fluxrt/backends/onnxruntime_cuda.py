@@ -15,7 +15,7 @@ from fluxrt.errors import BackendError
 if TYPE_CHECKING:
     import numpy as np
 
-    from fluxrt.bundle import Bundle, Graph, Target
+    from fluxrt.bundle import Bundle, Graph, OnnxRuntimeTarget
 
 PROVIDER = "CUDAExecutionProvider"
 WORK = {
@@ -34,7 +34,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     """Buffers are OrtValues, on the GPU once a graph wrote them. `device` and `providers` are others in tests alone."""
 
     def __init__(
-        self, bundle: Bundle, target: Target, device: str = "cuda", providers: tuple[str, ...] = (PROVIDER,)
+        self, bundle: Bundle, target: OnnxRuntimeTarget, device: str = "cuda", providers: tuple[str, ...] = (PROVIDER,)
     ) -> None:
         import onnxruntime
 

@@ -1,13 +1,24 @@
 """The kinds of targets this fluxrt runs: how good each is, what stands in its way on a machine, and its backend or pipeline.
 
-A further kind is a `Kind` and a line that registers it. Backends and pipelines are imported when one is made.
+A further kind is a `Kind` with the struct of its manifest entries, and a line that registers it. Backends and pipelines are
+imported when one is made.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol
 
+from fluxrt.bundle import (
+    TARGETS,
+    AnyTarget,
+    OnnxRuntimeTarget,
+    Target,
+    TensorRTRtxTarget,
+    TensorRTTarget,
+    VisualGenTarget,
+    kind_name,
+)
 from fluxrt.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
@@ -15,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from fluxrt.backends import Backend
-    from fluxrt.bundle import Bundle, Target
+    from fluxrt.bundle import Bundle
     from fluxrt.group import Group
     from fluxrt.machine import Machine
     from fluxrt.request import Request
@@ -29,7 +40,9 @@ class AnyPipeline(Protocol):
     """
 
     bundle: Bundle
-    target: Target
+
+    @property
+    def target(self) -> Target: ...
 
     @property
     def notes(self) -> list[str]: ...
@@ -62,31 +75,34 @@ def backend_pipeline(bundle: Bundle, target: Target, threads: int | None, gpus: 
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Targets of kind `name` on `device`; of those that run on a machine the one of the highest `preference` is chosen.
+class Kind(Generic[AnyTarget]):
+    """Targets whose manifest entry is an `entry`, on `device`; of those that run on a machine the one of the highest
+    `preference` is chosen.
 
     `obstacle(bundle, target, machine)` says why one does not run there, None if it does. Either the kind has a backend, which
     `backend(bundle, target, threads, group)` makes, of a sharded target for one rank of `group`; or it brings a pipeline of its
     own, which `pipeline(bundle, target, threads, gpus)` makes, with `gpus` None where the caller leaves them to the target.
     """
 
-    name: str
+    entry: type[AnyTarget]
     device: str
     preference: int
-    obstacle: Callable[[Bundle, Target, Machine], str | None]
-    backend: Callable[[Bundle, Target, int | None, Group | None], Backend] | None = None
-    pipeline: Callable[[Bundle, Target, int | None, int | None], AnyPipeline] = backend_pipeline
+    obstacle: Callable[[Bundle, AnyTarget, Machine], str | None]
+    backend: Callable[[Bundle, AnyTarget, int | None, Group | None], Backend] | None = None
+    pipeline: Callable[[Bundle, AnyTarget, int | None, int | None], AnyPipeline] = backend_pipeline
 
 
-KINDS: dict[tuple[str, str], Kind] = {}
+KINDS: dict[tuple[str, str], Kind[Any]] = {}
 
 
-def register(kind: Kind) -> None:
-    """Make `kind` known."""
-    KINDS[kind.name, kind.device] = kind
+def register(kind: Kind[AnyTarget]) -> None:
+    """Make `kind` known, and with it the entries of manifests that it is for."""
+    name = kind_name(kind.entry)
+    KINDS[name, kind.device] = kind
+    TARGETS[name] = kind.entry
 
 
-def find_kind(target: Target) -> Kind | None:
+def find_kind(target: Target) -> Kind[Any] | None:
     """The kind of `target`, None for one that this fluxrt does not know."""
     return KINDS.get((target.kind, target.device))
 
@@ -118,25 +134,25 @@ def _nothing(bundle: Bundle, target: Target, machine: Machine) -> str | None:
     return None
 
 
-def _onnxruntime(bundle: Bundle, target: Target, threads: int | None, group: Group | None) -> Backend:
+def _onnxruntime(bundle: Bundle, target: OnnxRuntimeTarget, threads: int | None, group: Group | None) -> Backend:
     from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, target, threads, group)
 
 
-def _onnxruntime_cuda(bundle: Bundle, target: Target, threads: int | None, group: Group | None) -> Backend:
+def _onnxruntime_cuda(bundle: Bundle, target: OnnxRuntimeTarget, threads: int | None, group: Group | None) -> Backend:
     from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
     return OnnxRuntimeCudaBackend(bundle, target)
 
 
-def _tensorrt(bundle: Bundle, target: Target, threads: int | None, group: Group | None) -> Backend:
+def _tensorrt(bundle: Bundle, target: TensorRTTarget, threads: int | None, group: Group | None) -> Backend:
     from fluxrt.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(bundle, target, group=group)
 
 
-def _visual_gen(bundle: Bundle, target: Target, threads: int | None, gpus: int | None) -> AnyPipeline:
+def _visual_gen(bundle: Bundle, target: VisualGenTarget, threads: int | None, gpus: int | None) -> AnyPipeline:
     from fluxrt.visual_gen import VisualGenPipeline
 
     return VisualGenPipeline(bundle, target, gpus or 1)
@@ -150,10 +166,9 @@ def _no_cuda_provider(bundle: Bundle, target: Target, machine: Machine) -> str |
     return None
 
 
-def _no_tensorrt(bundle: Bundle, target: Target, machine: Machine) -> str | None:
+def _no_tensorrt(bundle: Bundle, target: TensorRTTarget, machine: Machine) -> str | None:
     from fluxrt.backends.library import EXTRA, check_finished, check_gpu, check_gpus, check_version
 
-    assert target.engine is not None
     if machine.gpu is None:
         return machine.no_gpu
     version = machine.versions.get(target.engine.library)
@@ -170,7 +185,7 @@ def _no_tensorrt(bundle: Bundle, target: Target, machine: Machine) -> str | None
     return None
 
 
-def _no_visual_gen(bundle: Bundle, target: Target, machine: Machine) -> str | None:
+def _no_visual_gen(bundle: Bundle, target: VisualGenTarget, machine: Machine) -> str | None:
     from fluxrt.visual_gen import how_to_serve, is_installed
 
     if not is_installed():
@@ -178,11 +193,12 @@ def _no_visual_gen(bundle: Bundle, target: Target, machine: Machine) -> str | No
     return machine.no_gpu if machine.gpu is None else None
 
 
-for _kind in (
-    Kind("onnxruntime", "cpu", 10, _nothing, _onnxruntime),
-    Kind("onnxruntime", "cuda", 20, _no_cuda_provider, _onnxruntime_cuda),
-    Kind("visual_gen", "cuda", 30, _no_visual_gen, pipeline=_visual_gen),
-    Kind("tensorrt_rtx", "cuda", 40, _no_tensorrt, _tensorrt),
-    Kind("tensorrt", "cuda", 50, _no_tensorrt, _tensorrt),
-):
+BUILT_IN: tuple[Kind[Any], ...] = (
+    Kind(OnnxRuntimeTarget, "cpu", 10, _nothing, _onnxruntime),
+    Kind(OnnxRuntimeTarget, "cuda", 20, _no_cuda_provider, _onnxruntime_cuda),
+    Kind(VisualGenTarget, "cuda", 30, _no_visual_gen, pipeline=_visual_gen),
+    Kind(TensorRTRtxTarget, "cuda", 40, _no_tensorrt, _tensorrt),
+    Kind(TensorRTTarget, "cuda", 50, _no_tensorrt, _tensorrt),
+)
+for _kind in BUILT_IN:
     register(_kind)

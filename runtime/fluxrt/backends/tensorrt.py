@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fluxrt.bundle import Bundle, Program, Target
+    from fluxrt.bundle import Bundle, Program, TensorRTTarget
     from fluxrt.group import Group
 
 UPLOAD_BYTES = 64 << 20
@@ -66,13 +66,12 @@ class TensorRTBackend:
     def __init__(
         self,
         bundle: Bundle,
-        target: Target,
+        target: TensorRTTarget,
         driver: Driver | None = None,
         library: Any | None = None,
         group: Group | None = None,
         communicator: Communicator | None = None,
     ) -> None:
-        assert target.engine is not None
         self._bundle, self._target, self._engine = bundle, target, target.engine
         check_finished(bundle, target)
         self._trt = load_library(target.engine) if library is None else library
