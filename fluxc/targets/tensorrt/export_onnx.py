@@ -19,7 +19,7 @@ from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.graph import OPSET
 from fluxc.graph.values import renamed
-from fluxc.targets.tensorrt.lower import TRT_DOMAIN
+from fluxc.targets.tensorrt.nodes import TRT_DOMAIN
 from fluxrt.bundle import Bundle, Engine, WeightPort, dimension_size
 
 
