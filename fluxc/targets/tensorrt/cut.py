@@ -295,8 +295,7 @@ def _composed(steps: dict[str, onnx.ModelProto], segment: list[tuple[str, str]])
         composition.arguments(value for value in step.graph.input if "." not in value.name)
         names = argument_names(step)
         (at,) = composition.inline(step, {name: name for name in names} | {"joined": at}, prefix)
-    out = onnx.ValueInfoProto()
-    out.CopyFrom(steps[segment[-1][0]].graph.output[0])
+    out = steps[segment[-1][0]].graph.output[0]
     composition.node("Identity", [at], out.name)
     return composition.finish([out])
 
