@@ -16,6 +16,7 @@ import numpy as np
 
 from fluxc.base.errors import BuildError, CheckpointError
 from fluxc.base.safetensors import read_header
+from fluxrt.safetensors import raw_header
 
 CHECKPOINT_PARTS = ("", "transformer", "text_encoder", "tokenizer", "scheduler")
 """The parts of a checkpoint that measurements depend on."""
@@ -82,10 +83,8 @@ def read_measured(path: Path, kind: Kind) -> tuple[Origin, dict[str, np.ndarray]
         read_header(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: damaged, or not a {kind.noun} ({error}); {kind.advice}") from error
-    raw = path.read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     try:
-        about = json.loads(header["__metadata__"]["fluxc"])
+        about = json.loads(raw_header(path)[0]["__metadata__"]["fluxc"])
         known = about.pop("format") == kind.format
         version = about.pop("format_version")
     except (KeyError, TypeError, ValueError):
@@ -97,7 +96,7 @@ def read_measured(path: Path, kind: Kind) -> tuple[Origin, dict[str, np.ndarray]
             f"{path}: {kind.noun.removesuffix(' file')} format {version}, this fluxc reads {kind.version}; "
             f"`fluxc {kind.verb}` again with this version"
         )
-    return Origin(**about), load(raw)
+    return Origin(**about), load(path.read_bytes())
 
 
 def check_origin(file: Measured, checkpoint: dict[str, dict[str, str]], request: dict[str, Any]) -> None:

@@ -1,12 +1,7 @@
-"""Reads safetensors files lazily: the header first, then only the bytes asked for, by memory map.
-
-The safetensors library hides byte offsets, which graphs need to point into the file, so the header is read here. Format:
-8 bytes little-endian header length, JSON header, data (https://github.com/huggingface/safetensors, "Format").
-"""
+"""Reads safetensors files lazily: the header first, then only the bytes asked for, by memory map."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxc.base.errors import CheckpointError
+from fluxrt.safetensors import HeaderError, raw_header
 
 ITEM_BITS = {
     "BOOL": 8,
@@ -59,19 +55,11 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     Raises CheckpointError for a file that is truncated, has gaps or overlaps, or is not safetensors.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise CheckpointError(
-                    f"{path}: truncated: {size} bytes, too short for its own header; download the file again"
-                )
-            header = json.loads(file.read(length))
+        header, start = raw_header(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; download the checkpoint again") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file: its header is not JSON ({error})") from error
-    start = 8 + length
+    except HeaderError as error:
+        raise CheckpointError(f"{path}: {error}; download the file again") from error
     tensors = {}
     try:
         for name, entry in header.items():
@@ -81,7 +69,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             tensors[name] = TensorRef(name, entry["dtype"], tuple(entry["shape"]), path, start + begin, end - begin)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: malformed header entry ({error!r})") from error
-    position = start
+    size, position = path.stat().st_size, start
     for ref in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if ref.dtype not in ITEM_BITS:
             raise CheckpointError(f"{path}: tensor {ref.name!r} has dtype {ref.dtype}, which fluxc does not read")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fluxc.base.safetensors import TensorRef
-from fluxc.checkpoint.quantized import FLOATS, PARTS, format_of
+from fluxc.checkpoint.quantized import FLOATS, format_of, parts_beside_weights
 from fluxc.checkpoint.source import Component
 from fluxc.formats.base import Format
 
@@ -43,7 +43,9 @@ class PlainTensors(Mapping[str, torch.Tensor]):
         if format is None:
             return read(ref).to(self._dtype)
         parts = {
-            part: read(self._stored[full]) for part in PARTS if (full := self._beside(ref.name, part)) in self._stored
+            part: read(self._stored[full])
+            for part in parts_beside_weights()
+            if (full := self._beside(ref.name, part)) in self._stored
         }
         return plain_weight(format, {"weight": read(ref), **parts}).to(self._dtype)
 
@@ -55,7 +57,7 @@ class PlainTensors(Mapping[str, torch.Tensor]):
 
     def _is_part(self, name: str) -> bool:
         layer, _, part = name.rpartition(".")
-        return part in PARTS and f"{layer}.weight" in self._stored
+        return part in parts_beside_weights() and f"{layer}.weight" in self._stored
 
     @staticmethod
     def _beside(weight: str, part: str) -> str:
@@ -79,10 +81,11 @@ def plain_weight(format: Format, parts: Mapping[str, torch.Tensor]) -> torch.Ten
 
 def weights_bytes(component: Component) -> int:
     """Bytes of the component's plain weights in 16 bits."""
+    parts = parts_beside_weights()
     return sum(
         2 * math.prod(ref.shape) * (2 if ref.dtype == "U8" else 1)
         for name, ref in component.tensors.items()
-        if name.rpartition(".")[2] not in PARTS
+        if name.rpartition(".")[2] not in parts
     )
 
 

@@ -25,10 +25,8 @@ from fluxc.formats.base import Format
 from fluxc.formats.registry import FORMATS
 from fluxc.models.base import Linear, Shape
 
-VARIANTS = {"NVFP4_AWQ": "nvfp4", "NVFP4_SVD": "nvfp4"}
 FLOATS = ("BF16", "F16", "F32")
 OPTIONAL = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
-PARTS = ("input_scale", "weight_scale_2", "weight_scale", *OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,16 @@ def quantized_layers(component: Component, layers: list[Linear]) -> dict[str, So
     return found
 
 
+def parts_beside_weights() -> list[str]:
+    """Every tensor that some format, or a method on top of one, keeps beside a weight."""
+    own = [part for format in FORMATS.values() for part in format.parts(format.block, format.block)]
+    return [part for part in dict.fromkeys((*own, *OPTIONAL)) if part != "weight"]
+
+
 def format_of(tensors: Mapping[str, TensorRef], layer: str) -> Format | None:
     """The format whose tensors `layer` has, by their dtypes, or at least by its weight's; None where there is none."""
-    dtypes = {part: tensors[f"{layer}.{part}"].dtype for part in ("weight", *PARTS) if f"{layer}.{part}" in tensors}
+    refs = {part: tensors.get(f"{layer}.{part}") for part in ("weight", *parts_beside_weights())}
+    dtypes = {part: ref.dtype for part, ref in refs.items() if ref is not None}
     for known in (dtypes, {"weight": dtypes["weight"]}):
         for format in FORMATS.values():
             if format.recognises(known):
@@ -112,17 +117,15 @@ def unmergeable(layers: list[Linear], quantized: Mapping[str, SourceLayer]) -> s
 
 def _read_layer(component: Component, layer: Linear, format: Format) -> SourceLayer:
     weight = component.tensors[f"{layer.name}.weight"]
-    refs = {part: component.tensors.get(f"{layer.name}.{part}") for part in PARTS}
+    refs = {part: component.tensors.get(f"{layer.name}.{part}") for part in ("weight", *parts_beside_weights())}
     tensors = {part: ref for part, ref in refs.items() if ref is not None}
-    tensors["weight"] = weight
     rows, columns = layer.out_features, layer.in_features
     own = format.parts(rows, columns)
     shapes: dict[str, Shape] = {part: shape for part, (_, shape) in own.items()} | {"pre_quant_scale": (columns,)}
     kinds = dict.fromkeys(OPTIONAL, FLOATS) | {part: (dtype,) for part, (dtype, _) in own.items() if part != "weight"}
     rank = tensors["svdquant_lora_a"].shape[0] if tensors.get("svdquant_lora_a") and weight.shape else 0
     shapes |= {"svdquant_lora_a": (rank, columns), "svdquant_lora_b": (rows, rank)}
-    for part in ("weight", *PARTS):
-        ref = tensors.get(part)
+    for part, ref in refs.items():
         if ref is None:
             if part in shapes and part not in OPTIONAL:
                 advice = ": export it with calibrated inputs" if part == "input_scale" else ""
@@ -141,11 +144,11 @@ def _read_layer(component: Component, layer: Linear, format: Format) -> SourceLa
         value = float(tensors[part].bytes_view().copy().view("<f4")[0])
         if not 0 < value < float("inf"):
             raise _wrong(component, layer.name, f"{part} is {value}; a scale is a positive, finite number")
-    return SourceLayer(format.name, {part: tensors[part] for part in ("weight", *PARTS) if part in tensors})
+    return SourceLayer(format.name, tensors)
 
 
 def _refuse_stray_parts(component: Component, name: str, weight: TensorRef) -> None:
-    stray = [part for part in PARTS if f"{name}.{part}" in component.tensors]
+    stray = [part for part in parts_beside_weights() if f"{name}.{part}" in component.tensors]
     if stray:
         raise _wrong(component, name, f"its weight is {weight.dtype}, not quantized, yet it has {', '.join(stray)}")
 
@@ -191,7 +194,9 @@ def _format_said(component: Component, config: dict[str, Any], name: str) -> str
         if entry is None:
             return None
         algorithm = entry.get("quant_algo")
-    algorithms = VARIANTS | {format.algorithm: format.name for format in FORMATS.values()}
+    algorithms = {
+        word: format.name for format in FORMATS.values() for word in (format.algorithm, *format.variants.values())
+    }
     if algorithm not in algorithms:
         raise CheckpointError(
             f"{component.folder}: quantization algorithm {algorithm!r} of {name} is not one fluxc reads: "

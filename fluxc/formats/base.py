@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -42,10 +43,10 @@ class GraphBuilder(Protocol):
 class Format(ABC):
     """A format by `name`, with values along in_features in blocks of `block`.
 
-    `algorithm` and `group_size` are ModelOpt's words for it, `bits` and `number`
-    (float or int) those of a value. `scalars` are the parts a fusion group
-    shares, `calibrated` whether inputs are rounded under a static scale, which calibration finds. `searches_scales`: whether a
-    recipe's `scales` changes anything.
+    `algorithm` and `group_size` are ModelOpt's words for it, `variants` its words for the format with a further part
+    (`pre_quant_scale`, `svdquant_lora_a`), `bits` and `number` (float or int) those of a value. `scalars` are the parts a
+    fusion group shares, `calibrated` whether inputs are rounded under a static scale, which calibration finds.
+    `searches_scales`: whether a recipe's `scales` changes anything.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Format(ABC):
     bits: int = 8
     number: str = "float"
     algorithm: str = ""
+    variants: Mapping[str, str] = MappingProxyType({})
     group_size: int | None = None
     scalars: tuple[str, ...] = ()
     calibrated: bool = True
@@ -66,6 +68,11 @@ class Format(ABC):
         """Bytes of the tensors of a Linear [rows, columns]."""
         parts = self.parts(rows, columns).values()
         return sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in parts)
+
+    def bits_with_scales(self, columns: int) -> float:
+        """Bits of a value in a row of `columns`, with its share of the row's scales."""
+        parts = [(dtype, shape) for dtype, shape in self.parts(1, columns).values() if shape]
+        return 8 * sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in parts) / columns
 
     def recognises(self, dtypes: Mapping[str, str]) -> bool:
         """Whether a layer whose `weight` and `weight_scale` have these dtypes is stored so."""

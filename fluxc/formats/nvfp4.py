@@ -8,6 +8,7 @@ CPU go through the compiled kernels (fluxc.formats.cpu), tensors elsewhere throu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -195,6 +196,7 @@ class NVFP4(Format):
     block = BLOCK
     bits = 4
     algorithm = "NVFP4"
+    variants = MappingProxyType({"pre_quant_scale": "NVFP4_AWQ", "svdquant_lora_a": "NVFP4_SVD"})
     group_size = BLOCK
     scalars = ("input_scale", "weight_scale_2")
     searches_scales = True

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from fluxc.base.errors import BuildError
 from fluxc.graph.export import make_model
-from fluxc.graph.values import renamed
+from fluxc.graph.values import inline, renamed
 
 
 class Composition:
@@ -40,24 +40,10 @@ class Composition:
             names |= {value.name: name for value, name in zip(graph.output, outputs, strict=True)}
         for value in graph.input:
             if value.name not in arguments:
-                weight = onnx.ValueInfoProto()
-                weight.CopyFrom(value)
-                weight.name = names[value.name] = prefix + value.name
-                self.arguments([weight])
-
-        def rename(name: str) -> str:
-            return names.setdefault(name, f"{prefix}/{name}") if name else ""
-
-        for initializer in graph.initializer:
-            constant = self._graph.initializer.add()
-            constant.CopyFrom(initializer)
-            constant.name = rename(initializer.name)
-        for node in graph.node:
-            copy = self._graph.node.add()
-            copy.CopyFrom(node)
-            copy.input[:] = [rename(name) for name in node.input]
-            copy.output[:] = [rename(name) for name in node.output]
-        return [rename(value.name) for value in graph.output]
+                names[value.name] = prefix + value.name
+                self.arguments([renamed(value, prefix + value.name)])
+        inline(self._graph, graph, names, f"{prefix}/")
+        return [names[value.name] for value in graph.output]
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Add one standard ONNX node and return its output's name."""
@@ -124,9 +110,7 @@ def compose_text_encoder(pieces: dict[str, onnx.ModelProto], text_layers: tuple[
         if number + 1 in text_layers:
             taken.append(hidden)
     encoder.node("Concat", taken, "text", axis=-1)
-    text = onnx.ValueInfoProto()
-    text.CopyFrom(stem.graph.output[0])
-    text.name = "text"
+    text = renamed(stem.graph.output[0], "text")
     text.type.tensor_type.shape.dim[2].dim_value *= len(text_layers)
     return encoder.finish([text])
 
@@ -139,9 +123,7 @@ def compose_steps(pieces: dict[str, onnx.ModelProto], text_length: int) -> dict[
     traced.
     """
     traced = {value.name: value for value in pieces["prologue"].graph.output}
-    joined = onnx.ValueInfoProto()
-    joined.CopyFrom(traced["hidden"])
-    joined.name = "joined"
+    joined = renamed(traced["hidden"], "joined")
     tokens = joined.type.tensor_type.shape.dim[1]
     tokens.dim_param = f"{tokens.dim_param} + {text_length}"
 

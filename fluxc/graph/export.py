@@ -32,6 +32,7 @@ from fluxc.graph.modules import (
     TextStem,
     VaeDecoder,
 )
+from fluxc.graph.values import renamed, rewired
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.qwen3 import Qwen3
@@ -293,29 +294,20 @@ def _neutral(model: onnx.ModelProto, inputs: tuple[str, ...], outputs: tuple[str
     clean = onnx.GraphProto(name="fluxc")
     for value in graph.input:
         if value.name in inputs or value.name in used:
-            kept = clean.input.add()
-            kept.CopyFrom(value)
-            kept.name = names[value.name]
-            del kept.metadata_props[:]
-    for value in graph.output:
-        kept = clean.output.add()
-        kept.CopyFrom(value)
-        del kept.metadata_props[:]
+            clean.input.append(renamed(value, names[value.name]))
+    clean.output.extend(graph.output)
+    for value in (*clean.input, *clean.output):
+        del value.metadata_props[:]
     for initializer in graph.initializer:
         if initializer.name in used or initializer.name in outputs:
             clean.initializer.append(
                 numpy_helper.from_array(numpy_helper.to_array(initializer), names[initializer.name])
             )
     for node in nodes:
-        kept_node = clean.node.add()
-        kept_node.CopyFrom(node)
-        kept_node.name = ""
-        kept_node.doc_string = ""
-        del kept_node.metadata_props[:]
-        del kept_node.input[:]
-        kept_node.input.extend(names[name] if name else "" for name in node.input)
-        del kept_node.output[:]
-        kept_node.output.extend(names[name] if name else "" for name in node.output)
+        kept = rewired(node, lambda name: names[name])
+        kept.name = kept.doc_string = ""
+        del kept.metadata_props[:]
+        clean.node.append(kept)
     return make_model(clean)
 
 

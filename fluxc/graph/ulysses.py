@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from fluxc.base.errors import BuildError
 from fluxc.graph import LINEAR_DOMAIN
 from fluxc.graph.export import make_model
-from fluxc.graph.values import renamed
+from fluxc.graph.values import renamed, rewired
 from fluxc.models.flux2_transformer import Flux2Transformer
 
 COLLECTIVE = "DistCollective"
@@ -138,11 +138,7 @@ def _piece(
     graph.output.extend(value for value in model.graph.output if value.name in made)
     graph.output.extend(renamed(values[name], names[name]) for name in gives)
     graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in read)
-    for node in nodes:
-        copy = graph.node.add()
-        copy.CopyFrom(node)
-        copy.input[:] = [names.get(name, name) for name in node.input]
-        copy.output[:] = [names.get(name, name) for name in node.output]
+    graph.node.extend(rewired(node, lambda name: names.get(name, name)) for node in nodes)
     return make_model(graph)
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from fluxc.formats.constants import BLOCK, MX_BLOCK
+from fluxc.formats.bf16 import BF16
+from fluxc.formats.constants import BLOCK
 from fluxc.formats.registry import FORMATS
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
@@ -19,8 +20,6 @@ from fluxc.targets.sharding import Shares
 
 ACTIVATION = 2
 """Bytes of an activation: bf16."""
-BITS = {"bf16": 16, "fp8": 8, "nvfp4": 4 + 8 / BLOCK, "mxfp4": 4 + 8 / MX_BLOCK}
-"""Bits of a value that a product reads, with its share of block scales."""
 
 KERNELS = {"double": 31, "single": 12}
 """Kernels of a bf16 block of one rank in TensorRT-RTX 1.7.1's plans."""
@@ -76,7 +75,7 @@ def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shares: Shares
         rows = _rows(layer.name, text, image, branches)
         products[_product(layer, rows)] += 1
         moved += _quantizing(layer) * rows + _swizzling(layer)
-        kernels += KERNELS_QUANTIZING * (layer.format != "bf16")
+        kernels += KERNELS_QUANTIZING * (layer.format != BF16)
     double, single, exchanging = (ACTIVATION * sum(map(sum, passes)) for passes in _passes(width, hidden))
     moved += tokens * (double * doubles + single * singles)
     if ranks > 1:
@@ -133,18 +132,23 @@ def _rows(name: str, text: int, image: int, branches: int) -> int:
 def _product(layer: _Layer, rows: int) -> Product:
     weight = (
         2 * layer.parameters
-        if layer.format == "bf16"
+        if layer.format == BF16
         else FORMATS[layer.format].nbytes(layer.out_features, layer.in_features)
     )
-    read = weight + rows * layer.in_features * BITS[layer.format] / 8
+    read = weight + rows * layer.in_features * _input_bits(layer) / 8
     return Product(layer.format, 2.0 * rows * layer.parameters, read + ACTIVATION * rows * layer.out_features)
+
+
+def _input_bits(layer: _Layer) -> float:
+    """Bits of a value that the product reads: inputs are quantized as weights are."""
+    return 16 if layer.format == BF16 else FORMATS[layer.format].bits_with_scales(layer.in_features)
 
 
 def _quantizing(layer: _Layer) -> float:
     """Bytes a token: the pass before leaves a quantized layer's input in fp32, which one more pass quantizes."""
-    if layer.format == "bf16":
+    if layer.format == BF16:
         return 0.0
-    return layer.in_features * ((4 - ACTIVATION) + 4 + BITS[layer.format] / 8)
+    return layer.in_features * ((4 - ACTIVATION) + 4 + _input_bits(layer) / 8)
 
 
 def _swizzling(layer: _Layer) -> float:

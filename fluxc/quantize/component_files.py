@@ -68,11 +68,11 @@ def quantization_config(plan: list[LayerPlan]) -> dict[str, Any] | None:
 
 def _algorithm(entry: LayerPlan) -> str:
     """ModelOpt's name for how a layer is quantized."""
-    if entry.low_rank:
-        return "NVFP4_SVD"
-    if "pre_quant_scale" in entry.parts:
-        return "NVFP4_AWQ"
-    return FORMATS[entry.format].algorithm if entry.format in FORMATS else "BF16"
+    if entry.format not in FORMATS:
+        return "BF16"
+    format = FORMATS[entry.format]
+    further = "svdquant_lora_a" if entry.low_rank else "pre_quant_scale" if "pre_quant_scale" in entry.parts else ""
+    return format.variants.get(further, format.algorithm)
 
 
 def _kind(entry: LayerPlan) -> tuple[str, str, int]:
@@ -87,7 +87,7 @@ def _config_group(algorithm: str, name: str, low_rank: int, targets: list[str]) 
     group: dict[str, Any] = (
         {"input_activations": scheme, "weights": scheme} if format.calibrated else {"weights": scheme}
     )
-    if algorithm in ("NVFP4_SVD", "NVFP4_AWQ"):
+    if algorithm in format.variants.values():
         group |= {"has_zero_point": False, "pre_quant_scale": True}
     if low_rank:
         group["lora_rank"] = low_rank

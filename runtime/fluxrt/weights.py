@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BundleError
+from fluxrt.safetensors import HeaderError, raw_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,6 @@ STORED_AS = {
     "float32": "F32",
     "int64": "I64",
 }
-MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -60,39 +60,40 @@ def size_of(dtype: str, shape: tuple[int, ...]) -> int:
 
 def read_weights(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name; BundleError when its header is not in order."""
+    try:
+        header, start = raw_header(file)
+    except HeaderError as error:
+        raise BundleError(f"{file}: {error}; copy the bundle again or rebuild it") from error
+    header.pop("__metadata__", None)
+    try:
+        tensors = {
+            name: StoredTensor(entry["dtype"], file, start + entry["data_offsets"][0], _length(entry))
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BundleError(f"{file}: its header is damaged ({error}); copy the bundle again or rebuild it") from error
     size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise BundleError(f"{file}: not a safetensors file; copy the bundle again or rebuild it")
-        try:
-            header = json.loads(opened.read(length))
-            header.pop("__metadata__", None)
-            tensors = {
-                name: StoredTensor(entry["dtype"], file, 8 + length + entry["data_offsets"][0], _length(entry))
-                for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise BundleError(
-                f"{file}: its header is damaged ({error}); copy the bundle again or rebuild it"
-            ) from error
     for name, tensor in tensors.items():
-        if tensor.nbytes < 0 or tensor.offset < 8 + length or tensor.offset + tensor.nbytes > size:
+        if tensor.nbytes < 0 or tensor.offset < start or tensor.offset + tensor.nbytes > size:
             raise BundleError(f"{file}: tensor {name!r} leaves the file; copy the bundle again or rebuild it")
     return tensors
 
 
 def component_weights(bundle: Bundle, entry: str) -> dict[str, StoredTensor]:
     """Every tensor of a component, from its weights file or the files of its index."""
+    return {name: tensor for file in weights_files(bundle, entry) for name, tensor in read_weights(file).items()}
+
+
+def weights_files(bundle: Bundle, entry: str) -> list[Path]:
+    """The safetensors files of a component, from its one file or its index."""
     path = bundle.path(entry)
     if path.suffix != ".json":
-        return read_weights(path)
+        return [path]
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path}: the index is damaged ({error}); copy the bundle again or rebuild it") from error
-    files = [bundle.path((Path(entry).parent / name).as_posix()) for name in names]
-    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
+    return [bundle.path((Path(entry).parent / name).as_posix()) for name in names]
 
 
 def _length(entry: dict[str, Any]) -> int:

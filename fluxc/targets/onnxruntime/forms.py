@@ -1,4 +1,140 @@
-"""The formats that ONNX Runtime's graphs have a form of their own for; free of onnx, for checks before any stage."""
+"""How ONNX Runtime computes a Linear of each format. Free of onnx, for checks before any stage.
 
-FORMS = ("nvfp4", "fp8")
-"""Any other format but bf16 goes through its reference form, on the CPU only."""
+1. bf16: Cast to fp32, Transpose, MatMul (the first two are folded when a session is made).
+2. fp8: DequantizeLinear of the E4M3 weight, then as above.
+3. nvfp4, weights 8-bit in memory: com.microsoft::MatMulNBits. Twice an E2M1 value is an integer of at most 12, so codes
+   + 128 with half the block scale are exact; a table turns the packed bytes into them, folded when a session is made.
+4. nvfp4, weights 4-bit in memory: com.microsoft::GatherBlockQuantized, which ONNX Runtime does not fold, unfolds them at
+   every use; then Transpose and MatMul. Half the memory of 3, and slower.
+5. nvfp4 on CUDA: com.microsoft::MatMulBlockQuantizedFp4Weight, which takes codes and block scales as they lie in the file.
+6. Any other format, on the CPU: its reference form, then as 1.
+7. Where inputs are rounded, those of nvfp4 layers pass `fluxc::NVFP4FakeQuantize`, and those of fp8 layers an E4M3
+   QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer. 5 and 6
+   take inputs as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fluxc.formats.base import Format
+from fluxc.formats.bf16 import BF16
+from fluxc.formats.constants import BLOCK, E2M1_VALUES
+from fluxc.formats.forms import ONNX_E2M1, ONNX_E4M3, ONNX_FLOAT, ONNX_INT32, ONNX_INT64, ONNX_UINT8
+from fluxc.graph import LINEAR_DOMAIN
+from fluxc.models.base import Linear
+from fluxc.targets.forms import Forms
+
+if TYPE_CHECKING:
+    from fluxc.targets.onnxruntime.nodes import Nodes
+
+LinearForm = Callable[["Nodes", Linear, str, str], None]
+"""Adds `output` = `x` @ weight.T to a graph: (graph, layer, x, output)."""
+
+VENDOR = "com.microsoft"
+FAKE_QUANTIZE = "NVFP4FakeQuantize"
+"""A function of the graph itself (lower.py)."""
+
+
+def stored(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+    """1: the weight as it is stored."""
+    graph.product(x, graph.full(f"{layer.name}.weight"), layer, output)
+
+
+def fp8(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+    """2, in the type products are computed in."""
+    weight, scale = f"{layer.name}.weight", graph.tensor(f"{layer.name}.weight_scale")
+    dense = graph.node("DequantizeLinear", [graph.tensor(weight), scale], f"{weight}/fp32")
+    dense = graph.narrowed(dense, weight)
+    graph.product(graph.rounded(x, layer, _e4m3_input), dense, layer, output)
+
+
+def nvfp4_8_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+    """3: codes as bytes."""
+    x = graph.rounded(x, layer, _nvfp4_input)
+    name, rows, columns = layer.name, layer.out_features, layer.in_features
+    half = graph.constant("half", ONNX_FLOAT, [], [0.5])
+    half_scales = graph.node("Mul", [_block_scales(graph, name), half], f"{name}/half_block_scales")
+    packed = graph.tensor(f"{name}.weight", ONNX_UINT8)
+    index = graph.node("Cast", [packed], f"{name}.weight/index", to=ONNX_INT32)
+    doubled = [int(2 * value) + 128 for value in E2M1_VALUES]
+    pairs = [doubled[nibble] for byte in range(256) for nibble in (byte & 15, byte >> 4)]
+    table = graph.constant("nibble_pairs", ONNX_UINT8, [256, 2], pairs)
+    codes = graph.node("Gather", [table, index], f"{name}.weight/pairs", axis=0)
+    shape = graph.constant(f"blocks/{rows}/{columns}", ONNX_INT64, [3], [rows, columns // BLOCK, BLOCK])
+    blocks = graph.node("Reshape", [codes, shape], f"{name}.weight/blocks")
+    graph.node(
+        "MatMulNBits",
+        [x, blocks, half_scales],
+        output,
+        domain=VENDOR,
+        K=columns,
+        N=rows,
+        bits=8,
+        block_size=BLOCK,
+        accuracy_level=0,
+    )
+
+
+def nvfp4_4_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+    """4: codes as they are stored, every row of them gathered."""
+    x = graph.rounded(x, layer, _nvfp4_input)
+    scales, rows = _block_scales(graph, layer.name), layer.out_features
+    bounds = [graph.constant(f"scalar/{value}", ONNX_INT64, [], [value]) for value in (0, rows, 1)]
+    every_row = graph.node("Range", bounds, f"rows/{rows}")
+    weight = f"{layer.name}.weight"
+    dense = graph.node(
+        "GatherBlockQuantized",
+        [graph.tensor(weight, ONNX_E2M1), every_row, scales],
+        f"{weight}/fp32",
+        domain=VENDOR,
+        block_size=BLOCK,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    graph.product(x, dense, layer, output)
+
+
+def nvfp4_cuda(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+    """5: codes and scales as bytes."""
+    codes = graph.tensor(f"{layer.name}.weight", ONNX_UINT8)
+    scales = graph.tensor(f"{layer.name}.weight_scale", ONNX_UINT8)
+    inputs = [x, codes, scales, graph.tensor(f"{layer.name}.weight_scale_2")]
+    graph.node("MatMulBlockQuantizedFp4Weight", inputs, output, domain=VENDOR, block_size=BLOCK)
+
+
+def through_reference(format: Format) -> LinearForm:
+    """6."""
+
+    def form(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+        dense = format.reference_form(graph, layer.name, layer.out_features, layer.in_features)
+        graph.product(x, dense, layer, output)
+
+    return form
+
+
+def _block_scales(graph: Nodes, layer: str) -> str:
+    tensors = [graph.tensor(f"{layer}.weight_scale"), graph.tensor(f"{layer}.weight_scale_2")]
+    return graph.node("DequantizeLinear", tensors, f"{layer}/block_scales")
+
+
+def _nvfp4_input(graph: Nodes, layer: str, x: str) -> str:
+    scale = graph.tensor(f"{layer}.input_scale")
+    return graph.node(FAKE_QUANTIZE, [x, scale], f"{layer}/input", domain=LINEAR_DOMAIN)
+
+
+def _e4m3_input(graph: Nodes, layer: str, x: str) -> str:
+    scale, zero = graph.tensor(f"{layer}.input_scale"), graph.constant("zero_e4m3", ONNX_E4M3, [], b"\0")
+    codes = graph.node("QuantizeLinear", [x, scale, zero], f"{layer}/input_e4m3")
+    return graph.node("DequantizeLinear", [codes, scale], f"{layer}/input")
+
+
+def _on_cpu(nvfp4: LinearForm) -> Forms[LinearForm]:
+    return Forms("ONNX Runtime", {"nvfp4": nvfp4, "fp8": fp8, BF16: stored}, through_reference)
+
+
+CPU = {"8-bit": _on_cpu(nvfp4_8_bit), "4-bit": _on_cpu(nvfp4_4_bit)}
+"""By how NVFP4 weights lie in memory."""
+
+CUDA: Forms[LinearForm] = Forms("ONNX Runtime on CUDA", {"nvfp4": nvfp4_cuda, "fp8": fp8, BF16: stored})

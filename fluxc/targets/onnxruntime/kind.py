@@ -14,7 +14,7 @@ from fluxc.graph.stage import ExportInputs
 from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxc.targets.base import COMPONENTS, TargetContext, TargetKind, TargetWork
 from fluxc.targets.onnxruntime import stage
-from fluxc.targets.onnxruntime.forms import FORMS
+from fluxc.targets.onnxruntime.forms import CUDA
 from fluxc.targets.parts import Weights
 from fluxc.targets.sharding import check_sharding, needs_padding
 from fluxrt import bundle as format
@@ -28,11 +28,11 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
     def check(self, field: str, target: OnnxRuntimeTarget, context: TargetContext) -> None:
         """Refuse formats that the CUDA provider has no operator for, and a number of processes that cannot share the model."""
         formats = {entry.format for plan in context.source.plans.values() for entry in plan}
-        unknown = sorted(formats - {"bf16", *FORMS})
+        unknown = CUDA.lacking(formats)
         if target.device == "cuda" and unknown:
             raise RecipeError(
                 f"{field}.device: ONNX Runtime on CUDA does not compute in {', '.join(unknown)}, as the precision plan asks; "
-                f"it computes in {', '.join(FORMS)} and bf16. Set precision to those, or leave `device` out to run on the CPU"
+                f"it computes in {CUDA}. Set precision to those, or leave `device` out to run on the CPU"
             )
         if target.ranks > 1:
             check_sharding(

@@ -1,38 +1,25 @@
-"""Lowers neutral graphs for ONNX Runtime: each `fluxc::Linear` becomes the form its layer's format needs.
+"""Lowers neutral graphs for ONNX Runtime: each `fluxc::Linear` becomes the form its layer's format needs (forms.py).
 
-1. bf16: Cast to fp32, Transpose, MatMul (the first two are folded when a session is made).
-2. fp8: DequantizeLinear of the E4M3 weight, then as above.
-3. nvfp4, weights 8-bit in memory: com.microsoft::MatMulNBits. Twice an E2M1 value is an integer of at most 12, so codes
-   + 128 with half the block scale are exact; a table turns the packed bytes into them, folded when a session is made.
-4. nvfp4, weights 4-bit in memory: com.microsoft::GatherBlockQuantized, which ONNX Runtime does not fold, unfolds them at
-   every use; then Transpose and MatMul. Half the memory of 3, and slower.
-5. With activations "nvfp4", inputs of nvfp4 layers pass `fluxc::NVFP4FakeQuantize`, and inputs of fp8 layers an E4M3
-   QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer.
-6. A layer with `pre_quant_scale` (AWQ, SVDQuant) has its input multiplied by it before any rounding, on its own; one with
+1. A layer with `pre_quant_scale` (AWQ, SVDQuant) has its input multiplied by it before any rounding, on its own; one with
    `svdquant_lora_a` and `_b` gets (x a^T) b^T added, x being that product, not rounded.
-7. Every other weight is cast to the type it was traced in, if it is stored in another.
+2. Every other weight is cast to the type it was traced in, if it is stored in another.
 
-A graph that was traced in 16 bits is for the CUDA provider. There, 3 and 4 are
-com.microsoft::MatMulBlockQuantizedFp4Weight, which takes codes and block scales as they lie in the file, and 5 does not exist.
+A graph that was traced in 16 bits is for the CUDA provider, whose forms differ; inputs are not rounded there.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx
 from onnx import TensorProto, helper
 
-from fluxc.base.errors import BuildError
-from fluxc.formats.constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
-from fluxc.formats.registry import FORMATS
+from fluxc.formats.bf16 import BF16
+from fluxc.formats.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_TINY
 from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.export import make_model
+from fluxc.models.base import Linear
 from fluxc.quantize.plan import LayerPlan
-from fluxc.targets.onnxruntime.forms import FORMS
-
-STORED = {"F32": TensorProto.FLOAT, "BF16": TensorProto.BFLOAT16, "F16": TensorProto.FLOAT16}
-TYPE_NAMES: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
+from fluxc.targets.onnxruntime.forms import CPU, CUDA, FAKE_QUANTIZE, LinearForm
+from fluxc.targets.onnxruntime.nodes import Nodes
 
 
 def lower(
@@ -53,20 +40,41 @@ def lower(
     graph.input.extend(value for value in model.graph.input if value.name in arguments)
     graph.output.extend(model.graph.output)
     graph.initializer.extend(model.graph.initializer)
-    build = _Lowering(graph, stored, plan, activations, weights_in_memory, dtype)
-    weights = {v.name: v.type.tensor_type.elem_type for v in model.graph.input if v.name not in arguments}
+    nodes = Nodes(graph, stored, dtype, activations != "none")
+    forms = CPU[weights_in_memory] if dtype == TensorProto.FLOAT else CUDA
+    weights = {value.name: value.type.tensor_type for value in model.graph.input if value.name not in arguments}
     for node in model.graph.node:
         if node.domain == LINEAR_DOMAIN and node.op_type == "Linear":
-            build.linear(node.input[0], node.input[1], node.output[0])
+            x, weight = node.input
+            name = weight.removesuffix(".weight")
+            planned = plan.get(name)
+            layer = planned.layer if planned else Linear(name, *(d.dim_value for d in weights[weight].shape.dim))
+            _add_linear(nodes, forms.of(planned.format if planned else BF16, name), layer, x, node.output[0])
             continue
-        inputs = [build.full(name, weights[name]) if name in weights else name for name in node.input]
+        inputs = [nodes.full(name, weights[name].elem_type) if name in weights else name for name in node.input]
         copy = graph.node.add()
         copy.CopyFrom(node)
         copy.input[:] = inputs
     lowered = make_model(graph)
-    if build.uses_fake_quantize:
+    if any(node.op_type == FAKE_QUANTIZE for node in graph.node):
         lowered.functions.append(fake_quantize_function())
     return lowered
+
+
+def _add_linear(graph: Nodes, form: LinearForm, layer: Linear, x: str, output: str) -> None:
+    """`output` = `x` @ weight.T by `form`, with the scales and factors that `layer` has beside its weight."""
+    smoothing, factors = f"{layer.name}.pre_quant_scale", [f"svdquant_lora_{side}" for side in "ab"]
+    if graph.holds(smoothing):
+        x = graph.node("Mul", [x, graph.full(smoothing)], f"{output}/smoothed")
+    if not graph.holds(f"{layer.name}.{factors[0]}"):
+        form(graph, layer, x, output)
+        return
+    form(graph, layer, x, f"{output}/quantized")
+    low = x
+    for factor in factors:
+        name = f"{layer.name}.{factor}"
+        low = graph.node("MatMul", [low, graph.turned(graph.full(name), name)], f"{output}/{factor}")
+    graph.node("Add", [f"{output}/quantized", low], output)
 
 
 def fake_quantize_function() -> onnx.FunctionProto:
@@ -115,229 +123,5 @@ def fake_quantize_function() -> onnx.FunctionProto:
         node("Reshape", ["signed", "shape"], ["y"]),
     ]
     return helper.make_function(
-        LINEAR_DOMAIN, "NVFP4FakeQuantize", ["x", "input_scale"], ["y"], nodes, [helper.make_opsetid("", OPSET)]
+        LINEAR_DOMAIN, FAKE_QUANTIZE, ["x", "input_scale"], ["y"], nodes, [helper.make_opsetid("", OPSET)]
     )
-
-
-STORED_KINDS: dict[str, int] = {
-    "F32": TensorProto.FLOAT,
-    "BF16": TensorProto.BFLOAT16,
-    "F16": TensorProto.FLOAT16,
-    "F8_E4M3": TensorProto.FLOAT8E4M3FN,
-    "U8": TensorProto.UINT8,
-    "I8": TensorProto.INT8,
-}
-
-
-class _Builder:
-    """What a reference form adds nodes through, see fluxc.formats.base.GraphBuilder."""
-
-    def __init__(self, lowering: _Lowering, layer: str, kinds: dict[str, int]) -> None:
-        self._lowering, self._layer, self._kinds = lowering, layer, kinds
-
-    def tensor(self, name: str) -> str:
-        return self._lowering.weight(name, self._kinds[name.removeprefix(f"{self._layer}.")])
-
-    def constant(self, name: str, kind: int, shape: list[int], values: list[int] | list[float]) -> str:
-        return self._lowering.constant(name, kind, shape, values)
-
-    def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        return self._lowering.once((op, output), op, inputs, output, **attributes)
-
-
-class _Lowering:
-    """Adds lowered nodes to a graph, each shared part once."""
-
-    def __init__(
-        self,
-        graph: onnx.GraphProto,
-        stored: dict[str, str],
-        plan: dict[str, LayerPlan],
-        activations: str,
-        weights_in_memory: str,
-        dtype: int,
-    ) -> None:
-        self._graph = graph
-        self._dtype = dtype
-        self._stored = stored
-        self._plan = plan
-        self._activations = activations
-        self._four_bit = weights_in_memory == "4-bit"
-        self._made: dict[tuple[str, ...], str] = {}
-        self.uses_fake_quantize = False
-
-    def weight(self, name: str, kind: int = TensorProto.UNDEFINED) -> str:
-        """A tensor of the weights file as a graph input; binding gives it its place, and its type where `kind` is not given."""
-        if ("weight", name) not in self._made:
-            if name not in self._stored:
-                raise BuildError(f"the graph needs tensor {name!r}, which the weights file does not hold")
-            value = self._graph.input.add(name=name)
-            value.type.tensor_type.elem_type = kind
-            self._made["weight", name] = name
-        return name
-
-    def full(self, name: str, to: int | None = None) -> str:
-        """The tensor `name` as `to`, by default the type products are computed in."""
-        to = self._dtype if to is None else to
-        source = self.weight(name)
-        if STORED.get(self._stored[name], to) == to:
-            return source
-        return self.once(("full", name, str(to)), "Cast", [source], f"{name}/{TYPE_NAMES[to]}", to=to)
-
-    def linear(self, x: str, weight: str, output: str) -> None:
-        """y = x @ weight.T with `weight` in its planned format."""
-        layer = weight.removesuffix(".weight")
-        if f"{layer}.pre_quant_scale" in self._stored:
-            scale = self.full(f"{layer}.pre_quant_scale")
-            x = self.once(("smoothed", x, layer), "Mul", [x, scale], f"{output}/smoothed")
-        if f"{layer}.svdquant_lora_a" not in self._stored:
-            self._product(x, weight, layer, output)
-            return
-        self._product(x, weight, layer, f"{output}/quantized")
-        low = x
-        for factor in ("svdquant_lora_a", "svdquant_lora_b"):
-            name = f"{layer}.{factor}"
-            turned = self.once(("transposed", name), "Transpose", [self.full(name)], f"{name}/transposed", perm=[1, 0])
-            self._graph.node.append(helper.make_node("MatMul", [low, turned], [f"{output}/{factor}"]))
-            low = f"{output}/{factor}"
-        self._graph.node.append(helper.make_node("Add", [f"{output}/quantized", low], [output]))
-
-    def _product(self, x: str, weight: str, layer: str, output: str) -> None:
-        planned = self._plan.get(layer)
-        if planned is None or planned.format == "bf16":
-            dense = self.full(weight)
-        elif planned.format not in FORMS:
-            dense = self._reference(planned)
-        elif planned.format == "fp8":
-            scale = self.weight(f"{layer}.weight_scale")
-            dense = self.once(("dq", layer), "DequantizeLinear", [self.weight(weight), scale], f"{weight}/fp32")
-            if self._dtype != TensorProto.FLOAT:
-                narrow = f"{weight}/{TYPE_NAMES[self._dtype]}"
-                dense = self.once(("narrow", layer), "Cast", [dense], narrow, to=self._dtype)
-            x = self._rounded_fp8(x, planned)
-        elif self._dtype != TensorProto.FLOAT:
-            self._fp4_product(x, weight, layer, output)
-            return
-        else:
-            x = self._rounded_nvfp4(x, planned)
-            if not self._four_bit:
-                self._nvfp4_product(x, weight, planned, output)
-                return
-            dense = self._nvfp4(weight, layer, planned.layer.out_features)
-        transposed = self.once(("transposed", weight), "Transpose", [dense], f"{weight}/transposed", perm=[1, 0])
-        self._graph.node.append(helper.make_node("MatMul", [x, transposed], [output]))
-
-    def _reference(self, planned: LayerPlan) -> str:
-        """The dense weight of a format that has no form of its own here."""
-        layer = planned.layer
-        if self._dtype != TensorProto.FLOAT:
-            raise BuildError(
-                f"{layer.name}: ONNX Runtime on CUDA has no form for {planned.format}; it has {', '.join(FORMS)} and bf16"
-            )
-        format = FORMATS[planned.format]
-        kinds = {part: STORED_KINDS[dtype] for part, (dtype, _) in format.parts(format.block, format.block).items()}
-        return format.reference_form(
-            _Builder(self, layer.name, kinds), layer.name, layer.out_features, layer.in_features
-        )
-
-    def _fp4_product(self, x: str, weight: str, layer: str, output: str) -> None:
-        codes = self.weight(weight, TensorProto.UINT8)
-        scales = self.weight(f"{layer}.weight_scale", TensorProto.UINT8)
-        inputs = [x, codes, scales, self.weight(f"{layer}.weight_scale_2")]
-        self._graph.node.append(
-            helper.make_node(
-                "MatMulBlockQuantizedFp4Weight", inputs, [output], domain="com.microsoft", block_size=BLOCK
-            )
-        )
-
-    def _nvfp4_product(self, x: str, weight: str, planned: LayerPlan, output: str) -> None:
-        layer, rows, columns = planned.layer.name, planned.layer.out_features, planned.layer.in_features
-        half_scales = self.once(
-            ("half_scales", layer),
-            "Mul",
-            [self._block_scales(layer), self.constant("half", TensorProto.FLOAT, [], [0.5])],
-            f"{layer}/half_block_scales",
-        )
-        packed = self.weight(weight, TensorProto.UINT8)
-        index = self.once(("index", layer), "Cast", [packed], f"{weight}/index", to=TensorProto.INT32)
-        doubled = [int(2 * value) + 128 for value in E2M1_VALUES]
-        pairs = [doubled[nibble] for byte in range(256) for nibble in (byte & 15, byte >> 4)]
-        table = self.constant("nibble_pairs", TensorProto.UINT8, [256, 2], pairs)
-        codes = self.once(("codes", layer), "Gather", [table, index], f"{weight}/pairs", axis=0)
-        shape = self.constant(f"blocks/{rows}/{columns}", TensorProto.INT64, [3], [rows, columns // BLOCK, BLOCK])
-        blocks = self.once(("blocks", layer), "Reshape", [codes, shape], f"{weight}/blocks")
-        self._graph.node.append(
-            helper.make_node(
-                "MatMulNBits",
-                [x, blocks, half_scales],
-                [output],
-                domain="com.microsoft",
-                K=columns,
-                N=rows,
-                bits=8,
-                block_size=BLOCK,
-                accuracy_level=0,
-            )
-        )
-
-    def _block_scales(self, layer: str) -> str:
-        names = [self.weight(f"{layer}.weight_scale"), self.weight(f"{layer}.weight_scale_2")]
-        return self.once(("scales", layer), "DequantizeLinear", names, f"{layer}/block_scales")
-
-    def _nvfp4(self, weight: str, layer: str, rows: int) -> str:
-        scales = self._block_scales(layer)
-        every_row = self.once(
-            ("rows", str(rows)),
-            "Range",
-            [self.constant(f"scalar/{value}", TensorProto.INT64, [], [value]) for value in (0, rows, 1)],
-            f"rows/{rows}",
-        )
-        return self.once(
-            ("dq", layer),
-            "GatherBlockQuantized",
-            [self.weight(weight, TensorProto.FLOAT4E2M1), every_row, scales],
-            f"{weight}/fp32",
-            domain="com.microsoft",
-            block_size=BLOCK,
-            gather_axis=0,
-            quantize_axis=1,
-        )
-
-    def _rounded_nvfp4(self, x: str, planned: LayerPlan) -> str:
-        if self._activations == "none":
-            return x
-        self.uses_fake_quantize = True
-        layer, key = planned.layer.name, ("rounded", x, planned.layer.group or planned.layer.name)
-        if key in self._made:
-            return self._made[key]
-        scale = self.weight(f"{layer}.input_scale")
-        return self.once(key, "NVFP4FakeQuantize", [x, scale], f"{layer}/input", domain=LINEAR_DOMAIN)
-
-    def _rounded_fp8(self, x: str, planned: LayerPlan) -> str:
-        if self._activations == "none":
-            return x
-        layer, key = planned.layer.name, ("rounded", x, planned.layer.group or planned.layer.name)
-        if key in self._made:
-            return self._made[key]
-        scale, zero = self.weight(f"{layer}.input_scale"), self._zero_e4m3()
-        codes = self.once(("codes", *key), "QuantizeLinear", [x, scale, zero], f"{layer}/input_e4m3")
-        return self.once(key, "DequantizeLinear", [codes, scale], f"{layer}/input")
-
-    def _zero_e4m3(self) -> str:
-        if ("zero",) not in self._made:
-            zero = helper.make_tensor("zero_e4m3", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
-            self._graph.initializer.append(zero)
-            self._made["zero",] = zero.name
-        return "zero_e4m3"
-
-    def constant(self, name: str, kind: int, shape: list[int], values: list[int] | list[float]) -> str:
-        if ("constant", name) not in self._made:
-            self._graph.initializer.append(helper.make_tensor(name, kind, shape, values))
-            self._made["constant", name] = name
-        return name
-
-    def once(self, key: tuple[str, ...], op: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        if key not in self._made:
-            self._graph.node.append(helper.make_node(op, inputs, [output], **attributes))
-            self._made[key] = output
-        return self._made[key]

@@ -16,6 +16,8 @@ import onnx
 
 from fluxc.base.errors import BuildError
 from fluxc.base.progress import Report
+from fluxc.formats.bf16 import BF16
+from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import Allow, TensorRTTarget
 from fluxc.targets.tensorrt.audit import WAIVABLE, Audit, Expected, Finding, audit
@@ -76,12 +78,12 @@ def largest_segment(memory_gib: float) -> int:
 
 def check_group_scales(component: Component) -> None:
     """Refuse a fusion group whose members have different tensor or input scales: one GEMM can apply only one of each."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for entry in component.plan:
-        if entry.format != "bf16" and entry.layer.group:
-            groups.setdefault(entry.layer.group, []).append(entry.layer.name)
-    for group, layers in groups.items():
-        for part in ("weight_scale_2", "weight_scale", "input_scale"):
+        if entry.format != BF16 and entry.layer.group:
+            groups.setdefault((entry.layer.group, entry.format), []).append(entry.layer.name)
+    for (group, format), layers in groups.items():
+        for part in FORMATS[format].scalars:
             refs = [component.weights.get(f"{layer}.{part}") for layer in layers]
             values = {bytes(ref.bytes_view()) for ref in refs if ref is not None and ref.shape == ()}
             if len(values) > 1:
@@ -93,9 +95,14 @@ def check_group_scales(component: Component) -> None:
 
 def spare_scales(plan: list[LayerPlan], taken: set[str]) -> set[str]:
     """Scalar scales of group members that a graph rightly leaves alone: another member's, equal, is used for the group."""
-    parts = ("input_scale", "weight_scale_2", "weight_scale")
-    used = {entry.layer.group for entry in plan if f"{entry.layer.name}.input_scale" in taken}
-    return {f"{e.layer.name}.{part}" for e in plan if e.layer.group and e.layer.group in used for part in parts}
+    quantized = [entry for entry in plan if entry.format != BF16 and entry.layer.group]
+    used = {entry.layer.group for entry in quantized if f"{entry.layer.name}.input_scale" in taken}
+    return {
+        f"{entry.layer.name}.{part}"
+        for entry in quantized
+        if entry.layer.group in used
+        for part in FORMATS[entry.format].scalars
+    }
 
 
 def write_sources(cut: Cut, folder: Path) -> None:

@@ -30,7 +30,8 @@ from fluxc.graph.ulysses import COLLECTIVE, ranks_of
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.tensorrt.audit import Expected
 from fluxc.targets.tensorrt.builder import Profile
-from fluxc.targets.tensorrt.lower import Lowered, fix_shapes, lower_tensorrt, port_dtype
+from fluxc.targets.tensorrt.lower import Lowered, fix_shapes, lower_tensorrt
+from fluxc.targets.tensorrt.nodes import port_dtype
 from fluxrt.bundle import Call, Plan, Port, Program
 
 # What building a plan takes in memory, as a multiple of the weights baked into it (measured: 8.5 GB for 2.77 GB).
@@ -294,8 +295,7 @@ def _composed(steps: dict[str, onnx.ModelProto], segment: list[tuple[str, str]])
         composition.arguments(value for value in step.graph.input if "." not in value.name)
         names = argument_names(step)
         (at,) = composition.inline(step, {name: name for name in names} | {"joined": at}, prefix)
-    out = onnx.ValueInfoProto()
-    out.CopyFrom(steps[segment[-1][0]].graph.output[0])
+    out = steps[segment[-1][0]].graph.output[0]
     composition.node("Identity", [at], out.name)
     return composition.finish([out])
 

@@ -7,7 +7,6 @@ initializers in copies of the bundle's weights files.
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,9 +17,10 @@ from onnx import TensorProto, helper
 from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.graph import OPSET
-from fluxc.graph.values import renamed
-from fluxc.targets.tensorrt.lower import TRT_DOMAIN
+from fluxc.graph.values import inline, renamed
+from fluxc.targets.tensorrt.nodes import TRT_DOMAIN
 from fluxrt.bundle import Bundle, Engine, TensorRTTarget, WeightPort, dimension_size
+from fluxrt.weights import weights_files
 
 
 def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
@@ -101,34 +101,9 @@ def whole_graph(bundle: Bundle, engine: Engine, stage: str) -> onnx.ModelProto:
             names[value.name] = held[buffer] = buffer if is_result else f"{number}/{buffer}"
             if is_result:
                 graph.output.append(renamed(value, buffer))
-        _inline(graph, source, names, f"{number}/")
+        inline(graph, source, names, f"{number}/")
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(TRT_DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=11, producer_name="fluxc")
-
-
-def weights_files(bundle: Bundle, entry: str) -> list[Path]:
-    """The safetensors files of a component, from its one file or its index."""
-    path = bundle.path(entry)
-    if path.suffix != ".json":
-        return [path]
-    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    return [bundle.path(str(Path(entry).with_name(name))) for name in names]
-
-
-def _inline(graph: onnx.GraphProto, source: onnx.GraphProto, names: dict[str, str], scope: str) -> None:
-    def rename(name: str) -> str:
-        return names.setdefault(name, scope + name) if name else ""
-
-    for tensor in source.initializer:
-        copy = graph.initializer.add()
-        copy.CopyFrom(tensor)
-        copy.name = rename(tensor.name)
-    for node in source.node:
-        copy_node = graph.node.add()
-        copy_node.CopyFrom(node)
-        copy_node.name = scope + node.name
-        copy_node.input[:] = [rename(name) for name in node.input]
-        copy_node.output[:] = [rename(name) for name in node.output]
 
 
 def _external(

@@ -30,6 +30,7 @@ from fluxrt.bundle import StepCache
 if TYPE_CHECKING:
     from fluxc.quantize.writer import View
 
+FORMATS_TAKEN = ("nvfp4", "fp8")
 SCHEMA = "VisualGenArgs of TensorRT-LLM 1.3 and 1.4"
 FOLDER = "visual_gen"
 HALVES = ("gate", "up")
@@ -80,10 +81,11 @@ def check_visual_gen(
             f"{field}: VisualGen takes one quantized format and bf16, this plan has {', '.join(sorted(formats))}; keep "
             "to one of them in precision.transformer, or leave this target out"
         )
-    unknown = formats - {"nvfp4", "fp8"}
+    unknown = formats - set(FORMATS_TAKEN)
     if unknown:
         raise RecipeError(
-            f"{field}: VisualGen does not take {', '.join(sorted(unknown))}; plan nvfp4 or fp8, or leave this target out"
+            f"{field}: VisualGen does not take {', '.join(sorted(unknown))}; plan {' or '.join(FORMATS_TAKEN)}, or leave "
+            "this target out"
         )
     smoothed = [entry.layer.name for entry in plan if entry.low_rank or "pre_quant_scale" in entry.parts]
     if smoothed:
