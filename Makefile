@@ -1,4 +1,4 @@
-# make demo: set up, compile flux2-nano, draw four pictures.   make test: set up, run the tests.
+# make demo: set up, compile flux2-nano, generate four images.   make test: set up, run the tests.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -32,7 +32,7 @@ demo: setup
 	  --prompt "a small yellow triangle at the top right on a blue background" \
 	  --prompt "a large green cross at the center on a black background" \
 	  --prompt "a small white ring at the bottom left on a purple background"
-	@echo "The four pictures are artifacts/demo-0.png to demo-3.png; the report is artifacts/flux2-nano-nvfp4/report/index.html"
+	@echo "The four images are artifacts/demo-0.png to demo-3.png; the report is artifacts/flux2-nano-nvfp4/report/index.html"
 
 test: setup-tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25

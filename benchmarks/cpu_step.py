@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, help="random transformer of this width (a multiple of 128)")
     parser.add_argument("--blocks", type=int, nargs=2, default=(2, 4), metavar=("DOUBLE", "SINGLE"))
-    parser.add_argument("--side", type=int, default=64, help="picture side in pixels; a token is 8 pixels (default 64)")
+    parser.add_argument("--side", type=int, default=64, help="image side in pixels; a token is 8 pixels (default 64)")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=7, help="timed steps a turn")
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)

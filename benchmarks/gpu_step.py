@@ -1,7 +1,7 @@
 """A denoising step on a GPU: fluxrt's ONNX Runtime target beside diffusers in bf16, eager, compiled, and as CUDA graphs.
 
     python benchmarks/gpu_step.py                     # klein 4B's shapes, random weights, 1024x1024
-    python benchmarks/gpu_step.py --bundle artifacts/flux2-nano-cuda     # also: is its CUDA picture the CPU's?
+    python benchmarks/gpu_step.py --bundle artifacts/flux2-nano-cuda     # also: is its CUDA image the CPU's?
     python benchmarks/gpu_step.py --rtx-plan artifacts/flux2-nano-rtx-sm80/engines/tensorrt_rtx/single.plan
     python benchmarks/gpu_step.py --dry-run           # the same code on a CPU, tiny, figures without meaning
 
@@ -79,7 +79,7 @@ def main() -> None:
         ratio = f"{eager / r['median']:.2f}x" if eager else ""
         print(f"| {CONTENDERS[name]} | {r['median']:.2f} | {r['worst']:.2f} | {ratio} | {r['memory']:.2f} |")
     if options.bundle:
-        print(f"\n{compare_pictures(options.bundle)}")
+        print(f"\n{compare_images(options.bundle)}")
     if options.rtx_plan:
         print(f"\n{load_plan(options.rtx_plan)}")
 
@@ -190,13 +190,13 @@ def fluxrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path, 
     def step() -> None:
         backend.put("sigma", np.array(SIGMA, np.float32))
         backend.put("next_sigma", np.array(NEXT_SIGMA, np.float32))
-        backend.play(("prologue", "body", "epilogue"), {"next_latents": "latents"})
+        backend.run(("prologue", "body", "epilogue"), {"next_latents": "latents"})
 
     return step
 
 
-def compare_pictures(path: Path) -> str:
-    """The PSNR of a picture on CUDA against the CPU's, both of one bundle's onnxruntime targets."""
+def compare_images(path: Path) -> str:
+    """The PSNR of an image on CUDA against the CPU's, both of one bundle's onnxruntime targets."""
     import fluxrt
     from fluxc.fidelity.metrics import psnr
     from fluxrt.bundle import open_bundle
@@ -207,10 +207,10 @@ def compare_pictures(path: Path) -> str:
     ]
     prompt = "a small white ring at the top on a red background"
     request = fluxrt.Request(prompt, seed=7)
-    pictures = [
+    images = [
         np.asarray(fluxrt.load(path, target=name).generate(request).images[0], np.float64) / 255 for name in names
     ]
-    return f"{names[1]} draws {prompt!r} at {psnr(pictures[1], pictures[0]):.1f} dB of {names[0]}"
+    return f"{names[1]} generates {prompt!r} at {psnr(images[1], images[0]):.1f} dB of {names[0]}"
 
 
 def load_plan(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""One picture in 1, 2 and 4 processes on a CPU: time of a step, and memory, of all processes together and of the largest.
+"""One image in 1, 2 and 4 processes on a CPU: time of a step, and memory, of all processes together and of the largest.
 
     python benchmarks/ranks.py                       # flux2-nano
     python benchmarks/ranks.py --width 1536 --side 128 --steps 3 --ranks 1 2 4
@@ -29,8 +29,8 @@ POLL_S = 0.02
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, help="random transformer of this width (a multiple of 512)")
-    parser.add_argument("--side", type=int, default=64, help="picture side in pixels; a token is 8 pixels (default 64)")
-    parser.add_argument("--steps", type=int, default=24, help="denoising steps of a picture")
+    parser.add_argument("--side", type=int, default=64, help="image side in pixels; a token is 8 pixels (default 64)")
+    parser.add_argument("--steps", type=int, default=24, help="denoising steps of an image")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--one", nargs=2, metavar=("BUNDLE", "RANKS"), help=argparse.SUPPRESS)
@@ -75,7 +75,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def measure(bundle: Path, ranks: int, steps: int) -> dict[str, float]:
-    """Median time of a step over three pictures, and memory while they were drawn."""
+    """Median time of a step over three images, and memory while they were generated."""
     import fluxrt
 
     target = "onnxruntime" if ranks == 1 else f"onnxruntime-{ranks}gpus"

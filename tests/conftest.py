@@ -91,7 +91,7 @@ def quantized_by_modelopt(*changes: dict[str, Any]) -> Any:
     import modelopt.torch.quantization as mtq
     import torch
 
-    from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
+    from fluxc.checkpoint.reference import Generation, generate, load_pipeline
     from fluxc.checkpoint.source import open_checkpoint
 
     checkpoint = open_checkpoint(str(NANO), None, ROOT)
@@ -100,7 +100,7 @@ def quantized_by_modelopt(*changes: dict[str, Any]) -> Any:
 
     def forward(_: torch.nn.Module) -> None:
         for number, prompt in enumerate(prompts):
-            draw(pipeline, checkpoint, prompt, Drawing((64, 64), 3, 1.5, number, 32, (9, 18, 27)))
+            generate(pipeline, checkpoint, prompt, Generation((64, 64), 3, 1.5, number, 32, (9, 18, 27)))
 
     config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
     config["quant_cfg"] += changes

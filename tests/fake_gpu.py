@@ -132,7 +132,7 @@ class FakeDriver:
 
 
 class FakeLibrary:
-    """The part of the tensorrt_rtx module that fluxrt plays with."""
+    """The part of the tensorrt_rtx module that fluxrt runs with."""
 
     class ILogger:
         class Severity:

@@ -1,4 +1,4 @@
-"""Reads foreground colour, background colour and position from a picture of flux2-nano's world, without any model."""
+"""Reads foreground colour, background colour and position from an image of flux2-nano's world, without any model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
 NAMES = list(COLOURS)
 
 
-def read(picture: np.ndarray) -> tuple[str, str, str] | None:
-    """(foreground colour, background colour, position) of uint8 or 0..1 `picture` [64, 64, 3]; None if there is no shape.
+def read(image: np.ndarray) -> tuple[str, str, str] | None:
+    """(foreground colour, background colour, position) of uint8 or 0..1 `image` [64, 64, 3]; None if there is no shape.
 
     The ground is the median of the outermost two pixels. The shape is what lies nearer to another palette colour than to
     the ground; its colour is the one most of those pixels are nearest to, its position the nearest to their centre.
     """
-    pixels = np.asarray(picture, dtype=np.float64)
+    pixels = np.asarray(image, dtype=np.float64)
     if pixels.max() <= 1.0:
         pixels = pixels * 255
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
@@ -38,9 +38,9 @@ def read(picture: np.ndarray) -> tuple[str, str, str] | None:
     return NAMES[colour], NAMES[ground], position
 
 
-def follows(picture: np.ndarray, spec: Spec) -> bool:
+def follows(image: np.ndarray, spec: Spec) -> bool:
     """Whether foreground colour, background colour and position are all as `spec` says."""
-    return read(picture) == (spec.colour, spec.background, spec.position)
+    return read(image) == (spec.colour, spec.background, spec.position)
 
 
 def _nearest(pixel: np.ndarray) -> int:

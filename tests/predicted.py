@@ -11,7 +11,7 @@ from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.predict.scaling import Subject, rank_memory
 from fluxc.predict.work import work_of
 from fluxc.quantize.memory import weights_memory
-from fluxc.targets.sharding import shares_of
+from fluxc.targets.sharding import shards_of
 from fluxc.targets.tensorrt.audit import GEMM_KINDS
 from fluxc.targets.tensorrt.cut import Component
 from fluxc.targets.tensorrt.program import Program, read_programs
@@ -27,7 +27,7 @@ def check_prediction(engine: Engine, folder: Path, config: dict[str, Any], compo
     1 %: the weights that a rank uploads."""
     plan = component.plan
     model = Flux2Transformer.read(config)
-    work = work_of(model, plan, shares_of(ranks, (1024, 1024), 4096, model, 512, 1, 2), 1)
+    work = work_of(model, plan, shards_of(ranks, (1024, 1024), 4096, model, 512, 1, 2), 1)
     programs = {}
     for name, entry in engine.plans.items():
         (programs[name],) = (p for p in read_programs((folder / str(entry.file)).read_bytes()) if not p.is_fragment)
@@ -47,7 +47,7 @@ def check_prediction(engine: Engine, folder: Path, config: dict[str, Any], compo
 
 
 def moved(program: Program) -> int:
-    """Bytes that everything but products, attention and exchanges reads and writes."""
+    """Bytes that everything but GEMMs, attention and exchanges reads and writes."""
     return sum(
         program.tensors[name].nbytes
         for kernel in program.kernels

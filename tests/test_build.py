@@ -251,7 +251,7 @@ def four_bit_bundle(workshop: Path) -> Path:
     return compile_into(workshop / "four-bit", *QUICK, targets)
 
 
-def test_mixed_formats_build_and_draw(workshop: Path) -> None:
+def test_mixed_formats_build_and_generate(workshop: Path) -> None:
     import fluxrt
 
     out = compile_into(
@@ -331,14 +331,14 @@ def test_a_component_in_several_files_computes_the_same(quick_bundle: Path, work
     assert {n: t.view(torch.uint8).tolist() for n, t in parts.items() if t.ndim == 2} == {
         n: t.view(torch.uint8).tolist() for n, t in whole.items() if t.ndim == 2
     }
-    pictures = [
+    images = [
         fluxrt.load(bundle, target="onnxruntime-nvfp4")
         .generate(fluxrt.Request("a small red ring", seed=3))
         .images[0]
         .tobytes()
         for bundle in (quick_bundle, split)
     ]
-    assert pictures[0] == pictures[1]
+    assert images[0] == images[1]
     vaes = [AutoencoderKLFlux2.from_pretrained(bundle / "vae").state_dict() for bundle in (quick_bundle, split)]
     assert all(torch.equal(vaes[0][name], vaes[1][name]) for name in vaes[0])
     assert list(verify_bundle(split))

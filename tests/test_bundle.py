@@ -28,10 +28,10 @@ def reseal(bundle: Path, edit) -> None:
     (bundle / "bundle.json").write_bytes(encode_manifest(manifest))
 
 
-def test_a_whole_bundle_verifies_and_draws_its_picture_again(quick_bundle: Path) -> None:
+def test_a_whole_bundle_verifies_and_generates_its_image_again(quick_bundle: Path) -> None:
     lines = list(verify_bundle(quick_bundle))
     assert "match their SHA-256" in lines[0]
-    assert [line for line in lines[1:] if "drawn again" in line] == lines[1:]
+    assert [line for line in lines[1:] if "generated again" in line] == lines[1:]
     assert len(lines) == 3
 
 
@@ -172,8 +172,8 @@ def test_the_build_time_is_outside_the_digest_and_everything_else_inside(quick_b
             assert manifest_digest(msgspec.structs.replace(manifest, **{field: empty})) != manifest.digest, field
 
 
-def test_a_picture_that_is_drawn_otherwise_fails_verification(quick_copy: Path) -> None:
-    """Weights that are wrong but sealed: hashes cannot find them, the picture does."""
+def test_a_image_that_is_generated_otherwise_fails_verification(quick_copy: Path) -> None:
+    """Weights that are wrong but sealed: hashes cannot find them, the image does."""
     from fluxrt.bundle import sha256_file
 
     weights = quick_copy / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -29,7 +29,7 @@ from fluxc.calibrate.records import BINS, ROWS, LayerInputs, bin_edges, merge
 from fluxc.calibrate.run import calibrate
 from fluxc.calibrate.sample import sample_points
 from fluxc.calibrate.summary import outliers
-from fluxc.checkpoint.reference import Drawing, load_pipeline
+from fluxc.checkpoint.reference import Generation, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats import fp8, nvfp4
 from fluxc.models.base import Linear
@@ -38,7 +38,7 @@ from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import Calibration
 from fluxrt.bundle import open_bundle
 
-DRAWING = Drawing((64, 64), 2, 1.5, 0, 32, (9, 18, 27))
+GENERATION = Generation((64, 64), 2, 1.5, 0, 32, (9, 18, 27))
 PROMPTS = ["a small red ring at the top on a blue background", "a large green cross at the left on a black background"]
 
 
@@ -285,7 +285,7 @@ WHOLE = Placement("cpu", "whole")
 
 
 def run_calibration(work: Path, placement: Placement = WHOLE) -> Records:
-    return calibrate(open_checkpoint(str(NANO), None, NANO), PROMPTS, DRAWING, 2, origin(), placement, work)
+    return calibrate(open_checkpoint(str(NANO), None, NANO), PROMPTS, GENERATION, 2, origin(), placement, work)
 
 
 @pytest.fixture(scope="module")
@@ -309,12 +309,12 @@ def test_records_equal_raw_captures_and_rows_come_from_every_call(whole: bytes, 
             lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, -2).float().numpy())
         )
     for number, prompt in enumerate(PROMPTS):
-        run.draw(pipeline, checkpoint, prompt, DRAWING.of_prompt(number))
+        run.generate(pipeline, checkpoint, prompt, GENERATION.of_prompt(number))
     for name, seen in captured.items():
         record, values = records[name], np.concatenate(seen)
         assert (record.histogram.sum(), record.amax) == (values.size, np.abs(values).max())
         calls = [{x.tobytes() for x in call} for call in seen]
-        assert len(calls) == len(PROMPTS) * DRAWING.steps * 2
+        assert len(calls) == len(PROMPTS) * GENERATION.steps * 2
         found = [sum(x.tobytes() in call for x in record.rows) for call in calls]
         assert min(found) >= ROWS // len(calls) - 1
         assert len(record.rows) == ROWS
@@ -374,21 +374,21 @@ def test_a_prompts_records_that_were_cut_short_are_measured_again(whole: bytes, 
 def test_an_interrupted_calibration_goes_on_and_gives_the_same_bytes(
     whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[str] = []
-    draw = run.draw
+    generated: list[str] = []
+    generate = run.generate
 
-    def interrupted(pipeline, checkpoint, prompt, drawing):
-        if prompt == PROMPTS[1] and drawn == [PROMPTS[0]]:
-            drawn.append("interrupted")
+    def interrupted(pipeline, checkpoint, prompt, generation):
+        if prompt == PROMPTS[1] and generated == [PROMPTS[0]]:
+            generated.append("interrupted")
             raise KeyboardInterrupt
-        drawn.append(prompt)
-        return draw(pipeline, checkpoint, prompt, drawing)
+        generated.append(prompt)
+        return generate(pipeline, checkpoint, prompt, generation)
 
-    monkeypatch.setattr(run, "draw", interrupted)
+    monkeypatch.setattr(run, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_calibration(tmp_path / "work")
     write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work"))
-    assert drawn == [PROMPTS[0], "interrupted", PROMPTS[1]]
+    assert generated == [PROMPTS[0], "interrupted", PROMPTS[1]]
     assert (tmp_path / "file").read_bytes() == whole
 
 

@@ -63,7 +63,7 @@ def test_a_nan_weight_is_named_with_its_position(damaged: Path) -> None:
         tensors["single_transformer_blocks.2.attn.to_out.weight"][5, 7] = float("nan")
 
     change(damaged, TRANSFORMER, poison)
-    # The model would draw nothing with it, so calibration is skipped to let the writer meet it.
+    # The model would generate nothing with it, so calibration is skipped to let the writer meet it.
     refused(
         damaged,
         r"single_transformer_blocks\.2\.attn\.to_out\.weight.*\[5, 7\]",

@@ -140,7 +140,7 @@ def test_verify_says_what_it_checked(quick_bundle: Path) -> None:
     result = invoke("verify", quick_bundle, "--target", "onnxruntime")
     assert result.exit_code == 0, result.output
     assert "match their SHA-256" in result.output
-    assert "the recorded picture is drawn again" in result.output
+    assert "the recorded image is generated again" in result.output
 
 
 def test_verify_fails_with_one_paragraph_and_exit_code_1(quick_copy: Path) -> None:

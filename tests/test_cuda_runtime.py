@@ -49,19 +49,19 @@ def pipeline_of(bundle: Bundle, driver: FakeDriver) -> Pipeline:
     return pipeline
 
 
-def test_a_picture_goes_through_buffers_capture_and_replay(bundle: Bundle) -> None:
-    """Eager, captured, launched: every step of a picture, and of the next one, gives what the CPU target gives."""
+def test_a_image_goes_through_buffers_capture_and_replay(bundle: Bundle) -> None:
+    """Eager, captured, launched: every step of an image, and of the next one, gives what the CPU target gives."""
     driver = FakeDriver()
     pipeline = pipeline_of(bundle, driver)
     expected = (
         Pipeline(bundle, target="onnxruntime-nvfp4").generate(Request([PROMPT, "a large red circle"], steps=4)).images
     )
-    drawn = pipeline.generate(Request([PROMPT, "a large red circle"], steps=4)).images
-    for ours, theirs in zip(drawn, expected, strict=True):
+    generated = pipeline.generate(Request([PROMPT, "a large red circle"], steps=4)).images
+    for ours, theirs in zip(generated, expected, strict=True):
         difference = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
         assert 10 * np.log10(255**2 / np.mean(difference**2)) > 25
     log = [entry for entry in driver.log if not entry.startswith("upload")]
-    # Two pictures of text encoding and decoding each: eager, then captured. Eight steps: one eager, one captured, and on.
+    # Two images of text encoding and decoding each: eager, then captured. Eight steps: one eager, one captured, and on.
     assert log.count("begin capture") == 3
     steps = log[: log.index("run vae_decoder")]
     assert steps.count("run double") == 2
@@ -127,7 +127,7 @@ def test_other_sizes_are_captured_anew(bundle: Bundle) -> None:
     assert 10 * np.log10(255**2 / np.mean(difference**2)) > 25
 
 
-def test_a_range_of_sizes_draws_what_lies_between(
+def test_a_range_of_sizes_generates_what_lies_between(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A size that no one listed, on a profile that spans it; one token more than the greatest is refused."""
@@ -136,8 +136,8 @@ def test_a_range_of_sizes_draws_what_lies_between(
     sizes = "sizes=[[64, 64], [32, 96], [96, 96]]"
     ranged = open_bundle(compile_into(workshop / "rtx-ranged", *QUICK, sizes, targets, recipe=RTX_RECIPE))
     pipeline = pipeline_of(ranged, FakeDriver())
-    drawn = pipeline.generate(Request(PROMPT, steps=2, size=(48, 80)))
-    assert drawn.images[0].size == (80, 48)
+    generated = pipeline.generate(Request(PROMPT, steps=2, size=(48, 80)))
+    assert generated.images[0].size == (80, 48)
     with pytest.raises(
         RequestError, match=r"size 96x104 .* not compiled; this bundle has .* sizes of 48 to 144 tokens of 8x8"
     ):
@@ -151,7 +151,9 @@ def test_a_range_of_sizes_draws_what_lies_between(
         listed.generate(Request(PROMPT, steps=1, size=(48, 80)))
 
 
-def test_a_model_without_guidance_draws_too(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_guidance_generates_too(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Distilled: one branch, so every shape is fixed and no graph reads a guidance."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = copy_checkpoint(tmp_path / "distilled")
@@ -161,9 +163,9 @@ def test_a_model_without_guidance_draws_too(workshop: Path, tmp_path: Path, monk
     distilled = open_bundle(compile_into(workshop / "rtx-distilled", *QUICK, *changes, recipe=RTX_RECIPE))
     assert all(plan.profiles == () for plan in distilled.target("tensorrt_rtx").engine.plans.values())
     assert not distilled.target("tensorrt_rtx").reads("guidance")
-    drawn = pipeline_of(distilled, FakeDriver()).generate(Request(PROMPT, steps=3)).images[0]
+    generated = pipeline_of(distilled, FakeDriver()).generate(Request(PROMPT, steps=3)).images[0]
     expected = Pipeline(distilled, target="onnxruntime-nvfp4").generate(Request(PROMPT, steps=3)).images[0]
-    difference = np.asarray(drawn, np.float64) - np.asarray(expected, np.float64)
+    difference = np.asarray(generated, np.float64) - np.asarray(expected, np.float64)
     assert 10 * np.log10(255**2 / np.mean(difference**2)) > 25
 
 
@@ -171,7 +173,7 @@ def test_a_step_without_a_beginning_is_refused(bundle: Bundle) -> None:
     backend = backend_of(bundle, FakeDriver())
     backend.prepare({"branches": 1, "tokens": 64, "rows": 8, "columns": 8})
     with pytest.raises(BackendError, match=r"graph 'prologue' needs \w+, which nothing has produced"):
-        backend.play(("prologue", "body", "epilogue"))
+        backend.run(("prologue", "body", "epilogue"))
     with pytest.raises(BackendError, match="nothing has produced 'latents'"):
         backend.get("latents")
 
@@ -435,5 +437,5 @@ def test_of_equal_targets_the_first_is_taken(nano_bundle: Path) -> None:
     assert Pipeline(open_bundle(nano_bundle)).target.name == "onnxruntime"
 
 
-def test_on_this_machine_a_bundle_draws_with_what_it_can(bundle: Bundle) -> None:
+def test_on_this_machine_a_bundle_generates_with_what_it_can(bundle: Bundle) -> None:
     assert Pipeline(bundle).target.name == "onnxruntime-nvfp4"

@@ -120,7 +120,7 @@ def test_fp8_and_bf16_layers_multiply_in_the_activations_type(dtype: int, format
 def lowered(request: pytest.FixtureRequest) -> dict[str, onnx.ModelProto]:
     """flux2-nano's transformer from its config, every Linear of the blocks NVFP4, weights as typed inputs."""
     config = json.loads((NANO / "transformer" / "config.json").read_text())
-    pieces = trace_transformer(config, 32, guidance_branches=True, dtype=TORCH[request.param])
+    pieces = trace_transformer(config, 32, cfg_batch=True, dtype=TORCH[request.param])
     body = compose_body(pieces, config["num_layers"], config["num_single_layers"], 32)
     keep = ("x_embedder", "context_embedder", "time_guidance_embed*", "*modulation*", "norm_out*", "proj_out")
     layers = precision_plan("transformer", Flux2Transformer.read(config).linears, ComponentPrecision("nvfp4", keep))

@@ -154,7 +154,7 @@ def test_a_graph_onnxruntime_does_not_accept_fails_the_build_without_a_gpu(tmp_p
         check_loads(tmp_path, ["3.onnx"], for_gpu=True)
 
 
-def test_bound_buffers_give_the_pictures_of_plain_runs(bundle: Bundle) -> None:
+def test_bound_buffers_give_the_images_of_plain_runs(bundle: Bundle) -> None:
     """The backend as it is, but on the CPU's provider and the CPU target's graphs."""
     pipeline = Pipeline(bundle, target="onnxruntime")
     request = Request([PROMPT, "a large red circle"], steps=3)

@@ -1,4 +1,4 @@
-"""The pictures follow their prompts: bf16 by diffusers, and both activation modes of the compiled bundle."""
+"""The images follow their prompts: bf16 by diffusers, and both activation modes of the compiled bundle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fluxrt
-from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
+from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.recipe.load import LoadedRecipe
 from oracle import follows, read
@@ -18,7 +18,7 @@ from pictures import render, split_specs
 UNSEEN = split_specs()[1][:64]
 
 
-def test_oracle_reads_rendered_pictures_right() -> None:
+def test_oracle_reads_rendered_images_right() -> None:
     images = render(UNSEEN, torch.Generator().manual_seed(1)).permute(0, 2, 3, 1).numpy() / 2 + 0.5
     assert sum(follows(image, spec) for image, spec in zip(images, UNSEEN, strict=True)) == len(UNSEEN)
 
@@ -32,11 +32,13 @@ def reference_agreement(recipe_of_module: LoadedRecipe) -> float:
     sampling = recipe_of_module.recipe.sampling
     checkpoint = open_checkpoint(recipe_of_module.recipe.model.source, None, recipe_of_module.folder)
     pipeline = load_pipeline(checkpoint, torch.bfloat16)
-    drawing = Drawing((64, 64), sampling.steps, sampling.guidance, 0, recipe_of_module.recipe.text.length, (9, 18, 27))
+    generation = Generation(
+        (64, 64), sampling.steps, sampling.guidance, 0, recipe_of_module.recipe.text.length, (9, 18, 27)
+    )
     right = 0
     for number, spec in enumerate(UNSEEN):
-        picture = draw(pipeline, checkpoint, spec.caption(number % 3), drawing.of_prompt(number))
-        right += follows(picture, spec)
+        image = generate(pipeline, checkpoint, spec.caption(number % 3), generation.of_prompt(number))
+        right += follows(image, spec)
     return right / len(UNSEEN)
 
 
@@ -55,6 +57,6 @@ def test_bf16_reference_follows_unseen_prompts(reference_agreement: float) -> No
 @pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-nvfp4"])
 def test_nvfp4_loses_at_most_three_points(nano_bundle: Path, reference_agreement: float, target: str) -> None:
     pipeline = fluxrt.load(nano_bundle, target=target)
-    pictures = pipeline.generate(fluxrt.Request([spec.caption(i % 3) for i, spec in enumerate(UNSEEN)], seed=0)).images
-    right = sum(follows(np.asarray(image), spec) for image, spec in zip(pictures, UNSEEN, strict=True))
+    images = pipeline.generate(fluxrt.Request([spec.caption(i % 3) for i, spec in enumerate(UNSEEN)], seed=0)).images
+    right = sum(follows(np.asarray(image), spec) for image, spec in zip(images, UNSEEN, strict=True))
     assert right / len(UNSEEN) >= reference_agreement - 0.03

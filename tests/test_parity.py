@@ -85,7 +85,7 @@ def test_a_step_of_a_random_model_equals_diffusers(embedded: bool, branches: int
     config = {**SMALL, "guidance_embeds": embedded}
     model = Flux2Transformer2DModel.from_config(config).eval()
     length, tokens = 7, grid[0] * grid[1]
-    pieces = trace_transformer(config, length, guidance_branches=not embedded)
+    pieces = trace_transformer(config, length, cfg_batch=not embedded)
     neutral = {
         "prologue": pieces["prologue"],
         "body": compose_body(pieces, 2, 2, length),
@@ -180,7 +180,7 @@ def test_a_distilled_checkpoint_runs_one_branch_and_other_sizes_match_too(tmp_pa
     assert max(figures["step_error"], figures["decode_error"], figures["prologue_error"]) <= 1e-3
     assert figures["image_psnr_db_worst"] >= 50
     pipeline = fluxrt.load(bundle)
-    assert not pipeline.bundle.manifest.sampling.guidance_branches
+    assert not pipeline.bundle.manifest.sampling.cfg_batch
     assert pipeline.encode_text("a", 4.0).shape[0] == 1
     for height, width in ((32, 96), (64, 64)):
         image = pipeline.generate(fluxrt.Request("a", size=(height, width), steps=1)).images[0]

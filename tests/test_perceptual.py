@@ -46,8 +46,8 @@ def test_image_text_agreement_is_clips_own_cosine(clip: Path) -> None:
     rows = Judges(None, clip).figures(pixels / np.float32(255), pixels / np.float32(255), prompts)
     model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
     processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    for row, picture, prompt in zip(rows, pixels, prompts, strict=True):
-        given = processor(Image.fromarray(picture), return_tensors="pt")
+    for row, image, prompt in zip(rows, pixels, prompts, strict=True):
+        given = processor(Image.fromarray(image), return_tensors="pt")
         words = tokenizer([prompt], return_tensors="pt")
         with torch.no_grad():
             output = model(**given, input_ids=words["input_ids"], attention_mask=words["attention_mask"])
@@ -57,7 +57,7 @@ def test_image_text_agreement_is_clips_own_cosine(clip: Path) -> None:
         assert set(row) == {"image_text"}
 
 
-def test_pictures_of_any_shape_are_looked_at(clip: Path) -> None:
+def test_images_of_any_shape_are_looked_at(clip: Path) -> None:
     """The smaller side is scaled to CLIP's, the middle is looked at: as torchvision's transforms for CLIP do."""
     wide = np.random.default_rng(1).random((1, 50, 90, 3)).astype(np.float32)
     planes = torch.from_numpy(wide).permute(0, 3, 1, 2)
@@ -71,8 +71,8 @@ def test_pictures_of_any_shape_are_looked_at(clip: Path) -> None:
 
 
 def test_without_weights_nothing_is_judged() -> None:
-    pictures = np.zeros((2, 8, 8, 3), np.float32)
-    assert Judges(None, None).figures(pictures, pictures, ["a", "b"]) == [{}, {}]
+    images = np.zeros((2, 8, 8, 3), np.float32)
+    assert Judges(None, None).figures(images, images, ["a", "b"]) == [{}, {}]
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

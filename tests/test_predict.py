@@ -27,14 +27,14 @@ from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.published import DEV, KLEIN_4B
 from fluxc.predict import published
 from fluxc.predict.gpus import GPUS
-from fluxc.predict.rates import ASSUMED, Reached, fit, step_time
+from fluxc.predict.rates import ASSUMED, Efficiency, fit, step_time
 from fluxc.predict.report import print_scaling
 from fluxc.predict.scaling import predict, published_model
 from fluxc.predict.work import ACTIVATION, VAE_WORKING, Work, work_of
 from fluxc.quantize.plan import precision_plan
 from fluxc.recipe.structs import ComponentPrecision, Format
 from fluxc.recipe.targets import TensorRTRtxTarget
-from fluxc.targets.sharding import shares_of
+from fluxc.targets.sharding import shards_of
 from fluxc.targets.tensorrt.build import build_engine, write_sources
 from fluxc.targets.tensorrt.cut import Component, Cutter
 from test_flux2_tables import NANO_CONFIG
@@ -46,7 +46,7 @@ console = Console(width=200)
 def work(config: dict[str, Any], ranks: int = 1, branches: int = 1, format: Format = "nvfp4") -> Work:
     model = Flux2Transformer.read(config)
     plan = precision_plan("transformer", model.linears, ComponentPrecision(default=format))
-    return work_of(model, plan, shares_of(ranks, SIZE, 4096, model, 512, branches, 2), branches)
+    return work_of(model, plan, shards_of(ranks, SIZE, 4096, model, 512, branches, 2), branches)
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,14 @@ def test_operations_are_those_torch_counts_in_diffusers(config: dict[str, Any], 
         }
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(**inputs)
-    assert work(config, branches=branches).operations == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert work(config, branches=branches).flop == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ranks_share_the_operations_and_exchange_twice_a_block(ranks: int) -> None:
     alone, one = work(DEV), work(DEV, ranks)
-    outside_the_streams = sum(p.operations * p.count for p in alone.products if p.operations < 1e10)
-    assert ranks * one.operations == pytest.approx(alone.operations + (ranks - 1) * outside_the_streams, rel=1e-3)
+    outside_the_streams = sum(p.flop * p.count for p in alone.gemms if p.flop < 1e10)
+    assert ranks * one.flop == pytest.approx(alone.flop + (ranks - 1) * outside_the_streams, rel=1e-3)
     assert (one.exchanges, alone.exchanges, alone.sent_bytes) == (112, 0, 0)
 
 
@@ -104,22 +104,22 @@ class Measured:
     """A figure that the model itself gave at known shares of the peaks."""
 
     published: float
-    formula: Callable[[Reached], float]
+    formula: Callable[[Efficiency], float]
     doubt: float = 1e-3
 
-    def predicted(self, shares: Reached) -> float:
-        return self.formula(shares)
+    def predicted(self, efficiency: Efficiency) -> float:
+        return self.formula(efficiency)
 
 
 def test_a_fit_finds_the_shares_that_made_the_figures() -> None:
-    truth = Reached(nvfp4=0.4, other_products=0.7, attention=0.5, memory=0.8, link=0.6)
+    truth = Efficiency(nvfp4=0.4, other_gemms=0.7, attention=0.5, memory=0.8, link=0.6)
     one, four, bf16 = work(DEV), work(DEV, 4), work(DEV, format="bf16")
-    formulas: list[Callable[[Reached], float]] = [
-        lambda shares: step_time(one, GPUS["b200"], shares).products,
-        lambda shares: step_time(one, GPUS["b200"], shares).attention,
-        lambda shares: step_time(one, GPUS["b200"], shares).memory,
-        lambda shares: step_time(four, GPUS["b200"], shares).seconds,
-        lambda shares: step_time(bf16, GPUS["h200"], shares).seconds,
+    formulas: list[Callable[[Efficiency], float]] = [
+        lambda efficiency: step_time(one, GPUS["b200"], efficiency).gemms,
+        lambda efficiency: step_time(one, GPUS["b200"], efficiency).attention,
+        lambda efficiency: step_time(one, GPUS["b200"], efficiency).memory,
+        lambda efficiency: step_time(four, GPUS["b200"], efficiency).seconds,
+        lambda efficiency: step_time(bf16, GPUS["h200"], efficiency).seconds,
     ]
     found = fit([Measured(formula(truth), formula) for formula in formulas])
     assert astuple(found) == pytest.approx(astuple(truth), rel=0.02)
@@ -140,8 +140,8 @@ def test_an_error_without_a_point_does_not_come_from_that_point(monkeypatch: pyt
     before = published.checked()[0]
     altered = replace(published.POINTS[0], published=50.0)
     monkeypatch.setattr(published, "POINTS", (altered, *published.POINTS[1:]))
-    shares = fit(published.POINTS)
-    assert altered.predicted(shares) > 1.5 * before.predicted
+    efficiency = fit(published.POINTS)
+    assert altered.predicted(efficiency) > 1.5 * before.predicted
     others = fit([point for point in published.POINTS if point is not altered])
     assert altered.predicted(others) == pytest.approx(before.without, rel=1e-6)
 
@@ -166,7 +166,7 @@ def test_a_gpu_without_fp4_computes_nvfp4_layers_in_bf16_and_holds_them_in_four(
     nvfp4, bf16 = (predict(subject, GPUS["h200"], (1,)).predictions[0] for subject in (dev, in_bf16))
     assert nvfp4.time == bf16.time
     assert nvfp4.first.weights < 20 * 2**30
-    assert predict(dev, GPUS["b200"], (1,)).predictions[0].time.products < 0.2 * nvfp4.time.products
+    assert predict(dev, GPUS["b200"], (1,)).predictions[0].time.gemms < 0.2 * nvfp4.time.gemms
 
 
 def predicted(*arguments: str) -> Result:
@@ -196,7 +196,7 @@ def test_a_recipe_is_predicted_as_planned_with_its_text_encoder_and_vae_on_the_f
     assert "two passes a step (guidance)" in text
 
 
-def test_published_kleins_are_drawn_in_four_steps() -> None:
+def test_published_kleins_are_generated_in_four_steps() -> None:
     told = json.loads(predicted("--on", "b200", "--model", "klein-4b", "--json", "--gpus", "1").output)
     assert (told["model"], told["steps"]) == ("FLUX.2 klein-4b", 4)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, RECIPE, ROOT, RecordingProgress, compile_into, copy_checkpoint, quantized_by_modelopt
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
-from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
+from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.quantize.source import Source, read_source
 from fluxc.recipe.load import load_recipe
@@ -291,12 +291,12 @@ def test_calibration_by_layer_reads_dequantized_weights(exported: Path) -> None:
     from fluxc.calibrate.placement import Placement, place
 
     checkpoint = open_checkpoint(str(exported), None, ROOT)
-    drawing = Drawing((64, 64), 1, 1.5, 0, 32, (9, 18, 27))
-    pictures = [
-        draw(place(checkpoint, Placement("cpu", pieces)), checkpoint, "a red circle", drawing)
+    generation = Generation((64, 64), 1, 1.5, 0, 32, (9, 18, 27))
+    images = [
+        generate(place(checkpoint, Placement("cpu", pieces)), checkpoint, "a red circle", generation)
         for pieces in ("whole", "layer")
     ]
-    assert np.array_equal(*pictures)
+    assert np.array_equal(*images)
 
 
 def test_modelopts_engine_needs_cuda_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ def test_a_build_goes_on_from_modelopts_export(exported: Path, workshop: Path, m
     asked = []
 
     def quantize(
-        checkpoint: object, plan: list, algorithm: str, prompts: list[str], drawing: Drawing, out: Path
+        checkpoint: object, plan: list, algorithm: str, prompts: list[str], generation: Generation, out: Path
     ) -> None:
         asked.append((algorithm, len(prompts), {entry.layer.name for entry in plan if entry.format == "bf16"}))
         shutil.copytree(exported / "transformer", out)

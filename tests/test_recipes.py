@@ -41,7 +41,7 @@ def test_it_plans_for_its_model(recipe: Path, checkpoints: dict[str, Path]) -> N
     assert plan["formats"]["transformer"]["nvfp4"]["share"] > 0.8
     for target, shares in plan["ranks"].items():
         assert [share["ranks"] for share in shares] == [int(target.rpartition("-")[2].removesuffix("gpus"))]
-        assert all(share["fill"] == 0 for share in shares)
+        assert all(share["padding"] == 0 for share in shares)
     if recipe.stem.endswith("b200"):
         assert list(plan["ranks"]) == ["tensorrt-2gpus", "tensorrt-4gpus", "tensorrt-8gpus"]
 

@@ -29,14 +29,14 @@ def pipeline(quick_bundle: Path) -> Iterator[fluxrt.Pipeline]:
         yield loaded
 
 
-def test_the_same_seed_draws_the_same_picture(pipeline: fluxrt.Pipeline) -> None:
+def test_the_same_seed_generates_the_same_image(pipeline: fluxrt.Pipeline) -> None:
     first, second = (np.asarray(pipeline.generate(Request(PROMPT, seed=3)).images[0]) for _ in range(2))
     assert np.array_equal(first, second)
     assert first.shape == (64, 64, 3)
     assert not np.array_equal(first, np.asarray(pipeline.generate(Request(PROMPT, seed=4)).images[0]))
 
 
-def test_a_picture_does_not_depend_on_its_batch(pipeline: fluxrt.Pipeline) -> None:
+def test_a_image_does_not_depend_on_its_batch(pipeline: fluxrt.Pipeline) -> None:
     other = "a small green square at the top right on a black background"
     batch = pipeline.generate(Request([other, PROMPT], seed=5)).images
     assert np.array_equal(np.asarray(batch[1]), np.asarray(pipeline.generate(Request(PROMPT, seed=6)).images[0]))
@@ -44,12 +44,12 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline: fluxrt.Pipeline) -> No
     assert np.array_equal(np.asarray(chosen[1]), np.asarray(batch[1]))
 
 
-def test_steps_and_guidance_change_the_picture(pipeline: fluxrt.Pipeline) -> None:
-    pictures = [
+def test_steps_and_guidance_change_the_image(pipeline: fluxrt.Pipeline) -> None:
+    images = [
         np.asarray(pipeline.generate(Request(PROMPT, **request)).images[0])
         for request in ({}, {"steps": 5}, {"guidance": 1.0}, {"guidance": 5.0})
     ]
-    assert all(not np.array_equal(pictures[0], other) for other in pictures[1:])
+    assert all(not np.array_equal(images[0], other) for other in images[1:])
 
 
 def test_guidance_one_is_the_conditional_branch_alone(pipeline: fluxrt.Pipeline) -> None:
@@ -105,7 +105,7 @@ def test_wrong_requests_are_refused(pipeline: fluxrt.Pipeline, quick_bundle: Pat
         fluxrt.load(quick_bundle, target="tpu")
 
 
-def test_a_picture_that_is_not_finite_is_refused() -> None:
+def test_a_image_that_is_not_finite_is_refused() -> None:
     from fluxrt.pipeline import to_image
 
     with pytest.raises(fluxrt.BackendError, match="NaN or infinity"):
@@ -113,7 +113,7 @@ def test_a_picture_that_is_not_finite_is_refused() -> None:
 
 
 def test_generate_writes_png_files(quick_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "picture.png"
+    out = tmp_path / "image.png"
     assert main(["generate", str(quick_bundle), "--prompt", PROMPT, "--seed", "3", "--out", str(out)]) == 0
     expected = fluxrt.load(quick_bundle).generate(Request(PROMPT, seed=3)).images[0]
     with Image.open(out) as image:
@@ -131,8 +131,8 @@ def test_generate_writes_png_files(quick_bundle: Path, tmp_path: Path, capsys: p
         "64x64",
     ]
     assert main([*arguments, "--out", str(out)]) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["picture-0.png", "picture-1.png", "picture.png"]
-    assert capsys.readouterr().out.splitlines() == [str(out), *(str(tmp_path / f"picture-{i}.png") for i in (0, 1))]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["image-0.png", "image-1.png", "image.png"]
+    assert capsys.readouterr().out.splitlines() == [str(out), *(str(tmp_path / f"image-{i}.png") for i in (0, 1))]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_generate_writes_png_files(quick_bundle: Path, tmp_path: Path, capsys: p
     [
         (["--size", "128x128"], "was not compiled"),
         (["--prompt", "red " * 40], "tokens long"),
-        (["--out", "picture.jpg"], "ends in .png"),
+        (["--out", "image.jpg"], "ends in .png"),
         (["--out", "no/such/folder/a.png"], "does not exist"),
         (["--steps", "0"], "at least 1"),
     ],
@@ -187,7 +187,7 @@ print(json.dumps(opened))
     assert json.loads(run_python(code, str(quick_bundle))) == [str(quick_bundle / "bundle.json")]
 
 
-def test_it_draws_in_an_environment_without_torch_diffusers_transformers_and_onnx(
+def test_it_generates_in_an_environment_without_torch_diffusers_transformers_and_onnx(
     quick_bundle: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "venv"
@@ -207,7 +207,7 @@ def test_it_draws_in_an_environment_without_torch_diffusers_transformers_and_onn
     absent = "torch diffusers transformers onnx onnxscript modelopt safetensors fluxc"
     code = f"import importlib.util as u; print([m for m in '{absent}'.split() if u.find_spec(m)])"
     assert run_python(code, python=python, folder=tmp_path).strip() == "[]"
-    out = tmp_path / "picture.png"
+    out = tmp_path / "image.png"
     command = [str(folder / "bin" / "fluxrt"), "generate", str(quick_bundle), "--prompt", PROMPT, "--seed", "3"]
     subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=300)
     expected = fluxrt.load(quick_bundle).generate(Request(PROMPT, seed=3)).images[0]

@@ -14,7 +14,7 @@ import torch
 from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import RecipeError
 from fluxc.calibrate.sensitivity import GroupCost, Simulation, choose, output_error, record_states
-from fluxc.checkpoint.reference import Drawing, load_pipeline
+from fluxc.checkpoint.reference import Generation, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats import nvfp4
 from fluxc.models.flux2_transformer import Flux2Transformer
@@ -25,7 +25,7 @@ from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import ComponentPrecision
 from fluxrt.bundle import open_bundle
 
-DRAWING = Drawing((64, 64), 3, 1.5, 0, 32, (9, 18, 27))
+GENERATION = Generation((64, 64), 3, 1.5, 0, 32, (9, 18, 27))
 PROMPTS = ["a small red ring at the top on a blue background", "a large green cross at the left on a black background"]
 
 
@@ -45,9 +45,9 @@ def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:
     checkpoint = open_checkpoint(str(NANO), None, NANO)
     pipeline = load_pipeline(checkpoint, torch.float32)
     model = pipeline.transformer
-    states = record_states(pipeline, checkpoint, PROMPTS, DRAWING, branches=2)
+    states = record_states(pipeline, checkpoint, PROMPTS, GENERATION, branches=2)
     assert len(states) == 6
-    assert output_error(model, states, DRAWING.guidance) == 0
+    assert output_error(model, states, GENERATION.guidance) == 0
     plan = precision_plan(
         "transformer",
         Flux2Transformer.read(checkpoint.components["transformer"].config).linears,
@@ -69,7 +69,7 @@ def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:
                 x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
                 seen = nvfp4.fake_quantize(x, torch.tensor(8.0 / 2688)) if rounded else x
                 assert torch.equal(module(x), torch.nn.functional.linear(seen, expected))
-            errors[rounded] = output_error(model, states, DRAWING.guidance)
+            errors[rounded] = output_error(model, states, GENERATION.guidance)
     assert 0 < errors[False] < errors[True] < 0.1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -42,8 +42,8 @@ def nano_changes(which: str, field: str = "change") -> np.ndarray:
 
 def nano_trace(which: str = "known") -> StepTrace:
     changes = {field: nano_changes(which, field) for field in ("change", "residual_change", "latent_change")}
-    pictures, steps = changes["change"].shape
-    error = np.full((pictures, steps, LAGS), np.inf)
+    images, steps = changes["change"].shape
+    error = np.full((images, steps, LAGS), np.inf)
     for lag in range(LAGS):
         error[:, lag + 1 :, lag] = changes["residual_change"][:, lag + 1 :].mean(-1) * (lag + 1) ** 2 * 1e-2
     return StepTrace(**changes, residual_error=error, latent_error=error)
@@ -137,7 +137,7 @@ def test_the_published_floor_keeps_low_thresholds_from_skipping() -> None:
         assert all(later - step > 1 for step, later in itertools.pairwise(steps))
 
 
-def test_a_change_that_is_not_a_number_ends_the_picture() -> None:
+def test_a_change_that_is_not_a_number_ends_the_image() -> None:
     decisions = Decisions(10, CacheRule((1.0, 0.0), 0.1))
     assert decisions.skip(0, None) is False
     with pytest.raises(BackendError, match=r"step 1: the change .* is nan.*--no-step-cache"):

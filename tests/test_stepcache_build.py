@@ -19,7 +19,7 @@ import fluxrt
 from conftest import NANO, RECIPE, ROOT, RecordingProgress, compile_into, contents, results_of
 from fluxc.base.errors import BuildError, GateError, RecipeError
 from fluxc.build.measure import merge_to_file, trace_to_file
-from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
+from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.cli.main import main as fluxc_main
 from fluxc.fidelity.metrics import psnr
@@ -65,7 +65,7 @@ def trace(shared_cache: Path, bundle: Path) -> Path:
 
 
 def begun(bundle: Path, prompt: str, seed: int) -> tuple[Pipeline, list[float]]:
-    """A pipeline at the start of a picture, and its sigmas."""
+    """A pipeline at the start of an image, and its sigmas."""
     pipeline = fluxrt.load(bundle)
     grid = pipeline.grid(None)
     tokens = grid[0] * grid[1]
@@ -74,14 +74,14 @@ def begun(bundle: Path, prompt: str, seed: int) -> tuple[Pipeline, list[float]]:
     return pipeline, SCHEDULES["flux2-flow-match"](tokens, STEPS)
 
 
-def drawn(
+def generated(
     bundle: Path, decisions: Decisions | None, prompt: str = PROMPT, seed: int = 5
 ) -> tuple[np.ndarray, list[int]]:
-    """A picture in fp32, and the steps that were skipped."""
+    """An image in fp32, and the steps that were skipped."""
     pipeline, sigmas = begun(bundle, prompt, seed)
     skips = list(pipeline.denoise(sigmas, decisions))
-    picture = pipeline.decode(pipeline.backend.get("latents"), pipeline.grid(None))[0]
-    return picture, [step for step, skip in enumerate(skips) if skip]
+    image = pipeline.decode(pipeline.backend.get("latents"), pipeline.grid(None))[0]
+    return image, [step for step, skip in enumerate(skips) if skip]
 
 
 def test_the_trace_is_what_the_compiled_graphs_do(bundle: Path, trace: Path) -> None:
@@ -97,15 +97,15 @@ def test_the_trace_is_what_the_compiled_graphs_do(bundle: Path, trace: Path) -> 
             latents = backend.get("latents")
             backend.put("sigma", np.array(sigma, np.float32))
             backend.put("next_sigma", np.array(following, np.float32))
-            backend.play(("prologue", "signal", "body"), {"signal": "previous_signal"})
+            backend.run(("prologue", "signal", "body"), {"signal": "previous_signal"})
             moved, before = backend.get("change")
             changes.append(moved / before if before else 0.0)
             residual = backend.get("residual")
-            backend.play(("epilogue",))
+            backend.run(("epilogue",))
             after = backend.get("next_latents")
             for lag, old in enumerate(residuals[::-1][:LAGS]):
                 backend.put("residual", old)
-                backend.play(("epilogue",))
+                backend.run(("epilogue",))
                 errors[step, lag] = np.sqrt(np.square(backend.get("next_latents") - after).mean())
             residuals.append(residual)
             backend.put("latents", after)
@@ -129,7 +129,7 @@ def test_the_latent_level_is_visual_gens(trace: Path) -> None:
         passes.append(output[0] - kwargs["hidden_states"])
 
     pipeline.transformer.register_forward_hook(on_pass, with_kwargs=True)
-    draw(pipeline, checkpoint, PROMPT, Drawing((64, 64), STEPS, 1.5, 0, 32, (9, 18, 27)))
+    generate(pipeline, checkpoint, PROMPT, Generation((64, 64), STEPS, 1.5, 0, 32, (9, 18, 27)))
     by_branch = [passes[0::2], passes[1::2]]
     expected = [
         [float((new - old).abs().mean() / old.abs().mean()) for old, new in itertools.pairwise(branch)]
@@ -145,8 +145,8 @@ def test_skipping_is_what_reused_residuals_do_in_diffusers(bundle: Path, mode: s
     cache = open_bundle(bundle).manifest.step_cache
     rule = msgspec.structs.replace(cache.rule, threshold=0.12)
     decisions = Decisions(STEPS, None, cache.schedule) if mode == "static" else Decisions(STEPS, rule)
-    ours, skipped = drawn(bundle, decisions)
-    full, _ = drawn(bundle, None)
+    ours, skipped = generated(bundle, decisions)
+    full, _ = generated(bundle, None)
     assert len(skipped) == 4 if mode == "static" else 2 <= len(skipped) <= 9
     checkpoint = open_checkpoint(str(NANO), None, ROOT)
     pipeline = load_pipeline(checkpoint, torch.float32)
@@ -165,7 +165,7 @@ def test_skipping_is_what_reused_residuals_do_in_diffusers(bundle: Path, mode: s
 
     pipeline.transformer.transformer_blocks[0].register_forward_pre_hook(on_block, with_kwargs=True)
     pipeline.transformer.norm_out.register_forward_pre_hook(on_output)
-    theirs = draw(pipeline, checkpoint, PROMPT, Drawing((64, 64), STEPS, 1.5, 5, 32, (9, 18, 27)))
+    theirs = generate(pipeline, checkpoint, PROMPT, Generation((64, 64), STEPS, 1.5, 5, 32, (9, 18, 27)))
     assert psnr(ours, theirs) > 85
     assert psnr(ours, full) < psnr(ours, theirs) - 10
 
@@ -179,7 +179,7 @@ def test_a_threshold_of_nothing_skips_nothing(bundle: Path) -> None:
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def test_a_picture_does_not_depend_on_the_one_before(bundle: Path) -> None:
+def test_a_image_does_not_depend_on_the_one_before(bundle: Path) -> None:
     pipeline = fluxrt.load(bundle)
     alone = pipeline.generate(Request(PROMPT, seed=4, threshold=0.12))
     batch = pipeline.generate(Request(["a red circle", PROMPT], seed=3, threshold=0.12))
@@ -211,7 +211,7 @@ def test_generate_says_what_was_skipped(bundle: Path, tmp_path: Path, capsys: py
     assert "give one of them" in capsys.readouterr().err
 
 
-def test_the_bundle_says_how_well_the_fit_and_the_pictures_are(bundle: Path) -> None:
+def test_the_bundle_says_how_well_the_fit_and_the_images_are(bundle: Path) -> None:
     manifest = open_bundle(bundle).manifest
     cache = manifest.step_cache
     assert (cache.mode, cache.steps, cache.size, len(cache.schedule)) == ("static", STEPS, (64, 64), 4)
@@ -228,15 +228,15 @@ def test_the_bundle_says_how_well_the_fit_and_the_pictures_are(bundle: Path) -> 
     assert report["frontier"]["3"]["fewer steps"]["computed"] == STEPS - 3
     page = (bundle / "report" / "step-cache.html").read_text()
     assert PROMPT in page or "a large red circle" in page
-    for picture in re.findall(r'src="([^"]+)"', page):
-        assert (bundle / "report" / picture).is_file()
+    for image in re.findall(r'src="([^"]+)"', page):
+        assert (bundle / "report" / image).is_file()
     assert "step-cache.html" in (bundle / "report" / "index.html").read_text()
-    full, _ = drawn(bundle, None, report_prompts()[1], 1001)
-    cached, skipped = drawn(bundle, Decisions(STEPS, None, cache.schedule), report_prompts()[1], 1001)
+    full, _ = generated(bundle, None, report_prompts()[1], 1001)
+    cached, skipped = generated(bundle, Decisions(STEPS, None, cache.schedule), report_prompts()[1], 1001)
     assert skipped == list(cache.schedule)
     assert psnr(cached, full) == pytest.approx(report["chosen"]["by_prompt"][1]["psnr_db"], abs=0.01)
-    assert [line for line in verify_bundle(bundle) if "drawn again" in line] == [
-        "target onnxruntime: the recorded picture is drawn again (identical)"
+    assert [line for line in verify_bundle(bundle) if "generated again" in line] == [
+        "target onnxruntime: the recorded image is generated again (identical)"
     ]
 
 
@@ -252,7 +252,7 @@ def test_another_number_of_steps_to_skip_repeats_the_fit_and_the_comparison_alon
     )
     assert set(progress.ran) - {"hash checkpoint"} == {
         "fit step cache",
-        "draw with the step cache",
+        "generate with the step cache",
         "report the step cache",
     }
     assert len(open_bundle(other).manifest.step_cache.schedule) == 5
@@ -281,13 +281,13 @@ def test_without_a_step_cache_nothing_of_it_is_in_the_bundle(made: Path, bundle:
     assert manifest.step_cache is None
     assert "signal" not in manifest.targets[0].graphs
     assert not [name for name in manifest.files if "step-cache" in name or "signal" in name]
-    drawn, cached = (
+    generated, cached = (
         fluxrt.load(path).generate(Request(PROMPT, step_cache=False)).images[0] for path in (plain, bundle)
     )
-    assert np.array_equal(np.asarray(drawn), np.asarray(cached))
+    assert np.array_equal(np.asarray(generated), np.asarray(cached))
 
 
-def test_a_gate_holds_the_step_cache_to_its_pictures(made: Path, bundle: Path) -> None:
+def test_a_gate_holds_the_step_cache_to_its_images(made: Path, bundle: Path) -> None:
     with pytest.raises(GateError, match=r"step cache: step_cache_psnr_db [\d.]+ under 119.*skip fewer steps"):
         compile_into(made / "gated", *CHANGES, f"step_cache={CACHE}}}", "gates={step_cache_psnr_db: 119}")
     assert not (made / "gated").exists()
@@ -299,14 +299,14 @@ def test_parts_of_a_trace_merge_into_the_whole(trace: Path, made: Path, tmp_path
         trace_to_file(loaded, tmp_path / str(part), "auto", (part, 3), RecordingProgress())
     merged = merge_to_file([tmp_path / name for name in "312"], tmp_path / "whole")
     assert (tmp_path / "whole").read_bytes() == trace.read_bytes()
-    assert merged.pictures == list(range(16))
+    assert merged.images == list(range(16))
     with pytest.raises(BuildError, match=r"holds 5 of 16 prompts, prompt 6 is missing.*merge-traces"):
         check_complete(read_trace(tmp_path / "1"))
     with pytest.raises(BuildError, match=r"prompt 1 is also in .*/1; give every part of the prompts once"):
         merge_to_file([tmp_path / "1", tmp_path / "1"], tmp_path / "twice")
     other = read_trace(tmp_path / "2")
     request = {**other.origin.request, "steps": 13}
-    write_trace(tmp_path / "foreign", dataclasses.replace(other.origin, request=request), other.pictures, other.trace)
+    write_trace(tmp_path / "foreign", dataclasses.replace(other.origin, request=request), other.images, other.trace)
     with pytest.raises(BuildError, match=r"foreign: its request is not that of .*/1 \('steps' differs\)"):
         merge_to_file([tmp_path / "1", tmp_path / "foreign"], tmp_path / "mixed")
     assert merge_traces([read_trace(tmp_path / "1")])[1] == list(range(5))
@@ -327,7 +327,7 @@ def test_a_trace_that_saw_no_number_is_refused(trace: Path, tmp_path: Path) -> N
     file = read_trace(trace)
     file.trace.change[2, 3] = np.nan
     with pytest.raises(BuildError, match="a step's velocity or modulated input holds NaN or infinity"):
-        write_trace(tmp_path / "bad", file.origin, file.pictures, file.trace)
+        write_trace(tmp_path / "bad", file.origin, file.images, file.trace)
     assert not (tmp_path / "bad").exists()
 
 
@@ -371,7 +371,7 @@ def test_verbs_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert told in capsys.readouterr().err
 
 
-def test_a_change_that_is_nan_is_an_error_not_a_picture(bundle: Path) -> None:
+def test_a_change_that_is_nan_is_an_error_not_a_image(bundle: Path) -> None:
     pipeline = fluxrt.load(bundle)
     noise = np.full((1, 64, 32), np.nan, np.float32)
     with pytest.raises(fluxrt.BackendError, match=r"step 1: the change of the step cache's signal is nan"):
@@ -379,7 +379,7 @@ def test_a_change_that_is_nan_is_an_error_not_a_picture(bundle: Path) -> None:
 
 
 def test_decisions_depend_on_the_bundle_alone(bundle: Path) -> None:
-    """A bundle whose rule was changed draws by the changed rule: nothing about it is compiled into the graphs."""
+    """A bundle whose rule was changed generates by the changed rule: nothing about it is compiled into the graphs."""
     opened = open_bundle(bundle)
     cache = opened.manifest.step_cache
     rule = msgspec.structs.replace(cache.rule, threshold=1e9, max_consecutive_skips=3)
@@ -391,8 +391,8 @@ def test_decisions_depend_on_the_bundle_alone(bundle: Path) -> None:
     assert Decisions(STEPS, rule).needs_change(0) is False
 
 
-def test_error_maps_show_where_pictures_differ(bundle: Path) -> None:
-    with Image.open(bundle / "report" / "pictures" / "step-cache-worst.png") as sheet:
+def test_error_maps_show_where_images_differ(bundle: Path) -> None:
+    with Image.open(bundle / "report" / "images" / "step-cache-worst.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     assert pixels.max() == 255
-    assert (bundle / "report" / "pictures" / "step-cache-onset.png").is_file()
+    assert (bundle / "report" / "images" / "step-cache-onset.png").is_file()

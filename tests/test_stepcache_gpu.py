@@ -76,14 +76,14 @@ def test_skipped_steps_run_no_block(bundle: Bundle) -> None:
 @pytest.mark.usefixtures("kernel_cache")
 def test_the_rule_decides_on_the_gpu_as_on_the_cpu(bundle: Bundle) -> None:
     """The change from bf16 plans leads to the CPU target's decisions, under thresholds that no sum grazes."""
-    pictures, skipped = [], []
+    images, skipped = [], []
     for refuses in (False, True):
         driver = FakeDriver(refuses_capture=refuses)
         result = on_fake_gpu(bundle, driver).generate(Request(PROMPT, threshold=0.225))
-        pictures.append(np.asarray(result.images[0]))
+        images.append(np.asarray(result.images[0]))
         skipped.append(result.skipped[0])
         assert any("run signal_change" in entry for entry in driver.log)
-    np.testing.assert_array_equal(*pictures)
+    np.testing.assert_array_equal(*images)
     assert skipped[0] == skipped[1]
     assert Pipeline(bundle, target=CPU).generate(Request(PROMPT, threshold=0.225)).skipped[0] == skipped[0]
     assert len(skipped[0]) == 5
@@ -112,7 +112,7 @@ def test_the_change_in_16_bits_is_the_change(bundle: Bundle, target: str) -> Non
     for number, sigma in enumerate((1.0, 0.97, 0.8, 0.3)):
         cpu.backend.put("sigma", np.array(sigma, np.float32))
         cpu.backend.put("previous_signal", previous["cpu"])
-        cpu.backend.play(("prologue", "signal"))
+        cpu.backend.run(("prologue", "signal"))
         expected = cpu.backend.get("change")
         state = {name: cpu.backend.get(name).astype(dtype) for name in ("hidden", "modulation_img")}
         state["previous_signal"] = previous["gpu"]
@@ -128,7 +128,7 @@ def test_the_change_in_16_bits_is_the_change(bundle: Bundle, target: str) -> Non
 
 
 def test_bound_buffers_carry_the_signal(bundle: Bundle) -> None:
-    """ONNX Runtime's CUDA backend on the CPU's provider: same decisions, same pictures as the plain one."""
+    """ONNX Runtime's CUDA backend on the CPU's provider: same decisions, same images as the plain one."""
     expected = Pipeline(bundle, target=CPU).generate(Request([PROMPT, "a large red circle"], threshold=0.2))
     pipeline = Pipeline(bundle, target=CPU)
     pipeline.backend = OnnxRuntimeCudaBackend(bundle, bundle.target(CPU), "cpu", ("CPUExecutionProvider",))

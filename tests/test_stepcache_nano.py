@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT, compile_into
 from fluxc.fidelity.metrics import psnr
-from fluxc.stepcache.frontier import Request, draw_all
+from fluxc.stepcache.frontier import Request, generate_all
 from fluxrt.bundle import open_bundle
 from oracle import follows
 from pictures import split_specs
@@ -32,8 +32,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def drawn(bundle: Path) -> dict[str, tuple[np.ndarray, list[list[int]]]]:
-    """By method, pictures fp32 and the steps each skipped."""
+def generated(bundle: Path) -> dict[str, tuple[np.ndarray, list[list[int]]]]:
+    """By method, images fp32 and the steps each skipped."""
     opened = open_bundle(bundle)
     cache = opened.manifest.step_cache
     captions = [spec.caption(number % 3) for number, spec in enumerate(UNSEEN)]
@@ -44,23 +44,25 @@ def drawn(bundle: Path) -> dict[str, tuple[np.ndarray, list[list[int]]]]:
         "dynamic": {"rule": msgspec.to_builtins(cache.rule)},
         "34 steps": {"steps": 34},
     }
-    return {name: draw_all(opened, "onnxruntime", request, policy, lambda: None) for name, policy in policies.items()}
+    return {
+        name: generate_all(opened, "onnxruntime", request, policy, lambda: None) for name, policy in policies.items()
+    }
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_skipping_beats_fewer_steps_by_far_at_less_compute(drawn: dict, mode: str) -> None:
-    """At least 16 steps skipped on average, and pictures 5 dB nearer to the full run's than those of 34 steps."""
-    assert np.mean([len(steps) for steps in drawn[mode][1]]) >= 16
-    assert drawn["full"][1] == drawn["34 steps"][1] == [[]] * len(UNSEEN)
-    full, ours, fewer = (drawn[name][0] for name in ("full", mode, "34 steps"))
+def test_skipping_beats_fewer_steps_by_far_at_less_compute(generated: dict, mode: str) -> None:
+    """At least 16 steps skipped on average, and images 5 dB nearer to the full run's than those of 34 steps."""
+    assert np.mean([len(steps) for steps in generated[mode][1]]) >= 16
+    assert generated["full"][1] == generated["34 steps"][1] == [[]] * len(UNSEEN)
+    full, ours, fewer = (generated[name][0] for name in ("full", mode, "34 steps"))
     gained = [psnr(mine, whole) - psnr(plain, whole) for mine, plain, whole in zip(ours, fewer, full, strict=True)]
     assert np.mean(gained) >= 5
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_the_oracle_sees_no_difference(drawn: dict, mode: str) -> None:
+def test_the_oracle_sees_no_difference(generated: dict, mode: str) -> None:
     right = {
-        name: [follows(picture, spec) for picture, spec in zip(drawn[name][0], UNSEEN, strict=True)]
+        name: [follows(image, spec) for image, spec in zip(generated[name][0], UNSEEN, strict=True)]
         for name in ("full", mode)
     }
     assert right[mode] == right["full"]

@@ -126,8 +126,8 @@ def test_nothing_is_built_again_when_nothing_changed(rtx_bundle: Path) -> None:
 def test_blocks_that_differ_in_precision_are_another_kind(workshop: Path) -> None:
     keep = 'precision.transformer.rules=[{match: "single_transformer_blocks.2.*", format: bf16}]'
     engine = engine_of(open_bundle(compile_into(workshop / "rtx-kinds", *QUICK, keep, recipe=RTX)))
-    played = [call.plan for call in engine.programs["body"].calls]
-    assert played == ["double"] * 2 + ["single"] * 2 + ["single-2"] + ["single"] * 3 + ["residual"]
+    run = [call.plan for call in engine.programs["body"].calls]
+    assert run == ["double"] * 2 + ["single"] * 2 + ["single-2"] + ["single"] * 3 + ["residual"]
     assert engine.audit["single-2"]["gemms"] == {"bf16": 2}
 
 
@@ -239,7 +239,7 @@ def test_the_graphs_compute_what_the_cpu_target_computes(rtx_bundle: Path, full:
     assert psnr(decoded[0], cpu.decode(latents, grid)[0]) > (100 if full else 50)
 
 
-def test_a_picture_drawn_by_the_graphs_is_the_cpu_targets(rtx_bundle: Path) -> None:
+def test_a_image_generated_by_the_graphs_is_the_cpu_targets(rtx_bundle: Path) -> None:
     bundle = open_bundle(rtx_bundle)
     cpu = Pipeline(bundle, target="onnxruntime-nvfp4")
     player = Player(bundle, bundle.target("tensorrt_rtx"))
@@ -256,8 +256,8 @@ def test_a_picture_drawn_by_the_graphs_is_the_cpu_targets(rtx_bundle: Path) -> N
         player.run("prologue", scalars | times | {"latents": latents})
         player.run("body", {})
         latents = player.run("epilogue", {})["next_latents"]
-    picture = player.run("vae_decoder", {"latent_grid": latents.reshape(1, *grid, -1)})["image"][0]
-    assert psnr(picture, np.asarray(expected.images[0], np.float64) / 255) > 30
+    image = player.run("vae_decoder", {"latent_grid": latents.reshape(1, *grid, -1)})["image"][0]
+    assert psnr(image, np.asarray(expected.images[0], np.float64) / 255) > 30
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "fp8"])

@@ -33,7 +33,7 @@ from fluxc.graph.export import trace_transformer
 from fluxc.graph.ulysses import COLLECTIVE_DOMAIN, Exchange, hide_padding, shard, split_at_exchanges
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.recipe.load import load_recipe
-from fluxc.targets.sharding import shares_of
+from fluxc.targets.sharding import shards_of
 from fluxrt.bundle import Bundle, dimension_size, open_bundle
 from fluxrt.choose import choose
 from fluxrt.group import Group, PeerError
@@ -110,12 +110,12 @@ def random_weights(*models: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, onnx.ModelProto]:
-    pieces = trace_transformer(SMALL, TEXT, guidance_branches=True)
+    pieces = trace_transformer(SMALL, TEXT, cfg_batch=True)
     return pieces | {"body": compose_body(pieces, SMALL["num_layers"], SMALL["num_single_layers"], TEXT)}
 
 
 def of_one_rank(ranks: int, padded: bool) -> dict[str, onnx.ModelProto]:
-    pieces = trace_transformer(SMALL, TEXT // ranks, guidance_branches=True, part=True)
+    pieces = trace_transformer(SMALL, TEXT // ranks, cfg_batch=True, part=True)
     body = compose_body(pieces, SMALL["num_layers"], SMALL["num_single_layers"], TEXT // ranks)
     signal = hide_padding(pieces["signal"]) if padded else pieces["signal"]
     return pieces | {"body": shard(body, MODEL, ranks, padded), "signal": signal}
@@ -152,7 +152,7 @@ def test_n_ranks_compute_what_one_does(whole: dict[str, onnx.ModelProto], ranks:
         world.me.rank = rank
         held = Shard(rank, ranks, tokens, TEXT // ranks)
         feeds = feeds_of(tokens)
-        feeds["text_share"] = held.text_parts(feeds["text"])[rank]
+        feeds["text_shard"] = held.text_parts(feeds["text"])[rank]
         feeds |= {name: held.image(feeds[name]) for name in ("latents", "previous_signal")}
         feeds |= {"first_token": np.int64(held.first_token), "first_text": np.int64(held.first_text)}
         feeds |= {"keys": held.keys(), "image_tokens": held.is_token()}
@@ -174,7 +174,7 @@ def test_n_ranks_compute_what_one_does(whole: dict[str, onnx.ModelProto], ranks:
     blocks = SMALL["num_layers"] + SMALL["num_single_layers"]
     assert world.exchanged == blocks * 4 * BRANCHES * (held.tokens + TEXT // ranks) * 128 * 4
     # What `plan` says, and what predictions of the time of exchanges are made from.
-    assert shares_of(ranks, (64, 64), tokens, MODEL, TEXT, BRANCHES, 4).exchanged_bytes == world.exchanged
+    assert shards_of(ranks, (64, 64), tokens, MODEL, TEXT, BRANCHES, 4).exchanged_bytes == world.exchanged
 
 
 def test_the_cut_body_is_the_same_nodes_and_every_exchange_is_described() -> None:
@@ -284,7 +284,7 @@ def bundle(workshop: Path) -> Bundle:
 
 
 def latents_of(bundle: Bundle, target: str, **request: Any) -> tuple[np.ndarray, list[list[int]]]:
-    """The final fp32 latents of one picture, and what every rank skipped."""
+    """The final fp32 latents of one image, and what every rank skipped."""
 
     def work(group: Group | None) -> tuple[np.ndarray, list[int]]:
         pipeline = Pipeline(bundle, target=target, threads=1, group=group)
@@ -303,7 +303,7 @@ def latents_of(bundle: Bundle, target: str, **request: Any) -> tuple[np.ndarray,
     [{}, {"step_cache": False}, {"size": (56, 56)}, {"guidance": 1.0}, {"steps": 4}],
     ids=["step cache", "every step", "odd tokens", "no guidance", "4 steps"],
 )
-def test_pictures_of_n_ranks_are_those_of_one(bundle: Bundle, ranks: int, request_: dict[str, Any]) -> None:
+def test_images_of_n_ranks_are_those_of_one(bundle: Bundle, ranks: int, request_: dict[str, Any]) -> None:
     """At 60 dB and better in fp32, with the same steps skipped by the rule on every rank."""
     whole, (skipped,) = latents_of(bundle, "onnxruntime", **request_)
     ours, theirs = latents_of(bundle, f"onnxruntime-{ranks}gpus", **request_)
@@ -315,8 +315,8 @@ def test_pictures_of_n_ranks_are_those_of_one(bundle: Bundle, ranks: int, reques
         assert len(skipped) >= 2
     grid = (7, 7) if "size" in request_ else (8, 8)
     pipeline = Pipeline(bundle, target="onnxruntime")
-    pictures = [pipeline.decode(latents, grid)[0] for latents in (ours, whole)]
-    assert psnr(*pictures) >= 60
+    images = [pipeline.decode(latents, grid)[0] for latents in (ours, whole)]
+    assert psnr(*images) >= 60
     assert np.abs(ours - whole).max() < 1e-3
 
 
@@ -341,7 +341,7 @@ def test_the_build_held_n_processes_against_one(bundle: Bundle) -> None:
     assert "onnxruntime-4gpus" in (bundle.root / "report" / "index.html").read_text()
 
 
-def test_the_command_line_draws_with_processes(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_command_line_generates_with_processes(bundle: Bundle, tmp_path: Path) -> None:
     """The same PNG to one step of 255, and the same steps skipped."""
     written = {}
     for arguments in ((), ("--gpus", "4"), ("--target", "onnxruntime-2gpus")):
@@ -355,15 +355,15 @@ def test_the_command_line_draws_with_processes(bundle: Bundle, tmp_path: Path) -
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        pictures = [np.asarray(Image.open(tmp_path / f"{out.stem}-{n}.png"), int) for n in range(2)]
+        images = [np.asarray(Image.open(tmp_path / f"{out.stem}-{n}.png"), int) for n in range(2)]
         written[arguments] = (
-            pictures,
+            images,
             [line.partition(": ")[2] for line in done.stderr.splitlines() if "skip" in line],
         )
     (first, skipped), *others = written.values()
-    for pictures, also in others:
+    for images, also in others:
         assert [line.partition(": ")[2] for line in also] == [line.partition(": ")[2] for line in skipped] != []
-        assert max(np.abs(a - b).max() for a, b in zip(pictures, first, strict=True)) <= 1
+        assert max(np.abs(a - b).max() for a, b in zip(images, first, strict=True)) <= 1
 
 
 def test_ranks_serve_many_requests_and_refuse_what_one_refuses(bundle: Bundle) -> None:

@@ -131,7 +131,7 @@ def test_a_tensorrt_that_loses_ranks_is_refused() -> None:
             check_keeps_ranks(module)
 
 
-# flux2-nano, drawn through fakes.
+# flux2-nano, generated through fakes.
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +142,8 @@ def bundle(workshop: Path) -> Bundle:
     return open_bundle(compile_into(workshop / "rtx-ranks", *QUICK, *changes, cache, targets, recipe=RTX))
 
 
-def drawn(bundle: Bundle, ranks: int, **request: Any) -> list[tuple[np.ndarray, tuple[int, ...], FakeDriver]]:
-    """Of every rank: the picture's latents, the steps skipped, and its driver."""
+def generated(bundle: Bundle, ranks: int, **request: Any) -> list[tuple[np.ndarray, tuple[int, ...], FakeDriver]]:
+    """Of every rank: the image's latents, the steps skipped, and its driver."""
     target = bundle.target("tensorrt_rtx" + (f"-{ranks}gpus" if ranks > 1 else ""))
 
     def work(group: Group | None) -> tuple[np.ndarray, tuple[int, ...], FakeDriver]:
@@ -162,14 +162,14 @@ def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_ranks_on_fake_gpus_draw_what_one_draws(bundle: Bundle) -> None:
-    """The graphs handed to TensorRT, rank by rank in ONNX's reference evaluator, captured and launched: one picture, one set
-    of decisions; bf16 rounds products at other places, so the picture is near and not equal.
+def test_ranks_on_fake_gpus_generate_what_one_generates(bundle: Bundle) -> None:
+    """The graphs handed to TensorRT, rank by rank in ONNX's reference evaluator, captured and launched: one image, one set
+    of decisions; bf16 rounds products at other places, so the image is near and not equal.
 
     The threshold lies in the middle of a range under which one rank decides the same.
     """
-    ((whole, skipped, _),) = drawn(bundle, 1, steps=10, threshold=0.225)
-    found = drawn(bundle, 2, steps=10, threshold=0.225)
+    ((whole, skipped, _),) = generated(bundle, 1, steps=10, threshold=0.225)
+    found = generated(bundle, 2, steps=10, threshold=0.225)
     assert all(np.array_equal(latents, found[0][0]) for latents, _, _ in found)
     assert {steps for _, steps, _ in found} == {skipped}
     assert len(skipped) == 5
@@ -189,7 +189,7 @@ def test_a_refused_communicator_is_fatal(bundle: Bundle) -> None:
         library = FakeLibrary(bundle, target, driver, None, group, refuses_communicator=True)
         backend = TensorRTBackend(bundle, target, driver, library, group, CAPSULE)
         backend.prepare({"branches": 1, "tokens": 32, "rows": 8, "columns": 8})
-        backend.play(("body",))
+        backend.run(("body",))
 
     with pytest.raises(BackendError, match="TensorRT refused the communicator"):
         on_every_rank(2, work)

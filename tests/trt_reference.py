@@ -1,4 +1,4 @@
-"""Plays a TensorRT target's programs without TensorRT: every call's graph goes through ONNX's reference evaluator.
+"""Runs a TensorRT target's programs without TensorRT: every call's graph goes through ONNX's reference evaluator.
 
 TRT_FP4DynamicQuantize is written out here from its documentation, in numpy, and shares no code with fluxc's quantizer. GEMMs
 and attention accumulate in fp32 and round once, as tensor cores do; everything else is rounded to bf16 by each operator.

@@ -86,7 +86,7 @@ def _make_bundle(
     manifest = msgspec.structs.replace(
         manifest,
         fidelity=bundle_writer.fidelity_entry(figures, cached),
-        pictures=bundle_writer.recorded(folders[0]),
+        images=bundle_writer.recorded(folders[0]),
         files=bundle_writer.files_of(staging, cache),
     )
     if bundle_writer.is_current(out, manifest, cache):
@@ -130,7 +130,7 @@ def _draft(
         sampling=msgspec.convert(sampling_entry(job), format.Sampling),
         targets=entries,
         fidelity={},
-        pictures=(),
+        images=(),
         files=bundle_writer.files_of(staging, cache),
         step_cache=results.get("step-cache"),
     )

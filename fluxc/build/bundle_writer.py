@@ -24,7 +24,7 @@ from fluxc.targets.parts import Weights, link_or_copy, read_entry
 from fluxc.targets.registry import kind_of
 from fluxrt import bundle as format
 
-LEFT_OUT = ("pictures.json", SEAL)
+LEFT_OUT = ("images.json", SEAL)
 """Files of a result that are not for the bundle."""
 
 
@@ -66,14 +66,14 @@ def fidelity_entry(figures: dict[str, Any], cached: dict[str, Any] | None) -> di
     return entry | _cached_figures(cached)
 
 
-def recorded(compared: Path) -> tuple[format.Picture, ...]:
+def recorded(compared: Path) -> tuple[format.RecordedImage, ...]:
     """The images that the comparison recorded, with the requests they came from."""
-    pictures = json.loads((compared / "pictures.json").read_text())
-    return tuple(msgspec.convert(picture, format.Picture) for picture in pictures)
+    images = json.loads((compared / "images.json").read_text())
+    return tuple(msgspec.convert(image, format.RecordedImage) for image in images)
 
 
 def _cached_figures(cached: dict[str, Any] | None) -> dict[str, Any]:
-    """The manifest's entry on pictures with the step cache against those without."""
+    """The manifest's entry on images with the step cache against those without."""
     left_out = ("by_prompt", "policy", "worst_prompt")
     return {"step_cache": {key: value for key, value in cached.items() if key not in left_out}} if cached else {}
 

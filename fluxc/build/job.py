@@ -51,7 +51,7 @@ class Job:
 
     def rows(self, guidance: float) -> int:
         """Rows of a CFG batch at this guidance: conditional and unconditional, or one."""
-        return 2 if self.original.guidance_branches and guidance > 1.0 else 1
+        return 2 if self.original.cfg_batch and guidance > 1.0 else 1
 
     def source(self, results: Results, with_plan: bool = True) -> Source:
         """The source as earlier steps left it: modelopt's export in place of the transformer, and, `with_plan`, the plan that

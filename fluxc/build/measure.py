@@ -50,14 +50,14 @@ def trace_to_file(
     asked = len(trace_request(loaded)["prompts"])
     if parts > asked:
         raise BuildError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
-    pictures = list(range((number - 1) * asked // parts, number * asked // parts))
+    images = list(range((number - 1) * asked // parts, number * asked // parts))
     with measuring(loaded, out, progress) as (_, job), progress.stage("trace steps") as report:
-        trace_into(step_trace_inputs(job, out.stem), pictures, out, device, report)
+        trace_into(step_trace_inputs(job, out.stem), images, out, device, report)
     return read_trace(out)
 
 
 def merge_to_file(paths: list[Path], out: Path) -> TraceFile:
-    """Write the pictures of all `paths` as one trace; BuildError naming a file that does not belong to the others."""
+    """Write the images of all `paths` as one trace; BuildError naming a file that does not belong to the others."""
     _check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_trace(out, *merge_traces([read_trace(path) for path in paths]))

@@ -122,7 +122,7 @@ def sampling_entry(job: Job) -> dict[str, Any]:
         "schedule": source.family.schedule,
         "steps": recipe.sampling.steps,
         "guidance": recipe.sampling.guidance,
-        "guidance_branches": source.guidance_branches,
+        "cfg_batch": source.cfg_batch,
     }
 
 
@@ -314,15 +314,15 @@ def _point(job: Job, results: Results, target: str, point: str) -> Stage[Any, Ma
     methods: dict[str, dict[str, Any]]
     keep: tuple[str, ...]
     if point == "full":
-        title, methods, keep = "draw without step cache", {"full": {}}, ()
+        title, methods, keep = "generate without step cache", {"full": {}}, ()
     elif point == "chosen":
-        title, methods, keep = "draw with the step cache", {"chosen": frontier.chosen(cache)}, ("chosen",)
+        title, methods, keep = "generate with the step cache", {"chosen": frontier.chosen(cache)}, ("chosen",)
     else:
-        title, keep = f"draw with {point} of {cache.steps} steps skipped", (cache.mode,)
+        title, keep = f"generate with {point} of {cache.steps} steps skipped", (cache.mode,)
         methods = frontier.policies(cache, read_trace(_traced(job, results)).trace, int(point))
     judges = judges_of(job.loaded) if full else {}
-    drawn = frontier_stages.Drawn(draft, target)
-    inputs = frontier_stages.PointInputs(drawn, request, methods, keep, full, judges)
+    generated = frontier_stages.Generated(draft, target)
+    inputs = frontier_stages.PointInputs(generated, request, methods, keep, full, judges)
     return Stage(f"frontier-{point}", title, inputs, frontier_stages.run, frontier_stages.load)
 
 

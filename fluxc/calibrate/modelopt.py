@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fluxc.base.errors import BuildError, RecipeError
-from fluxc.checkpoint.reference import Drawing, draw, load_pipeline
+from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.quantize.plan import LayerPlan
 
@@ -60,7 +60,7 @@ def quantize_config(plan: list[LayerPlan], algorithm: str) -> dict[str, Any]:
 
 
 def quantize_transformer(
-    checkpoint: Checkpoint, plan: list[LayerPlan], algorithm: str, prompts: list[str], drawing: Drawing, out: Path
+    checkpoint: Checkpoint, plan: list[LayerPlan], algorithm: str, prompts: list[str], generation: Generation, out: Path
 ) -> None:
     """Quantize the transformer under `plan` over the calibration prompts, and export it to the folder `out`."""
     import modelopt.torch.quantization as mtq
@@ -70,7 +70,7 @@ def quantize_transformer(
 
     def forward(_: Any) -> None:
         for number, prompt in enumerate(prompts):
-            draw(pipeline, checkpoint, prompt, drawing.of_prompt(number))
+            generate(pipeline, checkpoint, prompt, generation.of_prompt(number))
 
     mtq.quantize(pipeline.transformer, quantize_config(plan, algorithm), forward)
     export_hf_checkpoint(pipeline.transformer, export_dir=out)

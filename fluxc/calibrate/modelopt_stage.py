@@ -27,11 +27,11 @@ class ModeloptInputs:
 def run(inputs: ModeloptInputs, folder: Path, report: Report) -> None:
     """Write the component's folder."""
     from fluxc.calibrate.modelopt import quantize_transformer
-    from fluxc.calibrate.stage import drawing_of
+    from fluxc.calibrate.stage import generation_of
 
-    drawing = drawing_of(inputs.request, inputs.text_layers)
+    generation = generation_of(inputs.request, inputs.text_layers)
     prompts = inputs.request["prompts"]
-    quantize_transformer(inputs.files.checkpoint, inputs.plan, inputs.algorithm, prompts, drawing, folder / RESULT)
+    quantize_transformer(inputs.files.checkpoint, inputs.plan, inputs.algorithm, prompts, generation, folder / RESULT)
 
 
 def load(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from fluxc.calibrate.observe import Observer
 from fluxc.calibrate.placement import Placement, place
 from fluxc.calibrate.records import merge
 from fluxc.calibrate.sample import sample_points
-from fluxc.checkpoint.reference import Drawing, draw
+from fluxc.checkpoint.reference import Generation, generate
 from fluxc.checkpoint.source import Checkpoint
 
 OBSERVED = ("transformer", "text_encoder")
@@ -22,7 +22,7 @@ OBSERVED = ("transformer", "text_encoder")
 def calibrate(
     checkpoint: Checkpoint,
     prompts: list[str],
-    drawing: Drawing,
+    generation: Generation,
     branches: int,
     origin: Origin,
     placement: Placement,
@@ -31,12 +31,12 @@ def calibrate(
 ) -> Records:
     """The records over all prompts, steps and `branches` guidance branches, in bfloat16 as the model is served.
 
-    Prompt i starts from the runtime's noise for `drawing.seed` + i. Each prompt's records are kept below `work` as soon as
+    Prompt i starts from the runtime's noise for `generation.seed` + i. Each prompt's records are kept below `work` as soon as
     they are complete, and a later call with the same `work` reads them; the caller removes `work` once it has kept the result.
     """
     work.mkdir(parents=True, exist_ok=True)
     kept = [work / f"prompt-{number:05}.safetensors" for number in range(len(prompts))]
-    calls = {"transformer": drawing.steps * branches, "text_encoder": branches}
+    calls = {"transformer": generation.steps * branches, "text_encoder": branches}
     pipeline: Any = None
     observers: dict[str, Observer] = {}
     for number, prompt in enumerate(prompts):
@@ -46,10 +46,10 @@ def calibrate(
                 observers = {name: Observer(getattr(pipeline, name)) for name in OBSERVED}
             for name, observer in observers.items():
                 observer.keep_rows(sample_points(number, len(prompts), calls[name]))
-            picture = draw(pipeline, checkpoint, prompt, drawing.of_prompt(number))
-            if picture.max() == picture.min():
+            image = generate(pipeline, checkpoint, prompt, generation.of_prompt(number))
+            if image.max() == image.min():
                 raise BuildError(
-                    f"calibration: the model draws one flat colour for {prompt!r}; "
+                    f"calibration: the model generates one flat colour for {prompt!r}; "
                     "the checkpoint is damaged, or guidance and steps do not suit it"
                 )
             write_calibration(kept[number], origin, {name: observer.take() for name, observer in observers.items()})

@@ -1,6 +1,6 @@
 """Measures what quantizing each fusion group does to the model's output, and chooses what stays in bf16 under a budget.
 
-1. diffusers' pipeline draws a few calibration prompts; the transformer's inputs and outputs are kept at a few steps.
+1. diffusers' pipeline generates a few calibration prompts; the transformer's inputs and outputs are kept at a few steps.
 2. Each fusion group alone is quantized as the weights stage would (and its inputs rounded, if a target rounds them), the
    same inputs are run again, and the squared error of the guided velocity, relative to its energy, is the group's cost.
 3. Errors of different groups are nearly independent, so costs add up: what to keep is a knapsack, solved exactly.
@@ -21,7 +21,7 @@ from fluxc.base.errors import BuildError
 from fluxc.base.numbers import significant
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
-from fluxc.checkpoint.reference import Drawing, draw, guided, load_pipeline
+from fluxc.checkpoint.reference import Generation, generate, guided, load_pipeline
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.formats import cpu
 from fluxc.formats.registry import FORMATS
@@ -34,7 +34,7 @@ SEARCHES = 8
 
 @dataclass(frozen=True)
 class State:
-    """One step of one picture: the transformer's arguments for each guidance branch, and the guided velocity it gave."""
+    """One step of one image: the transformer's arguments for each guidance branch, and the guided velocity it gave."""
 
     arguments: list[dict[str, Any]]
     velocity: torch.Tensor
@@ -50,10 +50,10 @@ class GroupCost:
 
 
 def record_states(
-    pipeline: Any, checkpoint: Checkpoint, prompts: list[str], drawing: Drawing, branches: int
+    pipeline: Any, checkpoint: Checkpoint, prompts: list[str], generation: Generation, branches: int
 ) -> list[State]:
     """STEPS evenly spaced steps of PROMPTS evenly spaced prompts."""
-    wanted = _evenly(drawing.steps, STEPS)
+    wanted = _evenly(generation.steps, STEPS)
     states: list[State] = []
     for number in _evenly(len(prompts), PROMPTS):
         calls: list[tuple[dict[str, Any], torch.Tensor]] = []
@@ -64,12 +64,12 @@ def record_states(
         handle = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
         try:
             with torch.no_grad():
-                draw(pipeline, checkpoint, prompts[number], drawing.of_prompt(number))
+                generate(pipeline, checkpoint, prompts[number], generation.of_prompt(number))
         finally:
             handle.remove()
         for step in wanted:
             passes = calls[step * branches : (step + 1) * branches]
-            states.append(State([a for a, _ in passes], guided([v for _, v in passes], drawing.guidance)))
+            states.append(State([a for a, _ in passes], guided([v for _, v in passes], generation.guidance)))
     return states
 
 
@@ -167,7 +167,7 @@ def choose(costs: list[GroupCost], parameters: int) -> list[int]:
 def measure(
     checkpoint: Checkpoint,
     prompts: list[str],
-    drawing: Drawing,
+    generation: Generation,
     branches: int,
     dtype: torch.dtype,
     plan: list[LayerPlan],
@@ -184,14 +184,14 @@ def measure(
     device = _device(pipeline)
     pipeline.to(device)
     model = pipeline.transformer
-    states = record_states(pipeline, checkpoint, prompts, drawing, branches)
+    states = record_states(pipeline, checkpoint, prompts, generation, branches)
     groups: dict[str, list[LayerPlan]] = {}
     for entry in to_quantize(plan):
         groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
 
     def error(entries: list[LayerPlan]) -> float:
         with simulation.of(model, entries):
-            return output_error(model, states, drawing.guidance)
+            return output_error(model, states, generation.guidance)
 
     costs = []
     for number, members in enumerate(groups.values()):
@@ -210,7 +210,7 @@ def measure(
     ranked = sorted(range(len(costs)), key=lambda i: (-costs[i].cost / costs[i].parameters, costs[i].layers))
     return {
         "prompts": len(_evenly(len(prompts), PROMPTS)),
-        "steps": _evenly(drawing.steps, STEPS),
+        "steps": _evenly(generation.steps, STEPS),
         "inputs_rounded": simulation.round_inputs,
         "share_kept": sum(costs[i].parameters for i in kept) / total,
         "error_all_quantized": _root(error(every)),

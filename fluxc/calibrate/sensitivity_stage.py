@@ -39,7 +39,7 @@ def run(inputs: SensitivityInputs, folder: Path, report: Report) -> None:
     from fluxc.calibrate.amax import input_amax
     from fluxc.calibrate.file import read_calibration
     from fluxc.calibrate.sensitivity import Simulation, measure
-    from fluxc.calibrate.stage import drawing_of
+    from fluxc.calibrate.stage import generation_of
 
     checkpoint = inputs.files.checkpoint
     records = read_calibration(inputs.calibration).records["transformer"]
@@ -48,7 +48,7 @@ def run(inputs: SensitivityInputs, folder: Path, report: Report) -> None:
     measured = measure(
         checkpoint,
         inputs.request["prompts"],
-        drawing_of(inputs.request, inputs.text_layers),
+        generation_of(inputs.request, inputs.text_layers),
         inputs.rows,
         getattr(torch, inputs.dtype),
         inputs.plan,

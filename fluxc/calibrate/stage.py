@@ -15,7 +15,7 @@ from fluxc.calibrate.file import write_calibration
 from fluxc.checkpoint.files import Aside, CheckpointFiles
 
 if TYPE_CHECKING:
-    from fluxc.checkpoint.reference import Drawing
+    from fluxc.checkpoint.reference import Generation
 
 RESULT = "calibration.safetensors"
 
@@ -51,17 +51,17 @@ def calibrate_into(inputs: CalibrationInputs, path: Path, device: str, report: R
     origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
     made_by = key_of(inputs.files.hashes(), request, str(placement), library_versions(), code_digest(__name__))
     work = inputs.aside.folder.with_name(f"{inputs.aside.folder.name}-{made_by}")
-    drawing = drawing_of(request, inputs.text_layers)
-    records = calibrate(checkpoint, request["prompts"], drawing, inputs.rows, origin, placement, work, report)
+    generation = generation_of(request, inputs.text_layers)
+    records = calibrate(checkpoint, request["prompts"], generation, inputs.rows, origin, placement, work, report)
     write_calibration(path, origin, records)
     shutil.rmtree(work)
 
 
-def drawing_of(request: dict[str, Any], text_layers: tuple[int, ...]) -> Drawing:
+def generation_of(request: dict[str, Any], text_layers: tuple[int, ...]) -> Generation:
     """How diffusers generates what a request asks for."""
-    from fluxc.checkpoint.reference import Drawing
+    from fluxc.checkpoint.reference import Generation
 
-    return Drawing(
+    return Generation(
         size=tuple(request["size"]),
         steps=request["steps"],
         guidance=request["guidance"],

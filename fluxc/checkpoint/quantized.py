@@ -65,7 +65,7 @@ def quantized_layers(component: Component, layers: list[Linear]) -> dict[str, So
         if weight is None:
             continue
         if weight.dtype in FLOATS:
-            _refuse_stray_parts(component, layer.name, weight)
+            _refuse_unused_parts(component, layer.name, weight)
         elif (format := format_of(component.tensors, layer.name)) is not None:
             found[layer.name] = _read_layer(component, layer, format)
         else:
@@ -147,10 +147,10 @@ def _read_layer(component: Component, layer: Linear, format: Format) -> SourceLa
     return SourceLayer(format.name, tensors)
 
 
-def _refuse_stray_parts(component: Component, name: str, weight: TensorRef) -> None:
-    stray = [part for part in parts_beside_weights() if f"{name}.{part}" in component.tensors]
-    if stray:
-        raise _wrong(component, name, f"its weight is {weight.dtype}, not quantized, yet it has {', '.join(stray)}")
+def _refuse_unused_parts(component: Component, name: str, weight: TensorRef) -> None:
+    unused = [part for part in parts_beside_weights() if f"{name}.{part}" in component.tensors]
+    if unused:
+        raise _wrong(component, name, f"its weight is {weight.dtype}, not quantized, yet it has {', '.join(unused)}")
 
 
 def _check_config(component: Component, layers: list[Linear], found: dict[str, SourceLayer]) -> None:

@@ -61,10 +61,10 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
         table.add_row(target.name, escape(kind_of(target.kind).describe(target)))
     console.print(table)
     for target in (target for target in recipe.targets if target.ranks > 1):
-        for shares in context.shares(target):
-            console.print(f"{target.name}: {shares}")
+        for shards in context.shards(target):
+            console.print(f"{target.name}: {shards}")
     sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
-    branches = "two passes a step (guidance)" if source.guidance_branches else "one pass a step"
+    branches = "two passes a step (guidance)" if source.cfg_batch else "one pass a step"
     console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
     if recipe.step_cache:
         console.print(_cache_sentence(loaded))
@@ -90,7 +90,7 @@ def _cache_sentence(loaded: LoadedRecipe) -> str:
     asked = f"as many steps as an accumulated error of {cache.max_error} allows, of"
     if cache.skip is not None:
         asked = "as many steps as the knee of the curve says, of" if cache.skip == "auto" else f"{cache.skip:g} of"
-    how = "always the same" if cache.mode == "static" else "on average, decided while a picture is drawn"
+    how = "always the same" if cache.mode == "static" else "on average, decided while an image is generated"
     traced = f"traced in {cache.trace}" if cache.trace else f"to be traced in {request['dtype']}"
     prompts = f"{len(request['prompts'])} prompts at {height}x{width} {traced}"
     return f"step cache: skips {asked} {request['steps']} steps ({how}); {prompts}"

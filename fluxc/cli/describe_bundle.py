@@ -39,7 +39,7 @@ def print_bundle(bundle: Bundle) -> None:
         table.add_row(component, format, str(layers), f"{before:,}", f"{after:,}")
     console.print(table)
     table = Table(
-        "target", "velocity cosine", "picture PSNR, mean", "worst", "SSIM", title="fidelity", title_justify="left"
+        "target", "velocity cosine", "image PSNR, mean", "worst", "SSIM", title="fidelity", title_justify="left"
     )
     for target in manifest.targets:
         figures = manifest.fidelity.get("targets", {}).get(target.name, {"step_cosine": "not run"})
@@ -49,7 +49,7 @@ def print_bundle(bundle: Bundle) -> None:
     console.print(table)
     for name, figures in manifest.fidelity.get("ranks", {}).items():
         console.print(
-            f"{name}: {figures['ranks']} processes draw what {figures['against']} draws in one: PSNR "
+            f"{name}: {figures['ranks']} processes generate what {figures['against']} generates in one: PSNR "
             f"{figures['image_psnr_db']} dB mean, {figures['image_psnr_db_worst']} dB worst"
         )
     for target in manifest.targets:

@@ -38,7 +38,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(fluxc.__version__, prog_name="fluxc")
 def main() -> None:
-    """Compile FLUX.2 checkpoints into bundles that a thin runtime draws with."""
+    """Compile FLUX.2 checkpoints into bundles that a thin runtime generates with."""
 
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
@@ -192,10 +192,10 @@ def inspect(bundle: Path) -> None:
 
 @main.command()
 @bundle_argument
-@click.option("--target", help="Draw with this target alone (default: with every one).")
+@click.option("--target", help="Generate with this target alone (default: with every one).")
 @reports_errors
 def verify(bundle: Path, target: str | None) -> None:
-    """Check every file's size and SHA-256, then draw a recorded picture again and compare."""
+    """Check every file's size and SHA-256, then generate a recorded image again and compare."""
     from fluxc.fidelity.verify import verify_bundle
 
     for line in verify_bundle(bundle, target):

@@ -79,7 +79,7 @@ def plan_as_json(loaded: LoadedRecipe, source: Source) -> dict[str, Any]:
         "weights_bytes": {name: asdict(memory) for name, memory in memory_by_component(source).items()},
         "targets": [target.name for target in recipe.targets],
         "ranks": {
-            target.name: [shares.as_json() for shares in context.shares(target)]
+            target.name: [shards.as_json() for shards in context.shards(target)]
             for target in recipe.targets
             if target.ranks > 1
         },

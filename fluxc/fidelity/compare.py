@@ -21,12 +21,12 @@ from fluxrt.request import Request
 from fluxrt.schedule import SCHEDULES
 
 LEAST_RANKS_PSNR_DB = 35.0
-"""Of pictures of 8 bits, whose steps cost 59 dB; where inputs are rounded to NVFP4, a few codes fall the other way."""
+"""Of images of 8 bits, whose steps cost 59 dB; where inputs are rounded to NVFP4, a few codes fall the other way."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A recorded picture with the final latents [1, S, C] of its step loop and the seed its noise came from."""
+    """A recorded image with the final latents [1, S, C] of its step loop and the seed its noise came from."""
 
     trace: Trace
     final: np.ndarray
@@ -41,9 +41,9 @@ def compare_target(
     size: tuple[int, int],
     steps: int,
     guidance: float,
-    on_picture: Callable[[], None],
+    on_image: Callable[[], None],
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """(figures, pictures fp32 [height, width, 3]) of one target.
+    """(figures, images fp32 [height, width, 3]) of one target.
 
     Every stage gets diffusers' own input: tokens, embeddings, the latents of each step, the final latents. Only `image` is
     end to end. Figures are the worst over prompts (and steps); `image_psnr_db` and `image_ssim` also as means.
@@ -51,7 +51,7 @@ def compare_target(
     pipeline = Pipeline(bundle, target=target)
     grid = pipeline.grid(size)
     rows: list[dict[str, Any]] = []
-    pictures = []
+    images = []
     for reference in references:
         trace = reference.trace
         _check_tokens(pipeline, trace)
@@ -65,10 +65,10 @@ def compare_target(
             for latents, sigma in zip(trace.latents, trace.sigmas, strict=True)
         ]
         decoded = pipeline.decode(reference.final, grid)[0]
-        picture = _draw(pipeline, text, grid, guidance, trace, steps)
-        pictures.append(picture)
+        image = _generate(pipeline, text, grid, guidance, trace, steps)
+        images.append(image)
         pairs = list(zip(velocities, trace.velocities, strict=True))
-        for what, values in (("velocities", velocities), ("decoded latents", [decoded]), ("picture", [picture])):
+        for what, values in (("velocities", velocities), ("decoded latents", [decoded]), ("image", [image])):
             _check_finite(target, what, trace.prompt, values)
         rows.append(
             {
@@ -79,12 +79,12 @@ def compare_target(
                 "step_error": [relative_error(ours, theirs) for ours, theirs in pairs],
                 "step_cosine": [cosine(ours, theirs) for ours, theirs in pairs],
                 "decode_error": relative_error(decoded, trace.image),
-                "image_psnr_db": psnr(picture, trace.image),
-                "image_ssim": ssim(picture, trace.image),
+                "image_psnr_db": psnr(image, trace.image),
+                "image_ssim": ssim(image, trace.image),
             }
         )
-        on_picture()
-    return _summary(rows), pictures
+        on_image()
+    return _summary(rows), images
 
 
 def compare_ranks(
@@ -96,13 +96,13 @@ def compare_ranks(
     steps: int,
     guidance: float,
     size: tuple[int, int],
-    on_picture: Callable[[], None],
+    on_image: Callable[[], None],
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """(figures, pictures) of a target sharded for processes against `expected`, the pictures of the target `whole`.
+    """(figures, images) of a target sharded for processes against `expected`, the images of the target `whole`.
 
-    Raises BuildError where a picture is not the one that a single process draws, but for rounding.
+    Raises BuildError where an image is not the one that a single process generates, but for rounding.
     """
-    pictures = []
+    images = []
     with RankedPipeline(bundle, bundle.target(target)) as pipeline:
         for reference in references:
             request = Request(
@@ -114,13 +114,13 @@ def compare_ranks(
                 step_cache=False,
             )
             result = pipeline.generate(request)
-            pictures.append(np.asarray(result.images[0], np.float32) / 255)
-            on_picture()
-    psnrs = [psnr(ours, theirs) for ours, theirs in zip(pictures, expected, strict=True)]
+            images.append(np.asarray(result.images[0], np.float32) / 255)
+            on_image()
+    psnrs = [psnr(ours, theirs) for ours, theirs in zip(images, expected, strict=True)]
     if min(psnrs) < LEAST_RANKS_PSNR_DB:
         worst = references[int(np.argmin(psnrs))].trace.prompt
         raise BuildError(
-            f"target {target}: its ranks draw {worst!r} at {min(psnrs):.1f} dB of what {whole} draws (at least "
+            f"target {target}: its ranks generate {worst!r} at {min(psnrs):.1f} dB of what {whole} generates (at least "
             f"{LEAST_RANKS_PSNR_DB:g} dB is expected); no bundle was written"
         )
     figures = {
@@ -129,7 +129,7 @@ def compare_ranks(
         "image_psnr_db": significant(float(np.mean(psnrs))),
         "image_psnr_db_worst": significant(min(psnrs)),
     }
-    return figures, pictures
+    return figures, images
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _velocity(
     return pipeline.backend.get("latents") - latents
 
 
-def _draw(
+def _generate(
     pipeline: Pipeline, text: np.ndarray, grid: tuple[int, int], guidance: float, trace: Trace, steps: int
 ) -> np.ndarray:
     sigmas = SCHEDULES[pipeline.bundle.manifest.sampling.schedule](grid[0] * grid[1], steps)

@@ -17,7 +17,7 @@ def check_gates(
     """Raise GateError naming every figure that misses its gate.
 
     `layer_snr_db` holds the weight SNR of the layers the build quantized, `targets` figures by target (see compare_target),
-    `cached` those of pictures with the step cache (see frontier.figures).
+    `cached` those of images with the step cache (see frontier.figures).
     """
     # Written as "not at least", so that a NaN misses its gate.
     misses = []

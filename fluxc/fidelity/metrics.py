@@ -1,4 +1,4 @@
-"""Measures of difference between two arrays, and between two pictures."""
+"""Measures of difference between two arrays, and between two images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cosine(ours: np.ndarray, reference: np.ndarray) -> float:
 
 
 def psnr(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in 0..1; at most 120, which identical pictures get."""
+    """Peak signal-to-noise ratio in dB of images in 0..1; at most 120, which identical images get."""
     from skimage.metrics import mean_squared_error
 
     error = mean_squared_error(reference.astype(np.float64), ours.astype(np.float64))
@@ -28,7 +28,7 @@ def psnr(ours: np.ndarray, reference: np.ndarray) -> float:
 
 
 def ssim(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Structural similarity of pictures [height, width, 3] in 0..1 (Wang et al. 2004, Gaussian window)."""
+    """Structural similarity of images [height, width, 3] in 0..1 (Wang et al. 2004, Gaussian window)."""
     from skimage.metrics import structural_similarity
 
     return float(

@@ -1,7 +1,7 @@
 """Perceptual measures with networks of their own, where their weights are on this machine: LPIPS and image-text agreement.
 
-LPIPS (Zhang et al. 2018) is the distance of two pictures in a network's features; 0 for equal ones. Image-text agreement is 100
-times the cosine of a picture's and a prompt's CLIP embeddings, which moves with what is drawn and hardly with how well.
+LPIPS (Zhang et al. 2018) is the distance of two images in a network's features; 0 for equal ones. Image-text agreement is 100
+times the cosine of an image's and a prompt's CLIP embeddings, which moves with what is generated and hardly with how well.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class Judges:
         self._lpips = _load_lpips(lpips) if lpips else None
         self._clip = _load_clip(image_text) if image_text else None
 
-    def figures(self, pictures: np.ndarray, full: np.ndarray, prompts: list[str]) -> list[dict[str, float]]:
-        """By picture, what can be said: pictures fp32 [n, height, width, 3] in 0..1 and those they are compared with."""
+    def figures(self, images: np.ndarray, full: np.ndarray, prompts: list[str]) -> list[dict[str, float]]:
+        """By image, what can be said: images fp32 [n, height, width, 3] in 0..1 and those they are compared with."""
         rows: list[dict[str, float]] = [{} for _ in prompts]
-        for row, picture, reference, prompt in zip(rows, pictures, full, prompts, strict=True):
+        for row, image, reference, prompt in zip(rows, images, full, prompts, strict=True):
             if self._lpips is not None:
                 with torch.no_grad():
-                    row["lpips"] = float(self._lpips(_planes(picture) * 2 - 1, _planes(reference) * 2 - 1))
+                    row["lpips"] = float(self._lpips(_planes(image) * 2 - 1, _planes(reference) * 2 - 1))
             if self._clip is not None:
-                row["image_text"] = self._clip(picture, prompt)
+                row["image_text"] = self._clip(image, prompt)
         return rows
 
 
-def _planes(picture: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(picture, dtype=np.float32)).permute(2, 0, 1)[None]
+def _planes(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).permute(2, 0, 1)[None]
 
 
 def _load_lpips(weights: Path) -> Any:
@@ -77,8 +77,8 @@ def _load_clip(folder: Path) -> Any:
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[None, :, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[None, :, None, None]
 
-    def agreement(picture: np.ndarray, prompt: str) -> float:
-        planes = _planes(picture)
+    def agreement(image: np.ndarray, prompt: str) -> float:
+        planes = _planes(image)
         scale = side / min(planes.shape[2:])
         size = [max(side, round(scale * length)) for length in planes.shape[2:]]
         planes = torch.nn.functional.interpolate(planes, size, mode="bicubic", antialias=True).clamp(0, 1)

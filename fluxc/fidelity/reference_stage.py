@@ -42,14 +42,16 @@ def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
     import torch
     from safetensors.numpy import save_file
 
-    from fluxc.checkpoint.reference import Drawing, load_pipeline
+    from fluxc.checkpoint.reference import Generation, load_pipeline
     from fluxc.fidelity.trace import record, tokens_of_final
 
     checkpoint = inputs.files.checkpoint
     pipeline = load_pipeline(checkpoint, getattr(torch, inputs.dtype))
-    drawing = Drawing(inputs.size, inputs.steps, inputs.guidance, inputs.seed, inputs.text_length, inputs.text_layers)
+    generation = Generation(
+        inputs.size, inputs.steps, inputs.guidance, inputs.seed, inputs.text_length, inputs.text_layers
+    )
     for number, prompt in enumerate(inputs.prompts):
-        trace = record(pipeline, checkpoint, prompt, inputs.rows, drawing.of_prompt(number))
+        trace = record(pipeline, checkpoint, prompt, inputs.rows, generation.of_prompt(number))
         tensors = {f"{name}.{at:04}": array for name in LISTS for at, array in enumerate(getattr(trace, name))}
         tensors |= {f"prologue.{name}": array for name, array in trace.prologue.items()}
         tensors |= {"sigmas": np.array(trace.sigmas, np.float64), "final": tokens_of_final(trace, pipeline.vae)}

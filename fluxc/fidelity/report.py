@@ -1,4 +1,4 @@
-"""The report a bundle carries: report.json, a page to look at, and pictures side by side."""
+"""The report a bundle carries: report.json, a page to look at, and images side by side."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from PIL import Image, ImageDraw
 from fluxrt.pipeline import to_image
 
 
-def write_report(folder: Path, figures: dict[str, Any], pictures: dict[str, list[np.ndarray]]) -> None:
-    """Write report.json, index.html and pictures/ below `folder`.
+def write_report(folder: Path, figures: dict[str, Any], rows: dict[str, list[np.ndarray]]) -> None:
+    """Write report.json, index.html and images/ below `folder`.
 
-    `pictures` maps the reference and each target to its pictures, fp32 [height, width, 3] in 0..1, in the prompts' order.
+    `rows` maps the reference and each target to its images, fp32 [height, width, 3] in 0..1, in the prompts' order.
     """
     import jinja2
 
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
-    for name, images in pictures.items():
+    for name, images in rows.items():
         for number, image in enumerate(images):
-            to_image(image).save(folder / "pictures" / f"{name}-{number}.png")
-    sheet = contact_sheet(pictures)
-    sheet.save(folder / "pictures" / "sheet.png")
+            to_image(image).save(folder / "images" / f"{name}-{number}.png")
+    sheet = contact_sheet(rows)
+    sheet.save(folder / "images" / "sheet.png")
     targets = figures["targets"]
     steps = range(figures["steps"])
     step_rows = [
@@ -65,18 +65,18 @@ def write_report(folder: Path, figures: dict[str, Any], pictures: dict[str, list
 
 
 def contact_sheet(rows: dict[str, list[np.ndarray]], least_side: int = 128) -> Image.Image:
-    """A picture with one row a name and one column a prompt; small pictures are enlarged by whole factors."""
-    images = {name: [to_image(picture) for picture in pictures] for name, pictures in rows.items()}
-    width, height = next(iter(images.values()))[0].size
+    """An image with one row a name and one column a prompt; small images are enlarged by whole factors."""
+    sheets = {name: [to_image(image) for image in images] for name, images in rows.items()}
+    width, height = next(iter(sheets.values()))[0].size
     factor = max(1, -(-least_side // width))
     width, height, gap, head = width * factor, height * factor, 8, 20
-    columns = max(len(row) for row in images.values())
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(images) * (height + gap + head) + gap), "white")
+    columns = max(len(row) for row in sheets.values())
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(sheets) * (height + gap + head) + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (name, pictures) in enumerate(images.items()):
+    for row, (name, images) in enumerate(sheets.items()):
         y = gap + row * (height + gap + head)
         draw.text((gap, y), name, fill="black")
-        for column, picture in enumerate(pictures):
-            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+        for column, image in enumerate(images):
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (gap + column * (width + gap), y + head))
     return sheet

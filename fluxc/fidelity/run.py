@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
-    """Write report/ (report.json, index.html, pictures) and pictures.json, the recorded requests, into `folder`."""
+    """Write report/ (report.json, index.html, images) and images.json, the recorded requests, into `folder`."""
     prompts, steps, guidance, size = inputs.prompts, inputs.steps, inputs.guidance, inputs.size
     bundle = inputs.draft.bundle
     runnable = [target for target in inputs.targets if target.runs_here]
     sharded = [(target, target.in_one) for target in inputs.targets if target.in_one]
-    drawing = [*runnable, *(target for target, _ in sharded)]
-    total = len(prompts) * len(drawing)
+    generation = [*runnable, *(target for target, _ in sharded)]
+    total = len(prompts) * len(generation)
     done = 0
 
     def advance() -> None:
@@ -42,25 +42,25 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
         "prompts": prompts,
         "targets": {},
         "ranks": {},
-        "not_run": [target.name for target in inputs.targets if target not in drawing],
+        "not_run": [target.name for target in inputs.targets if target not in generation],
         "engines": inputs.evidence,
         "layers": inputs.layers,
         "sensitivity": inputs.sensitivity,
         "step_cache": inputs.step_cache,
     }
-    pictures: dict[str, list[np.ndarray]] = {"reference": [r.trace.image for r in references]}
+    images: dict[str, list[np.ndarray]] = {"reference": [r.trace.image for r in references]}
     for target in runnable:
-        figures["targets"][target.name], pictures[target.name] = compare_target(
-            bundle, target.name, references, size=size, steps=steps, guidance=guidance, on_picture=advance
+        figures["targets"][target.name], images[target.name] = compare_target(
+            bundle, target.name, references, size=size, steps=steps, guidance=guidance, on_image=advance
         )
     for target, whole in sharded:
-        figures["ranks"][target.name], pictures[target.name] = compare_ranks(
-            bundle, target.name, whole.name, pictures[whole.name], references, steps, guidance, size, advance
+        figures["ranks"][target.name], images[target.name] = compare_ranks(
+            bundle, target.name, whole.name, images[whole.name], references, steps, guidance, size, advance
         )
-    write_report(folder / "report", figures, pictures)
+    write_report(folder / "report", figures, images)
     recorded = [
         {
-            "file": f"report/pictures/{target.name}-{number}.png",
+            "file": f"report/images/{target.name}-{number}.png",
             "target": target.name,
             "prompt": reference.trace.prompt,
             "seed": reference.seed,
@@ -68,7 +68,7 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
             "guidance": guidance,
             "size": size,
         }
-        for target in drawing
+        for target in generation
         for number, reference in enumerate(references)
     ]
-    (folder / "pictures.json").write_text(json.dumps(recorded))
+    (folder / "images.json").write_text(json.dumps(recorded))

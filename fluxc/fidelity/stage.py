@@ -55,7 +55,7 @@ class CompareInputs:
 
 
 def run(inputs: CompareInputs, folder: Path, report: Report) -> None:
-    """Write report/ (report.json, index.html, pictures) and pictures.json."""
+    """Write report/ (report.json, index.html, images) and images.json."""
     from fluxc.fidelity.run import measure
 
     measure(folder, inputs, report)

@@ -1,4 +1,4 @@
-"""Records what diffusers does for one picture: tokens, embeddings, first-step prologue, every step, the picture."""
+"""Records what diffusers does for one image: tokens, embeddings, first-step prologue, every step, the image."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fluxc.checkpoint.reference import Drawing, draw, guided
+from fluxc.checkpoint.reference import Generation, generate, guided
 from fluxc.checkpoint.source import Checkpoint
 
 
 @dataclass
 class Trace:
-    """One picture by diffusers, as arrays; `branches` are the conditional and, with guidance, the empty prompt."""
+    """One image by diffusers, as arrays; `branches` are the conditional and, with guidance, the empty prompt."""
 
     prompt: str
     input_ids: list[np.ndarray] = field(default_factory=list)
@@ -27,8 +27,8 @@ class Trace:
     image: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
-def record(pipeline: Any, checkpoint: Checkpoint, prompt: str, branches: int, drawing: Drawing) -> Trace:
-    """Draw `prompt` with diffusers while hooks record its stages."""
+def record(pipeline: Any, checkpoint: Checkpoint, prompt: str, branches: int, generation: Generation) -> Trace:
+    """Generate `prompt` with diffusers while hooks record its stages."""
     trace = Trace(prompt)
     model, passes = pipeline.transformer, []
 
@@ -67,12 +67,12 @@ def record(pipeline: Any, checkpoint: Checkpoint, prompt: str, branches: int, dr
     ]
     try:
         with torch.no_grad():
-            trace.image = draw(pipeline, checkpoint, prompt, drawing)
+            trace.image = generate(pipeline, checkpoint, prompt, generation)
     finally:
         for handle in handles:
             handle.remove()
     for step in range(len(trace.latents)):
-        trace.velocities.append(guided(passes[step * branches : (step + 1) * branches], drawing.guidance))
+        trace.velocities.append(guided(passes[step * branches : (step + 1) * branches], generation.guidance))
     return trace
 
 

@@ -1,4 +1,4 @@
-"""`fluxc verify`: every file's hash, then a picture drawn again against the recorded one."""
+"""`fluxc verify`: every file's hash, then an image generated again against the recorded one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from PIL import Image
 import fluxrt
 from fluxc.base.errors import BuildError
 from fluxc.fidelity.metrics import psnr
-from fluxrt.bundle import Bundle, Picture, Target, open_bundle, verify_files
+from fluxrt.bundle import Bundle, RecordedImage, Target, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle, this_machine
 from fluxrt.request import Request
 
 LEAST_PSNR_DB = 40.0
 LEAST_PSNR_DB_OF_ANOTHER = 25.0
-"""Of a picture that a CPU target with the same rounding drew: an engine rounds at other places."""
+"""Of an image that a CPU target with the same rounding drew: an engine rounds at other places."""
 
 
 def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
     """Yield a line for each check that passed; raises BundleError or BuildError at the first that does not.
 
-    Pictures are compared as 8-bit PNGs. Another CPU may round differently, so they must agree to 40 dB, not to the bit.
+    Images are compared as 8-bit PNGs. Another CPU may round differently, so they must agree to 40 dB, not to the bit.
     """
     bundle = open_bundle(path)
     verify_files(bundle)
@@ -37,11 +37,11 @@ def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
             continue
         reason = obstacle(bundle, entry, machine)
         if reason:
-            yield f"target {entry.name}: not drawn with here: {reason}"
+            yield f"target {entry.name}: not generated with here: {reason}"
             continue
         recorded, least = _recorded(bundle, entry)
         if recorded is None:
-            yield f"target {entry.name}: no picture was recorded"
+            yield f"target {entry.name}: no image was recorded"
             continue
         with contextlib.closing(fluxrt.load(path, target=entry.name)) as pipeline:
             request = Request(
@@ -58,19 +58,19 @@ def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
         agreement = psnr(np.asarray(result.images[0], dtype=np.float64) / 255, expected)
         if agreement < least:
             raise BuildError(
-                f"{path}: target {entry.name} draws {recorded.prompt!r} at only {agreement:.1f} dB of the picture recorded "
+                f"{path}: target {entry.name} generates {recorded.prompt!r} at only {agreement:.1f} dB of the image recorded "
                 f"in {recorded.file} (at least {least:.0f} dB is expected on any machine); do not serve with it: "
                 "check the runtime's version against provenance.tools, or rebuild"
             )
         exact = "identical" if agreement == 120.0 else f"{agreement:.1f} dB"
-        yield f"target {entry.name}: the recorded picture is drawn again ({exact})"
+        yield f"target {entry.name}: the recorded image is generated again ({exact})"
 
 
-def _recorded(bundle: Bundle, target: Target) -> tuple[Picture | None, float]:
-    """A picture to draw again with `target`, and the dB it must agree to: its own, or of a target that rounds as it does."""
+def _recorded(bundle: Bundle, target: Target) -> tuple[RecordedImage | None, float]:
+    """An image to generate again with `target`, and the dB it must agree to: its own, or of a target that rounds as it does."""
     rounding = {t.name for t in bundle.manifest.targets if t.activations == target.activations}
     for names, least in (({target.name}, LEAST_PSNR_DB), (rounding, LEAST_PSNR_DB_OF_ANOTHER)):
-        for picture in bundle.manifest.pictures:
-            if picture.target in names:
-                return picture, least
+        for image in bundle.manifest.images:
+            if image.target in names:
+                return image, least
     return None, 0.0

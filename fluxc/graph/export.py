@@ -43,14 +43,14 @@ Input = tuple[torch.Tensor, dict[int, str] | None]
 def trace_transformer(
     config: dict[str, Any],
     text_length: int,
-    guidance_branches: bool,
+    cfg_batch: bool,
     dtype: torch.dtype = torch.float32,
     part: bool = False,
 ) -> dict[str, onnx.ModelProto]:
     """The neutral graphs prologue, signal, double_block, single_block and epilogue of a Flux2Transformer2DModel in `dtype`.
 
-    With `part` they are those of a part of a picture's tokens, `text_length` text tokens among them: the prologue takes the
-    text's part as `text_share`, and `first_token` and `first_text`.
+    With `part` they are those of a part of an image's tokens, `text_length` text tokens among them: the prologue takes the
+    text's part as `text_shard`, and `first_token` and `first_text`.
     """
     from diffusers import Flux2Transformer2DModel
 
@@ -76,7 +76,7 @@ def trace_transformer(
 
     prologue_inputs = {
         "latents": (latents, only_tokens),
-        ("text_share" if part else "text"): (_meta(branches, length, features, dtype=dtype), only_branches),
+        ("text_shard" if part else "text"): (_meta(branches, length, features, dtype=dtype), only_branches),
         "sigma": (scalar, None),
         "columns": (torch.empty((), dtype=torch.int64, device="meta"), None),
     }
@@ -93,7 +93,7 @@ def trace_transformer(
         prologue_inputs |= {"first_token": (index, None), "first_text": (index, None)}
     if shape.guidance_embeds:
         prologue_inputs["guidance"] = (scalar, None)
-    if guidance_branches:
+    if cfg_batch:
         epilogue_inputs["guidance"] = (scalar, None)
     first = ("modulation_img", 6) if shape.num_layers else ("modulation_single", 3)
     signal_inputs = {
@@ -131,7 +131,7 @@ def trace_transformer(
             ),
         ),
         "signal": trace(Signal(model.config.eps), signal_inputs, ("signal", "change")),
-        "epilogue": trace(Epilogue(model, guidance_branches), epilogue_inputs, ("next_latents",)),
+        "epilogue": trace(Epilogue(model, cfg_batch), epilogue_inputs, ("next_latents",)),
     }
     if shape.num_layers:
         double = DoubleBlock(model.transformer_blocks[0])
@@ -279,9 +279,11 @@ def _neutral(model: onnx.ModelProto, inputs: tuple[str, ...], outputs: tuple[str
     unread = [name for name in inputs if name not in used]
     if unread:
         raise BuildError(f"the exporter left inputs unread: {', '.join(unread)}; this torch is not supported")
-    stray = used.intersection(transposed)
-    if stray:
-        raise BuildError(f"a transposed weight is used outside a Linear: {sorted(stray)}; this torch is not supported")
+    outside = used.intersection(transposed)
+    if outside:
+        raise BuildError(
+            f"a transposed weight is used outside a Linear: {sorted(outside)}; this torch is not supported"
+        )
 
     names: dict[str, str] = {name: name for name in (*inputs, *outputs)}
     names |= {name: name.removeprefix(strip) for name in weights}

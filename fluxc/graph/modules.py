@@ -68,14 +68,14 @@ class _Prologue(nn.Module):
 
 
 class Prologue(_Prologue):
-    """The prologue of a whole picture."""
+    """The prologue of a whole image."""
 
     def forward(self, latents, text, sigma, columns, guidance=None):
         return self._compute(latents, text, sigma, columns, guidance)
 
 
 class PartPrologue(_Prologue):
-    """The prologue of a part of a picture's tokens; `first_token` and `first_text` () int64 are where the part begins."""
+    """The prologue of a part of an image's tokens; `first_token` and `first_text` () int64 are where the part begins."""
 
     def forward(self, latents, text, sigma, columns, first_token, first_text, guidance=None):
         return self._compute(latents, text, sigma, columns, guidance, first_token, first_text)
@@ -97,7 +97,7 @@ class Signal(nn.Module):
         width = hidden.shape[-1]
         shift, scale = modulation[:, None, :width].float(), modulation[:, None, width : 2 * width].float()
         signal = nn.functional.layer_norm(hidden[:1].float(), (width,), eps=self.eps) * (1 + scale) + shift
-        # A row at a time: one long fp32 sum over a large picture would lose small terms.
+        # A row at a time: one long fp32 sum over a large image would lose small terms.
         moved, before = (signal - previous_signal).abs().sum(-1).sum(), previous_signal.abs().sum(-1).sum()
         return signal, torch.stack([moved, before])
 
@@ -133,15 +133,15 @@ class Epilogue(nn.Module):
     With two branches (conditional, empty prompt) the velocities are combined by `guidance`; with one, that is the identity.
     """
 
-    def __init__(self, transformer: Any, guidance_branches: bool) -> None:
+    def __init__(self, transformer: Any, cfg_batch: bool) -> None:
         super().__init__()
         self.norm_out = transformer.norm_out
         self.proj_out = transformer.proj_out
-        self.guidance_branches = guidance_branches
+        self.cfg_batch = cfg_batch
 
     def forward(self, latents, hidden, residual, temb, sigma, next_sigma, guidance=None):
         velocity = self.proj_out(self.norm_out((hidden.float() + residual).to(hidden.dtype), temb)).float()
-        if self.guidance_branches:
+        if self.cfg_batch:
             conditional, empty = velocity[:1], velocity[-1:]
             velocity = empty + guidance * (conditional - empty)
         return latents + (next_sigma - sigma) * velocity

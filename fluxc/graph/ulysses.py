@@ -60,7 +60,7 @@ def shard(model: onnx.ModelProto, config: Flux2Transformer, ranks: int, padded: 
             "axis_1": [1],
             "by_rank": [0, ranks, heads // ranks, -1, head_dim],
             "all_tokens": [0, 0, 0, -1, head_dim],
-            "by_share": [0, 0, ranks, -1, head_dim],
+            "by_shard": [0, 0, ranks, -1, head_dim],
             "all_heads": [0, heads, -1, head_dim],
         }
         for name, values in constants.items():
@@ -190,8 +190,8 @@ def _sharded(node: onnx.NodeProto, ranks: int, padded: bool) -> Iterable[onnx.No
         yield helper.make_node("Unsqueeze", [f"{at}/{name}/by_rank", "ulysses/axis_1"], [f"{at}/{name}/given"])
     yield helper.make_node("Concat", [f"{at}/{name}/given" for name in parts], [f"{at}/given"], axis=1)
     yield _all_to_all(f"{at}/given", f"{at}/got", ranks)
-    yield helper.make_node("Transpose", [f"{at}/got"], [f"{at}/by_share"], perm=[1, 2, 3, 0, 4, 5])
-    yield helper.make_node("Reshape", [f"{at}/by_share", "ulysses/all_tokens"], [f"{at}/all"])
+    yield helper.make_node("Transpose", [f"{at}/got"], [f"{at}/by_shard"], perm=[1, 2, 3, 0, 4, 5])
+    yield helper.make_node("Reshape", [f"{at}/by_shard", "ulysses/all_tokens"], [f"{at}/all"])
     yield helper.make_node("Split", [f"{at}/all"], [f"{at}/{name}/one" for name in parts], axis=0, num_outputs=3)
     for name in parts:
         kept = padded and name != "query"
@@ -204,9 +204,9 @@ def _sharded(node: onnx.NodeProto, ranks: int, padded: bool) -> Iterable[onnx.No
     attention.input[:] = [f"{at}/{name}" for name in parts]
     attention.output[:] = [f"{at}/attended"]
     yield attention
-    yield helper.make_node("Reshape", [f"{at}/attended", "ulysses/by_share"], [f"{at}/attended/by_share"])
+    yield helper.make_node("Reshape", [f"{at}/attended", "ulysses/by_shard"], [f"{at}/attended/by_shard"])
     turned = f"{at}/attended/given"
-    yield helper.make_node("Transpose", [f"{at}/attended/by_share"], [turned], perm=[2, 0, 1, 3, 4])
+    yield helper.make_node("Transpose", [f"{at}/attended/by_shard"], [turned], perm=[2, 0, 1, 3, 4])
     yield _all_to_all(turned, f"{at}/attended/got", ranks)
     yield helper.make_node("Transpose", [f"{at}/attended/got"], [f"{at}/attended/own"], perm=[1, 0, 2, 3, 4])
     yield helper.make_node("Reshape", [f"{at}/attended/own", "ulysses/all_heads"], [node.output[0]])

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: dense products in FLOP/s by format (with FP32 sums), memory in bytes/s and bytes, and bytes/s that it can send
+    """One GPU: dense GEMMs in FLOP/s by format (with FP32 sums), memory in bytes/s and bytes, and bytes/s that it can send
     to others; `link` names what it sends over.
     """
 
     name: str
-    products: dict[str, float]
-    memory_rate: float
+    gemms: dict[str, float]
+    memory_bandwidth: float
     memory: float
-    link_rate: float
+    link_bandwidth: float
     link: str = "NVLink 5"
 
 
@@ -23,10 +23,10 @@ _H100 = Gpu("H100 SXM", {"bf16": 989e12, "fp8": 1979e12}, 3.35e12, 80e9, 450e9, 
 _B200 = Gpu("B200", {"bf16": 2.25e15, "fp8": 4.5e15, "nvfp4": 9e15}, 8e12, 180e9, 900e9)
 GPUS = {
     "h100": _H100,
-    "h200": replace(_H100, name="H200 SXM", memory_rate=4.8e12, memory=141e9),
+    "h200": replace(_H100, name="H200 SXM", memory_bandwidth=4.8e12, memory=141e9),
     "b200": _B200,
-    "gb200": replace(_B200, name="GB200", products={"bf16": 2.5e15, "fp8": 5e15, "nvfp4": 1e16}, memory=186e9),
-    "gb300": replace(_B200, name="GB300", products={"bf16": 2.5e15, "fp8": 5e15, "nvfp4": 1.5e16}, memory=279e9),
+    "gb200": replace(_B200, name="GB200", gemms={"bf16": 2.5e15, "fp8": 5e15, "nvfp4": 1e16}, memory=186e9),
+    "gb300": replace(_B200, name="GB300", gemms={"bf16": 2.5e15, "fp8": 5e15, "nvfp4": 1.5e16}, memory=279e9),
     "rtx-pro-6000": Gpu(
         "RTX PRO 6000 Blackwell",
         {"bf16": 503e12, "fp8": 1007e12, "nvfp4": 2015e12},

@@ -39,7 +39,7 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
     console.print(
         "CUDA's and NCCL's own memory is not counted. Weights are the same on every rank: sharding divides activations."
     )
-    if any(entry.format not in gpu.products for entry in subject.plan):
+    if any(entry.format not in gpu.gemms for entry in subject.plan):
         console.print(
             f"{gpu.name} does not multiply every format of this plan: those layers are taken to be computed in bf16."
         )
@@ -51,7 +51,7 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
     )
     if gpu.name not in CALIBRATED_ON:
         console.print(
-            f"None of these figures is of {gpu.name}: it is taken to reach the same shares of its peak rates as "
+            f"None of these figures is of {gpu.name}: it is taken to reach the same parts of its peak rates as "
             f"{', '.join(CALIBRATED_ON)}."
         )
     computed = steps_computed_with_teacache()
@@ -64,14 +64,14 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
 
 def _time_table(scaling: Scaling) -> Table:
     subject = scaling.subject
-    steps: list[tuple[str, float]] = [("picture, s", subject.steps)]
+    steps: list[tuple[str, float]] = [("image, s", subject.steps)]
     if subject.skipped:
         steps.append((f"{subject.skipped:g} steps skipped, s", subject.steps - subject.skipped))
     fewest = scaling.predictions[0]
     table = Table(
         "GPUs",
         "a step, ms",
-        "products",
+        "GEMMs",
         "attention",
         "memory traffic",
         "all-to-alls",
@@ -83,7 +83,7 @@ def _time_table(scaling: Scaling) -> Table:
         title_justify="left",
     )
     for p in scaling.predictions:
-        parts = (p.time.products, p.time.attention, p.time.memory, p.time.exchanges, p.time.launches)
+        parts = (p.time.gemms, p.time.attention, p.time.memory, p.time.exchanges, p.time.launches)
         faster = fewest.time.seconds / p.time.seconds
         table.add_row(
             str(p.gpus),
@@ -153,12 +153,12 @@ def _points_table() -> Table:
 
 def _assumptions(scaling: Scaling) -> str:
     gpu = scaling.gpu
-    shares = {name.replace("_", " "): share for name, share in asdict(calibrated()).items()}
-    rates = ", ".join(f"{format} {rate / 1e12:,.0f}" for format, rate in gpu.products.items())
+    reached = {name.replace("_", " "): part for name, part in asdict(calibrated()).items()}
+    rates = ", ".join(f"{format} {rate / 1e12:,.0f}" for format, rate in gpu.gemms.items())
     return (
-        f"Stated peak rates of {gpu.name}: {rates} TFLOP/s, memory {gpu.memory_rate / 1e12:g} TB/s, {gpu.link} "
-        f"{gpu.link_rate / 1e9:.0f} GB/s to others. Shares of them, as calibrated: "
-        f"{', '.join(f'{name} {share:.0%}' for name, share in shares.items())}. Assumed: {1e6 * EXCHANGE_LATENCY:.0f} us an "
+        f"Stated peak rates of {gpu.name}: {rates} TFLOP/s, memory {gpu.memory_bandwidth / 1e12:g} TB/s, {gpu.link} "
+        f"{gpu.link_bandwidth / 1e9:.0f} GB/s to others. Efficiency, as calibrated: "
+        f"{', '.join(f'{name} {part:.0%}' for name, part in reached.items())}. Assumed: {1e6 * EXCHANGE_LATENCY:.0f} us an "
         f"all-to-all and {1e6 * KERNEL_GAP:.0f} us a kernel besides; skipped steps take no time; text encoding and VAE are not "
         "in it. No published figure is of this compiler's plans."
     )

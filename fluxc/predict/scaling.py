@@ -1,4 +1,4 @@
-"""A model on 1, 2, 4 ... GPUs of one kind: predicted time of a step and of a picture, and the memory of each rank."""
+"""A model on 1, 2, 4 ... GPUs of one kind: predicted time of a step and of an image, and the memory of each rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fluxc.quantize.source_memory import memory_by_component
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.targets.base import TargetContext
-from fluxc.targets.sharding import check_sharding, shares_of
+from fluxc.targets.sharding import check_sharding, shards_of
 
 PRESET = "modelopt-flux2"
 SIZE, TOKENS, TEXT_TOKENS = (1024, 1024), 4096, 512
@@ -107,7 +107,7 @@ def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
         size=size,
         tokens=tokens,
         text_tokens=recipe.text.length,
-        branches=2 if source.guidance_branches else 1,
+        branches=2 if source.cfg_batch else 1,
         steps=recipe.sampling.steps,
         weights=memory["transformer"].planned,
         skipped=0.0 if cache is None else cache.skip if isinstance(cache.skip, float) else None,
@@ -137,11 +137,11 @@ def predict(subject: Subject, gpu: Gpu, counts: tuple[int, ...]) -> Scaling:
 
 
 def _predict(subject: Subject, gpu: Gpu, count: int) -> Prediction:
-    shares = shares_of(
+    shards = shards_of(
         count, subject.size, subject.tokens, subject.transformer, subject.text_tokens, subject.branches, ACTIVATION
     )
-    computed = [entry if entry.format in gpu.products else replace(entry, format="bf16") for entry in subject.plan]
-    work = work_of(subject.transformer, computed, shares, subject.branches)
+    computed = [entry if entry.format in gpu.gemms else replace(entry, format="bf16") for entry in subject.plan]
+    work = work_of(subject.transformer, computed, shards, subject.branches)
     held = rank_memory(subject, work)
     first = RankMemory(held.weights + (subject.first_rank or 0), max(held.working, subject.decoder), held.buffers)
     return Prediction(count, work, step_time(work, gpu, calibrated()), first, held if count > 1 else None)
@@ -171,13 +171,13 @@ def scaling_as_json(scaling: Scaling) -> dict[str, Any]:
         "size": list(subject.size),
         "steps": subject.steps,
         "skipped": subject.skipped,
-        "shares_of_peak": asdict(calibrated()),
+        "efficiency": asdict(calibrated()),
         "gpus": [
             {
                 "gpus": p.gpus,
                 "step_seconds": p.time.seconds,
                 "parts_seconds": asdict(p.time),
-                "operations": p.work.operations,
+                "flop": p.work.flop,
                 "moved_bytes": p.work.moved_bytes,
                 "sent_bytes": p.work.sent_bytes,
                 "first_rank_bytes": asdict(p.first),

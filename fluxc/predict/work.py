@@ -1,7 +1,7 @@
-"""What one rank does in one denoising step: products, memory traffic, exchanges, counted from the config and the plan.
+"""What one rank does in one denoising step: GEMMs, memory traffic, exchanges, counted from the config and the plan.
 
-1. Every Linear is a product over the tokens of its stream; those outside the streams run once a guidance branch.
-2. Attention is 4 T^2 D operations a block and branch, divided among the ranks by heads.
+1. Every Linear is a GEMM over the tokens of its stream; those outside the streams run once a guidance branch.
+2. Attention is 4 T^2 D FLOP a block and branch, divided among the ranks by heads.
 3. Everything else moves data: what each pass of a block reads and writes, as TensorRT-RTX's plans pass over it.
 4. A rank gives four activations of its tokens a block to all-to-alls; 1/ranks of them stay.
 """
@@ -16,7 +16,7 @@ from fluxc.formats.constants import BLOCK
 from fluxc.formats.registry import FORMATS
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
-from fluxc.targets.sharding import Shares
+from fluxc.targets.sharding import Shards
 
 ACTIVATION = 2
 """Bytes of an activation: bf16."""
@@ -27,28 +27,28 @@ KERNELS_QUANTIZING = 3
 KERNELS_SHARDED = 4
 
 VAE_WORKING = 6.2
-"""Working memory of a decoder's plan, in activations of the picture's pixels by the VAE's first width."""
+"""Working memory of a decoder's plan, in activations of the image's pixels by the VAE's first width."""
 
 
 @dataclass(frozen=True)
-class Product:
-    """`count` equal products a step: operations and bytes read and written, of one."""
+class Gemm:
+    """`count` equal GEMMs a step: FLOP and bytes read and written, of one."""
 
     format: str
-    operations: float
+    flop: float
     nbytes: float
     count: int = 1
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one of `ranks` does in a step. `moved_bytes`: read and written by everything but products and attention;
+    """What one of `ranks` does in a step. `moved_bytes`: read and written by everything but GEMMs and attention;
     `sent_bytes`: what leaves the rank; `working_bytes`: the most that one plan needs beside its inputs and outputs.
     """
 
     ranks: int
-    products: tuple[Product, ...]
-    attention_operations: float
+    gemms: tuple[Gemm, ...]
+    attention_flop: float
     moved_bytes: float
     sent_bytes: float
     exchanges: int
@@ -56,24 +56,24 @@ class Work:
     working_bytes: float
 
     @property
-    def operations(self) -> float:
+    def flop(self) -> float:
         """Floating point operations a step, a multiplication and an addition being two."""
-        return self.attention_operations + sum(product.operations * product.count for product in self.products)
+        return self.attention_flop + sum(gemm.flop * gemm.count for gemm in self.gemms)
 
 
-def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shares: Shares, branches: int) -> Work:
-    """The work of one rank that holds `shares`, with the precision `plan` of `transformer`."""
-    ranks, text, image = shares.ranks, branches * shares.text_tokens, branches * shares.image_tokens
+def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shards: Shards, branches: int) -> Work:
+    """The work of one rank that holds `shards`, with the precision `plan` of `transformer`."""
+    ranks, text, image = shards.ranks, branches * shards.text_tokens, branches * shards.image_tokens
     width, hidden, blocks = transformer.width, transformer.mlp_width, transformer.blocks
     doubles, singles = transformer.num_layers, transformer.num_single_layers
     tokens = text + image
-    products: Counter[Product] = Counter()
+    gemms: Counter[Gemm] = Counter()
     moved = 0.0
     kernels = KERNELS["double"] * doubles + KERNELS["single"] * singles
     layers = _fused(plan)
     for layer in layers:
         rows = _rows(layer.name, text, image, branches)
-        products[_product(layer, rows)] += 1
+        gemms[_gemm(layer, rows)] += 1
         moved += _quantizing(layer) * rows + _swizzling(layer)
         kernels += KERNELS_QUANTIZING * (layer.format != BF16)
     double, single, exchanging = (ACTIVATION * sum(map(sum, passes)) for passes in _passes(width, hidden))
@@ -81,24 +81,24 @@ def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shares: Shares
     if ranks > 1:
         moved += tokens * blocks * exchanging
         kernels += KERNELS_SHARDED * blocks
-    whole = (shares.text_tokens + shares.image_tokens) * ranks
+    whole = (shards.text_tokens + shards.image_tokens) * ranks
     copies = max(_swizzling(layer) / 2 for layer in layers)
     return Work(
         ranks=ranks,
-        products=tuple(replace(product, count=count) for product, count in products.items()),
-        attention_operations=4.0 * whole**2 * width * branches * blocks / ranks,
+        gemms=tuple(replace(gemm, count=count) for gemm, count in gemms.items()),
+        attention_flop=4.0 * whole**2 * width * branches * blocks / ranks,
         moved_bytes=moved,
-        sent_bytes=shares.exchanged_bytes * (ranks - 1) / ranks,
+        sent_bytes=shards.exchanged_bytes * (ranks - 1) / ranks,
         exchanges=2 * blocks if ranks > 1 else 0,
         kernels=kernels,
-        # Where a single-stream block is fullest: a product's output, the next one's input in fp32, copies of block scales.
+        # Where a single-stream block is fullest: a GEMM's output, the next one's input in fp32, copies of block scales.
         working_bytes=tokens * (ACTIVATION * (3 * width + 2 * hidden) + 4 * (width + hidden)) + copies,
     )
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Linears that an engine merges into one product: [out, in] of all together."""
+    """Linears that an engine merges into one GEMM: [out, in] of all together."""
 
     name: str
     out_features: int
@@ -129,18 +129,18 @@ def _rows(name: str, text: int, image: int, branches: int) -> int:
     return {"x_embedder": image, "proj_out": image, "context_embedder": text}.get(name, branches)
 
 
-def _product(layer: _Layer, rows: int) -> Product:
+def _gemm(layer: _Layer, rows: int) -> Gemm:
     weight = (
         2 * layer.parameters
         if layer.format == BF16
         else FORMATS[layer.format].nbytes(layer.out_features, layer.in_features)
     )
     read = weight + rows * layer.in_features * _input_bits(layer) / 8
-    return Product(layer.format, 2.0 * rows * layer.parameters, read + ACTIVATION * rows * layer.out_features)
+    return Gemm(layer.format, 2.0 * rows * layer.parameters, read + ACTIVATION * rows * layer.out_features)
 
 
 def _input_bits(layer: _Layer) -> float:
-    """Bits of a value that the product reads: inputs are quantized as weights are."""
+    """Bits of a value that a GEMM reads: inputs are quantized as weights are."""
     return 16 if layer.format == BF16 else FORMATS[layer.format].bits_with_scales(layer.in_features)
 
 
@@ -165,7 +165,7 @@ def _passes(width: int, hidden: int) -> tuple[list[tuple[int, int]], ...]:
     ]
     double = [
         (width, width),  # norm and modulation
-        (3 * width, 3 * width),  # the product's output into queries, keys and values
+        (3 * width, 3 * width),  # the GEMM's output into queries, keys and values
         *queries,
         (width, width),  # attention's output into streams
         (2 * width, 2 * width),  # gate and residual, then norm and modulation

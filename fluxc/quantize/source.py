@@ -31,7 +31,7 @@ class Source:
 
     checkpoint: Checkpoint
     family: Family
-    guidance_branches: bool
+    cfg_batch: bool
     text_layers_kept: int
     plans: dict[str, list[LayerPlan]]
     quantized: dict[str, dict[str, SourceLayer]]

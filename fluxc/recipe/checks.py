@@ -73,7 +73,7 @@ def _check_targets(recipe: Recipe, refuse: Refuse) -> None:
         if target.in_one and target.in_one.name not in names:
             refuse(
                 f"targets[{at}]",
-                f"what {target.ranks} processes draw is held against what one draws; add the same target without gpus",
+                f"what {target.ranks} processes generate is held against what one generates; add the same target without gpus",
             )
     for name in names:
         if names.count(name) > 1:

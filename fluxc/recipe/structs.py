@@ -103,7 +103,7 @@ class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     How many: `skip` of the steps on average, `max_error` (root mean square error of the final latents that skipped steps may
     add up to, to first order), or `skip: auto`, the knee of the curve between them. `mode: static` skips the best fixed steps,
-    `dynamic` decides by the polynomial while a picture is drawn. `first` and `last` steps are always computed, at most
+    `dynamic` decides by the polynomial while an image is generated. `first` and `last` steps are always computed, at most
     `max_consecutive_skips` skipped in a row. The polynomial has `degree` 1 to 5; `fit: constrained` never falls. A fit that
     explains less than `min_r2` of the variance on held-out prompts is refused. `on_mismatch`: what happens to requests of
     other steps or sizes. `prompts` are traced in place of the calibration's; `trace` is a file made by `fluxc trace`.
@@ -148,8 +148,8 @@ class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The worst result a build may have; a field left out is not checked.
 
     `layer_snr_db`: every quantized weight against bf16. `step_cosine`: every step's velocity against diffusers, both fed
-    diffusers' latents. `image_psnr_db`: the mean over the held-out prompts of the finished pictures. `step_cache_psnr_db`: the
-    same of pictures with skipped steps, against those without.
+    diffusers' latents. `image_psnr_db`: the mean over the held-out prompts of the finished images. `step_cache_psnr_db`: the
+    same of images with skipped steps, against those without.
     """
 
     layer_snr_db: float | None = None

@@ -39,7 +39,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
 
     @property
     def runs_here(self) -> bool:
-        """Whether the machine that builds can draw with it in one process, so that it is compared with diffusers."""
+        """Whether the machine that builds can generate with it in one process, so that it is compared with diffusers."""
         return False
 
     @property

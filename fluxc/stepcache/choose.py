@@ -1,6 +1,6 @@
-"""From a trace to the bundle's step cache: fits judged on held-out pictures, threshold and schedule for what was asked.
+"""From a trace to the bundle's step cache: fits judged on held-out images, threshold and schedule for what was asked.
 
-1. Every fourth picture is held out: the polynomials and the threshold are found without it, and judged on it.
+1. Every fourth image is held out: the polynomials and the threshold are found without it, and judged on it.
 2. How many steps to skip comes from the recipe: a number, the most under an accumulated error, or the knee of the curve.
 3. The rule's threshold skips that many on average; the schedule skips just that many. The mode says which of them serves.
 """
@@ -24,12 +24,12 @@ BINS = 10
 
 
 def make_step_cache(settings: Settings, trace: StepTrace, size: tuple[int, int], mode: str | None = None) -> StepCache:
-    """The step cache of pictures of `size` (height, width) in as many steps as `trace` has.
+    """The step cache of images of `size` (height, width) in as many steps as `trace` has.
 
     Raises BuildError where the fit explains too little, or nothing can be skipped under `max_error`.
     """
-    held = [number for number in range(trace.pictures) if number % HELD_OUT == HELD_OUT - 1]
-    known = trace.of([number for number in range(trace.pictures) if number not in held])
+    held = [number for number in range(trace.images) if number % HELD_OUT == HELD_OUT - 1]
+    known = trace.of([number for number in range(trace.images) if number not in held])
     unknown = trace.of(held)
     residual, residual_quality = _fit(settings, known, unknown, "residual_change")
     latent, latent_quality = _fit(settings, known, unknown, "latent_change")
@@ -59,7 +59,7 @@ def make_step_cache(settings: Settings, trace: StepTrace, size: tuple[int, int],
     fit = {
         "degree": settings.degree,
         "kind": settings.fit,
-        "prompts": {"fitted": known.pictures, "held_out": unknown.pictures},
+        "prompts": {"fitted": known.images, "held_out": unknown.images},
         "range": [significant(bound) for bound in residual.range],
         "residual": residual_quality,
         "latent": latent_quality,
@@ -114,7 +114,7 @@ def occurrences(trace: StepTrace) -> list[dict[str, Any]]:
 
 
 def _fit(settings: Settings, known: StepTrace, unknown: StepTrace, level: str) -> tuple[Fit, dict[str, Any]]:
-    """The fit of `level` on the known pictures, and how it does on the unknown ones, also by branch."""
+    """The fit of `level` on the known images, and how it does on the unknown ones, also by branch."""
     try:
         fit = fit_polynomial(*points(known, level), settings.degree, settings.fit == "constrained")
     except ValueError as error:

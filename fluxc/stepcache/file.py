@@ -1,4 +1,4 @@
-"""The trace file: what every step of some pictures changed, and which of the request's pictures they are.
+"""The trace file: what every step of some images changed, and which of the request's images they are.
 
 Traces of parts of the prompts, made on several machines, merge into one. A trace belongs to one checkpoint, size and number of
 steps.
@@ -20,15 +20,15 @@ KIND = Kind("fluxc-step-trace", 1, "trace file", "trace")
 
 @dataclass(frozen=True)
 class TraceFile:
-    """A trace file that was read; `pictures` are the numbers of its pictures among the request's prompts."""
+    """A trace file that was read; `images` are the numbers of its images among the request's prompts."""
 
     path: Path
     origin: Origin
-    pictures: list[int]
+    images: list[int]
     trace: StepTrace
 
 
-def write_trace(path: Path, origin: Origin, pictures: list[int], trace: StepTrace) -> None:
+def write_trace(path: Path, origin: Origin, images: list[int], trace: StepTrace) -> None:
     """Write `path`; it appears when complete. Raises BuildError where a step saw a NaN or infinity."""
     if not trace.is_finite():
         raise BuildError(
@@ -36,20 +36,20 @@ def write_trace(path: Path, origin: Origin, pictures: list[int], trace: StepTrac
             "run in fidelity.reference's dtype"
         )
     tensors = {f.name: np.ascontiguousarray(getattr(trace, f.name)) for f in fields(StepTrace)}
-    write_measured(path, KIND, origin, tensors | {"pictures": np.array(pictures, np.int64)})
+    write_measured(path, KIND, origin, tensors | {"images": np.array(images, np.int64)})
 
 
 def read_trace(path: Path) -> TraceFile:
     """Read `path`; errors as in read_measured."""
     origin, tensors = read_measured(path, KIND)
-    pictures = [int(number) for number in tensors.pop("pictures")]
-    return TraceFile(path, origin, pictures, StepTrace(**tensors))
+    images = [int(number) for number in tensors.pop("images")]
+    return TraceFile(path, origin, images, StepTrace(**tensors))
 
 
 def merge_traces(files: list[TraceFile]) -> tuple[Origin, list[int], StepTrace]:
-    """Traces of parts of one request as one, its pictures in order; BuildError naming what does not belong together."""
+    """Traces of parts of one request as one, its images in order; BuildError naming what does not belong together."""
     first, *others = files
-    owner = dict.fromkeys(first.pictures, first.path)
+    owner = dict.fromkeys(first.images, first.path)
     for file in others:
         for field in ("checkpoint", "request", "tools"):
             if getattr(file.origin, field) != getattr(first.origin, field):
@@ -57,26 +57,26 @@ def merge_traces(files: list[TraceFile]) -> tuple[Origin, list[int], StepTrace]:
                 raise BuildError(
                     f"{file.path}: its {field} is not that of {first.path} ({what} differs); trace it again"
                 )
-        twice = [number for number in file.pictures if number in owner]
+        twice = [number for number in file.images if number in owner]
         if twice:
             raise BuildError(
                 f"{file.path}: prompt {twice[0] + 1} is also in {owner[twice[0]]}; give every part of the prompts once"
             )
-        owner |= dict.fromkeys(file.pictures, file.path)
-    pictures = [number for file in files for number in file.pictures]
-    order = sorted(range(len(pictures)), key=pictures.__getitem__)
+        owner |= dict.fromkeys(file.images, file.path)
+    images = [number for file in files for number in file.images]
+    order = sorted(range(len(images)), key=images.__getitem__)
     ran = "; ".join(dict.fromkeys(file.origin.ran for file in files))
     origin = Origin(first.origin.checkpoint, first.origin.request, ran, first.origin.tools)
-    return origin, sorted(pictures), joined([file.trace for file in files]).of(order)
+    return origin, sorted(images), joined([file.trace for file in files]).of(order)
 
 
 def check_complete(file: TraceFile) -> None:
-    """Refuse a trace that lacks pictures of its request (BuildError)."""
+    """Refuse a trace that lacks images of its request (BuildError)."""
     asked = len(file.origin.request["prompts"])
-    missing = sorted(set(range(asked)) - set(file.pictures))
+    missing = sorted(set(range(asked)) - set(file.images))
     if missing:
         raise BuildError(
-            f"{file.path}: holds {len(file.pictures)} of {asked} prompts, prompt {missing[0] + 1} is missing; put the parts "
+            f"{file.path}: holds {len(file.images)} of {asked} prompts, prompt {missing[0] + 1} is missing; put the parts "
             "together with `fluxc merge-traces`"
         )
 

@@ -1,7 +1,7 @@
 """Quality against skipped steps on held-out prompts: our rule and schedule, the published rule, and simply fewer steps.
 
-Every method is given the same number of steps to compute and drawn by the bundle's own runtime; its pictures are compared with
-those of the full run of the same target. A point is a folder: figures.json, and pictures as .npy where they will be shown.
+Every method is given the same number of steps to compute and runs in the bundle's own runtime; its images are compared with
+those of the full run of the same target. A point is a folder: figures.json, and images as .npy where they will be shown.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 @dataclass(frozen=True)
 class Request:
-    """The pictures a frontier is measured on: prompt i starts from the noise of `seed` + i."""
+    """The images a frontier is measured on: prompt i starts from the noise of `seed` + i."""
 
     prompts: list[str]
     seed: int
@@ -53,7 +53,7 @@ def counts(settings: Settings, steps: int) -> list[int]:
 
 
 def policies(cache: StepCache, trace: StepTrace, count: int) -> dict[str, Any]:
-    """How every method skips `count` of the trace's steps: JSON-like, for draw_all."""
+    """How every method skips `count` of the trace's steps: JSON-like, for generate_all."""
     rule = find_threshold(cache.rule, trace.change, count)
     limits = (cache.rule.first, cache.rule.last, cache.rule.max_consecutive_skips or trace.steps)
     return {
@@ -69,43 +69,43 @@ def chosen(cache: StepCache) -> dict[str, Any]:
     return {"schedule": list(cache.schedule)} if cache.mode == "static" else {"rule": _as_json(cache.rule)}
 
 
-def draw_all(
+def generate_all(
     bundle: Bundle, target: str, request: Request, policy: dict[str, Any], advance: Callable[[], None]
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """Pictures fp32 [prompts, height, width, 3] under `policy` ({} computes every step), and the steps each skipped."""
+    """Images fp32 [prompts, height, width, 3] under `policy` ({} computes every step), and the steps each skipped."""
     pipeline = Pipeline(bundle, target=target)
     sampling = bundle.manifest.sampling
     grid = pipeline.grid(request.size)
     tokens = grid[0] * grid[1]
     steps = policy.get("steps", request.steps)
     sigmas = SCHEDULES[sampling.schedule](tokens, steps)
-    pictures, skipped = [], []
+    images, skipped = [], []
     for number, prompt in enumerate(request.prompts):
         noise = starting_noise(request.seed + number, tokens, sampling.latent_channels)[None]
         words = pipeline.tokenize(pipeline.branches(prompt, request.guidance))
         pipeline.begin(noise, grid, request.guidance, words)
         skips = list(pipeline.denoise(sigmas, _decisions(policy, steps)))
         skipped.append([step for step, skip in enumerate(skips) if skip])
-        pictures.append(pipeline.decode(pipeline.backend.get("latents"), grid)[0])
+        images.append(pipeline.decode(pipeline.backend.get("latents"), grid)[0])
         advance()
-    return np.stack(pictures), skipped
+    return np.stack(images), skipped
 
 
 def figures(
-    pictures: np.ndarray, full: np.ndarray, skipped: list[list[int]], steps: int, judged: list[dict[str, float]]
+    images: np.ndarray, full: np.ndarray, skipped: list[list[int]], steps: int, judged: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """Quality of `pictures` against the full run: mean, 5th percentile, worst prompt; steps computed a picture.
+    """Quality of `images` against the full run: mean, 5th percentile, worst prompt; steps computed an image.
 
-    `judged` holds further measures by picture, see Judges.
+    `judged` holds further measures by image, see Judges.
     """
-    psnrs = [psnr(ours, reference) for ours, reference in zip(pictures, full, strict=True)]
-    ssims = [ssim(ours, reference) for ours, reference in zip(pictures, full, strict=True)]
+    psnrs = [psnr(ours, reference) for ours, reference in zip(images, full, strict=True)]
+    ssims = [ssim(ours, reference) for ours, reference in zip(images, full, strict=True)]
     return {
         "computed": round(float(np.mean([steps - len(left_out) for left_out in skipped])), 2),
         "psnr_db": significant(float(np.mean(psnrs))),
         "psnr_db_p5": significant(float(np.percentile(psnrs, 5))),
         "psnr_db_worst": significant(min(psnrs)),
-        "largest_difference": int(np.abs(np.rint(pictures * 255) - np.rint(full * 255)).max()),
+        "largest_difference": int(np.abs(np.rint(images * 255) - np.rint(full * 255)).max()),
         "worst_prompt": int(np.argmin(psnrs)),
         "ssim": significant(float(np.mean(ssims)), 6),
         "ssim_worst": significant(min(ssims), 6),
@@ -129,18 +129,18 @@ def measure_point(
     judges: Judges,
     advance: Callable[[], None],
 ) -> None:
-    """Write figures.json into `folder`, and METHOD.npy with the pictures of every method in `exclude`."""
+    """Write figures.json into `folder`, and METHOD.npy with the images of every method in `exclude`."""
     found, kept = {}, {}
     for method, policy in methods.items():
-        pictures, skipped = draw_all(bundle, target, request, policy, advance)
+        images, skipped = generate_all(bundle, target, request, policy, advance)
         steps = policy.get("steps", request.steps)
-        judged = judges.figures(pictures, full, request.prompts)
-        found[method] = figures(pictures, full, skipped, steps, judged) | {"policy": policy}
+        judged = judges.figures(images, full, request.prompts)
+        found[method] = figures(images, full, skipped, steps, judged) | {"policy": policy}
         if method in keep:
-            kept[method] = pictures
+            kept[method] = images
     (folder / "figures.json").write_text(json.dumps(found))
-    for method, pictures in kept.items():
-        np.save(folder / f"{method}.npy", pictures)
+    for method, images in kept.items():
+        np.save(folder / f"{method}.npy", images)
 
 
 def _decisions(policy: dict[str, Any], steps: int) -> Decisions | None:

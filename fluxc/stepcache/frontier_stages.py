@@ -21,7 +21,7 @@ PARTS = ("transformer/", "text_encoder/", "vae/", "tokenizer/")
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Generated:
     """A target of a bundle in the making: of its manifest, what its images depend on."""
 
     bundle: Bundle
@@ -41,7 +41,7 @@ class PointInputs:
     `judges` are the files of LPIPS (`lpips`) and of a CLIP model (`image_text`), if any.
     """
 
-    drawn: Drawn
+    generated: Generated
     request: Request
     methods: dict[str, dict[str, Any]]
     keep: tuple[str, ...]
@@ -55,7 +55,7 @@ def run(inputs: PointInputs, folder: Path, report: Report) -> None:
 
     from fluxc.stepcache import frontier
 
-    drawn, request = inputs.drawn, inputs.request
+    generated, request = inputs.generated, inputs.request
     total, done = len(request.prompts) * len(inputs.methods), 0
 
     def advance() -> None:
@@ -64,8 +64,8 @@ def run(inputs: PointInputs, folder: Path, report: Report) -> None:
         report(done, total)
 
     if inputs.full is None:
-        pictures, _ = frontier.draw_all(drawn.bundle, drawn.target, request, {}, advance)
-        np.save(folder / "full.npy", pictures)
+        images, _ = frontier.generate_all(generated.bundle, generated.target, request, {}, advance)
+        np.save(folder / "full.npy", images)
         return
     from fluxc.fidelity.perceptual import Judges
 
@@ -73,7 +73,7 @@ def run(inputs: PointInputs, folder: Path, report: Report) -> None:
     judges = Judges(lpips[0] if lpips else None, clip[0].parent if clip else None)
     original = np.load(inputs.full.folder / "full.npy")
     frontier.measure_point(
-        folder, drawn.bundle, drawn.target, request, inputs.methods, original, inputs.keep, judges, advance
+        folder, generated.bundle, generated.target, request, inputs.methods, original, inputs.keep, judges, advance
     )
 
 
@@ -104,8 +104,8 @@ def write(inputs: PageInputs, folder: Path, report: Report) -> None:
     points, mode = {count: made.folder for count, made in inputs.points.items()}, inputs.step_cache.mode
     measured = {count: json.loads((path / "figures.json").read_text()) for count, path in points.items()}
     chosen = json.loads((inputs.served.folder / "figures.json").read_text())["chosen"]
-    pictures = (np.load(inputs.full.folder / "full.npy"), np.load(inputs.served.folder / "chosen.npy"))
+    images = (np.load(inputs.full.folder / "full.npy"), np.load(inputs.served.folder / "chosen.npy"))
     by_count = {count: np.load(path / f"{mode}.npy") for count, path in points.items()}
     write_page(
-        folder, inputs.name, inputs.target, inputs.request, inputs.step_cache, measured, chosen, pictures, by_count
+        folder, inputs.name, inputs.target, inputs.request, inputs.step_cache, measured, chosen, images, by_count
     )

@@ -1,4 +1,4 @@
-"""Records, while diffusers draws, how much every step changes, and what reusing an older residual in its place would cost."""
+"""Records, while diffusers generates, how much each step changes, and what reusing an older residual for it would cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluxc.stepcache.trace import StepTrace
 
 
 class StepObserver:
-    """Hooks on a Flux2Transformer2DModel while it draws with `branches` passes a step and scale `guidance`."""
+    """Hooks on a Flux2Transformer2DModel while it generates with `branches` passes a step and scale `guidance`."""
 
     def __init__(self, transformer: Any, branches: int, guidance: float) -> None:
         self._model, self._branches, self._guidance = transformer, branches, guidance
@@ -94,7 +94,7 @@ class StepObserver:
         return list(velocity.split(1))
 
     def take(self) -> StepTrace:
-        """The trace of the one picture drawn since the last `take`."""
+        """The trace of the one image generated since the last `take`."""
         lengths = np.abs(np.diff([*self._sigmas, 0.0]))[:, None]
         columns = {f.name: np.array([row[f.name] for row in self._rows], np.float64) for f in fields(StepTrace)}
         for name in ("residual_error", "latent_error"):

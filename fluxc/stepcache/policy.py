@@ -1,7 +1,7 @@
 """From a trace and a rule to a policy: thresholds for an average number of skipped steps, the best fixed schedule, the knee.
 
 Every policy is judged on the trace by the same figure, the accumulated error: the sum over skipped steps of how far each
-throws the latents off (root mean square), averaged over pictures. It bounds the error of the final latents to first order.
+throws the latents off (root mean square), averaged over images. It bounds the error of the final latents to first order.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ PUBLISHED = CacheRule((104.582360, -6.87605554, -0.0861659379, 0.0537600252), 0.
 
 
 def skipped_by(rule: CacheRule, change: np.ndarray) -> list[list[int]]:
-    """The steps `rule` skips of each picture; `change` float64 [pictures, steps]."""
+    """The steps `rule` skips of each image; `change` float64 [images, steps]."""
     return [skipped_steps(rule, [float(value) for value in row]) for row in change]
 
 
 def average(skipped: list[list[int]]) -> float:
-    """Skipped steps a picture."""
+    """Skipped steps an image."""
     return float(np.mean([len(steps) for steps in skipped]))
 
 
 def find_threshold(rule: CacheRule, change: np.ndarray, skip: float) -> CacheRule:
-    """`rule` with the threshold whose average of skipped steps over the pictures is nearest to `skip`, the lowest of equals."""
+    """`rule` with the threshold whose average of skipped steps over the images is nearest to `skip`, the lowest of equals."""
     found: dict[float, float] = {}
 
     def at(threshold: float) -> float:
@@ -52,14 +52,14 @@ def find_threshold(rule: CacheRule, change: np.ndarray, skip: float) -> CacheRul
 
 
 def accumulated_error(skipped: list[list[int]], error: np.ndarray) -> float:
-    """The accumulated error of these decisions; `error` [pictures, steps, lags] as in StepTrace, `skipped` by picture."""
+    """The accumulated error of these decisions; `error` [images, steps, lags] as in StepTrace, `skipped` by image."""
     totals = []
-    for steps, of_picture in zip(skipped, error, strict=True):
+    for steps, of_image in zip(skipped, error, strict=True):
         total, last = 0.0, -2
         lag = 0
         for step in steps:
             lag = lag + 1 if step == last + 1 else 1
-            total += float(of_picture[step, lag - 1]) if lag <= of_picture.shape[1] else float("inf")
+            total += float(of_image[step, lag - 1]) if lag <= of_image.shape[1] else float("inf")
             last = step
         totals.append(total)
     return float(np.mean(totals))
@@ -70,7 +70,7 @@ def best_schedules(
 ) -> dict[int, tuple[tuple[int, ...], float]]:
     """By number of skipped steps, the schedule with the least accumulated error, and that error.
 
-    `error` [pictures, steps, lags]. A shortest path from computed step to computed step, exact: the cost of a run of skips
+    `error` [images, steps, lags]. A shortest path from computed step to computed step, exact: the cost of a run of skips
     depends on nothing but where it starts and ends.
     """
     mean = error.mean(axis=0)

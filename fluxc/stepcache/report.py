@@ -1,4 +1,4 @@
-"""The report's page on the step cache: how the polynomial fits, the frontier as table and plot, the worst pictures."""
+"""The report's page on the step cache: how the polynomial fits, the frontier as table and plot, the worst images."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ def write_page(
     cache: StepCache,
     points: dict[int, dict[str, Any]],
     chosen: dict[str, Any],
-    pictures: tuple[np.ndarray, np.ndarray],
+    images: tuple[np.ndarray, np.ndarray],
     by_count: dict[int, np.ndarray],
 ) -> None:
-    """Write report/step-cache.{html,json,svg} and the pictures of the worst prompts below `folder`.
+    """Write report/step-cache.{html,json,svg} and the images of the worst prompts below `folder`.
 
-    `points` are the figures by skipped steps and method, `chosen` those of the policy that serves; `pictures` fp32
+    `points` are the figures by skipped steps and method, `chosen` those of the policy that serves; `images` fp32
     [prompts, height, width, 3] without and with it, `by_count` those of its mode at every point.
     """
     import jinja2
 
     report = folder / "report"
-    (report / "pictures").mkdir(parents=True)
+    (report / "images").mkdir(parents=True)
     worst = sorted(range(len(request.prompts)), key=lambda number: chosen["by_prompt"][number]["psnr_db"])[:WORST]
-    full, cached = (images[worst] for images in pictures)
+    full, cached = (found[worst] for found in images)
     maps, scale = error_maps(full, cached)
     rows = {"every step": list(full), "with the step cache": list(cached), f"difference x {scale:.0f}": list(maps)}
-    contact_sheet(rows).save(report / "pictures" / "step-cache-worst.png")
+    contact_sheet(rows).save(report / "images" / "step-cache-worst.png")
     if by_count:
         number = worst[0]
-        strip = [images[number] for images in by_count.values()]
-        original = pictures[0][number]
+        strip = [found[number] for found in by_count.values()]
+        original = images[0][number]
         maps, scale = error_maps(np.stack([original] * len(strip)), np.stack(strip))
         names = ", ".join(str(count) for count in by_count)
         onset = {f"skipped {names}": strip, f"difference from every step x {scale:.0f}": list(maps)}
-        contact_sheet(onset).save(report / "pictures" / "step-cache-onset.png")
+        contact_sheet(onset).save(report / "images" / "step-cache-onset.png")
     plot(report / "step-cache.svg", request.steps, points, chosen)
     figures = {"target": target, "chosen": chosen, "frontier": {str(count): found for count, found in points.items()}}
     (report / "step-cache.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -80,7 +80,7 @@ def write_page(
 
 
 def error_maps(full: np.ndarray, cached: np.ndarray) -> tuple[np.ndarray, float]:
-    """Where pictures differ, brightest where most, on one scale for all: fp32 [pictures, height, width, 3], and the factor."""
+    """Where images differ, brightest where most, on one scale for all: fp32 [images, height, width, 3], and the factor."""
     difference = np.abs(full - cached).max(axis=-1, keepdims=True)
     scale = 1.0 / max(float(difference.max()), 1e-6)
     return np.repeat(difference * scale, 3, axis=-1).astype(np.float32), scale

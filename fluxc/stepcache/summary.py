@@ -18,7 +18,7 @@ def print_trace(file: TraceFile) -> None:
     request, trace = file.origin.request, file.trace
     height, width = request["size"]
     console.print(
-        f"{len(file.pictures)} of {len(request['prompts'])} prompts, {request['steps']} steps at {height}x{width}, "
+        f"{len(file.images)} of {len(request['prompts'])} prompts, {request['steps']} steps at {height}x{width}, "
         f"guidance {request['guidance']}, {request['dtype']}; {file.origin.ran}"
     )
     table = Table("change of the modulated input", "occurred", "mean change of the residual, by guidance branch")
@@ -38,9 +38,9 @@ def step_cache_lines(cache: StepCache) -> list[str]:
     height, width = cache.size
     fit, rule = cache.fit, cache.rule
     how = (
-        f"skips the same {len(cache.schedule)} steps of every picture: {', '.join(map(str, cache.schedule))}"
+        f"skips the same {len(cache.schedule)} steps of every image: {', '.join(map(str, cache.schedule))}"
         if cache.mode == "static"
-        else f"decides while it draws, with threshold {rule.threshold}"
+        else f"decides while it generates, with threshold {rule.threshold}"
     )
     polynomial = ", ".join(f"{c:.6g}" for c in rule.coefficients)
     return [

@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StepTrace:
-    """Every step of some pictures, float64; P pictures of T steps, B guidance branches.
+    """Every step of some images, float64; P images of T steps, B guidance branches.
 
     `change` [P, T]: mean |m_t - m_(t-1)| / mean |m_(t-1)| of the modulated input m. `residual_change` and `latent_change`
     [P, T, B]: the same of the residuals. The first step of each is 0. `residual_error` and `latent_error` [P, T, LAGS]: with
@@ -28,16 +28,16 @@ class StepTrace:
     latent_error: np.ndarray
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         return len(self.change)
 
     @property
     def steps(self) -> int:
         return int(self.change.shape[1])
 
-    def of(self, pictures: list[int]) -> StepTrace:
-        """The trace of these pictures alone."""
-        return StepTrace(**{field.name: getattr(self, field.name)[pictures] for field in fields(self)})
+    def of(self, images: list[int]) -> StepTrace:
+        """The trace of these images alone."""
+        return StepTrace(**{field.name: getattr(self, field.name)[images] for field in fields(self)})
 
     def is_finite(self) -> bool:
         """Whether no step saw a NaN or an infinity."""
@@ -46,5 +46,5 @@ class StepTrace:
 
 
 def joined(traces: list[StepTrace]) -> StepTrace:
-    """The pictures of several traces of the same number of steps, in order."""
+    """The images of several traces of the same number of steps, in order."""
     return StepTrace(**{f.name: np.concatenate([getattr(t, f.name) for t in traces]) for f in fields(StepTrace)})

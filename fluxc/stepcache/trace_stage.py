@@ -37,12 +37,12 @@ def load(folder: Path) -> Path:
     return folder / RESULT
 
 
-def trace_into(inputs: StepTraceInputs, pictures: list[int], path: Path, device: str, report: Report) -> None:
-    """Trace the prompts numbered `pictures` and write `path`; finished prompts are kept aside meanwhile."""
+def trace_into(inputs: StepTraceInputs, images: list[int], path: Path, device: str, report: Report) -> None:
+    """Trace the prompts numbered `images` and write `path`; finished prompts are kept aside meanwhile."""
     import torch
 
     from fluxc.calibrate.placement import find_placement
-    from fluxc.calibrate.stage import drawing_of
+    from fluxc.calibrate.stage import generation_of
     from fluxc.stepcache.file import write_trace
     from fluxc.stepcache.record import record_steps
 
@@ -52,7 +52,7 @@ def trace_into(inputs: StepTraceInputs, pictures: list[int], path: Path, device:
     origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
     made_by = key_of(inputs.files.hashes(), request, str(placement), library_versions(), code_digest(__name__))
     work = inputs.aside.folder.with_name(f"{inputs.aside.folder.name}-{made_by}")
-    drawing, prompts = drawing_of(request, inputs.text_layers), request["prompts"]
-    trace = record_steps(checkpoint, prompts, pictures, drawing, inputs.rows, origin, placement, dtype, work, report)
-    write_trace(path, origin, pictures, trace)
+    generation, prompts = generation_of(request, inputs.text_layers), request["prompts"]
+    trace = record_steps(checkpoint, prompts, images, generation, inputs.rows, origin, placement, dtype, work, report)
+    write_trace(path, origin, images, trace)
     shutil.rmtree(work)

@@ -21,7 +21,7 @@ from fluxc.quantize.source import Source
 from fluxc.recipe.structs import Recipe
 from fluxc.recipe.targets import Target, kind_name
 from fluxc.targets.parts import Weights
-from fluxc.targets.sharding import Shares, shares_of
+from fluxc.targets.sharding import Shards, shards_of
 from fluxrt import bundle as format
 from fluxrt.bundle import StepCache
 
@@ -62,17 +62,17 @@ class TargetContext:
             component,
             config,
             self.recipe.text.length // ranks,
-            self.source.guidance_branches,
+            self.source.cfg_batch,
             dtype=dtype,
             composed=composed,
             part=ranks > 1,
         )
 
-    def shares(self, target: Target) -> list[Shares]:
+    def shards(self, target: Target) -> list[Shards]:
         """What each rank of a sharded target holds, for every size."""
-        branches, length = 2 if self.source.guidance_branches else 1, self.recipe.text.length
+        branches, length = 2 if self.source.cfg_batch else 1, self.recipe.text.length
         return [
-            shares_of(target.ranks, size, tokens, self.source.transformer, length, branches, target.activation_bytes)
+            shards_of(target.ranks, size, tokens, self.source.transformer, length, branches, target.activation_bytes)
             for size, tokens in self.tokens.items()
         ]
 

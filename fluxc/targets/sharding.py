@@ -1,4 +1,4 @@
-"""Which pictures and models a number of ranks can divide among themselves."""
+"""Which images and models a number of ranks can divide among themselves."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def check_sharding(
 ) -> None:
     """Refuse a target that cannot be sharded for `gpus`, saying what could be.
 
-    `tokens` is the number of image tokens of every size. A CPU target fills those up; TensorRT
-    needs equal shares, and two heads on each GPU: TensorRT-RTX 1.7.1 has no kernel for a sharded attention of one.
+    `tokens` is the number of image tokens of every size. A CPU target pads them; TensorRT needs equal shards, and two heads on
+    each GPU: TensorRT-RTX 1.7.1 has no kernel for a sharded attention of one.
     """
     heads = transformer.num_attention_heads
 
@@ -52,16 +52,16 @@ def check_sharding(
 
 
 def needs_padding(gpus: int, tokens: list[int]) -> bool:
-    """Whether pictures of so many tokens must be filled up for `gpus` to hold equal shares."""
+    """Whether images of so many tokens must be padded for `gpus` to hold equal shards."""
     return any(count % gpus for count in tokens)
 
 
 @dataclass(frozen=True)
-class Shares:
-    """What each of `ranks` GPUs holds of a picture of one size, and what a step makes it exchange.
+class Shards:
+    """What each of `ranks` GPUs holds of an image of one size, and what a step makes it exchange.
 
-    `fill` image tokens only fill up the last ranks' shares. `exchanged_bytes` is what a rank gives to all-to-alls a step, with
-    all guidance branches; a share of 1/ranks of it stays where it is.
+    `padding` counts the image tokens added so that all shards are equal. `exchanged_bytes` is what a rank gives to all-to-alls
+    a step, with all rows of a CFG batch; 1/ranks of it stays where it is.
     """
 
     ranks: int
@@ -69,7 +69,7 @@ class Shares:
     heads: int
     text_tokens: int
     image_tokens: int
-    fill: int
+    padding: int
     exchanged_bytes: int
 
     def as_json(self) -> dict[str, Any]:
@@ -77,15 +77,15 @@ class Shares:
 
     def __str__(self) -> str:
         height, width = self.size
-        fill = f" ({self.fill} of the picture's fill up)" if self.fill else ""
+        padding = f" ({self.padding} of the image's are padding)" if self.padding else ""
         return (
             f"{height}x{width} on {self.ranks} ranks: each {self.heads} heads, {self.text_tokens} text and {self.image_tokens} "
-            f"image tokens{fill}; a step exchanges {self.exchanged_bytes / 2**20:,.2f} MiB a rank, "
+            f"image tokens{padding}; a step exchanges {self.exchanged_bytes / 2**20:,.2f} MiB a rank, "
             f"{(self.ranks - 1) / self.ranks:.0%} of it with others"
         )
 
 
-def shares_of(
+def shards_of(
     ranks: int,
     size: tuple[int, int],
     tokens: int,
@@ -93,20 +93,20 @@ def shares_of(
     text_length: int,
     branches: int,
     itemsize: int,
-) -> Shares:
-    """The shares of a picture of `tokens` image tokens; activations are exchanged in `itemsize` bytes.
+) -> Shards:
+    """The shards of an image of `tokens` image tokens; activations are exchanged in `itemsize` bytes.
 
     In each block queries, keys and values are exchanged before attention and its output after it: four activations of the
     model's width.
     """
     shard = Shard(0, ranks, tokens, text_length // ranks)
     activation = branches * (shard.tokens + shard.text_tokens) * transformer.width * itemsize
-    return Shares(
+    return Shards(
         ranks=ranks,
         size=size,
         heads=transformer.num_attention_heads // ranks,
         text_tokens=shard.text_tokens,
         image_tokens=shard.tokens,
-        fill=ranks * shard.tokens - tokens,
+        padding=ranks * shard.tokens - tokens,
         exchanged_bytes=transformer.blocks * 4 * activation,
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fluxc.base.errors import BuildError
 
 
-def check_no_stray(component: str, unused: list[str], ignored: tuple[str, ...]) -> None:
+def check_unused(component: str, unused: list[str], ignored: tuple[str, ...]) -> None:
     """Raise BuildError naming tensors of `unused` whose names do not start with one of `ignored`."""
-    stray = [tensor for tensor in unused if not tensor.startswith(ignored or ("\0",))]
-    if stray:
+    left = [tensor for tensor in unused if not tensor.startswith(ignored or ("\0",))]
+    if left:
         raise BuildError(
-            f"{component}: no graph uses {', '.join(stray[:4])}{' and more' if len(stray) > 4 else ''}; "
+            f"{component}: no graph uses {', '.join(left[:4])}{' and more' if len(left) > 4 else ''}; "
             "weights that are stored but never computed with mean the graphs are wrong"
         )

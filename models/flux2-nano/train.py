@@ -263,9 +263,9 @@ def train_vae() -> AutoencoderKLFlux2:
             mean, std = posterior.mean.float(), posterior.std.float()
             noise = torch.randn(mean.shape, generator=generator)
             # The decoder meets sampled latents, which are a little off: train it on latents a little off.
-            drawn = vae.decode(mean + (std**2 + 0.05**2).sqrt() * noise).sample.float()
+            generated = vae.decode(mean + (std**2 + 0.05**2).sqrt() * noise).sample.float()
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
-        error = drawn - images
+        error = generated - images
         return error.abs().mean() + 2 * error.square().mean() + 1e-3 * kl
 
     vae = run_stage("vae", vae, loss_at, lr=2e-3, ema_decay=0.995).eval()

@@ -1,4 +1,4 @@
-"""fluxrt draws pictures from fluxc bundles with numpy and ONNX Runtime; it never imports torch."""
+"""fluxrt generates images from fluxc bundles with numpy and ONNX Runtime; it never imports torch."""
 
 from __future__ import annotations
 

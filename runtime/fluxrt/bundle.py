@@ -98,7 +98,7 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a stage of a picture comes to: calls in order, the weights file their tensors are in, the buffers with results."""
+    """What a stage of an image comes to: calls in order, the weights file their tensors are in, the buffers with results."""
 
     weights: str
     calls: tuple[Call, ...]
@@ -106,7 +106,7 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """TensorRT plans and the programs (text_encoder, prologue, body, epilogue, vae_decoder) that play them.
+    """TensorRT plans and the programs (text_encoder, prologue, body, epilogue, vae_decoder) that run them.
 
     `library` is tensorrt or tensorrt_rtx, `version` the one the plans were built with, `compute_capabilities` the GPUs they
     run on ("12.0"); `gpu` and `driver` are recorded when the plans were built on the GPU itself. `audit` says by plan what
@@ -139,7 +139,7 @@ class Exchange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sharding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a target divides a picture among `ranks`: every rank has `text_tokens` of the text, and an equal share of the image.
+    """How a target divides an image among `ranks`: every rank has `text_tokens` of the text, and an equal share of the image.
 
     With `padded` any number of image tokens is filled up to a multiple of `ranks`. `body` is what the stage of that name
     comes to where collectives are not part of a graph: graphs, and exchanges between them.
@@ -177,7 +177,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
 
     @property
     def sharding(self) -> Sharding | None:
-        """How a picture is divided among several processes, one a rank."""
+        """How an image is divided among several processes, one a rank."""
         return None
 
     @property
@@ -196,7 +196,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         return self.sharding.ranks if self.sharding else 1
 
     def runs_on(self, gpus: int) -> bool:
-        """Whether it can draw with so many GPUs, or on a CPU processes."""
+        """Whether it can generate with so many GPUs, or on a CPU processes."""
         return self.gpus == gpus
 
     def reads(self, name: str) -> bool:
@@ -343,7 +343,7 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule: str
     steps: int
     guidance: float
-    guidance_branches: bool
+    cfg_batch: bool
 
 
 class CacheRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -389,8 +389,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     built_at: str
 
 
-class Picture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A picture drawn at build time, and the request that drew it."""
+class RecordedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An image generated at build time, and the request that drew it."""
 
     file: str
     target: str
@@ -417,7 +417,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sampling: Sampling
     targets: tuple[Target, ...]
     fidelity: dict[str, Any]
-    pictures: tuple[Picture, ...]
+    images: tuple[RecordedImage, ...]
     files: dict[str, File]
     step_cache: StepCache | None = None
 

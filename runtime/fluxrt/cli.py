@@ -26,14 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fluxrt", description="Draw pictures from a fluxc bundle.")
+    parser = argparse.ArgumentParser(prog="fluxrt", description="Generate images from a fluxc bundle.")
     parser.add_argument("--version", action="version", version=f"fluxrt {fluxrt.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    generate = commands.add_parser("generate", help="draw a picture for each prompt")
+    generate = commands.add_parser("generate", help="generate an image for each prompt")
     generate.add_argument("bundle", help="the bundle folder")
-    generate.add_argument("--prompt", action="append", required=True, help="what to draw; may be given several times")
+    generate.add_argument(
+        "--prompt", action="append", required=True, help="what to generate; may be given several times"
+    )
     generate.add_argument("--out", required=True, help="PNG file; with several prompts, a number is added to its name")
-    generate.add_argument("--seed", type=int, default=0, help="starting noise; picture i uses SEED + i (default 0)")
+    generate.add_argument("--seed", type=int, default=0, help="starting noise; image i uses SEED + i (default 0)")
     generate.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     generate.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's)")
     generate.add_argument("--size", type=_size, help="HEIGHTxWIDTH, one that was compiled (default: the first)")
@@ -45,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threshold", type=float, help="let the step cache's rule decide with this threshold: larger skips more"
     )
     generate.add_argument(
-        "--gpus", type=int, help="draw with a target sharded for so many GPUs, or on a CPU processes (default: one)"
+        "--gpus", type=int, help="generate with a target sharded for so many GPUs, or on a CPU processes (default: one)"
     )
     generate.add_argument("--threads", type=int, help="CPU threads of each rank (default: all cores, divided)")
     generate.set_defaults(run=_generate)
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".png":
-        raise RequestError(f"--out {out}: pictures are written as PNG; give a name that ends in .png")
+        raise RequestError(f"--out {out}: images are written as PNG; give a name that ends in .png")
     if not out.parent.is_dir():
         raise RequestError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     request = fluxrt.Request(

@@ -1,4 +1,4 @@
-"""Draws pictures: prompt to tokens to embeddings, the step loop, the picture. All maths is in the bundle's graphs."""
+"""Generates images: prompt to tokens to embeddings, the step loop, the image. All maths is in the bundle's graphs."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ STEP = ("prologue", "body", "epilogue")
 
 
 class Pipeline:
-    """A bundle ready to draw with one of its targets; of a sharded one, what one rank of `group` does for a picture.
+    """A bundle ready to generate with one of its targets; of a sharded one, what one rank of `group` does for an image.
 
-    Every rank is asked for the same pictures. Rank 0 encodes the text and decodes the pictures, the others return none.
+    Every rank is asked for the same images. Rank 0 encodes the text and decodes the images, the others return none.
     `backend` replaces the one that the target's kind has.
     """
 
@@ -139,7 +139,7 @@ class Pipeline:
 
     def branches(self, prompt: str, guidance: float) -> list[str]:
         """The prompts of a step's passes: the prompt, and the empty one if guidance needs it."""
-        return [prompt, ""] if self.bundle.manifest.sampling.guidance_branches and guidance > 1.0 else [prompt]
+        return [prompt, ""] if self.bundle.manifest.sampling.cfg_batch and guidance > 1.0 else [prompt]
 
     def tokenize(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, attention_mask), int64 [prompts, text length]."""
@@ -161,7 +161,7 @@ class Pipeline:
         guidance: float,
         text: np.ndarray | tuple[np.ndarray, np.ndarray],
     ) -> None:
-        """Fill the buffers a picture starts from.
+        """Fill the buffers an image starts from.
 
         `latents` fp32 [1, tokens, channels]; `text` are embeddings [branches, length, features], or the (input_ids,
         attention_mask) of the branches, which are then encoded in place.
@@ -173,7 +173,7 @@ class Pipeline:
         if isinstance(text, tuple) and self._rank.is_first:
             self.backend.put("input_ids", text[0])
             self.backend.put("attention_mask", text[1])
-            self.backend.play(("text_encoder",))
+            self.backend.run(("text_encoder",))
         elif not isinstance(text, tuple):
             self.backend.put("text", text)
         self._rank.put_shard(self.backend)
@@ -185,7 +185,7 @@ class Pipeline:
     def step(self, sigma: float, next_sigma: float, graphs: tuple[str, ...] = STEP) -> None:
         """One denoising step: the buffer `latents` moves from `sigma` to `next_sigma`."""
         self._put_sigmas(sigma, next_sigma)
-        self.backend.play(graphs, {"next_latents": "latents"})
+        self.backend.run(graphs, {"next_latents": "latents"})
 
     def denoise(self, sigmas: list[float], decisions: Decisions | None = None) -> Iterator[bool]:
         """Every step from what `begin` left, and whether its body was skipped; `decisions` None computes them all.
@@ -199,7 +199,7 @@ class Pipeline:
             shape = self.target.input("previous_signal").shape
             self.backend.put("previous_signal", np.zeros([dimension_size(d, self._sizes) for d in shape], np.float32))
         front = ("prologue", "signal") if dynamic else ("prologue",)
-        carry = {"signal": "previous_signal"} if dynamic else {}
+        feedback = {"signal": "previous_signal"} if dynamic else {}
         for number, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
             if decisions is None:
                 self.step(sigma, next_sigma)
@@ -208,24 +208,24 @@ class Pipeline:
             change = None
             if decisions.needs_change(number):
                 self._put_sigmas(sigma, next_sigma)
-                self.backend.play(front, carry)
+                self.backend.run(front, feedback)
                 moved, before = (float(part) for part in self._rank.sum(self.backend.get("change")))
                 change = moved / before if before else 0.0
             skips = decisions.skip(number, change)
             back = ("epilogue",) if skips else ("body", "epilogue")
             if change is None:
                 self._put_sigmas(sigma, next_sigma)
-                self.backend.play((*front, *back), {**carry, "next_latents": "latents"})
+                self.backend.run((*front, *back), {**feedback, "next_latents": "latents"})
             else:
-                self.backend.play(back, {"next_latents": "latents"})
+                self.backend.run(back, {"next_latents": "latents"})
             yield skips
 
     def latents(self) -> np.ndarray:
-        """The latents of the whole picture, fp32 [1, tokens, channels], on every rank."""
+        """The latents of the whole image, fp32 [1, tokens, channels], on every rank."""
         return self._rank.gather(self.backend.get("latents"))
 
     def decode(self, latents: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        """Picture fp32 [1, height, width, 3] in 0..1 from `latents` [1, tokens, channels]."""
+        """Image fp32 [1, height, width, 3] in 0..1 from `latents` [1, tokens, channels]."""
         spread = latents.reshape(1, grid[0], grid[1], latents.shape[-1])
         return run(self.backend, "vae_decoder", {"latent_grid": spread})["image"]
 
@@ -260,13 +260,13 @@ def starting_noise(seed: int, tokens: int, channels: int) -> np.ndarray:
 
 
 def to_image(pixels: np.ndarray) -> Image:
-    """An 8-bit RGB picture from fp32 [height, width, 3] in 0..1; a NaN is a BackendError, never a black pixel."""
+    """An 8-bit RGB image from fp32 [height, width, 3] in 0..1; a NaN is a BackendError, never a black pixel."""
     import numpy as np
     from PIL import Image
 
     if not np.isfinite(pixels).all():
         raise BackendError(
-            "the drawn picture holds NaN or infinity, so it is not shown; "
+            "the generated image holds NaN or infinity, so it is not shown; "
             "check the bundle with `fluxc verify`, and the guidance and steps of the request"
         )
     return Image.fromarray((pixels * 255).round().astype("uint8"))

@@ -43,7 +43,7 @@ class Start:
 
 
 def main(argument: str) -> int:
-    """Load the bundle, then draw what the command asks for until it closes its end."""
+    """Load the bundle, then generate what the command asks for until it closes its end."""
     # The command ends its ranks itself when it is interrupted.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     start = msgspec.json.decode(argument, type=Start)

@@ -1,4 +1,4 @@
-"""Draws with a sharded target: one process a rank, watched, so that a rank that dies or hangs ends all of them at once.
+"""Generates with a sharded target: one process a rank, watched, so that a rank that dies or hangs ends all of them at once.
 
 Nothing has a name that could be left behind: the memory the ranks share is a file without one, and every process ends when
 the command's end of its channel closes.
@@ -68,7 +68,7 @@ class _Rank:
 
 
 class RankedPipeline:
-    """A bundle ready to draw with a sharded target, on as many GPUs, or on a CPU in as many processes, as it has ranks.
+    """A bundle ready to generate with a sharded target, on as many GPUs, or on a CPU in as many processes, as it has ranks.
 
     `threads` are those of each rank, by default the CPU's, divided among them. A rank that others wait for longer than
     `timeout` seconds ends them all. Close it, or use it in a `with` statement; ranks end with it.
@@ -107,7 +107,7 @@ class RankedPipeline:
         except RequestError:
             raise
         except BaseException:
-            # Ranks in the middle of a picture would answer the next request with it.
+            # Ranks in the middle of an image would answer the next request with it.
             self.close()
             raise
         self.notes = done["backend_notes"]
@@ -248,7 +248,7 @@ def _largest_exchange(bundle: Bundle, target: Target) -> int:
     totals = [height // pixels * (width // pixels) for height, width in sampling.sizes]
     totals += [target.tokens[1]] if target.tokens else []
     tokens = max(Shard(0, sharding.ranks, total, sharding.text_tokens).tokens for total in totals)
-    sizes = {"branches": 2 if sampling.guidance_branches else 1, "tokens": tokens}
+    sizes = {"branches": 2 if sampling.cfg_batch else 1, "tokens": tokens}
 
     def nbytes(shape: tuple[int | str, ...], dtype: str) -> int:
         count = BYTES[dtype]
@@ -257,7 +257,7 @@ def _largest_exchange(bundle: Bundle, target: Target) -> int:
         return count
 
     exchanged = [nbytes(part.shape, part.dtype) for part in sharding.body if not isinstance(part, str)]
-    text = sharding.ranks * nbytes(target.input("text_share").shape, "float32")
+    text = sharding.ranks * nbytes(target.input("text_shard").shape, "float32")
     return max([4096, text, 4 * tokens * sampling.latent_channels, *exchanged])
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures in the order of the prompts, where the time went, in seconds, and the steps each picture skipped (from 0).
+    """Images in the order of the prompts, where the time went, in seconds, and the steps each image skipped (from 0).
 
     `notes` says what the caller should know of how the request was served.
     """

@@ -127,10 +127,10 @@ class ShardedRank(Rank):
         import numpy as np
 
         shard = self._shard
-        features = dimension_size(self._target.input("text_share").shape[-1], self._sizes)
+        features = dimension_size(self._target.input("text_shard").shape[-1], self._sizes)
         parts = shard.text_parts(backend.get("text")) if self.is_first else None
         shape = (self._sizes["branches"], shard.text_tokens, features)
-        backend.put("text_share", self._group.scatter(parts, shape))
+        backend.put("text_shard", self._group.scatter(parts, shape))
         backend.put("first_token", np.array(shard.first_token, dtype=np.int64))
         backend.put("first_text", np.array(shard.first_text, dtype=np.int64))
         if self._target.reads("keys"):

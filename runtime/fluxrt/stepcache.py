@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Decisions:
-    """The decisions of one picture of `steps` steps, asked for in order: by `rule`, or by `schedule`, the steps to skip."""
+    """The decisions of one image of `steps` steps, asked for in order: by `rule`, or by `schedule`, the steps to skip."""
 
     def __init__(self, steps: int, rule: CacheRule | None, schedule: Iterable[int] = ()) -> None:
         self.steps, self.rule = steps, rule
@@ -50,8 +50,8 @@ class Decisions:
             return False
         if change is None or not math.isfinite(change):
             raise BackendError(
-                f"step {step}: the change of the step cache's signal is {change}; the picture has gone wrong, or the bundle; "
-                "draw it with --no-step-cache and check the bundle with `fluxc verify`"
+                f"step {step}: the change of the step cache's signal is {change}; the image has gone wrong, or the bundle; "
+                "generate it with --no-step-cache and check the bundle with `fluxc verify`"
             )
         self._sum += self._expected(change, self.rule)
         if self._sum < self.rule.threshold:
@@ -77,7 +77,7 @@ def evaluate(coefficients: tuple[float, ...], x: float) -> float:
 
 
 def skipped_steps(rule: CacheRule, changes: list[float]) -> list[int]:
-    """The steps `rule` skips of a picture whose steps changed so much; the first change is not looked at."""
+    """The steps `rule` skips of an image whose steps changed so much; the first change is not looked at."""
     decisions = Decisions(len(changes), rule)
     return [step for step, change in enumerate(changes) if decisions.skip(step, change)]
 

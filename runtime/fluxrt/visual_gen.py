@@ -1,6 +1,6 @@
-"""Draws with a bundle's visual_gen folder through TensorRT-LLM's VisualGen, where tensorrt-llm is installed.
+"""Generates with a bundle's visual_gen folder through TensorRT-LLM's VisualGen, where tensorrt-llm is installed.
 
-VisualGen starts from noise of its own (torch's generator), so a seed gives another picture than with the other targets.
+VisualGen starts from noise of its own (torch's generator), so a seed gives another image than with the other targets.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class VisualGenPipeline:
             params.height, params.width = size
             params.num_inference_steps, params.guidance_scale = steps, guidance
             params.max_sequence_length, params.seed = self.target.text_length, start
-            images.append(_picture(self._engine.generate(inputs=words, params=params)))
+            images.append(_image(self._engine.generate(inputs=words, params=params)))
             if on_step:
                 on_step(number + 1, len(request.prompts))
         seconds = {"text": 0.0, "steps": time.perf_counter() - began, "decode": 0.0}
@@ -94,12 +94,12 @@ class VisualGenPipeline:
         self._engine.shutdown()
 
 
-def _picture(output: Any) -> Any:
-    """The picture of a generation, by way of the file that VisualGen writes."""
+def _image(output: Any) -> Any:
+    """The image of a generation, by way of the file that VisualGen writes."""
     from PIL import Image
 
     with tempfile.TemporaryDirectory(prefix="fluxrt-") as folder:
-        path = Path(folder) / "picture.png"
+        path = Path(folder) / "image.png"
         output.save(str(path))
         with Image.open(path) as image:
             return image.convert("RGB")

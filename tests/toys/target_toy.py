@@ -40,9 +40,9 @@ class CountingBackend(OnnxRuntimeBackend):
 
     runs = 0
 
-    def play(self, graphs: tuple[str, ...], carry: Mapping[str, str] | None = None) -> None:
+    def run(self, graphs: tuple[str, ...], feedback: Mapping[str, str] | None = None) -> None:
         CountingBackend.runs += len(graphs)
-        super().play(graphs, carry)
+        super().run(graphs, feedback)
 
 
 register(Toy())

@@ -15,7 +15,7 @@ from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
 from fluxc.targets.onnxruntime.lower import lower
-from fluxc.targets.unused import check_no_stray
+from fluxc.targets.unused import check_unused
 from fluxrt.bundle import Graph, Port
 
 COMPONENT_OF = {
@@ -77,12 +77,12 @@ def build_graphs(
         built[name] = BuiltGraph(lowered, entry)
     for component, tensors in weights.items():
         ignored = unused.get(component, ())
-        spare = _spare_input_scales(plans.get(component, []), bound[component], target.activations)
-        check_no_stray(component, [t for t in tensors if t not in bound[component] and t not in spare], ignored)
+        rightly_unused = _unused_input_scales(plans.get(component, []), bound[component], target.activations)
+        check_unused(component, [t for t in tensors if t not in bound[component] and t not in rightly_unused], ignored)
     return built
 
 
-def _spare_input_scales(plan: list[LayerPlan], bound: set[str], activations: str) -> set[str]:
+def _unused_input_scales(plan: list[LayerPlan], bound: set[str], activations: str) -> set[str]:
     """The input scales a graph rightly leaves alone: all of them when activations are not rounded, else those of fusion
     group members whose common input is rounded with another member's, equal, scale."""
     scales = {f"{entry.layer.name}.input_scale": entry.layer.group for entry in plan}

@@ -1,4 +1,4 @@
-"""The `tensorrt_rtx` and `tensorrt` targets: plans, each audited after it was built, and the programs that play them.
+"""The `tensorrt_rtx` and `tensorrt` targets: plans, each audited after it was built, and the programs that run them.
 
 A library that needs the GPU it builds for leaves the plans to `fluxc finish` where there is none: the bundle then holds the
 graphs they are built from.
@@ -93,7 +93,7 @@ def check_group_scales(component: Component) -> None:
                 )
 
 
-def spare_scales(plan: list[LayerPlan], taken: set[str]) -> set[str]:
+def unused_scales(plan: list[LayerPlan], taken: set[str]) -> set[str]:
     """Scalar scales of group members that a graph rightly leaves alone: another member's, equal, is used for the group."""
     quantized = [entry for entry in plan if entry.format != BF16 and entry.layer.group]
     used = {entry.layer.group for entry in quantized if f"{entry.layer.name}.input_scale" in taken}

@@ -1,4 +1,4 @@
-"""Cuts a picture into plans and programs: one plan for each kind of block, programs that run them with each block's weights.
+"""Cuts an image into plans and programs: one plan for each kind of block, programs that run them with each block's weights.
 
 Blocks are of one kind when their lowered graphs are the same to the byte; a block with another format, or another fusion
 group, is another kind. With `weights: baked`, the blocks of the transformer are compiled into segments with their weights

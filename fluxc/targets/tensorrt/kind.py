@@ -77,7 +77,7 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
             unused=context.source.unused,
             transformer=context.source.transformer,
             grids=context.grids,
-            cfg_batch=context.source.guidance_branches,
+            cfg_batch=context.source.cfg_batch,
             text_length=context.recipe.text.length,
             text_layers=context.source.family.text_layers,
             step_cache=context.recipe.step_cache is not None,

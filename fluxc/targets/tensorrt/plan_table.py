@@ -10,7 +10,7 @@ from fluxrt.bundle import TensorRTTarget
 
 
 def plan_table(target: TensorRTTarget) -> Table:
-    """The plans of the target's engine: how often each runs in a picture's stages, and what the audit found in it."""
+    """The plans of the target's engine: how often each runs in an image's stages, and what the audit found in it."""
     engine = target.engine
     built = f"{engine.library} {engine.version}" if engine.version else f"to be built by {engine.library} on the GPU"
     title = f"{target.name}: {built}, compute capability {', '.join(engine.compute_capabilities)}"

@@ -11,7 +11,7 @@ from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import TensorRTTarget
 from fluxc.targets.parts import Weights, load_exports, weights_beside, write_entry
-from fluxc.targets.unused import check_no_stray
+from fluxc.targets.unused import check_unused
 from fluxrt import bundle as format
 
 
@@ -69,8 +69,10 @@ def run(inputs: TensorRTInputs, folder: Path, report: Report) -> None:
         sharding = format.Sharding(target.ranks, inputs.text_length // target.ranks)
     cut = build.cut_target(target, neutral, components, sizes, inputs.text_layers)
     for name, tensors in refs.items():
-        spare = build.spare_scales(inputs.plans.get(name, []), cut.tensors[name])
-        check_no_stray(name, [t for t in tensors if t not in cut.tensors[name] | spare], inputs.unused.get(name, ()))
+        rightly_unused = build.unused_scales(inputs.plans.get(name, []), cut.tensors[name])
+        check_unused(
+            name, [t for t in tensors if t not in cut.tensors[name] | rightly_unused], inputs.unused.get(name, ())
+        )
     with weights_beside(folder, inputs.weights):
         build.write_sources(cut, folder)
         here = inputs.builds_here

@@ -1,7 +1,7 @@
 """Holds a folder against what TensorRT-LLM's VisualGen was read to accept; every fault is a sentence.
 
 The YAML's fields are all that VisualGenArgs has; others are errors there and here. Where VisualGen would go on with a wrong
-picture (a missing input_scale, an ignore list under other names, halves that are never split), the folder is refused.
+image (a missing input_scale, an ignore list under other names, halves that are never split), the folder is refused.
 """
 
 from __future__ import annotations

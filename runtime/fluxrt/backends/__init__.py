@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """Holds named buffers, on the host or on a GPU, and plays graphs that read and write them.
+    """Holds named buffers, on the host or on a GPU, and runs graphs that read and write them.
 
     `notes` says what did not go as it should and was worked around.
     """
@@ -19,7 +19,7 @@ class Backend(Protocol):
     notes: list[str]
 
     def prepare(self, sizes: dict[str, int]) -> None:
-        """Make ready for a picture in which dimensions count so much ("branches", "tokens", "rows", "columns")."""
+        """Make ready for an image in which dimensions count so much ("branches", "tokens", "rows", "columns")."""
         ...
 
     def put(self, name: str, array: np.ndarray) -> None:
@@ -30,10 +30,10 @@ class Backend(Protocol):
         """A buffer's content; bf16 comes as fp32."""
         ...
 
-    def play(self, graphs: tuple[str, ...], carry: Mapping[str, str] | None = None) -> None:
+    def run(self, graphs: tuple[str, ...], feedback: Mapping[str, str] | None = None) -> None:
         """Run graphs one after the other, each on the buffers its inputs name, into those its outputs name.
 
-        `carry` says which buffers become which others at the end, as a step's result becomes the next one's input.
+        `feedback` says which buffers become which others at the end, as a step's result becomes the next one's input.
         """
         ...
 
@@ -47,8 +47,8 @@ class Backend(Protocol):
 
 
 def run(backend: Backend, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Put `inputs`, play one graph, and get its results."""
+    """Put `inputs`, run one graph, and get its results."""
     for name, array in inputs.items():
         backend.put(name, array)
-    backend.play((graph,))
+    backend.run((graph,))
     return {name: backend.get(name) for name in backend.outputs(graph)}

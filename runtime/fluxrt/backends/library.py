@@ -16,7 +16,7 @@ EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
 def load_library(engine: Engine) -> Any:
-    """The module that plays `engine`; BackendError names the extra to install."""
+    """The module that runs `engine`; BackendError names the extra to install."""
     try:
         return importlib.import_module(engine.library)
     except (ImportError, OSError) as error:

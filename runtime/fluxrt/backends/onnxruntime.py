@@ -45,14 +45,14 @@ class OnnxRuntimeBackend:
         array: np.ndarray = self._buffer(name)
         return array
 
-    def play(self, graphs: tuple[str, ...], carry: Mapping[str, str] | None = None) -> None:
+    def run(self, graphs: tuple[str, ...], feedback: Mapping[str, str] | None = None) -> None:
         """Run graphs in order; raises BackendError when one is missing, does not load, or an input is missing."""
         for graph in graphs:
             if graph == "body" and self._target.sharding:
-                self._play_sharded(self._target.sharding)
+                self._run_sharded(self._target.sharding)
             else:
-                self._play_one(graph)
-        for source, target in (carry or {}).items():
+                self._run_one(graph)
+        for source, target in (feedback or {}).items():
             self._buffers[target] = self._buffers.pop(source)
 
     def outputs(self, graph: str) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ class OnnxRuntimeBackend:
         self._sessions.clear()
         self._buffers.clear()
 
-    def _play_one(self, graph: str) -> None:
+    def _run_one(self, graph: str) -> None:
         described = self._described(graph)
         missing = [port.name for port in described.inputs if port.name not in self._buffers]
         if missing:
@@ -73,14 +73,14 @@ class OnnxRuntimeBackend:
         results = self._run(self._session(graph), described)
         self._buffers.update(zip((port.name for port in described.outputs), results, strict=True))
 
-    def _play_sharded(self, sharding: Sharding) -> None:
+    def _run_sharded(self, sharding: Sharding) -> None:
         """The parts of the body in order; what one leaves for others is dropped after its last use."""
         assert self._group is not None
         if not self._last_uses:
             self._last_uses = self._find_last_uses(sharding)
         for part, done_with in zip(sharding.body, self._last_uses, strict=True):
             if isinstance(part, str):
-                self._play_one(part)
+                self._run_one(part)
             else:
                 self._buffers[part.receives] = self._group.all_to_all(self._buffers[part.sends])
             for name in done_with:

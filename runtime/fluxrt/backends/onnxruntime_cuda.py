@@ -105,10 +105,10 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
                 "check that CUDA and cuDNN are installed as onnxruntime-gpu needs them, or choose another --target"
             )
         for part in session.get_provider_graph_assignment_info():
-            strays = {node.op_type for node in part.get_nodes()} & WORK
-            if strays and part.ep_name != wanted:
+            elsewhere = {node.op_type for node in part.get_nodes()} & WORK
+            if elsewhere and part.ep_name != wanted:
                 raise BackendError(
-                    f"graph {graph!r}: nodes that do a layer's work ({', '.join(sorted(strays))}) were given to "
+                    f"graph {graph!r}: nodes that do a layer's work ({', '.join(sorted(elsewhere))}) were given to "
                     f"{part.ep_name}, not {wanted}; this ONNX Runtime has no kernel for them on the GPU, use the version "
                     "the bundle was built with"
                 )

@@ -1,4 +1,4 @@
-"""Plays TensorRT and TensorRT-RTX engines: weights go to the GPU once, a step becomes one CUDA graph.
+"""Runs TensorRT and TensorRT-RTX engines: weights go to the GPU once, a step becomes one CUDA graph.
 
 1. Everything that can be wrong with library, GPU and bundle is checked before anything is loaded.
 2. A plan is read only after its SHA-256 matched.
@@ -53,9 +53,9 @@ class _Loaded:
 
 @dataclass
 class _Sequence:
-    """How often a sequence of graphs was played, and its CUDA graph once it was captured."""
+    """How often a sequence of graphs was run, and its CUDA graph once it was captured."""
 
-    plays: int = 0
+    runs: int = 0
     graph: int | None = None
     refused: bool = False
 
@@ -96,7 +96,7 @@ class TensorRTBackend:
         self._buffer_memory = 0
         self._scratch = (0, 0)
         self._alive: list[Any] = []
-        self._filled: set[str] = set()
+        self._written: set[str] = set()
 
     def prepare(self, sizes: dict[str, int]) -> None:
         """Allocate every buffer for these sizes; those of other sizes, and what was captured on them, are given back."""
@@ -128,7 +128,7 @@ class TensorRTBackend:
         data = np.ascontiguousarray(_to_device(array, buffer.dtype))
         self._alive.append(data)
         self._driver.upload(self._addresses[name], data)
-        self._filled.add(name)
+        self._written.add(name)
 
     def get(self, name: str) -> np.ndarray:
         """A buffer's content, bf16 as fp32."""
@@ -136,7 +136,7 @@ class TensorRTBackend:
 
         self._driver.activate()
         buffer = self._buffer(name)
-        if name not in self._filled:
+        if name not in self._written:
             raise BackendError(f"nothing has produced {name!r}")
         data = np.empty(buffer.nbytes, np.uint8)
         self._driver.download(self._addresses[name], data)
@@ -144,25 +144,25 @@ class TensorRTBackend:
         self._alive.clear()
         return _from_device(data, buffer)
 
-    def play(self, graphs: tuple[str, ...], carry: Mapping[str, str] | None = None) -> None:
-        """Run programs in order on the buffers; see Backend.play."""
+    def run(self, graphs: tuple[str, ...], feedback: Mapping[str, str] | None = None) -> None:
+        """Run programs in order on the buffers; see Backend.run."""
         self._driver.activate()
-        moves = tuple((carry or {}).items())
+        moves = tuple((feedback or {}).items())
         for graph in graphs:
             self._load(graph)
-        self._check_filled(graphs)
+        self._check_written(graphs)
         sequence = self._sequences.setdefault((graphs, moves), _Sequence())
         if sequence.graph is not None:
             self._driver.launch(sequence.graph)
-        elif sequence.plays == 0 or sequence.refused:
+        elif sequence.runs == 0 or sequence.refused:
             self._enqueue(graphs, moves)
-            if sequence.plays == 0:
+            if sequence.runs == 0:
                 self._driver.synchronize()
                 self._alive.clear()
                 self._caches.save()
         else:
             self._capture(sequence, graphs, moves)
-        sequence.plays += 1
+        sequence.runs += 1
 
     def outputs(self, graph: str) -> tuple[str, ...]:
         """The buffers the program `graph` leaves its results in."""
@@ -237,15 +237,15 @@ class TensorRTBackend:
         for source, target in moves:
             self._driver.copy(self._addresses[target], self._addresses[source], self._buffers[source].nbytes)
 
-    def _check_filled(self, graphs: tuple[str, ...]) -> None:
+    def _check_written(self, graphs: tuple[str, ...]) -> None:
         """Refuse to compute with a buffer that nothing has put or computed; what these graphs leave counts as filled."""
         for graph in graphs:
             for call in self._program(graph).calls:
                 plan = self._engine.plans[call.plan]
-                missing = [name for port in plan.inputs if (name := buffer_of(call, port)) not in self._filled]
+                missing = [name for port in plan.inputs if (name := buffer_of(call, port)) not in self._written]
                 if missing:
                     raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
-                self._filled.update(buffer_of(call, port) for port in plan.outputs)
+                self._written.update(buffer_of(call, port) for port in plan.outputs)
 
     def _bind(self, context: Any, port: str, address: int) -> None:
         if not context.set_tensor_address(port, address):
@@ -400,7 +400,7 @@ class TensorRTBackend:
             self._drop_graphs()
             self._free(self._buffer_memory)
         self._buffer_memory, self._sizes, self._buffers, self._addresses = 0, None, {}, {}
-        self._filled.clear()
+        self._written.clear()
 
     def _release(self) -> None:
         self._driver.synchronize()
@@ -413,7 +413,7 @@ class TensorRTBackend:
             self._driver.free(address)
         self._memory, self._scratch, self._buffer_memory = [], (0, 0), 0
         self._sizes, self._buffers, self._addresses = None, {}, {}
-        self._filled.clear()
+        self._written.clear()
         self._alive.clear()
 
 
