@@ -20,6 +20,7 @@ from fluxc.build.job import open_job
 from fluxc.build.runner import fingerprint
 from fluxc.build.stages import exports
 from fluxc.fidelity.stage import CompareInputs, Draft
+from fluxc.models.qwen3 import Qwen3
 from fluxc.quantize.source import read_source
 from fluxc.recipe.load import load_recipe
 from fluxc.targets.base import TargetContext
@@ -173,9 +174,13 @@ def test_an_export_depends_on_which_text_layers_are_taken_and_on_the_encoders_cl
     loaded = load_recipe(RECIPE, (*QUICK, "targets=[{kind: tensorrt_rtx}]"))
     inputs = exports(open_job(loaded, Path("unused")))["export-text_encoder-bfloat16"]
     assert inputs.family is not None
+
+    class Other(Qwen3, frozen=True):
+        class_name = "Qwen2ForCausalLM"
+
     others = [
         replace(inputs, family=replace(inputs.family, text_layers=(9, 18))),
-        replace(inputs, family=replace(inputs.family, text_encoder_class="Qwen2ForCausalLM")),
+        replace(inputs, family=replace(inputs.family, text_encoder=Other)),
     ]
     assert len({json.dumps(fingerprint(each, digest)) for each in (inputs, *others)}) == 3
 

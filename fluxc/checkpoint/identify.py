@@ -35,19 +35,19 @@ def family_of(checkpoint: Checkpoint) -> Family:
 def transformer_of(checkpoint: Checkpoint) -> Flux2Transformer:
     """The checkpoint's transformer."""
     component = checkpoint.components["transformer"]
-    return Flux2Transformer.read(component.config, component.folder)
+    return family_of(checkpoint).transformer.read(component.config, component.folder)
 
 
 def text_encoder_of(checkpoint: Checkpoint) -> Qwen3:
     """The checkpoint's text encoder."""
     component = checkpoint.components["text_encoder"]
-    return Qwen3.read(component.config, component.folder)
+    return family_of(checkpoint).text_encoder.read(component.config, component.folder)
 
 
 def vae_of(checkpoint: Checkpoint) -> Flux2VAE:
     """The checkpoint's VAE."""
     component = checkpoint.components["vae"]
-    return Flux2VAE.read(component.config, component.folder)
+    return family_of(checkpoint).vae.read(component.config, component.folder)
 
 
 def pixels_per_token(checkpoint: Checkpoint) -> int:

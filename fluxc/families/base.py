@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fluxc.base.errors import CheckpointError
+from fluxc.models.flux2_transformer import Flux2Transformer
+from fluxc.models.flux2_vae import Flux2VAE
+from fluxc.models.qwen3 import Qwen3
 
 FLUX2_SCHEDULE = {
     "use_dynamic_shifting": True,
@@ -21,7 +24,7 @@ FLUX2_SCHEDULE = {
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of FLUX.2 pipeline: the classes it is made of, how it reads prompts, its schedule.
+    """A kind of FLUX.2 pipeline: the models it is composed of, how it reads prompts, its schedule.
 
     `pipeline_class` is what model_index.json says, `diffusers_class` the pipeline of diffusers that is the reference, by
     default the same. `text_layers` are the hidden states taken, `template_options` go to the chat template. `schedule` names
@@ -29,11 +32,11 @@ class Family:
     """
 
     pipeline_class: str
-    text_encoder_class: str
     text_layers: tuple[int, ...]
     template_options: dict[str, Any] = field(default_factory=dict)
-    transformer_class: str = "Flux2Transformer2DModel"
-    vae_class: str = "AutoencoderKLFlux2"
+    transformer: type[Flux2Transformer] = Flux2Transformer
+    text_encoder: type[Qwen3] = Qwen3
+    vae: type[Flux2VAE] = Flux2VAE
     scheduler_class: str = "FlowMatchEulerDiscreteScheduler"
     schedule: str = "flux2-flow-match"
     scheduler: dict[str, Any] = field(default_factory=lambda: dict(FLUX2_SCHEDULE))
@@ -47,11 +50,16 @@ class Family:
     def classes(self) -> dict[str, str]:
         """The class of every component."""
         return {
-            "transformer": self.transformer_class,
-            "text_encoder": self.text_encoder_class,
-            "vae": self.vae_class,
+            "transformer": self.transformer.class_name,
+            "text_encoder": self.text_encoder.class_name,
+            "vae": self.vae.class_name,
             "scheduler": self.scheduler_class,
         }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a stage's key takes of it: every field, of models the name of their class."""
+        values = {found.name: getattr(self, found.name) for found in fields(self)}
+        return {"classes": self.classes()} | {name: v for name, v in values.items() if not isinstance(v, type)}
 
     def cfg_batch(self, guidance_embeds: bool, index: dict[str, Any]) -> bool:
         """Whether guidance means two rows a step (conditional and empty prompt) instead of an embedded scale.

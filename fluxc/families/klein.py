@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from fluxc.families.base import Family
 
-KLEIN = Family("Flux2KleinPipeline", "Qwen3ForCausalLM", (9, 18, 27), {"enable_thinking": False})
+KLEIN = Family("Flux2KleinPipeline", (9, 18, 27), {"enable_thinking": False})

@@ -35,7 +35,6 @@ from fluxc.graph.modules import (
 from fluxc.graph.values import renamed, rewired
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
-from fluxc.models.qwen3 import Qwen3
 
 Input = tuple[torch.Tensor, dict[int, str] | None]
 
@@ -148,7 +147,7 @@ def trace_text_encoder(
     """The neutral graphs `text_stem` (embedding, mask, rotary tables) and `text_layer` (one decoder layer) in `dtype`."""
     import transformers
 
-    model_class = getattr(transformers, family.text_encoder_class)
+    model_class = getattr(transformers, family.text_encoder.class_name)
     small = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     small |= {"num_hidden_layers": 1, "attn_implementation": "sdpa"}
     if small.get("layer_types"):
@@ -159,7 +158,7 @@ def trace_text_encoder(
     rotary = type(model.rotary_emb)(model.config)
     constants = {f"model.rotary_emb.{name}": value for name, value in rotary.named_buffers()}
     tokens = torch.empty(2, text_length, dtype=torch.int64, device="meta")
-    shape = Qwen3.read(config)
+    shape = family.text_encoder.read(config)
     branches = {0: "branches"}
     stem_inputs: dict[str, Input] = {"input_ids": (tokens, branches), "attention_mask": (tokens, branches)}
     layer_inputs: dict[str, Input] = {

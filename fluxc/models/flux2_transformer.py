@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -13,6 +13,8 @@ from fluxc.models.config import read_config
 
 class Flux2Transformer(msgspec.Struct, frozen=True):
     """The fields of the config that decide about tensors and sizes, with diffusers' defaults."""
+
+    class_name: ClassVar[str] = "Flux2Transformer2DModel"
 
     patch_size: int = 1
     in_channels: int = 128

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -18,6 +18,8 @@ from fluxc.models.config import read_config
 
 class Flux2VAE(msgspec.Struct, frozen=True):
     """The fields of the config that decide about tensors and sizes, with diffusers' defaults."""
+
+    class_name: ClassVar[str] = "AutoencoderKLFlux2"
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     decoder_block_out_channels: tuple[int, ...] | None = None

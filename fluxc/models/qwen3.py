@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -13,6 +13,8 @@ from fluxc.models.config import read_config
 
 class Qwen3(msgspec.Struct, frozen=True):
     """The fields of the config that decide about tensors and sizes, with transformers' defaults."""
+
+    class_name: ClassVar[str] = "Qwen3ForCausalLM"
 
     vocab_size: int = 151936
     hidden_size: int = 4096

@@ -6,7 +6,6 @@ from fluxc.families.base import Family, register
 
 TOY = Family(
     "ToyPipeline",
-    "Qwen3ForCausalLM",
     text_layers=(4, 11, 20),
     template_options={"enable_thinking": False},
     diffusers_class="Flux2KleinPipeline",
