@@ -36,7 +36,7 @@ def check_prediction(engine: Engine, folder: Path, config: dict[str, Any], compo
     assert work.kernels == pytest.approx(sum(len(program.kernels) for program in called), rel=0.15)
     largest = max(found["working_bytes"] for found in engine.audit.values())
     held = weights_memory(model.tensors, plan).planned
-    memory = rank_memory(Subject("", config, plan, (1024, 1024), 4096, 512, 1, 50, held), work)
+    memory = rank_memory(Subject("", model, plan, (1024, 1024), 4096, 512, 1, 50, held), work)
     stored = {n: StoredTensor(ref.dtype, ref.file, ref.offset, ref.nbytes) for n, ref in component.weights.items()}
     uploaded = sum(plan_arena(engine.programs[stage], engine, stored).nbytes for stage in STAGES)
     assert memory.weights == pytest.approx(uploaded, rel=0.01)
