@@ -172,7 +172,7 @@ def test_the_build_time_is_outside_the_digest_and_everything_else_inside(quick_b
             assert manifest_digest(msgspec.structs.replace(manifest, **{field: empty})) != manifest.digest, field
 
 
-def test_a_image_that_is_generated_otherwise_fails_verification(quick_copy: Path) -> None:
+def test_an_image_that_is_generated_otherwise_fails_verification(quick_copy: Path) -> None:
     """Weights that are wrong but sealed: hashes cannot find them, the image does."""
     from fluxrt.bundle import sha256_file
 

@@ -49,7 +49,7 @@ def pipeline_of(bundle: Bundle, driver: FakeDriver) -> Pipeline:
     return pipeline
 
 
-def test_a_image_goes_through_buffers_capture_and_replay(bundle: Bundle) -> None:
+def test_an_image_goes_through_buffers_capture_and_replay(bundle: Bundle) -> None:
     """Eager, captured, launched: every step of an image, and of the next one, gives what the CPU target gives."""
     driver = FakeDriver()
     pipeline = pipeline_of(bundle, driver)

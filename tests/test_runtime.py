@@ -36,7 +36,7 @@ def test_the_same_seed_generates_the_same_image(pipeline: fluxrt.Pipeline) -> No
     assert not np.array_equal(first, np.asarray(pipeline.generate(Request(PROMPT, seed=4)).images[0]))
 
 
-def test_a_image_does_not_depend_on_its_batch(pipeline: fluxrt.Pipeline) -> None:
+def test_an_image_does_not_depend_on_its_batch(pipeline: fluxrt.Pipeline) -> None:
     other = "a small green square at the top right on a black background"
     batch = pipeline.generate(Request([other, PROMPT], seed=5)).images
     assert np.array_equal(np.asarray(batch[1]), np.asarray(pipeline.generate(Request(PROMPT, seed=6)).images[0]))
@@ -105,7 +105,7 @@ def test_wrong_requests_are_refused(pipeline: fluxrt.Pipeline, quick_bundle: Pat
         fluxrt.load(quick_bundle, target="tpu")
 
 
-def test_a_image_that_is_not_finite_is_refused() -> None:
+def test_an_image_that_is_not_finite_is_refused() -> None:
     from fluxrt.pipeline import to_image
 
     with pytest.raises(fluxrt.BackendError, match="NaN or infinity"):

@@ -179,7 +179,7 @@ def test_a_threshold_of_nothing_skips_nothing(bundle: Path) -> None:
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def test_a_image_does_not_depend_on_the_one_before(bundle: Path) -> None:
+def test_an_image_does_not_depend_on_the_one_before(bundle: Path) -> None:
     pipeline = fluxrt.load(bundle)
     alone = pipeline.generate(Request(PROMPT, seed=4, threshold=0.12))
     batch = pipeline.generate(Request(["a red circle", PROMPT], seed=3, threshold=0.12))
@@ -371,7 +371,7 @@ def test_verbs_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert told in capsys.readouterr().err
 
 
-def test_a_change_that_is_nan_is_an_error_not_a_image(bundle: Path) -> None:
+def test_a_change_that_is_nan_is_an_error_not_an_image(bundle: Path) -> None:
     pipeline = fluxrt.load(bundle)
     noise = np.full((1, 64, 32), np.nan, np.float32)
     with pytest.raises(fluxrt.BackendError, match=r"step 1: the change of the step cache's signal is nan"):

@@ -239,7 +239,7 @@ def test_the_graphs_compute_what_the_cpu_target_computes(rtx_bundle: Path, full:
     assert psnr(decoded[0], cpu.decode(latents, grid)[0]) > (100 if full else 50)
 
 
-def test_a_image_generated_by_the_graphs_is_the_cpu_targets(rtx_bundle: Path) -> None:
+def test_an_image_generated_by_the_graphs_is_the_cpu_targets(rtx_bundle: Path) -> None:
     bundle = open_bundle(rtx_bundle)
     cpu = Pipeline(bundle, target="onnxruntime-nvfp4")
     player = Player(bundle, bundle.target("tensorrt_rtx"))
