@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,14 @@ SMALL = {
 }
 
 
+LENGTH = 7
+
+
+@functools.cache
+def traced(embedded: bool) -> dict[str, onnx.ModelProto]:
+    return trace_transformer({**SMALL, "guidance_embeds": embedded}, LENGTH, cfg_batch=not embedded)
+
+
 @pytest.mark.parametrize(("embedded", "branches", "grid"), [(True, 1, (3, 5)), (False, 2, (4, 4)), (False, 1, (7, 3))])
 def test_a_step_of_a_random_model_equals_diffusers(embedded: bool, branches: int, grid: tuple[int, int]) -> None:
     """dev's embedded guidance, klein's two branches, one branch; sizes whose rows and columns differ."""
@@ -84,16 +94,16 @@ def test_a_step_of_a_random_model_equals_diffusers(embedded: bool, branches: int
     torch.manual_seed(0)
     config = {**SMALL, "guidance_embeds": embedded}
     model = Flux2Transformer2DModel.from_config(config).eval()
-    length, tokens = 7, grid[0] * grid[1]
-    pieces = trace_transformer(config, length, cfg_batch=not embedded)
+    tokens = grid[0] * grid[1]
+    pieces = copy.deepcopy(traced(embedded))
     neutral = {
         "prologue": pieces["prologue"],
-        "body": compose_body(pieces, 2, 2, length),
+        "body": compose_body(pieces, 2, 2, LENGTH),
         "epilogue": pieces["epilogue"],
     }
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
 
-    latents, text = torch.randn(1, tokens, 16), torch.randn(branches, length, 48)
+    latents, text = torch.randn(1, tokens, 16), torch.randn(branches, LENGTH, 48)
     sigma, next_sigma, guidance = 0.7, 0.4, 3.0
     with torch.no_grad():
         velocities = model(

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
-from conftest import NANO, QUICK, RecordingProgress, compile_into, contents
+from conftest import NANO, QUICK, RecordingProgress, compile_into, contents, results_of
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.build.job import check_targets
@@ -311,10 +311,11 @@ def test_smoothing_and_low_rank_factors_are_computed_with(format: str, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def double_block(rtx_bundle: Path, tmp_path_factory: pytest.TempPathFactory):
+def double_block(rtx_bundle: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory):
     """Builds the double block of flux2-nano, bound or baked, after `change` did something to its graph."""
     config = json.loads((NANO / "transformer" / "config.json").read_text())
-    steps = compose_steps(trace_transformer(config, 32, True, torch.bfloat16), 32)
+    (exported,) = (p for p in results_of(shared_cache, rtx_bundle) if p.name.startswith("export-transformer-bfloat16"))
+    steps = compose_steps({path.stem: onnx.load(path) for path in exported.glob("*.onnx")}, 32)
     bundle = open_bundle(rtx_bundle)
     prefix = "transformer_blocks.0."
     refs = read_header(bundle.path("transformer/diffusion_pytorch_model.safetensors"))

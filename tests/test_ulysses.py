@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
 import os
@@ -108,6 +110,11 @@ def random_weights(*models: onnx.ModelProto) -> dict[str, np.ndarray]:
     return weights
 
 
+@functools.cache
+def traced_part(ranks: int) -> dict[str, onnx.ModelProto]:
+    return trace_transformer(SMALL, TEXT // ranks, cfg_batch=True, part=True)
+
+
 @pytest.fixture(scope="module")
 def whole() -> dict[str, onnx.ModelProto]:
     pieces = trace_transformer(SMALL, TEXT, cfg_batch=True)
@@ -115,7 +122,7 @@ def whole() -> dict[str, onnx.ModelProto]:
 
 
 def of_one_rank(ranks: int, padded: bool) -> dict[str, onnx.ModelProto]:
-    pieces = trace_transformer(SMALL, TEXT // ranks, cfg_batch=True, part=True)
+    pieces = copy.deepcopy(traced_part(ranks))
     body = compose_body(pieces, SMALL["num_layers"], SMALL["num_single_layers"], TEXT // ranks)
     signal = hide_padding(pieces["signal"]) if padded else pieces["signal"]
     return pieces | {"body": shard(body, MODEL, ranks, padded), "signal": signal}

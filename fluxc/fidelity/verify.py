@@ -18,7 +18,7 @@ from fluxrt.request import Request
 
 LEAST_PSNR_DB = 40.0
 LEAST_PSNR_DB_OF_ANOTHER = 25.0
-"""Of an image that a CPU target with the same rounding drew: an engine rounds at other places."""
+"""Of an image that a CPU target with the same rounding generated: an engine rounds at other places."""
 
 
 def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:

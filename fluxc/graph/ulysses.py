@@ -1,4 +1,4 @@
-"""Ulysses: the graph of one of N ranks, which holds an equal share of image and of text tokens for the whole loop.
+"""Ulysses: the graph of one of N ranks, which holds an equal shard of image and of text tokens for the whole loop.
 
 Everything but attention works on tokens one by one. Around each attention two all-to-alls change what is divided: heads
 instead of tokens, and back. The order of tokens inside an attention is then text and image of rank 0, of rank 1 and so on;
@@ -37,13 +37,13 @@ class Exchange:
     receives: onnx.ValueInfoProto
 
 
-def shard(model: onnx.ModelProto, config: Flux2Transformer, ranks: int, padded: bool = False) -> onnx.ModelProto:
-    """`model`, blocks or a whole body traced with one rank's share of tokens, with its attentions over those of all ranks.
+def shard(model: onnx.ModelProto, transformer: Flux2Transformer, ranks: int, padded: bool = False) -> onnx.ModelProto:
+    """`model`, blocks or a whole body traced with one rank's shard of tokens, with its attentions over those of all ranks.
 
-    `config` is the transformer's. With `padded` some of the ranks' tokens only fill up: the input `keys`, int64, lists those
+    With `padded` some of the ranks' tokens are padding: the input `keys`, int64, lists those
     that are attended to, in attention's order. Raises BuildError where the heads cannot be divided, or an attention has a mask.
     """
-    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    heads, head_dim = transformer.num_attention_heads, transformer.attention_head_dim
     if heads % ranks:
         raise BuildError(f"{heads} heads cannot be divided among {ranks} ranks")
     graph = onnx.GraphProto()
@@ -74,7 +74,7 @@ def ranks_of(collective: onnx.NodeProto) -> int:
 
 
 def hide_padding(signal: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph `signal` with an input `image_tokens` fp32 [1, S, 1], 1 for a token and 0 for one that only fills up."""
+    """The graph `signal` with an input `image_tokens` fp32 [1, S, 1], 1 for a token of the image and 0 for padding."""
     graph = onnx.GraphProto()
     graph.CopyFrom(signal.graph)
     del graph.node[:]

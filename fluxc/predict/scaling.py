@@ -86,7 +86,7 @@ class Scaling:
 
 
 def published_model(name: str) -> Subject:
-    """A published model at 1024x1024, all but modelopt's keep list in NVFP4, from its shapes alone."""
+    """A published model at 1024x1024, all but modelopt's exclusion list in NVFP4, from its shapes alone."""
     model = Flux2Transformer.read(MODELS[name])
     plan = precision_plan("transformer", model.linears, ComponentPrecision("nvfp4", preset=PRESET))
     weights = weights_memory(model.tensors, plan).planned

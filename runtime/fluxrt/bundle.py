@@ -139,9 +139,9 @@ class Exchange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sharding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a target divides an image among `ranks`: every rank has `text_tokens` of the text, and an equal share of the image.
+    """How a target divides an image among `ranks`: every rank has `text_tokens` of the text, and an equal shard of the image.
 
-    With `padded` any number of image tokens is filled up to a multiple of `ranks`. `body` is what the stage of that name
+    With `padded` any number of image tokens is padded to a multiple of `ranks`. `body` is what the stage of that name
     comes to where collectives are not part of a graph: graphs, and exchanges between them.
     """
 
@@ -390,7 +390,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RecordedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An image generated at build time, and the request that drew it."""
+    """An image generated at build time, and the request it answered."""
 
     file: str
     target: str

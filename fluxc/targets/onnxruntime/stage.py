@@ -25,7 +25,7 @@ WHOLE = ("prologue", "signal", "epilogue", "vae_decoder")
 class OnnxRuntimeInputs:
     """`exports` are neutral graphs by component: whole in fp32, or one for each kind of block for a GPU or a rank.
 
-    `config` is the transformer's. `padding`: whether some size's image tokens are filled up for all ranks to hold as many.
+    `config` is the transformer's. `padding`: whether some size's image tokens need padding for all ranks to hold as many.
     """
 
     target: OnnxRuntimeTarget

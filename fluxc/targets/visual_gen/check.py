@@ -288,7 +288,7 @@ def _args_faults(args: VisualGenArgs, file: Path, heads: int, pixels: int, text_
     if not args.compilation_config.resolutions:
         yield "compilation_config.resolutions is missing, so nothing is compiled for the sizes served"
     for what in undivided(parallel.ulysses_size, heads, text_tokens, tokens):
-        yield f"{parallel.ulysses_size} GPUs cannot share {what}, and VisualGen does not fill up"
+        yield f"{parallel.ulysses_size} GPUs cannot share {what}, and VisualGen does not pad"
     cache = args.cache_config
     if cache and not cache.teacache_thresh > 0:
         yield f"cache_config.teacache_thresh must be more than 0, is {cache.teacache_thresh}"

@@ -97,8 +97,8 @@ def check_visual_gen(
         faults = undivided(number, heads, text_length, tokens)
         if faults:
             raise RecipeError(
-                f"{field}.gpus: {number} GPUs cannot share {' nor '.join(faults)} equally, and VisualGen does not fill "
-                "up; take another number, or other sizes"
+                f"{field}.gpus: {number} GPUs cannot share {' nor '.join(faults)} equally, and VisualGen does not pad; "
+                "take another number, or other sizes"
             )
 
 
