@@ -314,7 +314,9 @@ def test_smoothing_and_low_rank_factors_are_computed_with(format: str, tmp_path:
 def double_block(rtx_bundle: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory):
     """Builds the double block of flux2-nano, bound or baked, after `change` did something to its graph."""
     config = json.loads((NANO / "transformer" / "config.json").read_text())
-    (exported,) = (p for p in results_of(shared_cache, rtx_bundle) if p.name.startswith("export-transformer-bfloat16"))
+    (exported,) = {
+        path.parent for result in results_of(shared_cache, rtx_bundle) for path in result.glob("double_block.onnx")
+    }
     steps = compose_steps({path.stem: onnx.load(path) for path in exported.glob("*.onnx")}, 32)
     bundle = open_bundle(rtx_bundle)
     prefix = "transformer_blocks.0."
