@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT, compile_into
 from fluxc.fidelity.metrics import psnr
-from fluxc.stepcache.frontier import Request, generate_all
+from fluxc.stepcache.frontier import FrontierRequest, generate_all
 from fluxrt.bundle import open_bundle
 from oracle import follows
 from pictures import split_specs
@@ -37,7 +37,7 @@ def generated(bundle: Path) -> dict[str, tuple[np.ndarray, list[list[int]]]]:
     opened = open_bundle(bundle)
     cache = opened.manifest.step_cache
     captions = [spec.caption(number % 3) for number, spec in enumerate(UNSEEN)]
-    request = Request(captions, 0, cache.steps, opened.manifest.sampling.guidance, cache.size)
+    request = FrontierRequest(captions, 0, cache.steps, opened.manifest.sampling.guidance, cache.size)
     policies = {
         "full": {},
         "static": {"schedule": list(cache.schedule)},

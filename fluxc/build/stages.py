@@ -341,7 +341,7 @@ def _page(job: Job, results: Results, target: str, numbers: list[int]) -> Stage[
 
 
 def _frontier_request(job: Job, cache: StepCache) -> Any:
-    from fluxc.stepcache.frontier import Request
+    from fluxc.stepcache.frontier import FrontierRequest
 
     recipe = job.loaded.recipe
-    return Request(job.held_out, recipe.fidelity.seed, cache.steps, recipe.sampling.guidance, cache.size)
+    return FrontierRequest(job.held_out, recipe.fidelity.seed, cache.steps, recipe.sampling.guidance, cache.size)

@@ -34,7 +34,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
 @dataclass(frozen=True)
-class Request:
+class FrontierRequest:
     """The images a frontier is measured on: prompt i starts from the noise of `seed` + i."""
 
     prompts: list[str]
@@ -70,7 +70,7 @@ def chosen(cache: StepCache) -> dict[str, Any]:
 
 
 def generate_all(
-    bundle: Bundle, target: str, request: Request, policy: dict[str, Any], advance: Callable[[], None]
+    bundle: Bundle, target: str, request: FrontierRequest, policy: dict[str, Any], advance: Callable[[], None]
 ) -> tuple[np.ndarray, list[list[int]]]:
     """Images fp32 [prompts, height, width, 3] under `policy` ({} computes every step), and the steps each skipped."""
     pipeline = Pipeline(bundle, target=target)
@@ -122,14 +122,14 @@ def measure_point(
     folder: Path,
     bundle: Bundle,
     target: str,
-    request: Request,
+    request: FrontierRequest,
     methods: dict[str, dict[str, Any]],
     full: np.ndarray,
     keep: Iterable[str],
     judges: Judges,
     advance: Callable[[], None],
 ) -> None:
-    """Write figures.json into `folder`, and METHOD.npy with the images of every method in `exclude`."""
+    """Write figures.json into `folder`, and METHOD.npy with the images of every method in `keep`."""
     found, kept = {}, {}
     for method, policy in methods.items():
         images, skipped = generate_all(bundle, target, request, policy, advance)

@@ -14,7 +14,7 @@ from fluxc.base.progress import Report
 from fluxrt.bundle import Bundle, StepCache
 
 if TYPE_CHECKING:
-    from fluxc.stepcache.frontier import Request
+    from fluxc.stepcache.frontier import FrontierRequest
 
 PARTS = ("transformer/", "text_encoder/", "vae/", "tokenizer/")
 """The files of a bundle that its images depend on."""
@@ -42,7 +42,7 @@ class PointInputs:
     """
 
     generated: Generated
-    request: Request
+    request: FrontierRequest
     methods: dict[str, dict[str, Any]]
     keep: tuple[str, ...]
     full: Made | None
@@ -88,7 +88,7 @@ class PageInputs:
 
     name: str
     target: str
-    request: Request
+    request: FrontierRequest
     step_cache: StepCache
     full: Made
     served: Made

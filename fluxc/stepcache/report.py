@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from fluxc.fidelity.report import contact_sheet
-from fluxc.stepcache.frontier import METHODS, Request
+from fluxc.stepcache.frontier import METHODS, FrontierRequest
 from fluxrt.bundle import StepCache
 
 WORST = 3
@@ -28,7 +28,7 @@ def write_page(
     folder: Path,
     name: str,
     target: str,
-    request: Request,
+    request: FrontierRequest,
     cache: StepCache,
     points: dict[int, dict[str, Any]],
     chosen: dict[str, Any],
