@@ -17,6 +17,11 @@ from fluxrt.request import Request, decode_request
     ("fields", "message"),
     [
         ({"prompt": ["a", "b"], "seed": [1]}, "2 prompts but 1 seeds; give one seed, or one a prompt"),
+        ({"prompt": []}, "there is no prompt; give at least one"),
+        ({"prompt": ["a", 3]}, "prompt must be made of str, got int"),
+        ({"prompt": "a", "seed": 1.5}, "seed must be made of int, got float"),
+        ({"prompt": "a", "size": ("64", "64")}, "size must be made of int, got str"),
+        ({"prompt": "a", "latents": [[0.0]]}, "latents must be made of ndarray, got list"),
         ({"prompt": "a", "steps": 0}, "steps must be at least 1, got 0"),
         ({"prompt": "a", "threshold": -0.1}, "threshold must be at least 0, got -0.1"),
         ({"prompt": "a", "threshold": math.nan}, "threshold must be at least 0, got nan"),

@@ -321,8 +321,8 @@ def _point(job: Job, results: Results, target: str, point: str) -> Stage[Any, Ma
         title, keep = f"generate with {point} of {cache.steps} steps skipped", (cache.mode,)
         methods = frontier.policies(cache, read_trace(_traced(job, results)).trace, int(point))
     judges = judges_of(job.loaded) if full else {}
-    generated = frontier_stages.Generated(draft, target)
-    inputs = frontier_stages.PointInputs(generated, request, methods, keep, full, judges)
+    subject = frontier_stages.DraftTarget(draft, target)
+    inputs = frontier_stages.PointInputs(subject, request, methods, keep, full, judges)
     return Stage(f"frontier-{point}", title, inputs, frontier_stages.run, frontier_stages.load)
 
 

@@ -23,8 +23,8 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
     bundle = inputs.draft.bundle
     runnable = [target for target in inputs.targets if target.runs_here]
     sharded = [(target, target.in_one) for target in inputs.targets if target.in_one]
-    generation = [*runnable, *(target for target, _ in sharded)]
-    total = len(prompts) * len(generation)
+    compared = [*runnable, *(target for target, _ in sharded)]
+    total = len(prompts) * len(compared)
     done = 0
 
     def advance() -> None:
@@ -42,7 +42,7 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
         "prompts": prompts,
         "targets": {},
         "ranks": {},
-        "not_run": [target.name for target in inputs.targets if target not in generation],
+        "not_run": [target.name for target in inputs.targets if target not in compared],
         "engines": inputs.evidence,
         "layers": inputs.layers,
         "sensitivity": inputs.sensitivity,
@@ -68,7 +68,7 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
             "guidance": guidance,
             "size": size,
         }
-        for target in generation
+        for target in compared
         for number, reference in enumerate(references)
     ]
     (folder / "images.json").write_text(json.dumps(recorded))

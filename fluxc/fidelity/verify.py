@@ -37,7 +37,7 @@ def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
             continue
         reason = obstacle(bundle, entry, machine)
         if reason:
-            yield f"target {entry.name}: not generated with here: {reason}"
+            yield f"target {entry.name}: generates nothing here: {reason}"
             continue
         recorded, least = _recorded(bundle, entry)
         if recorded is None:

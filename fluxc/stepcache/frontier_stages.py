@@ -21,7 +21,7 @@ PARTS = ("transformer/", "text_encoder/", "vae/", "tokenizer/")
 
 
 @dataclass(frozen=True)
-class Generated:
+class DraftTarget:
     """A target of a bundle in the making: of its manifest, what its images depend on."""
 
     bundle: Bundle
@@ -41,7 +41,7 @@ class PointInputs:
     `judges` are the files of LPIPS (`lpips`) and of a CLIP model (`image_text`), if any.
     """
 
-    generated: Generated
+    subject: DraftTarget
     request: FrontierRequest
     methods: dict[str, dict[str, Any]]
     keep: tuple[str, ...]
@@ -55,7 +55,7 @@ def run(inputs: PointInputs, folder: Path, report: Report) -> None:
 
     from fluxc.stepcache import frontier
 
-    generated, request = inputs.generated, inputs.request
+    subject, request = inputs.subject, inputs.request
     total, done = len(request.prompts) * len(inputs.methods), 0
 
     def advance() -> None:
@@ -64,7 +64,7 @@ def run(inputs: PointInputs, folder: Path, report: Report) -> None:
         report(done, total)
 
     if inputs.full is None:
-        images, _ = frontier.generate_all(generated.bundle, generated.target, request, {}, advance)
+        images, _ = frontier.generate_all(subject.bundle, subject.target, request, {}, advance)
         np.save(folder / "full.npy", images)
         return
     from fluxc.fidelity.perceptual import Judges
@@ -73,7 +73,7 @@ def run(inputs: PointInputs, folder: Path, report: Report) -> None:
     judges = Judges(lpips[0] if lpips else None, clip[0].parent if clip else None)
     original = np.load(inputs.full.folder / "full.npy")
     frontier.measure_point(
-        folder, generated.bundle, generated.target, request, inputs.methods, original, inputs.keep, judges, advance
+        folder, subject.bundle, subject.target, request, inputs.methods, original, inputs.keep, judges, advance
     )
 
 

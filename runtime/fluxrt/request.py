@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,7 +34,10 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threshold: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         prompts, seeds = len(self.prompts), len(self.seeds)
+        if not prompts:
+            raise RequestError("there is no prompt; give at least one")
         if seeds != prompts:
             raise RequestError(f"{prompts} prompts but {seeds} seeds; give one seed, or one a prompt")
         if self.steps is not None and self.steps < 1:
@@ -66,6 +70,20 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             sampling.sizes[0] if self.size is None else (int(self.size[0]), int(self.size[1])),
         )
 
+    def _check_types(self) -> None:
+        """msgspec checks types where it decodes, not where a struct is made by hand."""
+        given: dict[str, tuple[type, Sequence[Any]]] = {
+            "prompt": (str, self.prompt if isinstance(self.prompt, list | tuple) else [self.prompt]),
+            "seed": (int, self.seed if isinstance(self.seed, list | tuple) else [self.seed]),
+            "steps": (int, [] if self.steps is None else [self.steps]),
+            "size": (int, self.size or ()),
+            "latents": (np.ndarray, [] if self.latents is None else [self.latents]),
+        }
+        for field, (kind, values) in given.items():
+            wrong = [value for value in values if not isinstance(value, kind)]
+            if wrong:
+                raise RequestError(f"{field} must be made of {kind.__name__}, got {type(wrong[0]).__name__}")
+
     def encode(self) -> bytes:
         """The request for another process."""
         return msgspec.msgpack.encode(self, enc_hook=_encode_array)
@@ -76,9 +94,7 @@ def decode_request(data: bytes) -> Request:
     return msgspec.msgpack.decode(data, type=Request, dec_hook=_decode_array)
 
 
-def _encode_array(array: Any) -> dict[str, Any]:
-    if not isinstance(array, np.ndarray):
-        raise NotImplementedError(f"a request holds no {type(array).__name__}")
+def _encode_array(array: np.ndarray) -> dict[str, Any]:
     return {"shape": array.shape, "data": array.astype(np.float32).tobytes()}
 
 
