@@ -35,7 +35,7 @@ demo: setup
 	@echo "The four images are artifacts/demo-0.png to demo-3.png; the report is artifacts/flux2-nano-nvfp4/report/index.html"
 
 test: setup-tests
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 lint: setup-tests
 	$(BIN)/ruff check .

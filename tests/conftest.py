@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from rich.console import Console
 
@@ -20,9 +21,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has a core; threads that wait for one another would make both many times slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from fluxc.base.cache import ENVIRONMENT, USED
+from fluxc.base.cache import ENVIRONMENT, USED, StageCache
 from fluxc.base.progress import StageProgress
 from fluxc.build.build import build
+from fluxc.build.runner import run
+from fluxc.build.stages import export_of
+from fluxc.graph.stage import ExportInputs
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.qwen3 import Qwen3
 from fluxc.recipe.load import LoadedRecipe, load_recipe
@@ -66,6 +70,14 @@ def compile_into(out: Path, *changes: str, progress: StageProgress | None = None
     built = build(load_recipe(recipe, changes), out, progress or RecordingProgress())
     assert built is not None
     return built
+
+
+def exported(component: str, config: dict[str, Any], text_length: int, **how: Any) -> dict[str, onnx.ModelProto]:
+    """A component's neutral graphs, made by the build's own stage: once in a run, for its tests and its bundles."""
+    inputs = ExportInputs(component, config, text_length, **how)
+    with StageCache(Path(os.environ[ENVIRONMENT]), RecordingProgress()) as cache:
+        folder = run(cache, export_of(inputs))
+        return {path.stem: onnx.load(path) for path in folder.glob("*.onnx")}
 
 
 def contents(bundle: Path) -> dict[str, bytes]:
@@ -144,6 +156,16 @@ def hollow_checkpoint(root: Path, transformer: dict[str, Any], text_encoder: dic
         (root / name / "config.json").write_text(json.dumps(config))
         write_hollow(root / name / weights, shapes)
     return root
+
+
+# The long files first, so that both processes end together, and in an order in which neither waits for the other's bundle.
+FIRST = "build ulysses_gpu tensorrt ulysses stepcache_nano sensitivity oracle calibrate quantized_source cuda_runtime parity"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of FIRST in its order, then the rest as collected."""
+    place = {f"test_{name}": at for at, name in enumerate(FIRST.split())}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)

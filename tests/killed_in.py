@@ -1,11 +1,15 @@
-"""Runs fluxc's command line and kills the process (SIGKILL) in the middle of one stage: killed_in.py STAGE ARGUMENTS.
+"""Runs fluxc's command line in children of its own, each killed (SIGKILL) in the middle of one stage.
+
+It imports once what a build needs, then reads lines of JSON from stdin, [STAGE or null, ARGUMENTS]; each runs in a forked
+child, and the exit status (minus the signal's number, where one ended it) is written to stdout as a line.
 
 A stage is killed as soon as its result folder holds a file, or at the latest when its work is done and nothing is sealed yet;
-"bundle" when the bundle is complete and not yet in its place.
+"bundle" when the bundle is complete and not yet in its place. Without a stage nothing is killed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -41,10 +45,31 @@ def watched(stage: str, run: Callable[..., Path]) -> Callable[..., Path]:
     return wrapped
 
 
-if __name__ == "__main__":
-    stage, *arguments = sys.argv[1:]
+def run(stage: str | None, arguments: list[str]) -> None:
+    """The command, in this process."""
+    # The parent's stdout is the protocol's.
+    os.dup2(2, 1)
     if stage == "bundle":
         bundle_writer.finish = kill
-    else:
+    elif stage:
         StageCache.run = watched(stage, StageCache.run)  # type: ignore[method-assign]
     main(arguments)
+
+
+def serve() -> None:
+    import diffusers
+    import transformers
+
+    # ONNX Runtime is left out: it starts a thread when it is imported, and threads do not pass a fork.
+    for _ in (diffusers.Flux2KleinPipeline, diffusers.AutoencoderKLFlux2, transformers.Qwen3ForCausalLM):
+        assert len(list(Path("/proc/self/task").iterdir())) == 1
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            run(*json.loads(line))
+            raise AssertionError("main ends the process")
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -120,6 +121,7 @@ def test_a_damaged_stage_result_is_made_again(quick_bundle: Path, shared_cache: 
     assert contents(out) == expected
 
 
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 KILLED_IN = ("export-vae", "export-transformer", "calibration", "weights", "target", "fidelity", "bundle")
 
 
@@ -132,14 +134,22 @@ def test_killed_at_every_stage_ends_with_the_bytes_of_an_undisturbed_build(quick
     arguments = ["build", str(RECIPE), *(a for c in QUICK for a in ("--set", c)), "--out"]
     out = tmp_path / "killed" / "quick"
     cache = out.parent / ".fluxc"
-    for stage in KILLED_IN:
-        command = [sys.executable, str(Path(__file__).with_name("killed_in.py")), stage, *arguments, str(out)]
-        process = subprocess.run(command, capture_output=True, timeout=300)
-        assert process.returncode == -signal.SIGKILL, (stage, process.stderr.decode()[-500:])
-        assert not out.exists(), stage
-        half = [path for path in cache.glob(f".{stage if stage != 'bundle' else out.name}*") if path.is_dir()]
-        assert any(any(path.iterdir()) for path in half), f"{stage} had written nothing"
-    subprocess.run([sys.executable, "-m", "fluxc", *arguments, str(out)], check=True, capture_output=True)
+    command = [sys.executable, str(Path(__file__).with_name("killed_in.py"))]
+    with (tmp_path / "said").open("w+") as said, subprocess.Popen(command, **PIPES, stderr=said) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def ends(stage: str | None) -> int:
+            print(json.dumps([stage, [*arguments, str(out)]]), file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        for stage in KILLED_IN:
+            assert ends(stage) == -signal.SIGKILL, (stage, (tmp_path / "said").read_text()[-500:])
+            assert not out.exists(), stage
+            half = [path for path in cache.glob(f".{stage if stage != 'bundle' else out.name}*") if path.is_dir()]
+            assert any(any(path.iterdir()) for path in half), f"{stage} had written nothing"
+        assert ends(None) == 0, (tmp_path / "said").read_text()[-500:]
+        process.stdin.close()
     first, second = contents(quick_bundle), contents(out)
     assert sorted(first) == sorted(second)
     assert [name for name in first if first[name] != second[name]] == []

@@ -16,14 +16,14 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from conftest import NANO
+from conftest import NANO, exported
 from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef
 from fluxc.fidelity.metrics import relative_error
 from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_body
-from fluxc.graph.export import make_model, trace_transformer
+from fluxc.graph.export import make_model
 from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan, precision_plan
@@ -36,7 +36,7 @@ from trt_reference import DequantizeLinear, MatMul
 ROWS, COLUMNS, RANK = 48, 64, 4
 BF16, FP16 = TensorProto.BFLOAT16, TensorProto.FLOAT16
 ARRAYS = {BF16: ml_dtypes.bfloat16, FP16: np.float16}
-TORCH = {BF16: torch.bfloat16, FP16: torch.float16}
+DTYPES = {BF16: "bfloat16", FP16: "float16"}
 # Three roundings to the activations' type: of a weight, of an input or product, and of the result.
 BOUNDS = {BF16: 3 * 2.0**-8, FP16: 3 * 2.0**-11}
 
@@ -120,7 +120,7 @@ def test_fp8_and_bf16_layers_multiply_in_the_activations_type(dtype: int, format
 def lowered(request: pytest.FixtureRequest) -> dict[str, onnx.ModelProto]:
     """flux2-nano's transformer from its config, every Linear of the blocks NVFP4, weights as typed inputs."""
     config = json.loads((NANO / "transformer" / "config.json").read_text())
-    pieces = trace_transformer(config, 32, cfg_batch=True, dtype=TORCH[request.param])
+    pieces = exported("transformer", config, 32, cfg_batch=True, dtype=DTYPES[request.param])
     body = compose_body(pieces, config["num_layers"], config["num_single_layers"], 32)
     keep = ("x_embedder", "context_embedder", "time_guidance_embed*", "*modulation*", "norm_out*", "proj_out")
     layers = precision_plan("transformer", Flux2Transformer.read(config).linears, ComponentPrecision("nvfp4", keep))

@@ -18,10 +18,9 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import RECIPE
+from conftest import RECIPE, exported
 from fluxc.base.safetensors import TensorRef
 from fluxc.cli.main import main
-from fluxc.graph.export import trace_vae_decoder
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.published import DEV, KLEIN_4B
@@ -85,7 +84,7 @@ def test_the_vae_wants_the_working_memory_its_plan_states(side: int, tmp_path: P
         from diffusers import AutoencoderKLFlux2
 
         config = {k: v for k, v in AutoencoderKLFlux2().config.items() if not k.startswith("_")}
-    model = trace_vae_decoder(config, torch.bfloat16)
+    model = exported("vae", config, 0, dtype="bfloat16")["vae_decoder"]
     weights = {
         n: TensorRef(n, "BF16", shape, Path(), 0, 2 * math.prod(shape))
         for n, shape in Flux2VAE.read(config, tmp_path).tensors.items()

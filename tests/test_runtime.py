@@ -197,7 +197,7 @@ def test_it_generates_in_an_environment_without_torch_diffusers_transformers_and
     source = shutil.copytree(
         ROOT / "runtime", tmp_path / "runtime", ignore=shutil.ignore_patterns("build", "*.egg-info")
     )
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
     subprocess.run(
         [*install, "-c", str(ROOT / "constraints.txt"), str(source)],
         check=True,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import math
 import os
@@ -110,7 +108,6 @@ def random_weights(*models: onnx.ModelProto) -> dict[str, np.ndarray]:
     return weights
 
 
-@functools.cache
 def traced_part(ranks: int) -> dict[str, onnx.ModelProto]:
     return trace_transformer(SMALL, TEXT // ranks, cfg_batch=True, part=True)
 
@@ -122,7 +119,7 @@ def whole() -> dict[str, onnx.ModelProto]:
 
 
 def of_one_rank(ranks: int, padded: bool) -> dict[str, onnx.ModelProto]:
-    pieces = copy.deepcopy(traced_part(ranks))
+    pieces = traced_part(ranks)
     body = compose_body(pieces, SMALL["num_layers"], SMALL["num_single_layers"], TEXT // ranks)
     signal = hide_padding(pieces["signal"]) if padded else pieces["signal"]
     return pieces | {"body": shard(body, MODEL, ranks, padded), "signal": signal}

@@ -47,7 +47,7 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
     """Every step up to the comparison's inputs; `until` calibrate measures even where no layer would be quantized."""
     recipe = job.loaded.recipe
     for inputs in exports(job).values():
-        yield Step(_export_name(inputs), "graphs", _made(_export(inputs)))
+        yield Step(_export_name(inputs), "graphs", _made(export_of(inputs)))
     yield Step("modelopt", "calibrate", lambda results: _modelopt(job))
     yield Step("calibrate", "calibrate", lambda results: _calibrate(job, results, until == "calibrate"))
     if recipe.step_cache:
@@ -152,7 +152,8 @@ def _export_name(inputs: ExportInputs) -> str:
     return "-".join(["export", inputs.component, *how])
 
 
-def _export(inputs: ExportInputs) -> Stage[ExportInputs, Path]:
+def export_of(inputs: ExportInputs) -> Stage[ExportInputs, Path]:
+    """The stage that writes a component's graphs."""
     return Stage(f"export-{inputs.component}", inputs.title, inputs, export_stage.run, export_stage.load)
 
 

@@ -79,9 +79,9 @@ def noise_for(checkpoint: Checkpoint, size: tuple[int, int], seed: int) -> np.nd
 
 
 def spread(latents: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
-    """Tokens [1, S, C] as diffusers takes `latents`: [1, C, rows, columns]."""
+    """Tokens [N, S, C] as diffusers takes `latents`: [N, C, rows, columns]."""
     tokens = torch.from_numpy(np.ascontiguousarray(latents))
-    return tokens.reshape(1, *grid, latents.shape[-1]).permute(0, 3, 1, 2).contiguous()
+    return tokens.reshape(len(latents), *grid, latents.shape[-1]).permute(0, 3, 1, 2).contiguous()
 
 
 def generate(

@@ -6,11 +6,16 @@ it can neither fold nor rename them. Afterwards each Transpose + MatMul on a wei
 
 from __future__ import annotations
 
+import functools
+import importlib
+import json
 import logging
 import re
+import unittest.mock
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -49,96 +54,121 @@ def trace_transformer(
     """The neutral graphs prologue, signal, double_block, single_block and epilogue of a Flux2Transformer2DModel in `dtype`.
 
     With `part` they are those of a part of an image's tokens, `text_length` text tokens among them: the prologue takes the
-    text's part as `text_shard`, and `first_token` and `first_text`.
+    text's part as `text_shard`, and `first_token` and `first_text`. Graphs that two calls have in common are traced once.
     """
-    from diffusers import Flux2Transformer2DModel
-
     shape = Flux2Transformer.read(config)
     small = {
         **config,
         "num_layers": min(1, shape.num_layers),
         "num_single_layers": min(1, shape.num_single_layers),
     }
+    # Only the prologue reads the guidance that dev has embedded.
+    whole, rest = (json.dumps(x, sort_keys=True) for x in (small, small | {"guidance_embeds": False}))
+    pieces = [
+        _Piece("prologue", whole, dtype, text_length=text_length, part=part),
+        _Piece("signal", rest, dtype),
+        _Piece("epilogue", rest, dtype, cfg_batch=cfg_batch),
+    ]
+    if shape.num_layers:
+        pieces.append(_Piece("double_block", rest, dtype, text_length=text_length))
+    if shape.num_single_layers:
+        pieces.append(_Piece("single_block", rest, dtype, text_length=text_length))
+    return {piece.name: onnx.ModelProto.FromString(_traced(piece)) for piece in pieces}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """All that a graph of the transformer depends on: its name, the config as JSON with a block of each kind, and the rest."""
+
+    name: str
+    config: str
+    dtype: torch.dtype
+    text_length: int = 0
+    cfg_batch: bool = False
+    part: bool = False
+
+
+@functools.lru_cache(maxsize=128)
+def _traced(piece: _Piece) -> bytes:
+    """The graph of `piece`, serialized: a megabyte at most, since no graph holds weights."""
+    from diffusers import Flux2Transformer2DModel
+
+    config, dtype, length = json.loads(piece.config), piece.dtype, piece.text_length
+    shape = Flux2Transformer.read(config)
     with torch.device("meta"), _quiet():
-        model = Flux2Transformer2DModel.from_config(small).eval().to(dtype)
+        model = Flux2Transformer2DModel.from_config(config).eval().to(dtype)
     width, head_dim = shape.width, shape.attention_head_dim
     channels, features = shape.in_channels, shape.joint_attention_dim
-    branches, tokens, length = 2, 70, text_length
+    branches, tokens = 2, 70
 
     hidden = _meta(branches, tokens, width, dtype=dtype)
-    text_hidden = _meta(branches, length, width, dtype=dtype)
-    rope = [_meta(length + tokens, head_dim)] * 2
     latents, scalar = _meta(1, tokens, channels), _meta()
+    index = torch.empty((), dtype=torch.int64, device="meta")
     both, only_tokens, only_branches = {0: "branches", 1: "tokens"}, {1: "tokens"}, {0: "branches"}
-    joined = {0: "branches", 1: f"tokens + {length}"}
-    rows = {0: f"tokens + {length}"}
-
-    prologue_inputs = {
-        "latents": (latents, only_tokens),
-        ("text_shard" if part else "text"): (_meta(branches, length, features, dtype=dtype), only_branches),
-        "sigma": (scalar, None),
-        "columns": (torch.empty((), dtype=torch.int64, device="meta"), None),
-    }
-    epilogue_inputs = {
-        "latents": (latents, only_tokens),
-        "hidden": (hidden, both),
-        "residual": (_meta(branches, tokens, width), both),
-        "temb": (_meta(1, width, dtype=dtype), None),
-        "sigma": (scalar, None),
-        "next_sigma": (scalar, None),
-    }
-    if part:
-        index = torch.empty((), dtype=torch.int64, device="meta")
-        prologue_inputs |= {"first_token": (index, None), "first_text": (index, None)}
-    if shape.guidance_embeds:
-        prologue_inputs["guidance"] = (scalar, None)
-    if cfg_batch:
-        epilogue_inputs["guidance"] = (scalar, None)
-    first = ("modulation_img", 6) if shape.num_layers else ("modulation_single", 3)
-    signal_inputs = {
-        "hidden": (hidden, both),
-        first[0]: (_meta(1, first[1] * width, dtype=dtype), None),
-        "previous_signal": (_meta(1, tokens, width), only_tokens),
-    }
-    double_inputs = {
-        "hidden": (hidden, both),
-        "text_hidden": (text_hidden, only_branches),
-        "modulation_img": (_meta(1, 6 * width, dtype=dtype), None),
-        "modulation_txt": (_meta(1, 6 * width, dtype=dtype), None),
-        "rope_cos": (rope[0], rows),
-        "rope_sin": (rope[1], rows),
-    }
-    single_inputs = {
-        "joined": (_meta(branches, length + tokens, width, dtype=dtype), joined),
-        "modulation_single": (_meta(1, 3 * width, dtype=dtype), None),
-        "rope_cos": (rope[0], rows),
-        "rope_sin": (rope[1], rows),
-    }
-    graphs = {
-        "prologue": trace(
-            (PartPrologue if part else Prologue)(model),
-            prologue_inputs,
-            (
-                "hidden",
-                "text_hidden",
-                "temb",
-                "modulation_img",
-                "modulation_txt",
-                "modulation_single",
-                "rope_cos",
-                "rope_sin",
-            ),
-        ),
-        "signal": trace(Signal(model.config.eps), signal_inputs, ("signal", "change")),
-        "epilogue": trace(Epilogue(model, cfg_batch), epilogue_inputs, ("next_latents",)),
-    }
-    if shape.num_layers:
-        double = DoubleBlock(model.transformer_blocks[0])
-        graphs["double_block"] = trace(double, double_inputs, ("hidden_out", "text_hidden_out"), strip="block.")
-    if shape.num_single_layers:
-        single = SingleBlock(model.single_transformer_blocks[0])
-        graphs["single_block"] = trace(single, single_inputs, ("joined_out",), strip="block.")
-    return graphs
+    joined, rows = {0: "branches", 1: f"tokens + {length}"}, {0: f"tokens + {length}"}
+    inputs: dict[str, Input]
+    if piece.name == "prologue":
+        inputs = {
+            "latents": (latents, only_tokens),
+            ("text_shard" if piece.part else "text"): (_meta(branches, length, features, dtype=dtype), only_branches),
+            "sigma": (scalar, None),
+            "columns": (index, None),
+        }
+        if piece.part:
+            inputs |= {"first_token": (index, None), "first_text": (index, None)}
+        if shape.guidance_embeds:
+            inputs["guidance"] = (scalar, None)
+        module: torch.nn.Module = (PartPrologue if piece.part else Prologue)(model)
+        outputs: tuple[str, ...] = (
+            "hidden",
+            "text_hidden",
+            "temb",
+            "modulation_img",
+            "modulation_txt",
+            "modulation_single",
+            "rope_cos",
+            "rope_sin",
+        )
+    elif piece.name == "signal":
+        first = ("modulation_img", 6) if shape.num_layers else ("modulation_single", 3)
+        inputs = {
+            "hidden": (hidden, both),
+            first[0]: (_meta(1, first[1] * width, dtype=dtype), None),
+            "previous_signal": (_meta(1, tokens, width), only_tokens),
+        }
+        module, outputs = Signal(model.config.eps), ("signal", "change")
+    elif piece.name == "epilogue":
+        inputs = {
+            "latents": (latents, only_tokens),
+            "hidden": (hidden, both),
+            "residual": (_meta(branches, tokens, width), both),
+            "temb": (_meta(1, width, dtype=dtype), None),
+            "sigma": (scalar, None),
+            "next_sigma": (scalar, None),
+        }
+        if piece.cfg_batch:
+            inputs["guidance"] = (scalar, None)
+        module, outputs = Epilogue(model, piece.cfg_batch), ("next_latents",)
+    elif piece.name == "double_block":
+        inputs = {
+            "hidden": (hidden, both),
+            "text_hidden": (_meta(branches, length, width, dtype=dtype), only_branches),
+            "modulation_img": (_meta(1, 6 * width, dtype=dtype), None),
+            "modulation_txt": (_meta(1, 6 * width, dtype=dtype), None),
+            "rope_cos": (_meta(length + tokens, head_dim), rows),
+            "rope_sin": (_meta(length + tokens, head_dim), rows),
+        }
+        module, outputs = DoubleBlock(model.transformer_blocks[0]), ("hidden_out", "text_hidden_out")
+    else:
+        inputs = {
+            "joined": (_meta(branches, length + tokens, width, dtype=dtype), joined),
+            "modulation_single": (_meta(1, 3 * width, dtype=dtype), None),
+            "rope_cos": (_meta(length + tokens, head_dim), rows),
+            "rope_sin": (_meta(length + tokens, head_dim), rows),
+        }
+        module, outputs = SingleBlock(model.single_transformer_blocks[0]), ("joined_out",)
+    strip = "block." if piece.name.endswith("_block") else ""
+    return trace(module, inputs, outputs, strip=strip).SerializeToString(deterministic=True)
 
 
 def trace_text_encoder(
@@ -204,7 +234,7 @@ def trace(
     examples = tuple(torch.empty_like(example) for example, _ in inputs.values())
     auto = torch.export.Dim.AUTO
     dynamic = tuple(dict.fromkeys(dims, auto) if dims else None for _, dims in inputs.values())
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _operators_read_once():
         exported = torch.export.export(module, examples, dynamic_shapes=dynamic, strict=False)
         program = torch.onnx.export(
             exported,
@@ -339,6 +369,30 @@ def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+_REGISTRIES: dict[int, Any] = {}
+
+
+@contextmanager
+def _operators_read_once() -> Iterator[None]:
+    """torch parses the source of its whole ONNX operator library again for every graph, a fifth of a trace's time.
+
+    Nothing here registers an operator, so one reading serves all graphs. A torch without this function keeps its own way.
+    """
+    registry = getattr(importlib.import_module("torch.onnx._internal.exporter._registration"), "ONNXRegistry", None)
+    original = getattr(registry, "from_torchlib", None)
+    if original is None:
+        yield
+        return
+
+    def from_torchlib(_: type, opset_version: int) -> Any:
+        if opset_version not in _REGISTRIES:
+            _REGISTRIES[opset_version] = original(opset_version=opset_version)
+        return _REGISTRIES[opset_version]
+
+    with unittest.mock.patch.object(registry, "from_torchlib", classmethod(from_torchlib)):
+        yield
 
 
 @contextmanager
