@@ -19,17 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fluxc.base.cache import StageCache
-from fluxc.build import bundle_writer
-from fluxc.cli.main import main
-
 
 def kill(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def watched(stage: str, run: Callable[..., Path]) -> Callable[..., Path]:
-    def wrapped(self: StageCache, folder: Path, title: str, work: Callable[..., None]) -> Path:
+    """StageCache.run, with a killer in the stage whose name begins so."""
+
+    def wrapped(self: Any, folder: Path, title: str, work: Callable[..., None]) -> Path:
         def dying(partial: Path, report: Any) -> None:
             def watch() -> None:
                 while not any(partial.iterdir()):
@@ -47,6 +45,10 @@ def watched(stage: str, run: Callable[..., Path]) -> Callable[..., Path]:
 
 def run(stage: str | None, arguments: list[str]) -> None:
     """The command, in this process."""
+    from fluxc.base.cache import StageCache
+    from fluxc.build import bundle_writer
+    from fluxc.cli.main import main
+
     # The parent's stdout is the protocol's.
     os.dup2(2, 1)
     if stage == "bundle":
@@ -60,7 +62,7 @@ def serve() -> None:
     import diffusers
     import transformers
 
-    # ONNX Runtime is left out: it starts a thread when it is imported, and threads do not pass a fork.
+    # ONNX Runtime starts a thread when it is imported, and so does fluxc for numba: neither passes a fork.
     for _ in (diffusers.Flux2KleinPipeline, diffusers.AutoencoderKLFlux2, transformers.Qwen3ForCausalLM):
         assert len(list(Path("/proc/self/task").iterdir())) == 1
     for line in sys.stdin:
