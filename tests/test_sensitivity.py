@@ -86,7 +86,12 @@ def kept_share(bundle: Path) -> float:
     return float(sizes[True] / (sizes[True] + sizes[False]))
 
 
-HELD_OUT = ("targets=[{kind: onnxruntime, activations: nvfp4}]", "sampling.steps=6", "gates={}")
+HELD_OUT = (
+    "targets=[{kind: onnxruntime, activations: nvfp4}]",
+    "sampling.steps=6",
+    "calibration.prompts=../tests/data/two-prompts.txt",
+    "gates={}",
+)
 
 
 def held_out_build(workshop: Path, name: str, precision: str) -> Path:
