@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxrt.errors import BackendError, BundleError, FluxError, RequestError
+from fluxrt.errors import BackendError, BundleError, FluxError, OutputError, RequestError
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from fluxrt.request import Request
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "BundleError", "FluxError", "Pipeline", "RankedPipeline", "Request", "RequestError", "load"]
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "FluxError",
+    "OutputError",
+    "Pipeline",
+    "RankedPipeline",
+    "Request",
+    "RequestError",
+    "load",
+]
 
 
 def load(
@@ -29,6 +39,9 @@ def load(
     graph of one rank uses (all cores by default, divided among ranks).
     Raises BundleError for a damaged bundle or a target it does not have, RequestError for a target with other `gpus`.
     """
+    for name, given in (("threads", threads), ("gpus", gpus)):
+        if given is not None and (not isinstance(given, int) or given < 1):
+            raise RequestError(f"{name} must be a whole number of at least 1, got {given!r}")
     from fluxrt.backends.registry import make_pipeline
     from fluxrt.bundle import open_bundle
     from fluxrt.choose import choose

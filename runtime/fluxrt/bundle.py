@@ -505,7 +505,8 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
     Raises BundleError naming the file and what to do.
     """
-    root = Path(path)
+    # A process may go to another folder while it has the bundle open.
+    root = Path(path).absolute()
     if not root.is_dir():
         raise BundleError(f"{root}: no such bundle folder; `fluxc build RECIPE` makes one")
     manifest_path = root / MANIFEST

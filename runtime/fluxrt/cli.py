@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import fluxrt
-from fluxrt.errors import FluxError, RequestError
+from fluxrt.errors import FluxError, OutputError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from PIL.Image import Image
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the command, return its exit code (0 done, 1 failed, 2 wrong request)."""
+    _open_standard_descriptors()
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except FluxError as error:
-        print(f"fluxrt: {error}", file=sys.stderr)
+        _say(f"fluxrt: {error}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("fluxrt: interrupted", file=sys.stderr)
+        _say("fluxrt: interrupted", sys.stderr)
         return 130
 
 
@@ -34,7 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--prompt", action="append", required=True, help="what to generate; may be given several times"
     )
-    generate.add_argument("--out", required=True, help="PNG file; with several prompts, a number is added to its name")
+    generate.add_argument(
+        "--out",
+        required=True,
+        help="PNG file; with several prompts, a number is added to its name. Each is written as soon as its image is made",
+    )
     generate.add_argument("--seed", type=int, default=0, help="starting noise; image i uses SEED + i (default 0)")
     generate.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     generate.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's)")
@@ -55,11 +68,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    out = Path(options.out)
-    if out.suffix.lower() != ".png":
-        raise RequestError(f"--out {out}: images are written as PNG; give a name that ends in .png")
-    if not out.parent.is_dir():
-        raise RequestError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     request = fluxrt.Request(
         options.prompt,
         seed=options.seed,
@@ -69,32 +77,114 @@ def _generate(options: argparse.Namespace) -> int:
         step_cache=False if options.no_step_cache else None,
         threshold=options.threshold,
     )
-    showing = sys.stderr.isatty()
+    out = Path(options.out)
+    several = len(request.prompts) > 1
+    paths = [out.with_stem(f"{out.stem}-{number}") if several else out for number in range(len(request.prompts))]
+    for path in paths:
+        check_output(path)
+    showing = sys.stderr is not None and sys.stderr.isatty()
 
     def on_step(done: int, total: int) -> None:
-        print(f"\rstep {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        _say(f"\rstep {done}/{total}", sys.stderr, end="" if done < total else "\n")
+
+    def on_image(number: int, image: Image, skipped: tuple[int, ...]) -> None:
+        save(image, paths[number])
+        _say(str(paths[number]), sys.stdout)
+        if skipped:
+            listed = ", ".join(str(step) for step in skipped)
+            _say(f"fluxrt: {paths[number].name}: skipped {len(skipped)} steps ({listed})", sys.stderr)
 
     pipeline = fluxrt.load(options.bundle, target=options.target, threads=options.threads, gpus=options.gpus)
-    with contextlib.closing(pipeline):
-        result = pipeline.generate(request, on_step if showing else None)
+    with contextlib.closing(pipeline), _ended_by_sigterm():
+        result = pipeline.generate(request, on_step if showing else None, on_image)
     for note in (*result.notes, *pipeline.notes):
-        print(f"fluxrt: {note}", file=sys.stderr)
-    several = len(result.images) > 1
-    for number, image in enumerate(result.images):
-        path = out.with_stem(f"{out.stem}-{number}") if several else out
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        image.save(partial, format="PNG")
-        partial.replace(path)
-        print(path)
-        if result.skipped[number]:
-            listed = ", ".join(str(step) for step in result.skipped[number])
-            print(f"fluxrt: {path.name}: skipped {len(result.skipped[number])} steps ({listed})", file=sys.stderr)
+        _say(f"fluxrt: {note}", sys.stderr)
     return 0
+
+
+def check_output(path: Path) -> None:
+    """RequestError or OutputError where a PNG file cannot be written to `path`; nothing is left there."""
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"--out {path}: images are written as PNG; give a name that ends in .png")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # a name that is too long says so
+        if path.is_symlink():
+            raise RequestError(f"--out {path}: it is a link; give the file it should point to, or another name")
+        if path.is_dir():
+            raise RequestError(f"--out {path}: it is a folder; give a file name")
+        if not path.parent.is_dir():
+            raise RequestError(f"--out {path}: the folder {path.parent} does not exist; make it first")
+        partial = _partial(path)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"--out {path}: it cannot be written: {error.strerror}; give another name or folder"
+        ) from None
+
+
+def save(image: Image, path: Path) -> None:
+    """Write `image` as PNG to `path`, which appears when it is complete; OutputError where it cannot be."""
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG")
+    partial = _partial(path)
+    try:
+        partial.write_bytes(encoded.getbuffer())
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: it cannot be written: {error.strerror}; make room or give another --out; images before it are kept"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".fluxrt-{os.getpid()}.png")
+
+
+def _say(text: str, stream: TextIO | None, end: str = "\n") -> None:
+    """Print a line; who closed the stream, or filled its disk, loses the line and no image."""
+    if stream is None:
+        return
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError):
+        # What is left in the stream's buffer would fail again when Python ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _open_standard_descriptors() -> None:
+    """Open /dev/null as each of stdin, stdout, stderr that is closed: a file in its place would get what libraries print."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command as an interrupt does, so that what is half written is removed and ranks are ended."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _size(text: str) -> tuple[int, int]:
     height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdigit() and width.isdigit()):
+    if not (cross and height.isascii() and height.isdigit() and width.isascii() and width.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, for example 1024x1024")
     return int(height), int(width)
 

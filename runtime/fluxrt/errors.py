@@ -21,3 +21,7 @@ class RequestError(FluxError):
 
 class BackendError(FluxError):
     """A library, device or graph that cannot run here."""
+
+
+class OutputError(FluxError):
+    """A file that cannot be written: no room, no right, or a name that the system does not take."""

@@ -11,14 +11,16 @@ from fluxrt.backends.registry import make_backend
 from fluxrt.bundle import dimension_size
 from fluxrt.choose import choose
 from fluxrt.errors import BackendError, RequestError
-from fluxrt.prompt import PromptEncoder
+from fluxrt.prompt import PromptEncoder, load_encoder
+from fluxrt.resolve import Resolved, branches, grid_of, resolve
 from fluxrt.result import Result
 from fluxrt.schedule import SCHEDULES
 from fluxrt.sharding import rank_of
 from fluxrt.stepcache import Decisions, decisions_for
+from fluxrt.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import numpy as np
     from PIL.Image import Image
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
     from fluxrt.request import Request
+    from fluxrt.result import OnImage, OnStep
 
 STEP = ("prologue", "body", "epilogue")
 
@@ -33,8 +36,9 @@ STEP = ("prologue", "body", "epilogue")
 class Pipeline:
     """A bundle ready to generate with one of its targets; of a sharded one, what one rank of `group` does for an image.
 
-    Every rank is asked for the same images. Rank 0 encodes the text and decodes the images, the others return none.
-    `backend` replaces the one that the target's kind has.
+    Any number of threads may call `generate`: one is served at a time, the others wait. The methods below it are its steps,
+    for one thread that generates nothing meanwhile. Every rank is asked for the same images. Rank 0 encodes the text and
+    decodes the images, the others return none. `backend` replaces the one that the target's kind has.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Pipeline:
         self.backend: Backend = backend or make_backend(bundle, self.target, threads, group)
         self._encoder: PromptEncoder | None = None
         self._sizes: dict[str, int] = {}
+        self._turns = Turns()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -71,82 +76,68 @@ class Pipeline:
         return self.backend.notes
 
     def close(self) -> None:
-        """Give back what the backend holds."""
-        self.backend.close()
+        """Give back what the backend holds, when the request that is being served has returned."""
+        with self._turns.turn():
+            self.backend.close()
 
-    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
-        """One image a prompt; `on_step(done, total)` is called after every step.
+    def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
+        """One image a prompt; `on_step(done, total)` is called after every step, `on_image(number, image, skipped)` when an
+        image is made, with the steps it skipped. What they raise ends the request, not the pipeline.
 
-        Raises RequestError for what the bundle cannot do.
+        Raises RequestError, before any work, for what the bundle cannot do, and when it is called from on_step or on_image.
         """
+        with self._turns.turn():
+            return self._generate(request, resolve(self.bundle, self.target, request, self.encoder), on_step, on_image)
+
+    def _generate(self, request: Request, found: Resolved, on_step: OnStep | None, on_image: OnImage | None) -> Result:
         sampling, cache = self.bundle.manifest.sampling, self.bundle.manifest.step_cache
-        steps, guidance, size = request.with_defaults(sampling)
-        grid = self.grid(size)
-        tokens = grid[0] * grid[1]
-        latents = starting_latents(request, tokens, sampling.latent_channels)
-        _, note = decisions_for(cache, steps, size, request.step_cache, request.threshold)
-        sigmas = SCHEDULES[sampling.schedule](tokens, steps)
+        tokens = found.grid[0] * found.grid[1]
+        sigmas = SCHEDULES[sampling.schedule](tokens, found.steps)
         seconds = {"text": 0.0, "steps": 0.0, "decode": 0.0}
-        images, skipped, done = [], [], 0
-        for words, start in zip(request.prompts, latents, strict=True):
+        images: list[Image] = []
+        skipped: list[tuple[int, ...]] = []
+        for number, words in enumerate(found.tokens):
+            start = starting_latents(request.of_image(number), tokens, sampling.latent_channels)
             began = time.perf_counter()
-            self.begin(start[None], grid, guidance, self.tokenize(self.branches(words, guidance)))
+            self.begin(start, found.grid, found.guidance, words)
             encoded = time.perf_counter()
-            decisions, _ = decisions_for(cache, steps, size, request.step_cache, request.threshold)
+            decisions, _ = decisions_for(cache, found.steps, found.size, request.step_cache, request.threshold)
             left_out = []
-            for number, skips in enumerate(self.denoise(sigmas, decisions)):
-                left_out += [number] if skips else []
-                done += 1
+            for step, skips in enumerate(self.denoise(sigmas, decisions)):
+                left_out += [step] if skips else []
                 if on_step:
-                    on_step(done, steps * len(latents))
+                    on_step(number * found.steps + step + 1, found.steps * len(found.tokens))
             skipped.append(tuple(left_out))
             final = self.latents()
             stepped = time.perf_counter()
             if self._rank.is_first:
-                images.append(to_image(self.decode(final, grid)[0]))
+                images.append(to_image(self.decode(final, found.grid)[0]))
             decoded = time.perf_counter()
             for what, took in (("text", encoded - began), ("steps", stepped - encoded), ("decode", decoded - stepped)):
                 seconds[what] += took
-        return Result(images, seconds, skipped, [note] if note else [])
+            if on_image and self._rank.is_first:
+                on_image(number, images[-1], skipped[-1])
+        return Result(images, seconds, skipped, found.notes)
 
     def grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Token rows and columns of `size` (height, width), which must have been compiled."""
-        sampling, pixels = self.bundle.manifest.sampling, self.bundle.manifest.sampling.pixels_per_token
-        size = sampling.sizes[0] if size is None else (int(size[0]), int(size[1]))
-        rows, columns = size[0] // pixels, size[1] // pixels
-        if size not in sampling.sizes and not self._in_range(size, rows * columns):
-            known = ", ".join(f"{h}x{w}" for h, w in sampling.sizes)
-            if self.target.tokens:
-                least, greatest = self.target.tokens
-                known += f", and sizes of {least} to {greatest} tokens of {pixels}x{pixels} pixels"
-            raise RequestError(
-                f"size {size[0]}x{size[1]} (height x width) was not compiled; this bundle has {known}; "
-                "choose one of them, or add it to sizes in the recipe and rebuild"
-            )
-        sharding = self.target.sharding
-        if sharding and not sharding.padded and rows * columns % sharding.ranks:
-            raise RequestError(
-                f"size {size[0]}x{size[1]} (height x width) has {rows * columns} image tokens, which {sharding.ranks} ranks "
-                f"cannot share equally; choose a size with a multiple of {sharding.ranks}"
-            )
-        return rows, columns
-
-    def _in_range(self, size: tuple[int, int], tokens: int) -> bool:
-        pixels = self.bundle.manifest.sampling.pixels_per_token
-        if self.target.tokens is None or size[0] % pixels or size[1] % pixels:
-            return False
-        return self.target.tokens[0] <= tokens <= self.target.tokens[1]
+        sampling = self.bundle.manifest.sampling
+        return grid_of(sampling, self.target, sampling.sizes[0] if size is None else (int(size[0]), int(size[1])))
 
     def branches(self, prompt: str, guidance: float) -> list[str]:
         """The prompts of a step's passes: the prompt, and the empty one if guidance needs it."""
-        return [prompt, ""] if self.bundle.manifest.sampling.cfg_batch and guidance > 1.0 else [prompt]
+        return branches(self.bundle.manifest.sampling, prompt, guidance)
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """Turns prompts into tokens; its tokenizer is read when it is first asked for."""
+        if self._encoder is None:
+            self._encoder = load_encoder(self.bundle)
+        return self._encoder
 
     def tokenize(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, attention_mask), int64 [prompts, text length]."""
-        if self._encoder is None:
-            prompting = self.bundle.manifest.prompting
-            self._encoder = PromptEncoder(prompting, self.bundle.checked_file(prompting.tokenizer))
-        return self._encoder.encode(prompts)
+        return self.encoder.encode(prompts)
 
     def encode_text(self, prompt: str, guidance: float) -> np.ndarray:
         """Embeddings fp32 [branches, text length, features] of the prompt's branches."""
@@ -244,12 +235,9 @@ def starting_latents(request: Request, tokens: int, channels: int) -> np.ndarray
     """The latents of a request's images before the first step, fp32 [prompts, tokens, channels]: its own, or noise."""
     import numpy as np
 
-    expected = (len(request.prompts), tokens, channels)
-    if request.latents is None:
-        return np.stack([starting_noise(seed, tokens, channels) for seed in request.seeds])
-    if request.latents.shape != expected:
-        raise RequestError(f"latents have shape {list(request.latents.shape)}, this request needs {list(expected)}")
-    return request.latents
+    if request.latents is not None:
+        return request.latents
+    return np.stack([starting_noise(seed, tokens, channels) for seed in request.seeds])
 
 
 def starting_noise(seed: int, tokens: int, channels: int) -> np.ndarray:

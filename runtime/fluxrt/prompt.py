@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxrt.errors import RequestError
+from fluxrt.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
-    from fluxrt.bundle import Prompting
+    from fluxrt.bundle import Bundle, Prompting
+
+
+def load_encoder(bundle: Bundle) -> PromptEncoder:
+    """The encoder of a bundle's prompts; BundleError where its tokenizer cannot be used."""
+    prompting = bundle.manifest.prompting
+    return PromptEncoder(prompting, bundle.checked_file(prompting.tokenizer))
 
 
 class PromptEncoder:
@@ -22,7 +28,12 @@ class PromptEncoder:
         from tokenizers import Tokenizer
 
         self._prompting = prompting
-        self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        try:
+            self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # tokenizers raises Exception itself
+            raise BundleError(
+                f"{tokenizer_file}: not a tokenizer that can be read: {error}; rebuild the bundle"
+            ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 

@@ -78,7 +78,7 @@ def _load(start: Start, control: Channel) -> Any:
 
 
 def _generate(pipeline: Any, request: bytes, control: Channel) -> dict[str, Any]:
-    """Serve an encoded request; one that the bundle cannot serve is refused by every rank alike, before any exchange."""
+    """Serve an encoded request for one image; every rank refuses one that the bundle cannot serve, before any exchange."""
     from fluxrt.request import decode_request
 
     def on_step(done: int, total: int) -> None:
@@ -90,10 +90,9 @@ def _generate(pipeline: Any, request: bytes, control: Channel) -> dict[str, Any]
         return {"kind": "refused", "text": str(error)}
     return {
         "kind": "done",
-        "images": [{"size": image.size, "data": image.tobytes()} for image in result.images],
+        "image": {"size": result.images[0].size, "data": result.images[0].tobytes()} if result.images else None,
         "seconds": result.seconds,
-        "skipped": result.skipped,
-        "notes": result.notes,
+        "skipped": result.skipped[0],
         "backend_notes": pipeline.notes,
     }
 

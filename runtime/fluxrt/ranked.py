@@ -25,14 +25,20 @@ import fluxrt
 from fluxrt.bundle import Bundle, Target, dimension_size
 from fluxrt.channel import Channel
 from fluxrt.errors import BackendError, RequestError
+from fluxrt.prompt import load_encoder
 from fluxrt.rank import Start
+from fluxrt.resolve import resolve
 from fluxrt.result import Result
 from fluxrt.sharding import Shard
+from fluxrt.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from fluxrt.prompt import PromptEncoder
     from fluxrt.request import Request
+    from fluxrt.resolve import Resolved
+    from fluxrt.result import OnImage, OnStep
 
 STALL = 5.0
 """Seconds without a sign of life, and without a moment of CPU time, after which a rank is taken for hung."""
@@ -71,12 +77,17 @@ class RankedPipeline:
     """A bundle ready to generate with a sharded target, on as many GPUs, or on a CPU in as many processes, as it has ranks.
 
     `threads` are those of each rank, by default the CPU's, divided among them. A rank that others wait for longer than
-    `timeout` seconds ends them all. Close it, or use it in a `with` statement; ranks end with it.
+    `timeout` seconds ends them all. Any number of threads may call `generate`: one is served at a time. Close it, or use it in
+    a `with` statement; ranks end with it.
     """
 
     def __init__(self, bundle: Bundle, target: Target, *, threads: int | None = None, timeout: float = 600.0) -> None:
         self.bundle, self.target = bundle, target
         self.notes: list[str] = []
+        self._turns = Turns()
+        self._encoder: PromptEncoder | None = None
+        self._calls_back = False
+        self._answers: dict[int, dict[str, Any]] = {}
         self._progress = ""
         self._ranks: list[_Rank] = []
         self._logs = ExitStack()
@@ -88,7 +99,7 @@ class RankedPipeline:
             self._send({"manifest": msgspec.json.encode(bundle.manifest)})
             self._wait("ready")
         except BaseException:
-            self.close()
+            self._end_ranks()
             raise
 
     def __enter__(self) -> RankedPipeline:
@@ -97,25 +108,65 @@ class RankedPipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
-        """One image a prompt, as Pipeline does; RankError, naming the rank, where one fails."""
+    def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
+        """One image a prompt, as Pipeline does; RankError, naming the rank, where one fails.
+
+        What on_step or on_image raise ends the request. The ranks finish its image, and the next request waits for that.
+        """
+        with self._turns.turn():
+            if self._encoder is None:
+                self._encoder = load_encoder(self.bundle)
+            found = resolve(self.bundle, self.target, request, self._encoder)
+            try:
+                return self._generate(request, found, on_step, on_image)
+            except RequestError:
+                raise
+            except BaseException:
+                # Anything else may have stopped in the middle of a message.
+                if not self._calls_back:
+                    self._end_ranks()
+                raise
+            finally:
+                self._calls_back = False
+
+    def _generate(self, request: Request, found: Resolved, on_step: OnStep | None, on_image: OnImage | None) -> Result:
         from PIL import Image
 
-        try:
-            self._send({"request": request.encode()})
-            done = self._wait("done", on_step)[0]
-        except RequestError:
-            raise
-        except BaseException:
-            # Ranks in the middle of an image would answer the next request with it.
-            self.close()
-            raise
-        self.notes = done["backend_notes"]
-        images = [Image.frombytes("RGB", tuple(image["size"]), image["data"]) for image in done["images"]]
-        return Result(images, done["seconds"], [tuple(steps) for steps in done["skipped"]], done["notes"])
+        # An image that an earlier request gave up.
+        self._collect("done")
+        count = len(found.tokens)
+        images: list[Image.Image] = []
+        skipped: list[tuple[int, ...]] = []
+        seconds: dict[str, float] = {}
+        for number in range(count):
+
+            def step(done: int, total: int, before: int = number * found.steps) -> None:
+                if on_step:
+                    on_step(before + done, total * count)
+
+            self._send({"request": request.of_image(number).encode()})
+            done = self._wait("done", step)[0]
+            self.notes = done["backend_notes"]
+            image = done["image"]
+            images.append(Image.frombytes("RGB", tuple(image["size"]), image["data"]))
+            skipped.append(tuple(done["skipped"]))
+            seconds = {what: seconds.get(what, 0.0) + took for what, took in done["seconds"].items()}
+            if on_image:
+                self._call_back(on_image, number, images[-1], skipped[-1])
+        return Result(images, seconds, skipped, found.notes)
+
+    def _call_back(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Call something of the caller's: what it raises is not the ranks' fault."""
+        self._calls_back = True
+        call(*arguments)
+        self._calls_back = False
 
     def close(self) -> None:
-        """End the ranks."""
+        """End the ranks, when the request that is being served has returned."""
+        with self._turns.turn():
+            self._end_ranks()
+
+    def _end_ranks(self) -> None:
         self._finalizer()
         self._ranks = []
 
@@ -157,37 +208,41 @@ class RankedPipeline:
                 end.close()
 
     def _send(self, message: dict[str, Any]) -> None:
+        self._answers, self._progress = {}, ""
         for rank in self._ranks:
             try:
                 rank.channel.send(message)
             except OSError:
                 self._fail(rank, None)
 
-    def _wait(self, kind: str, on_step: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-        """Every rank's message of this kind, in order of rank."""
+    def _wait(self, kind: str, on_step: OnStep | None = None) -> list[dict[str, Any]]:
+        """Every rank's message of this kind, in order of rank; RequestError where they refused."""
+        self._collect(kind, on_step)
+        refused = [message["text"] for message in self._answers.values() if message["kind"] == "refused"]
+        if refused:
+            raise RequestError(refused[0])
+        return [self._answers[rank.number] for rank in self._ranks]
+
+    def _collect(self, kind: str, on_step: OnStep | None = None) -> None:
+        """Read until every rank has answered what it was last asked."""
         if not self._ranks:
             raise RankError("the ranks of this pipeline are ended; load the bundle again")
-        answers: dict[int, dict[str, Any]] = {}
         with selectors.DefaultSelector() as selector:
             for rank in self._ranks:
                 selector.register(rank.channel, selectors.EVENT_READ, rank)
-            while len(answers) < len(self._ranks):
+            while len(self._answers) < len(self._ranks):
                 for key, _ in selector.select(timeout=0.25):
                     rank = key.data
                     message = self._receive(rank)
                     if message["kind"] in (kind, "refused"):
-                        answers[rank.number] = message
+                        self._answers[rank.number] = message
                     elif message["kind"] == "step" and rank.number == 0:
                         self._progress = f"at step {message['done']} of {message['total']}"
                         if on_step:
-                            on_step(message["done"], message["total"])
+                            self._call_back(on_step, message["done"], message["total"])
                 for rank in self._ranks:
                     if rank.is_hung():
                         self._fail(rank, f"gave no sign of life for {STALL:g} s")
-        refused = [message["text"] for message in answers.values() if message["kind"] == "refused"]
-        if refused:
-            raise RequestError(refused[0])
-        return [answers[rank.number] for rank in self._ranks]
 
     def _receive(self, rank: _Rank) -> dict[str, Any]:
         try:
@@ -213,7 +268,7 @@ class RankedPipeline:
                 rank, is_witness = killed[0], False
             why = why if is_witness else _how_it_ended(rank.process.poll())
         ranks, log = len(self._ranks), rank.tail()
-        self.close()
+        self._end_ranks()
         raise RankError(
             f"rank {rank.number} of {ranks} (process {rank.process.pid}) {'says: ' if is_witness else ''}{why} "
             f"{self._progress or 'before the first step'}; all ranks were ended. "

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL.Image import Image
+
+    OnStep = Callable[[int, int], None]
+    """Called with the steps done and those there are, of all images of a request."""
+    OnImage = Callable[[int, Image, tuple[int, ...]], None]
+    """Called with an image's number, the image, and the steps it skipped."""
 
 
 @dataclass(frozen=True)

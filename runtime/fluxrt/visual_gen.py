@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.result import Result
+from fluxrt.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fluxrt.bundle import Bundle, VisualGenTarget
     from fluxrt.request import Request
+    from fluxrt.result import OnImage, OnStep
 
 
 def how_to_serve(bundle: Bundle, target: VisualGenTarget, gpus: int = 1) -> str:
@@ -51,15 +51,20 @@ class VisualGenPipeline:
             ) from error
         self.bundle, self.target = bundle, target
         self.notes: list[str] = []
+        self._turns = Turns()
         config = bundle.checked_file(target.configs[str(gpus)])
         self._args = VisualGenArgs.from_yaml(str(config))
         self._engine = VisualGen(model=str(bundle.root / target.folder), args=self._args)
 
-    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
-        """One image a prompt, as Pipeline does; `on_step` is called after every image.
+    def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
+        """One image a prompt, as Pipeline does, for one caller at a time; `on_step` is called after every image.
 
         Raises RequestError for what VisualGen decides by itself: the starting noise, and skipped steps.
         """
+        with self._turns.turn():
+            return self._generate(request, on_step, on_image)
+
+    def _generate(self, request: Request, on_step: OnStep | None, on_image: OnImage | None) -> Result:
         sampling = self.bundle.manifest.sampling
         if request.latents is not None:
             raise RequestError("VisualGen makes its own starting noise; give a seed")
@@ -80,6 +85,8 @@ class VisualGenPipeline:
             images.append(_image(self._engine.generate(inputs=words, params=params)))
             if on_step:
                 on_step(number + 1, len(request.prompts))
+            if on_image:
+                on_image(number, images[-1], ())
         seconds = {"text": 0.0, "steps": time.perf_counter() - began, "decode": 0.0}
         return Result(images, seconds, [()] * len(images))
 
@@ -90,8 +97,9 @@ class VisualGenPipeline:
         self.close()
 
     def close(self) -> None:
-        """End VisualGen's processes."""
-        self._engine.shutdown()
+        """End VisualGen's processes, when the request that is being served has returned."""
+        with self._turns.turn():
+            self._engine.shutdown()
 
 
 def _image(output: Any) -> Any:

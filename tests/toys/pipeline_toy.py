@@ -9,10 +9,9 @@ from PIL import Image
 from fluxrt.result import Result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fluxrt.bundle import Bundle, Target
     from fluxrt.request import Request
+    from fluxrt.result import OnImage, OnStep
 
 
 class PlainPipeline:
@@ -23,9 +22,11 @@ class PlainPipeline:
         self.notes = ["no graph was run"]
         self.is_closed = False
 
-    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
+    def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
         _, _, (height, width) = request.with_defaults(self.bundle.manifest.sampling)
         images = [Image.new("RGB", (width, height), (seed, seed, seed)) for seed in request.seeds]
+        for number, image in enumerate(images if on_image else []):
+            on_image(number, image, ())
         return Result(images, {}, [()] * len(images))
 
     def close(self) -> None:

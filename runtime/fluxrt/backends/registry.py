@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fluxrt.group import Group
     from fluxrt.machine import Machine
     from fluxrt.request import Request
-    from fluxrt.result import Result
+    from fluxrt.result import OnImage, OnStep, Result
 
 
 class AnyPipeline(Protocol):
@@ -47,8 +47,9 @@ class AnyPipeline(Protocol):
     @property
     def notes(self) -> list[str]: ...
 
-    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
-        """One image a prompt; `on_step(done, total)` says how far it is. RequestError for what the bundle cannot do."""
+    def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
+        """One image a prompt; `on_step(done, total)` says how far it is, `on_image(number, image, skipped)` gives an image as
+        soon as it is made. Threads that call it are served one at a time. RequestError for what the bundle cannot do."""
         ...
 
     def close(self) -> None:

@@ -1,0 +1,316 @@
+"""A pipeline that serves: several threads, callbacks that fail, images kept as they are made, output that cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fluxrt
+from conftest import QUICK, compile_into
+from fluxrt import RequestError
+from fluxrt.cli import main
+from fluxrt.request import Request
+from fluxrt.resolve import unused_guidance
+from fluxrt.result import Result
+
+PROMPT = "a large red circle at the left on a white background"
+OTHER = "a small green square at the top right on a black background"
+TOO_LONG = "a red circle and " * 20
+
+
+@pytest.fixture(scope="module")
+def bundle(workshop: Path) -> Path:
+    """The quick bundle at two sizes, for one process and for two."""
+    changes = ("sizes=[[64, 64], [32, 96]]", "targets=[{kind: onnxruntime}, {kind: onnxruntime, gpus: 2}]")
+    return compile_into(workshop / "serving", *QUICK, *changes)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def pipeline(request: pytest.FixtureRequest, bundle: Path) -> Any:
+    """On one process, and on two ranks."""
+    with fluxrt.load(bundle, gpus=request.param, threads=1) as loaded:
+        yield loaded
+
+
+def pixels(result: Result) -> list[np.ndarray]:
+    return [np.asarray(image) for image in result.images]
+
+
+def test_threads_get_their_own_images(pipeline: Any) -> None:
+    """Prompts, seeds, sizes and guidance differ, so that buffers that mixed would show."""
+    requests = [
+        Request(
+            (PROMPT, OTHER)[number % 2],
+            seed=number,
+            size=((64, 64), (32, 96))[number % 3 == 0],
+            guidance=1.0 + number % 3,
+        )
+        for number in range(8)
+    ]
+    alone = [pixels(pipeline.generate(request)) for request in requests]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda request: pixels(pipeline.generate(request)), requests * 2))
+    for ours, expected in zip(together, alone * 2, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_generating_from_on_step_is_refused_and_waits_for_nothing(pipeline: Any) -> None:
+    expected = pixels(pipeline.generate(Request(PROMPT)))
+    refused: list[RequestError] = []
+
+    def on_step(done: int, total: int) -> None:
+        for call in (lambda: pipeline.generate(Request(OTHER)), pipeline.close):
+            with pytest.raises(RequestError, match="in the middle of a request") as error:
+                call()
+            refused.append(error.value)
+
+    np.testing.assert_array_equal(pixels(pipeline.generate(Request(PROMPT), on_step)), expected)
+    assert len(refused) == 2 * 3
+
+
+class CallersError(Exception):
+    pass
+
+
+def test_what_a_callback_raises_ends_the_request_alone(pipeline: Any) -> None:
+    expected = pixels(pipeline.generate(Request([PROMPT, OTHER])))
+
+    def fail(*_: object) -> None:
+        raise CallersError
+
+    for callbacks in ({"on_step": fail}, {"on_image": fail}):
+        with pytest.raises(CallersError):
+            pipeline.generate(Request([OTHER, PROMPT], seed=9), **callbacks)
+        np.testing.assert_array_equal(pixels(pipeline.generate(Request([PROMPT, OTHER]))), expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"prompt": [PROMPT, TOO_LONG]}, "tokens long"),
+        ({"prompt": PROMPT, "size": (64, 65)}, "was not compiled"),
+        ({"prompt": PROMPT, "size": (-64, -64)}, "was not compiled"),
+        ({"prompt": PROMPT, "latents": np.zeros((1, 63, 32), np.float32)}, "latents have shape"),
+        ({"prompt": PROMPT, "threshold": 0.1}, "no step cache"),
+    ],
+)
+def test_what_the_bundle_cannot_do_is_refused_before_the_first_step(
+    pipeline: Any, asked: dict[str, Any], words: str
+) -> None:
+    steps: list[int] = []
+    with pytest.raises(RequestError, match=words):
+        pipeline.generate(Request(**asked), lambda done, total: steps.append(done))
+    assert steps == []
+    assert len(pipeline.generate(Request(PROMPT)).images) == 1
+
+
+def test_images_are_given_as_they_are_made(pipeline: Any) -> None:
+    events: list[Any] = []
+    result = pipeline.generate(
+        Request([PROMPT, OTHER], seed=4),
+        lambda done, total: events.append((done, total)),
+        lambda number, image, skipped: events.append((number, np.asarray(image), skipped)),
+    )
+    assert [event[:2] for event in events if len(event) == 2] == [(n, 6) for n in range(1, 7)]
+    assert [len(event) for event in events] == [2, 2, 2, 3, 2, 2, 2, 3]
+    given = [event[1] for event in events if len(event) == 3]
+    np.testing.assert_array_equal(given, pixels(result))
+
+
+def test_a_bundle_opened_by_a_relative_path_is_found_from_another_folder(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle.parent)
+    loaded = fluxrt.load(bundle.name)
+    monkeypatch.chdir(tmp_path)
+    with loaded:
+        assert len(loaded.generate(Request(PROMPT, steps=1)).images) == 1
+
+
+def test_a_number_of_threads_or_gpus_that_is_none_is_refused(bundle: Path) -> None:
+    for given in ({"threads": 0}, {"threads": -1}, {"gpus": 0}, {"threads": 1.5}):
+        with pytest.raises(RequestError, match=r"must be a whole number of at least 1, got"):
+            fluxrt.load(bundle, **given)
+
+
+def test_guidance_that_changes_nothing_is_said(bundle: Path) -> None:
+    with fluxrt.load(bundle) as loaded:
+        result = loaded.generate(Request(PROMPT, guidance=0.5))
+        assert result.notes == ["guidance 0.5 is below 1, which turns classifier-free guidance off, as 1 does"]
+        assert loaded.generate(Request(PROMPT, guidance=1.0)).notes == []
+        sampling = loaded.bundle.manifest.sampling
+    distilled = type(sampling)(
+        **{name: getattr(sampling, name) for name in sampling.__struct_fields__} | {"cfg_batch": False}
+    )
+    assert unused_guidance(distilled, False, Request(PROMPT, guidance=7)) == (
+        "guidance 7 changes nothing: this model is distilled and takes none"
+    )
+    assert unused_guidance(distilled, True, Request(PROMPT, guidance=7)) is None
+    assert unused_guidance(distilled, False, Request(PROMPT)) is None
+
+
+# The command line.
+
+
+def generate(bundle: Path, out: Path | str, *more: str) -> int:
+    return main(["generate", str(bundle), "--prompt", PROMPT, "--out", str(out), "--steps", "1", *more])
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("folder.png", 2, "it is a folder"),
+        ("link.png", 2, "it is a link"),
+        ("dangling.png", 2, "it is a link"),
+        (f"{'n' * 300}.png", 1, "it cannot be written: File name too long"),
+        ("nowhere/a.png", 2, "does not exist"),
+        ("file/a.png", 1, "Not a directory"),
+    ],
+)
+def test_output_that_cannot_be_written_is_refused_before_the_bundle_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int, words: str, prompts: int
+) -> None:
+    for stem in ("", "-1"):
+        (tmp_path / f"folder{stem}.png").mkdir()
+        (tmp_path / f"link{stem}.png").symlink_to(tmp_path / "target.png")
+        (tmp_path / f"dangling{stem}.png").symlink_to(tmp_path / "none")
+    (tmp_path / "target.png").write_bytes(b"mine")
+    (tmp_path / "file").write_bytes(b"mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert generate(tmp_path / "no-bundle", tmp_path / name, *["--prompt", OTHER] * (prompts - 1)) == code
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_takes_no_files_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(Path("no-bundle"), "/proc/a.png") == 1
+    assert "it cannot be written" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_keeps_the_images_before(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = Path.write_bytes, []
+
+    def full(self: Path, data: Any) -> int:
+        calls.append(self)
+        written = write(self, bytes(data)[:10] if len(calls) == 2 else data)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert generate(bundle, tmp_path / "a.png", "--prompt", OTHER) == 1
+    assert "a-1.png: it cannot be written: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a-0.png"]
+    with Image.open(tmp_path / "a-0.png") as image:
+        image.load()
+
+
+@pytest.mark.parametrize("gpus", ["1", "2"])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_ended_keeps_the_images_it_made(
+    bundle: Path, tmp_path: Path, sent: signal.Signals, code: int, gpus: str
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fluxrt.cli",
+        "generate",
+        str(bundle),
+        "--steps",
+        "150",
+        "--gpus",
+        gpus,
+        "--threads",
+        "1",
+    ]
+    process = subprocess.Popen(
+        [*command, *["--prompt", PROMPT] * 8, "--out", str(tmp_path / "a.png")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert process.stdout
+        assert process.stdout.readline().strip() == str(tmp_path / "a-0.png")
+        process.send_signal(sent)
+        _, error = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert "Traceback" not in error
+    assert {path.name for path in tmp_path.iterdir()} <= {f"a-{number}.png" for number in range(7)}
+    with Image.open(tmp_path / "a-0.png") as image:
+        image.load()
+
+
+def test_closed_standard_streams_change_nothing(bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fluxrt.cli", "generate", str(bundle), "--prompt", PROMPT, "--steps", "1", "--out"]
+    for name, closed in (("open", ()), ("closed", (0, 1, 2))):
+        process = subprocess.Popen(
+            [*command, str(tmp_path / f"{name}.png")], preexec_fn=lambda closed=closed: [os.close(fd) for fd in closed]
+        )
+        assert process.wait(timeout=60) == 0
+    assert (tmp_path / "open.png").read_bytes() == (tmp_path / "closed.png").read_bytes()
+
+
+def test_a_reader_that_goes_away_loses_lines_and_no_image(bundle: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fluxrt.cli",
+        "generate",
+        str(bundle),
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
+    process = subprocess.Popen(
+        [*command, *["--prompt", PROMPT] * 3], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.png", "a-1.png", "a-2.png"]
+
+
+def test_a_turn_is_given_up_by_an_exception_and_taken_by_who_waits(bundle: Path) -> None:
+    """A second thread waits, is served after the first, and never in between."""
+    order: list[str] = []
+    with fluxrt.load(bundle, threads=1) as loaded:
+        started = threading.Event()
+
+        def first_step(done: int, total: int) -> None:
+            started.set()
+            order.append(f"first {done}")
+            time.sleep(0.05)
+
+        def second() -> None:
+            started.wait()
+            loaded.generate(Request(OTHER), lambda done, total: order.append(f"second {done}"))
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        loaded.generate(Request(PROMPT), first_step)
+        thread.join()
+    assert order == [f"{who} {step}" for who in ("first", "second") for step in (1, 2, 3)]
