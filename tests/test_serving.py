@@ -314,3 +314,12 @@ def test_a_turn_is_given_up_by_an_exception_and_taken_by_who_waits(bundle: Path)
         loaded.generate(Request(PROMPT), first_step)
         thread.join()
     assert order == [f"{who} {step}" for who in ("first", "second") for step in (1, 2, 3)]
+
+
+def test_what_onnxruntime_throws_is_told_as_ours(bundle: Path) -> None:
+    with fluxrt.load(bundle) as loaded:
+        expected = pixels(loaded.generate(Request(PROMPT)))
+        loaded.backend.put("latent_grid", np.zeros((1, 8, 8, 31), np.float32))
+        with pytest.raises(fluxrt.BackendError, match=r"vae_decoder.onnx: ONNX Runtime failed while it ran"):
+            loaded.backend.run(("vae_decoder",))
+        np.testing.assert_array_equal(pixels(loaded.generate(Request(PROMPT))), expected)

@@ -103,7 +103,13 @@ class OnnxRuntimeBackend:
     def _run(self, session: Any, described: Graph) -> list[Any]:
         """The outputs of `described`, in order, from the buffers its inputs name."""
         names = [port.name for port in described.outputs]
-        results: list[Any] = session.run(names, {port.name: self._buffers[port.name] for port in described.inputs})
+        try:
+            results: list[Any] = session.run(names, {port.name: self._buffers[port.name] for port in described.inputs})
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise BackendError(
+                f"{described.file}: ONNX Runtime failed while it ran: {str(error).strip()}; check the bundle with "
+                "`fluxc verify`, and the memory that is free"
+            ) from error
         return results
 
     def _open(self, graph: str, path: str) -> Any:
