@@ -5,15 +5,18 @@ TensorRT-LLM itself was not run.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -25,29 +28,59 @@ import fluxrt
 from conftest import NANO, QUICK, compile_into, copy_checkpoint, quantized_by_modelopt, write_hollow
 from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
-from fluxc.checkpoint.components import weights_tensors
+from fluxc.build.job import open_job
+from fluxc.checkpoint.components import WEIGHTS_FILE, weights_tensors
+from fluxc.families.klein import KLEIN
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import View, planned_tensors, write_views
+from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.targets.visual_gen.check import faults_of
-from fluxc.targets.visual_gen.folder import Settings, write_folder
+from fluxc.targets.visual_gen.folder import Settings, check_built_in, write_folder
 from fluxrt.bundle import Bundle, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle
 from fluxrt.request import Request
+from fluxrt.visual_gen import VisualGenPipeline
 from test_flux2_tables import KLEIN_4B
 
 RECIPE = NANO.parent.parent / "recipes" / "flux2-nano.yaml"
+PLAIN = "sampling.guidance=1.0"
 TARGETS = "targets=[{kind: onnxruntime}, {kind: visual_gen, gpus: [1, 2, 4]}]"
 PROMPT = "a small white ring at the top on a red background"
 
 
 @pytest.fixture(scope="module")
-def bundle(workshop: Path) -> Bundle:
+def checkpoint(workshop: Path) -> Path:
+    """flux2-nano with a VAE of 16 pixels a token, as VisualGen has built in, of random weights."""
+    from diffusers import AutoencoderKLFlux2
+    from safetensors.torch import load_file
+
+    root = copy_checkpoint(workshop / "sixteen-pixels")
+    config = json.loads((root / "vae" / "config.json").read_text())
+    config["block_out_channels"] = [16, 16, 32, 32]
+    for name in ("down_block_types", "up_block_types"):
+        config[name] = config[name][:1] * 4
+    statistics = {n: t for n, t in load_file(root / "vae" / WEIGHTS_FILE["vae"]).items() if n.startswith("bn.")}
+    shutil.rmtree(root / "vae")
+    torch.manual_seed(0)
+    vae = AutoencoderKLFlux2.from_config(config)
+    vae.load_state_dict(statistics, strict=False)
+    vae.to(torch.bfloat16).save_pretrained(root / "vae")
+    return root
+
+
+@pytest.fixture(scope="module")
+def quick(checkpoint: Path) -> tuple[str, ...]:
+    return (*QUICK, PLAIN, f"model.source={checkpoint}")
+
+
+@pytest.fixture(scope="module")
+def bundle(workshop: Path, quick: tuple[str, ...]) -> Bundle:
     """With a step cache whose polynomial for latents, which explains little here, is taken all the same."""
     cache = "step_cache={skip: 4, min_r2: -9, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
     steps = ("sampling.steps=10", "calibration.steps=3")
-    return open_bundle(compile_into(workshop / "visual-gen", *QUICK, *steps, cache, TARGETS))
+    return open_bundle(compile_into(workshop / "visual-gen", *quick, *steps, cache, TARGETS))
 
 
 @pytest.fixture
@@ -70,7 +103,7 @@ def test_it_passes_and_holds_nothing_twice(bundle: Bundle) -> None:
     own = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     links = [path for path in folder.rglob("*") if path.is_symlink()]
     assert all(path.resolve().is_relative_to(bundle.root.resolve()) for path in links)
-    assert {path.suffix for path in own} == {".json", ".yaml", ".safetensors"}
+    assert {path.suffix for path in own} == {".json", ".yaml", ".safetensors", ".md"}
     halves = read_header(folder / "transformer" / "gate_up.safetensors")
     assert all("linear_in_" in name for name in halves)
     assert len(links) > 8
@@ -90,13 +123,40 @@ def test_settings_say_ranks_sizes_and_the_latents_polynomial(bundle: Bundle) -> 
         assert args["cache_config"]["coefficients"] == list(rule.coefficients)
         assert args["cache_config"]["teacache_thresh"] == rule.threshold
         assert "quant_config" not in args
+        assert args["torch_compile_config"]["enable"] is True
+        assert args["cuda_graph_config"]["enable"] is False
 
 
-def test_a_polynomial_that_explains_nothing_is_not_used(workshop: Path) -> None:
-    cache = "step_cache={skip: 4, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
+class ImageGenerationRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The fields of TensorRT-LLM's request for images, of those that a FLUX.2 takes."""
+
+    prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+    seed: int
+    response_format: Literal["url", "b64_json"]
+
+
+def test_the_readme_has_the_request_to_send(bundle: Bundle) -> None:
+    text = (bundle.root / "visual_gen" / "README.md").read_text()
+    posted = msgspec.json.decode(text.partition("-d '")[2].partition("'")[0], type=ImageGenerationRequest)
+    assert posted == ImageGenerationRequest("...", 64, 64, 10, 1.0, 32, 0, "b64_json")
+    given = dict(re.findall(r"^params[.](\w+) = (.*)$", text, re.MULTILINE))
+    params = msgspec.structs.asdict(posted)
+    assert given == {name: repr(params[name]) for name in given}
+    assert given.keys() == params.keys() - {"prompt", "response_format"}
+    assert "trtllm-serve . --visual_gen_args 1gpu.yaml" in text
+    assert 'fluxrt.load(".", target="visual_gen", gpus=1)' in text
+
+
+def test_a_polynomial_that_explains_too_little_is_not_used(workshop: Path, quick: tuple[str, ...]) -> None:
+    cache = "step_cache={skip: 4, min_r2: 0.6, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
     steps = ("sampling.steps=10", "calibration.steps=3")
-    bundle = open_bundle(compile_into(workshop / "visual-gen-off", *QUICK, *steps, cache, TARGETS))
-    assert bundle.manifest.step_cache.fit["latent"]["r2"] < 0.3
+    bundle = open_bundle(compile_into(workshop / "visual-gen-off", *quick, *steps, cache, TARGETS))
+    assert bundle.manifest.step_cache.fit["latent"]["r2"] < 0.6
     text = (bundle.root / "visual_gen" / "2gpu.yaml").read_text()
     assert "# TeaCache is off." in text
     assert "cache_config" not in yaml.safe_load(text)
@@ -233,14 +293,12 @@ def test_a_checkpoint_of_klein_4bs_shape_passes(bundle: Bundle, tmp_path: Path) 
         n: r for number in (0, 1) for n, r in read_header(tmp_path / "transformer" / f"{number}.safetensors").items()
     }
     made = tmp_path / "made"
-    written = write_folder(made, Settings(((1024, 1024),), (1, 2, 4, 8), 512), KLEIN_4B, plan, tensors, [])
+    written = write_folder(made, Settings(((1024, 1024),), (1, 2, 4, 8), 512, 4, 1.0), KLEIN_4B, plan, tensors, [])
     for name, file in written.links.items():
         (made / name).hardlink_to(tmp_path / file)
     for part in ("model_index.json", "text_encoder", "vae", "tokenizer", "scheduler"):
         source = bundle.root / part
         (shutil.copytree if source.is_dir() else shutil.copy)(source, made / "visual_gen" / part)
-    vae = json.loads((made / "visual_gen/vae/config.json").read_text())
-    (made / "visual_gen/vae/config.json").write_text(json.dumps(vae | {"block_out_channels": [128, 256, 512, 512]}))
     assert sorted(written.configs) == [1, 2, 4, 8]
     assert faults_of(made / "visual_gen") == []
 
@@ -279,8 +337,10 @@ def test_a_wrong_quantization_config_is_named(folder: Path, change: Any, said: s
         ({"parallel_config": {"ulysses_size": 2, "tp_size": 2}}, "drops scales"),
         ({"parallel_config": {"ulysses_size": 4}}, "not the 2 GPUs of its name"),
         ({"parallel_config": {"ulysses_size": 2, "ring_size": 2}}, "must be 1"),
-        ({"compilation_config": {"resolutions": [[56, 56]]}}, "cannot share the 49 image tokens of 56x56"),
-        ({"compilation_config": {"resolutions": [[60, 64]]}}, "not a multiple of 8 pixels"),
+        ({"compilation_config": {"resolutions": [[48, 48]]}}, "cannot share the 9 image tokens of 48x48"),
+        ({"compilation_config": {"resolutions": [[60, 64]]}}, "not a multiple of 16 pixels"),
+        ({"cuda_graph_config": {"enable": True}}, "are both enabled"),
+        ({"cuda_graph_config": {"enable": True}, "torch_compile_config": {}}, "are both enabled"),
         ({"compilation_config": {}}, "resolutions is missing"),
         ({"cache_config": {"cache_backend": "teacache", "coefficients": None}}, "there are none for klein"),
         ({"cache_config": {"cache_backend": "teacache", "teacache_thresh": 0.0, "coefficients": [1.0]}}, "more than 0"),
@@ -307,14 +367,30 @@ def test_a_missing_input_scale_and_a_stray_file_are_named(folder: Path) -> None:
     assert "does not select the FLUX.2 pipeline" in "; ".join(faults(folder))
 
 
+def test_a_vae_of_other_pixels_a_token_is_named(folder: Path) -> None:
+    edit_json(folder / "vae" / "config.json", lambda data: data["block_out_channels"].pop())
+    assert "a token has 8 pixels a side, VisualGen takes it for 16" in "; ".join(faults(folder))
+
+
+def test_a_warm_up_that_cannot_be_shared_is_named(folder: Path) -> None:
+    file = folder / "2gpu.yaml"
+    args = yaml.safe_load(file.read_text())
+    args["parallel_config"]["ulysses_size"] = 3
+    file.write_text(yaml.safe_dump(args))
+    assert "cannot share the 512 text tokens of the warm-up" in "; ".join(faults(folder))
+    args["compilation_config"]["skip_warmup"] = True
+    file.write_text(yaml.safe_dump(args))
+    assert "of the warm-up" not in "; ".join(faults(folder))
+
+
 def test_an_fp8_text_encoder_is_not_taken(folder: Path, bundle: Bundle) -> None:
     edit_json(folder / "text_encoder" / "config.json", lambda data: data.update(quantization_config={}))
     assert "has a quantization_config" in "; ".join(faults(folder))
 
 
-def test_beside_an_fp8_text_encoder_the_folder_has_its_own_in_bf16(workshop: Path) -> None:
+def test_beside_an_fp8_text_encoder_the_folder_has_its_own_in_bf16(workshop: Path, quick: tuple[str, ...]) -> None:
     encoder = "precision.text_encoder={default: fp8}"
-    bundle = open_bundle(compile_into(workshop / "visual-gen-fp8", *QUICK, encoder, TARGETS))
+    bundle = open_bundle(compile_into(workshop / "visual-gen-fp8", *quick, encoder, TARGETS))
     own = bundle.root / "visual_gen" / "text_encoder" / "model.safetensors"
     assert not own.is_symlink()
     assert {ref.dtype for ref in read_header(own).values()} == {"BF16"}
@@ -331,10 +407,47 @@ def test_beside_an_fp8_text_encoder_the_folder_has_its_own_in_bf16(workshop: Pat
         (["targets=[{kind: onnxruntime, gpus: [1, 2]}]"], "takes one number"),
     ],
 )
-def test_recipes_it_cannot_serve_are_refused(tmp_path: Path, changes: list[str], said: str) -> None:
+def test_recipes_it_cannot_serve_are_refused(
+    tmp_path: Path, quick: tuple[str, ...], changes: list[str], said: str
+) -> None:
     with pytest.raises(RecipeError, match=said):
-        compile_into(tmp_path / "bundle", *QUICK, TARGETS, *changes)
+        compile_into(tmp_path / "bundle", *quick, TARGETS, *changes)
     assert not (tmp_path / "bundle").exists()
+
+
+CACHE = "step_cache={skip: 4, prompts: prompts/flux2-nano-calibration.txt}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["sampling.guidance=1.5"], "without guidance, .* sampling.guidance is 1.5; set sampling.guidance: 1.0"),
+        (["calibration.guidance=1.5", "sampling.steps=10", CACHE], "fitted to steps with calibration.guidance 1.5"),
+        ([f"model.source={NANO}"], "every image token for 16 pixels a side, this checkpoint's VAE decodes one to 8"),
+    ],
+)
+def test_what_it_would_compute_otherwise_is_an_error_that_names_the_target(
+    quick: tuple[str, ...], changes: list[str], said: str
+) -> None:
+    loaded = load_recipe(RECIPE, (*quick, TARGETS, *changes))
+    with pytest.raises(RecipeError, match=rf"targets\[1\]: VisualGen .*{said}"):
+        open_job(loaded, Path("unused"))
+
+
+def test_guidance_that_the_model_does_not_use_is_no_obstacle(checkpoint: Path, tmp_path: Path) -> None:
+    """A distilled checkpoint has one row a step whatever the guidance, here and in VisualGen; calibration may use it."""
+    distilled = Path(shutil.copytree(checkpoint, tmp_path / "distilled"))
+    edit_json(distilled / "model_index.json", lambda data: data.update(is_distilled=True))
+    open_job(load_recipe(RECIPE, (*QUICK, f"model.source={distilled}", TARGETS)), Path("unused"))
+    changes = (*QUICK, PLAIN, f"model.source={checkpoint}", "calibration.guidance=1.5", TARGETS)
+    open_job(load_recipe(RECIPE, changes), Path("unused"))
+
+
+@pytest.mark.parametrize("other", [{"text_layers": (3, 6, 9)}, {"template_options": {}}, {"schedule": "another"}])
+def test_another_familys_way_to_read_prompts_and_steps_is_refused(other: dict[str, Any]) -> None:
+    recipe = load_recipe(RECIPE, (PLAIN,)).recipe
+    with pytest.raises(RecipeError, match=r"targets\[0\]: VisualGen reads prompts .*, Flux2KleinPipeline does not"):
+        check_built_in("targets[0]", recipe, dataclasses.replace(KLEIN, **other), True, 16)
 
 
 # The runtime.
@@ -370,7 +483,9 @@ def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: p
     class VisualGenArgs:
         @staticmethod
         def from_yaml(path: str) -> Any:
-            return SimpleNamespace(**{"cache_config": None} | yaml.safe_load(Path(path).read_text()))
+            args = yaml.safe_load(Path(path).read_text())
+            compiled = {name: SimpleNamespace(**args[name]) for name in ("torch_compile_config", "cuda_graph_config")}
+            return SimpleNamespace(**{"cache_config": None} | args | compiled)
 
     fake: Any = ModuleType("tensorrt_llm")
     fake.VisualGen, fake.VisualGenArgs = VisualGen, VisualGenArgs
@@ -378,8 +493,8 @@ def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: p
     with fluxrt.load(bundle.root, target="visual_gen", gpus=2) as pipeline:
         assert asked[0][0] == str(bundle.root / "visual_gen")
         assert asked[0][1].parallel_config["ulysses_size"] == 2
-        result = pipeline.generate(Request([PROMPT, "another"], seed=7, steps=5, guidance=2.0))
-        params = {"height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 2.0, "max_sequence_length": 32}
+        result = pipeline.generate(Request([PROMPT, "another"], seed=7, steps=5))
+        params = {"height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 1.0, "max_sequence_length": 32}
         assert asked[1:3] == [(PROMPT, params | {"seed": 7}), ("another", params | {"seed": 8})]
         assert [image.size for image in result.images] == [(64, 64)] * 2
         for request in (
@@ -387,7 +502,18 @@ def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: p
             {"threshold": 0.1},
             {"latents": np.zeros((1, 64, 32))},
             {"size": (8, 8)},
+            {"guidance": 2.0},
         ):
             with pytest.raises(fluxrt.RequestError):
                 pipeline.generate(Request(PROMPT, **request))
+        with pytest.raises(fluxrt.RequestError, match="tokens long"):
+            pipeline.generate(Request([PROMPT, "red " * 40]))
+        assert len(asked) == 3
     assert asked[-1] == "shutdown"
+
+
+def test_a_bundle_that_visual_gen_would_read_otherwise_is_not_loaded(bundle: Bundle) -> None:
+    sampling = msgspec.structs.replace(bundle.manifest.sampling, pixels_per_token=8)
+    other = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, sampling=sampling))
+    with pytest.raises(fluxrt.BundleError, match="16 pixels a side, this bundle's have 8"):
+        VisualGenPipeline(other, other.target("visual_gen"))

@@ -1,6 +1,7 @@
 """Generates with a bundle's visual_gen folder through TensorRT-LLM's VisualGen, where tensorrt-llm is installed.
 
-VisualGen starts from noise of its own (torch's generator), so a seed gives another image than with the other targets.
+VisualGen starts from noise of its own (torch's generator), so a seed gives another image than with the other targets. What it
+has built in, and would compute whatever it is asked for, is refused here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxrt.errors import BackendError, RequestError
+from fluxrt.errors import BackendError, BundleError, RequestError
+from fluxrt.prompt import PromptEncoder
 from fluxrt.result import Result
 from fluxrt.turns import Turns
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from fluxrt.bundle import Bundle, VisualGenTarget
     from fluxrt.request import Request
     from fluxrt.result import OnImage, OnStep
+
+PIXELS_PER_TOKEN = 16
+"""What VisualGen takes a token of any FLUX.2 for, a side."""
 
 
 def how_to_serve(bundle: Bundle, target: VisualGenTarget, gpus: int = 1) -> str:
@@ -42,6 +47,12 @@ class VisualGenPipeline:
                 f"{bundle.root}: the visual_gen folder has settings for {', '.join(target.configs)} GPUs, not {gpus}; choose "
                 "one of these with --gpus, or add it to the recipe's gpus and rebuild"
             )
+        pixels = bundle.manifest.sampling.pixels_per_token
+        if pixels != PIXELS_PER_TOKEN:
+            raise BundleError(
+                f"{bundle.root}: VisualGen takes every image token for {PIXELS_PER_TOKEN} pixels a side, this bundle's have "
+                f"{pixels}, so images would have another size; choose another target"
+            )
         try:
             from tensorrt_llm import VisualGen, VisualGenArgs
         except (ImportError, OSError) as error:
@@ -54,12 +65,20 @@ class VisualGenPipeline:
         self._turns = Turns()
         config = bundle.checked_file(target.configs[str(gpus)])
         self._args = VisualGenArgs.from_yaml(str(config))
+        if all(_is_enabled(self._args, name) for name in ("torch_compile_config", "cuda_graph_config")):
+            raise BundleError(
+                f"{config}: torch_compile_config and cuda_graph_config are both enabled, which TensorRT-LLM lists as a known "
+                "failure; build the bundle again"
+            )
+        prompting = bundle.manifest.prompting
+        self._encoder = PromptEncoder(prompting, bundle.checked_file(prompting.tokenizer))
         self._engine = VisualGen(model=str(bundle.root / target.folder), args=self._args)
 
     def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
         """One image a prompt, as Pipeline does, for one caller at a time; `on_step` is called after every image.
 
-        Raises RequestError for what VisualGen decides by itself: the starting noise, and skipped steps.
+        Raises RequestError for what VisualGen decides by itself: the starting noise, skipped steps, and guidance where it is a
+        second row a step, which VisualGen does not compute.
         """
         with self._turns.turn():
             return self._generate(request, on_step, on_image)
@@ -70,12 +89,20 @@ class VisualGenPipeline:
             raise RequestError("VisualGen makes its own starting noise; give a seed")
         if request.threshold is not None or (request.step_cache is False and self._args.cache_config is not None):
             raise RequestError(
-                "VisualGen takes its step cache from the YAML it was loaded with; edit cache_config there"
+                "VisualGen takes its step cache from the YAML in the bundle; leave step_cache and threshold out of the "
+                "request, or change step_cache in the recipe and rebuild"
             )
         steps, guidance, size = request.with_defaults(sampling)
         if size not in sampling.sizes:
             known = ", ".join(f"{height}x{width}" for height, width in sampling.sizes)
             raise RequestError(f"size {size[0]}x{size[1]} (height x width) was not compiled; this bundle has {known}")
+        if sampling.cfg_batch and guidance > 1:
+            raise RequestError(
+                f"guidance {guidance:g} needs the row of the empty prompt, and VisualGen computes the prompt's alone; ask for "
+                "guidance 1 (--guidance 1), or for another target"
+            )
+        # VisualGen would cut a longer one without a word.
+        self._encoder.encode(request.prompts)
         images, began = [], time.perf_counter()
         for number, (words, start) in enumerate(zip(request.prompts, request.seeds, strict=True)):
             params = self._engine.default_params
@@ -100,6 +127,10 @@ class VisualGenPipeline:
         """End VisualGen's processes, when the request that is being served has returned."""
         with self._turns.turn():
             self._engine.shutdown()
+
+
+def _is_enabled(args: Any, section: str) -> bool:
+    return bool(getattr(getattr(args, section, None), "enable", False))
 
 
 def _image(output: Any) -> Any:

@@ -22,10 +22,8 @@ from fluxc.formats.constants import BLOCK
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.targets.sharding import undivided
-from fluxc.targets.visual_gen.folder import HALVES, ignored, is_split, module_of
-
-TEXT_TOKENS = 512
-"""What VisualGen pads prompts to unless a request says otherwise."""
+from fluxc.targets.visual_gen.folder import HALVES, WARM_UP_TOKENS, ignored, is_split, module_of
+from fluxrt.visual_gen import PIXELS_PER_TOKEN
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -118,7 +116,7 @@ class QuantizationConfig(_Strict, frozen=True):
     quant_method: Literal["modelopt"]
 
 
-def faults_of(folder: Path, text_tokens: int = TEXT_TOKENS) -> list[str]:
+def faults_of(folder: Path, text_tokens: int = WARM_UP_TOKENS) -> list[str]:
     """What VisualGen would refuse, or get wrong, of the folder; `text_tokens` is the length prompts are padded to."""
     try:
         config = json.loads((folder / "transformer" / "config.json").read_text())
@@ -261,6 +259,8 @@ def _settings_faults(folder: Path, heads: int, text_tokens: int) -> Iterator[str
         yield "there is no NUMBERgpu.yaml"
     vae = json.loads((folder / "vae" / "config.json").read_text())
     pixels = Flux2VAE.read(vae, folder / "vae").pixels_per_token
+    if pixels != PIXELS_PER_TOKEN:
+        yield f"vae/config.json: a token has {pixels} pixels a side, VisualGen takes it for {PIXELS_PER_TOKEN}"
     for file in files:
         try:
             args = msgspec.convert(yaml.safe_load(file.read_text()), VisualGenArgs)
@@ -289,6 +289,10 @@ def _args_faults(args: VisualGenArgs, file: Path, heads: int, pixels: int, text_
         yield "compilation_config.resolutions is missing, so nothing is compiled for the sizes served"
     for what in undivided(parallel.ulysses_size, heads, text_tokens, tokens):
         yield f"{parallel.ulysses_size} GPUs cannot share {what}, and VisualGen does not pad"
+    if WARM_UP_TOKENS % parallel.ulysses_size and not args.compilation_config.skip_warmup:
+        yield f"{parallel.ulysses_size} GPUs cannot share the {WARM_UP_TOKENS} text tokens of the warm-up"
+    if args.torch_compile_config.enable and args.cuda_graph_config.enable:
+        yield "torch_compile_config and cuda_graph_config are both enabled, which TensorRT-LLM lists as a known failure"
     cache = args.cache_config
     if cache and not cache.teacache_thresh > 0:
         yield f"cache_config.teacache_thresh must be more than 0, is {cache.teacache_thresh}"

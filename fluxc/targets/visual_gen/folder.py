@@ -26,15 +26,24 @@ from fluxc.quantize.component_files import quantization_config
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.sharding import undivided
 from fluxrt.bundle import StepCache
+from fluxrt.visual_gen import PIXELS_PER_TOKEN
 
 if TYPE_CHECKING:
+    from fluxc.families.base import Family
     from fluxc.quantize.writer import View
+    from fluxc.recipe.structs import Recipe
 
 FORMATS_TAKEN = ("nvfp4", "fp8")
 SCHEMA = "VisualGenArgs of TensorRT-LLM 1.3 and 1.4"
 FOLDER = "visual_gen"
 HALVES = ("gate", "up")
 HALVES_FILE = "gate_up.safetensors"
+README = "README.md"
+WARM_UP_TOKENS = 512
+"""Text tokens that VisualGen warms up with, whatever requests ask for; a prompt's length where one does not say."""
+TEXT_LAYERS = (9, 18, 27)
+TEMPLATE_OPTIONS = {"enable_thinking": False}
+SCHEDULE = "flux2-flow-match"
 FUSED = {
     "attn.to_q": "attn.qkv_proj",
     "attn.to_k": "attn.qkv_proj",
@@ -94,12 +103,44 @@ def check_visual_gen(
             "quantize from the unquantized checkpoint, or leave this target out"
         )
     for number in gpu_counts:
-        faults = undivided(number, heads, text_length, tokens)
+        faults = undivided(number, heads, text_length, tokens) or undivided(number, heads, WARM_UP_TOKENS, {})
         if faults:
             raise RecipeError(
                 f"{field}.gpus: {number} GPUs cannot share {' nor '.join(faults)} equally, and VisualGen does not pad; "
                 "take another number, or other sizes"
             )
+
+
+def check_built_in(field: str, recipe: Recipe, family: Family, cfg_batch: bool, pixels_per_token: int) -> None:
+    """Refuse what VisualGen would compute otherwise, without a word, because it has the answer built in (pipeline_flux2.py).
+
+    `cfg_batch`: whether guidance over 1 means a second row a step. RecipeError names `field`, and what to write where.
+    """
+    if pixels_per_token != PIXELS_PER_TOKEN:
+        raise RecipeError(
+            f"{field}: VisualGen takes every image token for {PIXELS_PER_TOKEN} pixels a side, this checkpoint's VAE decodes "
+            f"one to {pixels_per_token}, so images would have another size; leave this target out"
+        )
+    reads = (family.text_layers, family.template_options, family.schedule)
+    if reads != (TEXT_LAYERS, TEMPLATE_OPTIONS, SCHEDULE):
+        raise RecipeError(
+            f"{field}: VisualGen reads prompts and steps as FLUX.2 klein does, {family.pipeline_class} does not; "
+            "leave this target out"
+        )
+    if not cfg_batch:
+        return
+    without = "VisualGen computes the prompt's row alone, without guidance, for a transformer that does not embed it"
+    if recipe.sampling.guidance > 1:
+        raise RecipeError(
+            f"{field}: {without}, and sampling.guidance is {recipe.sampling.guidance:g}; set sampling.guidance: 1.0 (a request "
+            "to another target may ask for more), or leave this target out"
+        )
+    traced = recipe.calibration.guidance
+    if recipe.step_cache and traced is not None and traced > 1:
+        raise RecipeError(
+            f"{field}: {without}, and its step cache would be fitted to steps with calibration.guidance {traced:g}; leave "
+            "calibration.guidance, step_cache or this target out"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,11 +153,14 @@ class Written:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the YAML files say: sizes, numbers of GPUs, prompt length, and the step cache if its fit explains `min_r2`."""
+    """What the YAML files and the README say: sizes, numbers of GPUs, a request's defaults, and the step cache if its fit
+    explains `min_r2`."""
 
     sizes: tuple[tuple[int, int], ...]
     gpu_counts: tuple[int, ...]
     text_length: int
+    steps: int
+    guidance: float
     step_cache: StepCache | None = None
     min_r2: float = 0.0
 
@@ -130,7 +174,7 @@ def write_folder(
     linked: Iterable[str],
     report: Report | None = None,
 ) -> Written:
-    """Write visual_gen/ below `folder`: configs, halves, index and YAML files.
+    """Write visual_gen/ below `folder`: configs, halves, index, YAML files and README.
 
     `transformer` is the component's config, `plan` covers its Linears, `tensors` are those of its weights files in the bundle;
     `linked` are the bundle's other files, by their paths, that the folder is to have.
@@ -161,6 +205,7 @@ def write_folder(
     for number in settings.gpu_counts:
         configs[number] = f"{FOLDER}/{number}gpu.yaml"
         (folder / configs[number]).write_text(_yaml(settings, number))
+    (root / README).write_text(_readme(settings))
     return Written(links, configs)
 
 
@@ -198,7 +243,8 @@ def _yaml(settings: Settings, gpus: int) -> str:
     args: dict[str, Any] = {
         "compilation_config": {"resolutions": [list(size) for size in settings.sizes], "skip_warmup": False},
         "torch_compile_config": {"enable": True, "enable_fullgraph": False, "enable_autotune": True},
-        "cuda_graph_config": {"enable": True},
+        # TensorRT-LLM's release notes list CUDA graphs together with torch.compile as a known failure.
+        "cuda_graph_config": {"enable": False},
         "parallel_config": {"cfg_size": 1, "ulysses_size": gpus, "ring_size": 1, "tp_size": 1},
     }
     lines = [f"# {SCHEMA}. Written by fluxc; there is no quant_config, which would override the checkpoint's."]
@@ -219,6 +265,68 @@ def _yaml(settings: Settings, gpus: int) -> str:
                 f"step_cache.min_r2 {least}; it was to be {json.dumps(teacache)}"
             )
     return "\n".join(lines) + "\n" + yaml.safe_dump(args, sort_keys=False, default_flow_style=None)
+
+
+def request_of(settings: Settings) -> dict[str, Any]:
+    """What a request says besides the prompt, by the names of VisualGenParams: everything that VisualGen has defaults of its
+    own for."""
+    height, width = settings.sizes[0]
+    return {
+        "height": height,
+        "width": width,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "max_sequence_length": settings.text_length,
+        "seed": 0,
+    }
+
+
+def _readme(settings: Settings) -> str:
+    """How to serve the folder, and what every request must say."""
+    request, gpus = request_of(settings), settings.gpu_counts[0]
+    posted = json.dumps({"prompt": "...", **request, "response_format": "b64_json"}, indent=1)
+    assigned = "\n".join(f"params.{name} = {value!r}" for name, value in request.items())
+    sizes = ", ".join(f"{height}x{width}" for height, width in settings.sizes)
+    return f"""\
+# For TensorRT-LLM's VisualGen
+
+Written by fluxc for {SCHEMA}; not run with it. `Ngpu.yaml` are the settings for N GPUs.
+
+Every request must give steps, guidance, size and text length: VisualGen's own defaults (50 steps, guidance 3.5, 1024x1024
+pixels, 512 tokens) are not this bundle's. Sizes (height x width) that were compiled: {sizes}.
+
+Guidance has no effect where the transformer does not embed it (klein): VisualGen computes the prompt's row alone. Longer
+prompts than `max_sequence_length` are cut without a word; fluxrt refuses them.
+
+## Serve
+
+```
+trtllm-serve . --visual_gen_args {gpus}gpu.yaml
+curl http://localhost:8000/v1/images/generations -H 'Content-Type: application/json' -d '{posted}'
+```
+
+## From Python
+
+With fluxrt, in the bundle's folder, which sends all of this:
+
+```python
+import fluxrt
+
+with fluxrt.load(".", target="visual_gen", gpus={gpus}) as pipeline:
+    pipeline.generate(fluxrt.Request("...", seed=0)).images[0].save("image.png")
+```
+
+With TensorRT-LLM alone, in this folder:
+
+```python
+from tensorrt_llm import VisualGen, VisualGenArgs
+
+engine = VisualGen(model=".", args=VisualGenArgs.from_yaml("{gpus}gpu.yaml"))
+params = engine.default_params
+{assigned}
+engine.generate(inputs="...", params=params).save("image.png")
+```
+"""
 
 
 def ignored(pattern_list: Iterable[str], module: str) -> bool:

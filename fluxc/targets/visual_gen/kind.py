@@ -8,6 +8,7 @@ from pathlib import Path
 from fluxc.base.cache import Made
 from fluxc.base.errors import RecipeError
 from fluxc.checkpoint.components import INDEX, small_files
+from fluxc.checkpoint.identify import pixels_per_token
 from fluxc.checkpoint.source import HF_QUANT_CONFIG
 from fluxc.graph.stage import ExportInputs
 from fluxc.quantize.plan import LayerPlan
@@ -16,7 +17,7 @@ from fluxc.recipe.targets import VisualGenTarget
 from fluxc.targets.base import TargetContext, TargetKind, TargetWork
 from fluxc.targets.parts import Weights
 from fluxc.targets.visual_gen import stage
-from fluxc.targets.visual_gen.folder import SCHEMA, check_visual_gen, is_split
+from fluxc.targets.visual_gen.folder import SCHEMA, check_built_in, check_visual_gen, is_split
 from fluxrt import bundle as format
 
 
@@ -26,7 +27,7 @@ class VisualGen(TargetKind[VisualGenTarget, format.VisualGenTarget]):
     options = VisualGenTarget
 
     def check(self, field: str, target: VisualGenTarget, context: TargetContext) -> None:
-        """Refuse formats, numbers of GPUs and text encoders that VisualGen does not take."""
+        """Refuse formats, numbers of GPUs and text encoders that VisualGen does not take, and what it computes otherwise."""
         source = context.source
         heads = context.source.transformer.num_attention_heads
         plan, length = source.stored_plan("transformer"), context.recipe.text.length
@@ -36,6 +37,8 @@ class VisualGen(TargetKind[VisualGenTarget, format.VisualGenTarget]):
                 f"{field}: VisualGen takes a bf16 text encoder, this checkpoint's is quantized; start from one that "
                 "is not, or leave this target out"
             )
+        pixels = pixels_per_token(source.checkpoint)
+        check_built_in(field, context.recipe, source.family, source.cfg_batch, pixels)
 
     def exports(self, target: VisualGenTarget, context: TargetContext) -> dict[str, ExportInputs]:
         """None: VisualGen has code of its own."""
@@ -62,6 +65,8 @@ class VisualGen(TargetKind[VisualGenTarget, format.VisualGenTarget]):
             linked=_linked_files(context, weights, is_bf16),
             sizes=recipe.sizes,
             text_length=recipe.text.length,
+            steps=recipe.sampling.steps,
+            guidance=recipe.sampling.guidance,
             step_cache=step_cache,
             min_r2=recipe.step_cache.min_r2 if recipe.step_cache else 0.0,
             text_encoder=None

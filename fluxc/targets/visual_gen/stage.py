@@ -44,6 +44,8 @@ class VisualGenInputs:
     linked: list[str]
     sizes: tuple[tuple[int, int], ...]
     text_length: int
+    steps: int
+    guidance: float
     step_cache: format.StepCache | None
     min_r2: float
     text_encoder: TextEncoder | None
@@ -54,7 +56,13 @@ def run(inputs: VisualGenInputs, folder: Path, report: Report) -> None:
     from fluxc.targets.visual_gen import folder as visual_gen
 
     settings = visual_gen.Settings(
-        inputs.sizes, inputs.target.gpu_counts, inputs.text_length, inputs.step_cache, inputs.min_r2
+        inputs.sizes,
+        inputs.target.gpu_counts,
+        inputs.text_length,
+        inputs.steps,
+        inputs.guidance,
+        inputs.step_cache,
+        inputs.min_r2,
     )
     tensors = inputs.weights.tensors
     written = visual_gen.write_folder(folder, settings, inputs.config, inputs.plan, tensors, inputs.linked, report)
