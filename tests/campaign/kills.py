@@ -1,0 +1,192 @@
+"""Signals at random moments of a build and of `fluxrt generate`: what is left is nothing or a whole result, and the next run
+makes the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from campaign.cases import Outcome, Tally
+from campaign.damage import PROMPT
+from campaign.part import RECIPE, SETTINGS, results_of
+
+MARK = "FLUXC_CAMPAIGN"
+REPEATED = ("target-", "compare-", "weights-transformer-")
+"""Results that a killed build makes anew; the rest it finds."""
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+def campaign(bundle: Path, work: Path, kills: int, seed: int, with_builds: bool) -> list[Tally]:
+    """`kills` with each signal, of a generation in one process, of one in two, and of a build."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    rng, tallies = random.Random(f"{seed}/kills"), []
+    for what, gpus in (("generate", "1"), ("generate, 2 processes", "2")):
+        killing = _Generation(bundle, work / f"generate-{gpus}", gpus)
+        for sent in SIGNALS:
+            tally = Tally(f"{sent.name} in {what}")
+            for number in range(kills):
+                moment = rng.uniform(0, killing.seconds)
+                tally.add(f"{tally.kind}, {number} at {moment:.3f} s (seed {seed})", killing.killed(sent, moment))
+            tallies.append(tally)
+    if with_builds:
+        building = _Build(bundle, work / "build")
+        for sent in SIGNALS:
+            tally = Tally(f"{sent.name} in a build")
+            for number in range(kills):
+                moment = rng.uniform(0, building.seconds)
+                tally.add(f"{tally.kind}, {number} at {moment:.3f} s (seed {seed})", building.killed(sent, moment))
+            tallies.append(tally)
+    return tallies
+
+
+class _Generation:
+    def __init__(self, bundle: Path, out: Path, gpus: str) -> None:
+        arguments = ["generate", str(bundle), "--prompt", PROMPT, "--threads", "1", "--gpus", gpus, "--out"]
+        self._command = [sys.executable, "-m", "fluxrt.cli", *arguments]
+        self._out = out
+        out.mkdir()
+        began = time.monotonic()
+        self._run(out / "first.png")
+        self.seconds = time.monotonic() - began
+        self._bytes = (out / "first.png").read_bytes()
+        (out / "first.png").unlink()
+
+    def killed(self, sent: signal.Signals, moment: float) -> Outcome:
+        mark, image = f"{os.getpid()}-{time.monotonic_ns()}", self._out / "image.png"
+        command = [*self._command, str(image)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, env=os.environ | {MARK: mark}, **quiet) as process:
+            time.sleep(moment)
+            process.send_signal(sent)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return Outcome("hang", "30 s after the signal")
+        left = _waited_for(mark)
+        if left:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            return Outcome("litter", f"processes {left} live on")
+        files = sorted(path.name for path in self._out.iterdir())
+        made = image.exists() and image.read_bytes() == self._bytes
+        partial = [name for name in files if name != "image.png"]
+        for path in self._out.iterdir():
+            path.unlink()
+        if "image.png" in files and not made:
+            return Outcome("exception", "an image that is not whole")
+        if partial and sent != signal.SIGKILL:
+            return Outcome("litter", ", ".join(partial))
+        if sent == signal.SIGKILL:
+            self._run(image)
+            again = image.read_bytes()
+            image.unlink()
+            if again != self._bytes:
+                return Outcome("exception", "the next run made other bytes")
+        return Outcome("image" if made else "error")
+
+    def _run(self, image: Path) -> None:
+        subprocess.run([*self._command, str(image)], check=True, capture_output=True, timeout=120)
+
+
+class _Build:
+    def __init__(self, bundle: Path, work: Path) -> None:
+        import diffusers
+        import transformers
+
+        # Once for all builds; ONNX Runtime would start a thread.
+        for _ in (diffusers.Flux2KleinPipeline, diffusers.AutoencoderKLFlux2, transformers.Qwen3ForCausalLM):
+            pass
+        self._work, self._warm = work, [path for path in results_of(bundle) if not path.name.startswith(REPEATED)]
+        self._expected = _contents(bundle)
+        self._fresh()
+        began = time.monotonic()
+        status = os.waitstatus_to_exitcode(os.waitpid(self._start(), 0)[1])
+        self.seconds = time.monotonic() - began
+        if status or _contents(self._out) != self._expected:
+            raise SystemExit(f"an undisturbed build ended with {status}: {(work / 'said.txt').read_text()[-500:]}")
+
+    @property
+    def _out(self) -> Path:
+        return self._work / "made" / "campaign"
+
+    def killed(self, sent: signal.Signals, moment: float) -> Outcome:
+        self._fresh()
+        child = self._start()
+        time.sleep(moment)
+        os.kill(child, sent)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        whole = self._out.exists() and _contents(self._out) == self._expected
+        if self._out.exists() and not whole:
+            return Outcome("exception", "a bundle that is not whole")
+        litter = self._half_made()
+        if sent != signal.SIGKILL:
+            if litter:
+                return Outcome("litter", f"{', '.join(litter)} (exit {status})")
+            return Outcome("done" if whole else "error")
+        status = os.waitstatus_to_exitcode(os.waitpid(self._start(), 0)[1])
+        if status or _contents(self._out) != self._expected:
+            return Outcome("exception", f"the next build ended with {status}, or other bytes")
+        if self._half_made():
+            return Outcome("litter", f"after the next build: {', '.join(self._half_made())}")
+        return Outcome("done" if whole else "error")
+
+    def _half_made(self) -> list[str]:
+        folders = [path for path in self._work.rglob(".*") if path.is_dir() and path.name != ".fluxc"]
+        return sorted(path.relative_to(self._work).as_posix() for path in folders)
+
+    def _fresh(self) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)
+        for result in self._warm:
+            shutil.copytree(result, self._work / "cache" / result.name)
+        self._out.parent.mkdir(parents=True)
+
+    def _start(self) -> int:
+        child = os.fork()
+        if child:
+            return child
+        log = os.open(self._work / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = 1
+        try:
+            os.environ["FLUXC_CACHE"] = str(self._work / "cache")
+            from fluxc.cli.main import main
+
+            main(["build", str(RECIPE), *(a for c in SETTINGS for a in ("--set", c)), "--out", str(self._out)])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            os._exit(code)
+
+
+def _contents(bundle: Path) -> dict[str, bytes]:
+    """Every file's bytes; of the manifest, all but the time it was built."""
+    files = {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
+    manifest = json.loads(files["bundle.json"])
+    manifest["provenance"].pop("built_at")
+    return files | {"bundle.json": json.dumps(manifest, sort_keys=True).encode()}
+
+
+def _waited_for(mark: str, seconds: float = 10.0) -> list[int]:
+    """Processes with this mark in their environment that are still there after some seconds."""
+    until, found = time.monotonic() + seconds, [0]
+    while found and time.monotonic() < until:
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                        found.append(int(entry.name))
+                except OSError:
+                    continue
+        time.sleep(0.05 if found else 0)
+    return found
