@@ -7,7 +7,7 @@ SETUP_TESTS := .venv/.done-tests
 # PIP_CONSTRAINT also reaches the build environments of packages, which -c does not.
 PIP_INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup setup-tests demo test lint check clean
+.PHONY: setup setup-tests demo test campaign lint check clean
 
 setup: $(SETUP)
 
@@ -36,6 +36,9 @@ demo: setup
 
 test: setup-tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+
+campaign: setup-tests
+	PYTHONPATH=tests $(BIN)/python -m campaign --out artifacts/campaign
 
 lint: setup-tests
 	$(BIN)/ruff check .

@@ -14,23 +14,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("damage", "kills", "resources", "load")
 LONG = {"cases": 1000, "kills": 100, "sizes": 20, "threads": 8, "images": 200}
+SHORT = {"cases": 6, "kills": 1, "sizes": 2, "threads": 3, "images": 6}
+HELP = {
+    "cases": "damaged inputs of each kind",
+    "kills": "with each of three signals: of a build, and of generate in one process and in two",
+    "sizes": "random sizes of a full disk and of memory",
+    "threads": "that share a pipeline",
+    "images": "of each thread",
+}
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="campaign", description=__doc__)
     made.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     made.add_argument("--seed", type=int, default=1)
-    made.add_argument("--cases", type=int, default=LONG["cases"], help="damaged inputs of each kind")
-    made.add_argument(
-        "--kills", type=int, default=LONG["kills"], help="of a build, and of generate in one and two processes"
-    )
-    made.add_argument("--sizes", type=int, default=LONG["sizes"], help="random sizes of a full disk and of memory")
-    made.add_argument("--threads", type=int, default=LONG["threads"])
-    made.add_argument("--images", type=int, default=LONG["images"], help="of each thread")
+    made.add_argument("--short", action="store_true", help="small numbers, and nothing that builds again and again")
+    for name, meaning in HELP.items():
+        made.add_argument(f"--{name}", type=int, help=f"{meaning} (default {LONG[name]}, short {SHORT[name]})")
     made.add_argument("--only", help="KIND or KIND/NUMBER of a damaged input")
-    made.add_argument("--no-builds", action="store_true", help="leave out what builds again and again")
     made.add_argument("--work", type=Path, help="folder to work in (default: a temporary one)")
-    made.add_argument("--cache", type=Path, help="stage cache that the bundle was built with")
+    made.add_argument("--cache", type=Path, help="stage cache to build the bundle with (default: in the folder)")
     made.add_argument("--out", type=Path, help="write the table to OUT.md and OUT.json")
     made.add_argument("--part", help=argparse.SUPPRESS)
     return made
@@ -38,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = parser().parse_args()
+    for name, usual in (SHORT if options.short else LONG).items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
     if options.part:
         from campaign.part import run_part
 
@@ -50,7 +56,7 @@ def main() -> int:
 
 def _run(options: argparse.Namespace, work: Path) -> int:
     """Each part in a process of its own, so that each begins with one thread and its own imports."""
-    given = sys.argv[1:] + ["--work", str(work)]
+    given = [*sys.argv[1:], "--work", str(work)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

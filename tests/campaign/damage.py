@@ -186,14 +186,14 @@ class Damage:
         path.write_bytes(data)
 
         def work() -> None:
-            from fluxc.build.job import _given_calibration
+            from fluxc.base.measured import check_origin
             from fluxc.calibrate.amax import input_amax
             from fluxc.calibrate.file import read_calibration
 
             job = self._job("calibration.file=../calibration.safetensors", "sampling.steps=10")
-            given = _given_calibration(job)
-            assert given
-            records = read_calibration(given).records["transformer"]
+            file = read_calibration(path)
+            check_origin(file, self.digests, calibration_request(job.loaded))
+            records = file.records.get("transformer", {})
             for amax in ("max", "percentile"):
                 loaded = load_recipe(self.root / "recipes" / "recipe.yaml", (f"calibration.amax={amax}",))
                 input_amax(records, job.original.plans["transformer"], loaded.recipe.calibration)
@@ -206,16 +206,17 @@ class Damage:
         path.write_bytes(data)
 
         def work() -> None:
-            from fluxc.build.job import _given_trace
+            from fluxc.base.measured import check_origin
             from fluxc.stepcache.choose import make_step_cache
-            from fluxc.stepcache.file import read_trace
+            from fluxc.stepcache.file import check_complete, read_trace
 
             changes = ("step_cache={skip: 2, min_r2: -9, trace: ../trace.safetensors}", "sampling.steps=10")
             job = self._job(*changes)
-            given, settings = _given_trace(job), job.loaded.recipe.step_cache
-            assert given
+            file, settings = read_trace(path), job.loaded.recipe.step_cache
+            check_origin(file, self.digests, trace_request(job.loaded))
+            check_complete(file)
             assert settings
-            make_step_cache(settings, read_trace(given).trace, (64, 64))
+            make_step_cache(settings, file.trace, (64, 64))
 
         return f"{said} [read]", work
 

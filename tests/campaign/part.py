@@ -34,11 +34,11 @@ def run_part(options: argparse.Namespace) -> int:
     elif part == "kills":
         from campaign.kills import campaign as kills
 
-        tallies = kills(bundle, work / "kills", options.kills, options.seed, not options.no_builds)
+        tallies = kills(bundle, work / "kills", options.kills, options.seed, not options.short)
     elif part == "resources":
         from campaign.resources import campaign as resources
 
-        tallies = resources(bundle, work / "resources", options.sizes, options.seed, not options.no_builds)
+        tallies = resources(bundle, work / "resources", options.sizes, options.seed, not options.short)
     else:
         from campaign.load import campaign as load
 

@@ -38,7 +38,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def covered(folder: str) -> Callable[[], None]:
-    """In the child: an empty, read-only folder in place of `folder`, for it alone. OSError where that needs a right it lacks."""
+    """In the child alone: an empty, read-only folder in place of `folder`; OSError where that needs a right it lacks."""
 
     def cover() -> None:
         if LIBC.unshare(NEW_MOUNTS):
@@ -52,7 +52,7 @@ def covered(folder: str) -> Callable[[], None]:
 
 def campaign(bundle: Path, work: Path, sizes: int, seed: int, with_builds: bool) -> list[Tally]:
     """Every lack with a generation in one process, in two, and with a build whose stages are in the cache; `sizes` random
-    sizes of a full disk and of memory."""
+    sizes of a full disk and of memory. Without builds, one generation for each."""
     runner = _Runner(bundle, work)
     conditions: dict[str, dict[str, object]] = {
         "64 open files": {"before": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))},
@@ -70,9 +70,9 @@ def campaign(bundle: Path, work: Path, sizes: int, seed: int, with_builds: bool)
         "all three closed": {"closed": (0, 1, 2)},
     }
     rng, tallies = random.Random(f"{seed}/resources"), []
-    for name, condition in conditions.items():
+    for at, (name, condition) in enumerate(conditions.items()):
         tally = Tally(name)
-        for gpus in ("1", "2"):
+        for gpus in ("1", "2") if with_builds else "12"[at % 2]:
             tally.add(f"{name}, generate --gpus {gpus}", runner.generate(gpus, **condition))
         if with_builds:
             tally.add(f"{name}, build", runner.build(**condition))
