@@ -93,16 +93,16 @@ def _run(options: argparse.Namespace, work: Path) -> int:
 
 def table(rows: list[dict[str, object]]) -> str:
     """One line for each kind of case."""
-    lines = ["| part | cases | how many | image or plan | error of ours | faults |", "|---|---|---|---|---|---|"]
+    lines = ["| part | cases | how many | image or plan | error of ours | others |", "|---|---|---|---|---|---|"]
     for row in rows:
         counts = row["counts"]
         assert isinstance(counts, dict)
         good = sum(counts.get(what, 0) for what in ("image", "done"))
-        faults = ", ".join(
+        others = ", ".join(
             f"{n} {what}" for what, n in sorted(counts.items()) if what not in ("image", "done", "error")
         )
         lines.append(
-            f"| {row['part']} | {row['kind']} | {sum(counts.values())} | {good} | {counts.get('error', 0)} | {faults or 0} |"
+            f"| {row['part']} | {row['kind']} | {sum(counts.values())} | {good} | {counts.get('error', 0)} | {others or 0} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -36,12 +36,13 @@ PATH_EVENTS = {
 }
 FORBIDDEN = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "socket.connect", "socket.bind")
 SYSTEM = ("/proc", "/sys", "/usr", "/lib", "/lib64", "/dev/null", "/dev/urandom", "/etc/localtime", "/etc/ld.so.cache")
-GOOD = ("image", "done", "error")
+GOOD = ("image", "done", "error", "skipped")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`what` is image, done or error (an error of our own family), or a fault: exception, crash, hang, noise, outside, litter.
+    """`what` is image, done, error (an error of our own family) or skipped, or a fault: exception, crash, hang, noise, outside,
+    litter, memory.
 
     `said` is the error's sentence, or what was found.
     """

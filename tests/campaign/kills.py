@@ -99,17 +99,11 @@ class _Generation:
 
 class _Build:
     def __init__(self, bundle: Path, work: Path) -> None:
-        import diffusers
-        import transformers
-
-        # Once for all builds; ONNX Runtime would start a thread.
-        for _ in (diffusers.Flux2KleinPipeline, diffusers.AutoencoderKLFlux2, transformers.Qwen3ForCausalLM):
-            pass
         self._work, self._warm = work, [path for path in results_of(bundle) if not path.name.startswith(REPEATED)]
         self._expected = _contents(bundle)
         self._fresh()
         began = time.monotonic()
-        status = os.waitstatus_to_exitcode(os.waitpid(self._start(), 0)[1])
+        status = self._start().wait()
         self.seconds = time.monotonic() - began
         if status or _contents(self._out) != self._expected:
             raise SystemExit(f"an undisturbed build ended with {status}: {(work / 'said.txt').read_text()[-500:]}")
@@ -120,10 +114,10 @@ class _Build:
 
     def killed(self, sent: signal.Signals, moment: float) -> Outcome:
         self._fresh()
-        child = self._start()
+        process = self._start()
         time.sleep(moment)
-        os.kill(child, sent)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        process.send_signal(sent)
+        status = process.wait()
         whole = self._out.exists() and _contents(self._out) == self._expected
         if self._out.exists() and not whole:
             return Outcome("exception", "a bundle that is not whole")
@@ -132,7 +126,7 @@ class _Build:
             if litter:
                 return Outcome("litter", f"{', '.join(litter)} (exit {status})")
             return Outcome("done" if whole else "error")
-        status = os.waitstatus_to_exitcode(os.waitpid(self._start(), 0)[1])
+        status = self._start().wait()
         if status or _contents(self._out) != self._expected:
             return Outcome("exception", f"the next build ended with {status}, or other bytes")
         if self._half_made():
@@ -149,23 +143,13 @@ class _Build:
             shutil.copytree(result, self._work / "cache" / result.name)
         self._out.parent.mkdir(parents=True)
 
-    def _start(self) -> int:
-        child = os.fork()
-        if child:
-            return child
-        log = os.open(self._work / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = 1
-        try:
-            os.environ["FLUXC_CACHE"] = str(self._work / "cache")
-            from fluxc.cli.main import main
-
-            main(["build", str(RECIPE), *(a for c in SETTINGS for a in ("--set", c)), "--out", str(self._out)])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            os._exit(code)
+    def _start(self) -> subprocess.Popen[bytes]:
+        arguments = ["build", str(RECIPE), *(a for c in SETTINGS for a in ("--set", c)), "--out", str(self._out)]
+        environment = os.environ | {"FLUXC_CACHE": str(self._work / "cache")}
+        with (self._work / "said.txt").open("ab") as said:
+            return subprocess.Popen(
+                [sys.executable, "-m", "fluxc", *arguments], env=environment, stdout=said, stderr=said
+            )
 
 
 def _contents(bundle: Path) -> dict[str, bytes]:
