@@ -312,5 +312,6 @@ def campaign(bundle: Path, calibration: Path, work: Path, cases: int, seed: int,
             tally.add(f"{kind}/{at} (seed {seed}): {said}", outcome)
             if number:
                 print(f"{kind}/{at}: {said}\n{outcome}\n{damage.log.read_text(errors='replace')}")
+        print(f"{kind}: {tally.counts}", flush=True)
         tallies.append(tally)
     return tallies

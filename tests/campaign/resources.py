@@ -22,8 +22,10 @@ NEW_MOUNTS, PRIVATE, RECURSIVE, BIND, REMOUNT, READ_ONLY = 0x20000, 1 << 18, 1 <
 MEMORY = """\
 import resource, sys
 from pathlib import Path
-import numpy, onnxruntime, tokenizers, PIL.PngImagePlugin, fluxrt.pipeline
+import fluxrt
 from fluxrt.cli import main
+# A generation first: a library that cannot be loaded for want of memory is Python's error, not ours.
+fluxrt.load(sys.argv[2], threads=1).generate(fluxrt.Request('a dot', steps=1)).images[0].save('/dev/null', format='PNG')
 most = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize() + {extra}
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
 sys.exit(main(sys.argv[1:]))
