@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
 from scipy.optimize import minimize
 
 from conftest import ROOT
-from fluxc.base.errors import BuildError, CheckpointError
-from fluxc.base.measured import Origin
+from fluxc.base.errors import BuildError
 from fluxc.recipe.structs import LAGS, StepCache, most_skipped
 from fluxc.stepcache.choose import make_step_cache
-from fluxc.stepcache.file import read_trace, write_trace
 from fluxc.stepcache.fit import fit_polynomial, quality
 from fluxc.stepcache.policy import (
     PUBLISHED,
@@ -34,7 +29,6 @@ from fluxc.stepcache.policy import (
 from fluxc.stepcache.trace import StepTrace
 from fluxrt.bundle import CacheRule
 from fluxrt.errors import BackendError, RequestError
-from fluxrt.safetensors import raw_header
 from fluxrt.stepcache import Decisions, decisions_for, skipped_steps
 
 FLUX1 = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
@@ -323,26 +317,3 @@ def test_requests_that_the_cache_was_not_fitted_for_do_as_the_bundle_says() -> N
     assert served.rule == msgspec.structs.replace(cache.rule, threshold=0.07)
     with pytest.raises(RequestError, match="this bundle has no step cache"):
         decisions_for(None, 50, (64, 64), threshold=0.1)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda t: t.pop("change"), "it holds images, latent_change, .*, not change, images"),
-        (lambda t: t.update(other=np.zeros(1)), "it holds change, images, .*, other"),
-        (lambda t: t.update(change=t["change"].astype(np.float32)), "change is float32"),
-        (lambda t: t.update(images=t["images"][1:]), "not as many images and steps"),
-        (lambda t: t.update(residual_change=t["residual_change"][:, 1:]), "not as many images and steps"),
-        (lambda t: t.update(latent_error=t["latent_error"][..., :2]), "6 and 2 lags, not 6"),
-        (lambda t: t["change"].__setitem__((2, 3), np.nan), "it holds NaN or infinity"),
-    ],
-)
-def test_a_trace_file_with_other_tensors_is_refused(tmp_path: Path, change: Any, said: str) -> None:
-    trace, path = nano_trace(), tmp_path / "file"
-    write_trace(path, Origin({}, {"prompts": []}, "cpu", {}), list(range(trace.images)), trace)
-    metadata, tensors = raw_header(path)[0]["__metadata__"], load_file(path)
-    assert read_trace(path).trace.images == trace.images
-    change(tensors)
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, metadata)
-    with pytest.raises(CheckpointError, match=rf"file: damaged: .*{said}.*`fluxc trace"):
-        read_trace(path)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxc.base.errors import BuildError, CheckpointError
+from fluxc.base.errors import BuildError
 from fluxc.base.measured import Kind, Origin, read_measured, write_measured
-from fluxc.recipe.structs import LAGS
 from fluxc.stepcache.trace import StepTrace, joined
 
 KIND = Kind("fluxc-step-trace", 1, "trace file", "trace")
@@ -43,30 +42,8 @@ def write_trace(path: Path, origin: Origin, images: list[int], trace: StepTrace)
 def read_trace(path: Path) -> TraceFile:
     """Read `path`; errors as in read_measured."""
     origin, tensors = read_measured(path, KIND)
-    fault = _fault(tensors)
-    if fault:
-        raise CheckpointError(f"{path}: damaged: {fault}; {KIND.advice}")
     images = [int(number) for number in tensors.pop("images")]
     return TraceFile(path, origin, images, StepTrace(**tensors))
-
-
-def _fault(tensors: dict[str, np.ndarray]) -> str | None:
-    """What is not as write_trace writes it."""
-    dimensions = {"images": 1, "change": 2} | {f.name: 3 for f in fields(StepTrace) if f.name != "change"}
-    if tensors.keys() != dimensions.keys():
-        return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(dimensions))}"
-    for name, array in tensors.items():
-        dtype = "int64" if name == "images" else "float64"
-        if array.dtype != dtype or array.ndim != dimensions[name]:
-            return f"{name} is {array.dtype} {list(array.shape)}, not {dtype} of {dimensions[name]} dimensions"
-        of_images = tensors["images"] if name == "images" else tensors["change"]
-        if len(array) != len(tensors["images"]) or array.shape[1:2] != of_images.shape[1:2]:
-            return f"{name} is {list(array.shape)}, which are not as many images and steps as in the others"
-    trace = StepTrace(**{name: array for name, array in tensors.items() if name != "images"})
-    wide = (trace.residual_error.shape[2], trace.latent_error.shape[2])
-    if wide != (LAGS, LAGS) or trace.residual_change.shape != trace.latent_change.shape:
-        return f"residual_error and latent_error have {wide[0]} and {wide[1]} lags, not {LAGS}"
-    return None if trace.is_finite() else "it holds NaN or infinity"
 
 
 def merge_traces(files: list[TraceFile]) -> tuple[Origin, list[int], StepTrace]:
