@@ -60,7 +60,7 @@ def write_measured(path: Path, kind: Kind, origin: Origin, tensors: dict[str, np
     from safetensors.numpy import save
 
     about = {"format": kind.format, "format_version": kind.version, **origin.__dict__}
-    data = save(tensors, metadata={"fluxc": json.dumps(about, sort_keys=True)})
+    data = save(tensors, metadata={"fluxc": json.dumps(about, sort_keys=True, allow_nan=False)})
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -109,6 +109,11 @@ def check_origin(file: Measured, checkpoint: dict[str, dict[str, str]], request:
                     f"{file.path}: made from another checkpoint: {'/'.join(filter(None, (part, name)))} is a different "
                     "file there; measure this checkpoint, or point the recipe at the other one"
                 )
+    check_request(file, request)
+
+
+def check_request(file: Measured, request: dict[str, Any]) -> None:
+    """Refuse a file made for another request, naming what differs (BuildError)."""
     for name, asked in request.items():
         measured = file.origin.request.get(name)
         if measured != asked:

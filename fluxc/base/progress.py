@@ -9,6 +9,9 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fluxc.base.console import new_console
 
 
 class Report(Protocol):
@@ -21,7 +24,7 @@ class StageProgress:
     """Shows stages as they run."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or new_console(stderr=True)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Report]:
@@ -32,17 +35,18 @@ class StageProgress:
         began = time.perf_counter()
         with Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=self._console,
             transient=True,
         ) as progress:
             task = progress.add_task(title, total=None, detail="")
             yield lambda done, total, detail="": progress.update(task, completed=done, total=total, detail=detail)
-        self._console.print(f"[green]done[/]   {title}  [dim]{time.perf_counter() - began:.1f} s[/]")
+        took = f"{time.perf_counter() - began:.1f} s"
+        self._console.print(Text.assemble(("done", "green"), f"   {title}  ", (took, "dim")))
 
     def say(self, line: str) -> None:
         """Print a finding that must be seen, terminal or not."""
@@ -51,4 +55,4 @@ class StageProgress:
     def cached(self, title: str) -> None:
         """Say that a stage's result was already there."""
         if self._console.is_terminal:
-            self._console.print(f"[dim]cached {title}[/]")
+            self._console.print(Text(f"cached {title}", "dim"))

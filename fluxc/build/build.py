@@ -12,9 +12,10 @@ import msgspec
 
 from fluxc.base.cache import StageCache, cache_root, locked
 from fluxc.base.errors import BuildError
+from fluxc.base.output import check_output, names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build import bundle_writer
-from fluxc.build.job import Job, check_machine, check_prompts, hash_checkpoint, open_job, prompting_of
+from fluxc.build.job import Job, check_machine, check_prompts, check_workshop, hash_checkpoint, open_job, prompting_of
 from fluxc.build.runner import Results, run_steps
 from fluxc.build.stages import DRAFT, comparing, layers_of, provenance_tools, sampling_entry, steps
 from fluxc.checkpoint.components import WEIGHTS_FILE
@@ -32,11 +33,14 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
     when complete, in place of an older one. Raises the errors of the stages, and GateError when the result misses the recipe's
     gates.
     """
+    check_output(out, "a bundle", is_folder=True)
     if out.exists() and not (out / format.MANIFEST).is_file():
         raise BuildError(f"{out}: exists and is not a bundle; give another --out, or move it away")
+    check_workshop(out)
     job = open_job(loaded, cache_root(out))
     check_machine(loaded)
-    with locked(out) as workshop, StageCache(job.root, progress) as cache:
+    _say_where_kernels_are(progress)
+    with names_place("build", out), locked(out) as workshop, StageCache(job.root, progress) as cache:
         prompting = prompting_of(cache, job)
         check_prompts(job, prompting)
         hash_checkpoint(cache, job)
@@ -56,6 +60,14 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
         cache.remember(str(out.resolve()))
         cache.prune()
     return out
+
+
+def _say_where_kernels_are(progress: StageProgress) -> None:
+    from fluxc.formats.kernel_cache import kernel_folder
+
+    notice = kernel_folder()[1]
+    if notice:
+        progress.say(notice)
 
 
 def _make_bundle(

@@ -15,6 +15,7 @@ import msgspec
 
 from fluxc.base.cache import SEAL, StageCache, beside
 from fluxc.base.errors import BuildError
+from fluxc.base.numbers import check_finite
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.quantize.component_files import write_small_files
 from fluxc.quantize.source import Source
@@ -109,7 +110,7 @@ def files_of(root: Path, cache: StageCache) -> dict[str, format.File]:
     return {
         path.relative_to(root).as_posix(): format.File(path.stat().st_size, cache.file_digest(path))
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name != format.MANIFEST
+        if path.is_file() and path.name != format.MANIFEST and not format.is_ignored(path)
     }
 
 
@@ -127,6 +128,7 @@ def finish(staging: Path, out: Path, manifest: format.Manifest) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     stamped = msgspec.structs.replace(manifest.provenance, built_at=now)
     manifest = msgspec.structs.replace(manifest, provenance=stamped)
+    check_finite(msgspec.to_builtins(manifest), "manifest")
     (staging / format.MANIFEST).write_bytes(format.encode_manifest(manifest))
     staging.chmod(0o755)
     _sync(staging)

@@ -8,21 +8,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluxc.base.cache import PROGRESS, StageCache, cache_root, locked
+from fluxc.base.cache import PROGRESS, StageCache, beside, cache_root, locked
 from fluxc.base.errors import RecipeError
-from fluxc.base.measured import check_origin
+from fluxc.base.measured import Origin, check_origin, check_request
+from fluxc.base.output import check_writable, names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build import runner
-from fluxc.build.requests import calibration_request, judges_of, trace_request
+from fluxc.build.requests import calibration_request, held_out_prompts, judges_of, trace_request
 from fluxc.build.runner import NotBuiltError, Results, Stage
+from fluxc.calibrate.file import read_calibration
 from fluxc.checkpoint import template_stage
 from fluxc.checkpoint.files import Aside, CheckpointFiles, Digests, checkpoint_digests
 from fluxc.quantize.source import Source, read_source, with_auto
 from fluxc.recipe.load import LoadedRecipe
+from fluxc.stepcache.file import check_complete, read_trace
 from fluxc.targets.base import TargetContext
 from fluxc.targets.registry import kind_of
 from fluxrt.bundle import Prompting
 from fluxrt.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Given:
+    """A file of measurements that the recipe names, and what they were made on."""
+
+    path: Path
+    origin: Origin
 
 
 @dataclass
@@ -34,9 +45,19 @@ class Job:
     root: Path
     digests: Digests | None = None
     held_out: list[str] = field(default_factory=list)
-    given_calibration: Path | None = None
-    given_trace: Path | None = None
+    calibration: Given | None = None
+    trace: Given | None = None
     _sources: dict[str, Source] = field(default_factory=dict)
+
+    @property
+    def given_calibration(self) -> Path | None:
+        """The calibration file that the recipe names."""
+        return self.calibration.path if self.calibration else None
+
+    @property
+    def given_trace(self) -> Path | None:
+        """The trace file that the recipe names."""
+        return self.trace.path if self.trace else None
 
     @property
     def files(self) -> CheckpointFiles:
@@ -71,18 +92,22 @@ class Job:
         return TargetContext(self.loaded.recipe, self.source(results))
 
 
-def open_job(loaded: LoadedRecipe, root: Path) -> Job:
-    """The job of `loaded`, its results in the cache folder `root`; headers, configs and prompt files are read, nothing else.
+def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
+    """The job of `loaded`, its results in the cache folder `root`. Headers, configs, prompt files and given measurements are
+    read, nothing else, and the recipe's own files before a checkpoint that may have to be fetched. A job that only `measures`
+    needs no measurements.
 
     Raises RecipeError, CheckpointError or BuildError for what no build of it could do.
     """
     recipe = loaded.recipe
-    job = Job(loaded, read_source(loaded), root)
-    check_targets(TargetContext(recipe, job.original))
     calibration_request(loaded)
     if recipe.step_cache:
         trace_request(loaded)
+    held_out = held_out_prompts(loaded)
     judges_of(loaded)
+    given = (None, None) if measures else (_given_calibration(loaded), _given_trace(loaded))
+    job = Job(loaded, read_source(loaded), root, None, held_out, *given)
+    check_targets(TargetContext(recipe, job.original))
     if recipe.calibration.engine == "modelopt" and job.original.quantized["transformer"]:
         raise RecipeError(
             "calibration.engine: the checkpoint is quantized already; leave `engine` out, or use the original"
@@ -91,7 +116,6 @@ def open_job(loaded: LoadedRecipe, root: Path) -> Job:
         from fluxc.calibrate.modelopt import check_formats
 
         check_formats(job.original.plans["transformer"])
-    job.held_out = loaded.prompts("fidelity.prompts", recipe.fidelity.prompts)
     return job
 
 
@@ -103,6 +127,12 @@ def check_machine(loaded: LoadedRecipe) -> None:
         from fluxc.calibrate.modelopt import check_available
 
         check_available()
+
+
+def check_workshop(out: Path) -> None:
+    """Refuse an output beside which, or a cache in which, nothing can be written."""
+    for folder in (beside(out), cache_root(out)):
+        check_writable(folder)
 
 
 def check_targets(context: TargetContext) -> None:
@@ -153,16 +183,18 @@ def hash_checkpoint(cache: StageCache, job: Job) -> None:
     """Hash the checkpoint's files, and refuse measurements given by the recipe that were made on others."""
     with cache.progress.stage("hash checkpoint") as report:
         job.digests = checkpoint_digests(job.original.checkpoint, cache.file_digest, report)
-    job.given_calibration = _given_calibration(job)
-    job.given_trace = _given_trace(job)
+    if job.calibration:
+        check_origin(job.calibration, job.files.digests, calibration_request(job.loaded))
+    if job.trace:
+        check_origin(job.trace, job.files.digests, trace_request(job.loaded))
 
 
 @contextmanager
 def measuring(loaded: LoadedRecipe, out: Path, progress: StageProgress) -> Iterator[tuple[StageCache, Job]]:
     """The cache and the job for a command that measures the checkpoint into the file `out`; prompts are checked first."""
-    job = open_job(loaded, cache_root(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(out), StageCache(job.root, progress) as cache:
+    check_workshop(out)
+    job = open_job(loaded, cache_root(out), measures=True)
+    with names_place("measure", out), locked(out), StageCache(job.root, progress) as cache:
         check_prompts(job, prompting_of(cache, job))
         with progress.stage("hash checkpoint") as report:
             job.digests = checkpoint_digests(job.original.checkpoint, cache.file_digest, report)
@@ -171,26 +203,22 @@ def measuring(loaded: LoadedRecipe, out: Path, progress: StageProgress) -> Itera
         cache.prune()
 
 
-def _given_calibration(job: Job) -> Path | None:
-    """The calibration file that the recipe names, after checking that it fits; None if it names none."""
-    from fluxc.calibrate.file import read_calibration
-
-    if job.loaded.recipe.calibration.file is None:
+def _given_calibration(loaded: LoadedRecipe) -> Given | None:
+    """The calibration file that the recipe names, after checking what it was asked; None if it names none."""
+    name = loaded.recipe.calibration.file
+    if name is None:
         return None
-    path = job.loaded.folder / job.loaded.recipe.calibration.file
-    check_origin(read_calibration(path), job.files.digests, calibration_request(job.loaded))
-    return path
+    file = read_calibration(loaded.path("calibration.file", name))
+    check_request(file, calibration_request(loaded))
+    return Given(file.path, file.origin)
 
 
-def _given_trace(job: Job) -> Path | None:
-    """The trace file that the recipe names, after checking that it fits and is complete; None if it names none."""
-    settings = job.loaded.recipe.step_cache
+def _given_trace(loaded: LoadedRecipe) -> Given | None:
+    """The trace file that the recipe names, after checking what it was asked and that it is complete; None if it names none."""
+    settings = loaded.recipe.step_cache
     if settings is None or settings.trace is None:
         return None
-    from fluxc.stepcache.file import check_complete, read_trace
-
-    path = job.loaded.folder / settings.trace
-    file = read_trace(path)
-    check_origin(file, job.files.digests, trace_request(job.loaded))
+    file = read_trace(loaded.path("step_cache.trace", settings.trace))
+    check_request(file, trace_request(loaded))
     check_complete(file)
-    return path
+    return Given(file.path, file.origin)

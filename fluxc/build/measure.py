@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fluxc.base.errors import BuildError, FluxError, RecipeError
+from fluxc.base.output import check_output, names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build.job import measuring
 from fluxc.build.requests import trace_request
@@ -22,6 +23,7 @@ def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: St
     An older calibration file at `out` is replaced; BuildError if something else is there. Hashes of the checkpoint and
     finished prompts are kept in `.fluxc/` beside `out`.
     """
+    check_output(out, "a calibration file")
     if out.exists():
         try:
             read_calibration(out)
@@ -59,12 +61,15 @@ def trace_to_file(
 def merge_to_file(paths: list[Path], out: Path) -> TraceFile:
     """Write the images of all `paths` as one trace; BuildError naming a file that does not belong to the others."""
     _check_replaceable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_trace(out, *merge_traces([read_trace(path) for path in paths]))
+    merged = merge_traces([read_trace(path) for path in paths])
+    with names_place("merge traces", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_trace(out, *merged)
     return read_trace(out)
 
 
 def _check_replaceable(out: Path) -> None:
+    check_output(out, "a trace file")
     if out.exists():
         try:
             read_trace(out)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxc.base.errors import RecipeError
+from fluxc.recipe.checks import SEEDS
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import StepCache
 
@@ -16,8 +17,10 @@ def calibration_request(loaded: LoadedRecipe) -> dict[str, Any]:
     """What the calibration pass is asked to do, with the prompts themselves."""
     recipe = loaded.recipe
     calibration, sampling = recipe.calibration, recipe.sampling
+    prompts = loaded.prompts("calibration.prompts", calibration.prompts)
+    _check_seeds("calibration.seed", calibration.seed, prompts)
     return {
-        "prompts": loaded.prompts("calibration.prompts", calibration.prompts),
+        "prompts": prompts,
         "steps": calibration.steps or sampling.steps,
         "guidance": sampling.guidance if calibration.guidance is None else calibration.guidance,
         "size": list(calibration.size or recipe.sizes[0]),
@@ -32,6 +35,7 @@ def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
     request = calibration_request(loaded) | {"steps": recipe.sampling.steps, "dtype": recipe.fidelity.reference}
     if settings.prompts is not None:
         request["prompts"] = loaded.prompts("step_cache.prompts", settings.prompts)
+        _check_seeds("calibration.seed", recipe.calibration.seed, request["prompts"])
     if len(request["prompts"]) < LEAST_PROMPTS:
         field = "calibration.prompts" if settings.prompts is None else "step_cache.prompts"
         raise RecipeError(
@@ -39,6 +43,21 @@ def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
             f"give at least {LEAST_PROMPTS}, better some dozens"
         )
     return request
+
+
+def held_out_prompts(loaded: LoadedRecipe) -> list[str]:
+    """The prompts that every target is compared with diffusers on."""
+    fidelity = loaded.recipe.fidelity
+    prompts = loaded.prompts("fidelity.prompts", fidelity.prompts)
+    _check_seeds("fidelity.seed", fidelity.seed, prompts)
+    return prompts
+
+
+def _check_seeds(field: str, seed: int, prompts: list[str]) -> None:
+    if seed + len(prompts) > SEEDS:
+        raise RecipeError(
+            f"{field}: {len(prompts)} prompts start from the seeds {seed}, {seed} + 1, ..., which must be less than 2^64"
+        )
 
 
 def cache_settings(loaded: LoadedRecipe) -> StepCache:
@@ -55,7 +74,7 @@ def judges_of(loaded: LoadedRecipe) -> dict[str, list[Path]]:
         name = getattr(fidelity, field)
         if name is None:
             continue
-        path = loaded.folder / name
+        path = loaded.path(f"fidelity.{field}", name)
         if not is_there(path):
             what = "file" if field == "lpips" else "folder"
             raise RecipeError(f"fidelity.{field}: there is no {what} {path}; weights are not downloaded")

@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 
 from fluxc.base.cache import StageCache, UnknownDigestError
+from fluxc.base.output import names_place
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
 
@@ -80,9 +81,11 @@ def folder_of(cache: StageCache, stage: Stage[Inputs, Result], digest: Callable[
 
 
 def run(cache: StageCache, stage: Stage[Inputs, Result]) -> Result:
-    """The result of `stage`: from the cache, or made."""
+    """The result of `stage`: from the cache, or made. BuildError where there is no room for it."""
     folder = folder_of(cache, stage)
-    return stage.load(cache.run(folder, stage.title, lambda path, report: stage.run(stage.inputs, path, report)))
+    with names_place(stage.title, cache.root):
+        made = cache.run(folder, stage.title, lambda path, report: stage.run(stage.inputs, path, report))
+    return stage.load(made)
 
 
 class NotBuiltError(Exception):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
 from fluxc.checkpoint.files import CheckpointFiles
 from fluxc.quantize.plan import LayerPlan
@@ -56,7 +57,7 @@ def run(inputs: SensitivityInputs, folder: Path, report: Report) -> None:
         inputs.budget,
         report,
     )
-    (folder / RESULT).write_text(json.dumps(measured, indent=1) + "\n")
+    (folder / RESULT).write_text(as_json(measured, "sensitivity", indent=1) + "\n")
 
 
 def load(folder: Path) -> dict[str, Any]:

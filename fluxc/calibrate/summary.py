@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from fluxc.base.console import new_console, new_table
 from fluxc.calibrate.amax import percentile
 from fluxc.calibrate.file import CalibrationFile
 from fluxc.calibrate.records import LayerInputs
@@ -31,15 +30,21 @@ def outliers(records: dict[str, LayerInputs], count: int = OUTLIERS) -> list[tup
 
 def print_calibration(file: CalibrationFile) -> None:
     """The distribution of inputs by kind of layer, then the outliers."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = new_console(width=160)
     request = file.origin.request
     console.print(
         f"{len(request['prompts'])} prompts, {request['steps']} steps, guidance {request['guidance']}; {file.origin.ran}"
     )
     for component, records in file.records.items():
-        table = Table(
-            "inputs of", "layers", "median", "99%", "99.9%", "99.99%", "largest", title=component, title_justify="left"
+        table = new_table(
+            "inputs of",
+            "layers",
+            "median",
+            "99%",
+            "99.9%",
+            "99.99%",
+            "largest",
+            title=component,
         )
         kinds: dict[str, list[LayerInputs]] = {}
         for layer, record in records.items():
@@ -49,8 +54,12 @@ def print_calibration(file: CalibrationFile) -> None:
             largest = max(record.amax for record in members)
             table.add_row(kind, str(len(members)), *(f"{figure:.3g}" for figure in (*figures, largest)))
         console.print(table)
-        table = Table(
-            "layer", "largest", "of its 99.9%", "channels", title=f"{component} outliers", title_justify="left"
+        table = new_table(
+            "layer",
+            "largest",
+            "of its 99.9%",
+            "channels",
+            title=f"{component} outliers",
         )
         for layer, amax, ratio, channels in outliers(records):
             table.add_row(layer, f"{amax:.4g}", f"{ratio:.1f}x", ", ".join(map(str, channels)))

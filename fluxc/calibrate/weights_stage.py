@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.components import WEIGHTS_FILE
@@ -60,8 +61,8 @@ def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
             "name": r.name,
             "format": r.format,
             "scales": inputs.scales if FORMATS[r.format].searches_scales else "max",
-            "snr_db": round(r.snr_db, 3),
-            "output_snr_db": None if r.output_snr_db is None else round(r.output_snr_db, 2),
+            "snr_db": _finite(r.snr_db, 3),
+            "output_snr_db": _finite(r.output_snr_db, 2),
         }
         for r in written
     ]
@@ -71,7 +72,12 @@ def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
         for e in inputs.plan
         if e.quantized_in_source
     ]
-    (folder / LAYERS).write_text(json.dumps(layers))
+    (folder / LAYERS).write_text(as_json(layers, f"{inputs.component} weights"))
+
+
+def _finite(decibels: float | None, digits: int) -> float | None:
+    """None too for what was quantized without any error, whose ratio has no bound."""
+    return None if decibels is None or decibels == math.inf else round(decibels, digits)
 
 
 def load(folder: Path) -> Path:

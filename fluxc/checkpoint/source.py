@@ -141,8 +141,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _expanded(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: {error}; write the whole path") from error
+
+
 def _resolve(source: str, revision: str | None, folder: Path) -> Path:
-    local = (folder / source).expanduser()
+    local = folder / _expanded(source)
     if local.is_dir():
         return local.resolve()
     if source.startswith((".", "/", "~")) or source.count("/") != 1:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fluxc.base.cache import cache_root
+from fluxc.base.console import new_console, new_table
+from fluxc.base.numbers import as_json as to_json
 from fluxc.build.job import Job, open_job
 from fluxc.build.stages import planned_stages
 from fluxc.checkpoint.components import WEIGHTS_FILE
@@ -56,9 +55,13 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
         "What an engine that computes in these formats holds; activations are not counted. "
         "(FP8 cut dev's memory by over 40%, NVIDIA reports.)"
     )
-    table = Table("target", "what it will do", title="targets", title_justify="left")
+    table = new_table(
+        "target",
+        "what it will do",
+        title="targets",
+    )
     for target in recipe.targets:
-        table.add_row(target.name, escape(kind_of(target.kind).describe(target)))
+        table.add_row(target.name, kind_of(target.kind).describe(target))
     console.print(table)
     for target in (target for target in recipe.targets if target.ranks > 1):
         for shards in context.shards(target):
@@ -73,9 +76,14 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
 
 def _stage_table(job: Job) -> Table:
     """Every stage of a build in order, and whether its result is in the cache."""
-    table = Table("stage", "part", "result", title="stages of a build here", title_justify="left")
+    table = new_table(
+        "stage",
+        "part",
+        "result",
+        title="stages of a build here",
+    )
     for step, found in planned_stages(job):
-        table.add_row(escape(step.name), step.part, found)
+        table.add_row(step.name, step.part, found)
     return table
 
 
@@ -110,7 +118,7 @@ def _auto_sentence(budget: Budget | None) -> str:
 def print_plan_json(loaded: LoadedRecipe, presets: bool) -> None:
     """The plan, or the comparison of presets, as one JSON document."""
     source = read_source(loaded)
-    print(json.dumps(presets_as_json(source) if presets else plan_as_json(loaded, source), indent=1))
+    print(to_json(presets_as_json(source) if presets else plan_as_json(loaded, source), "plan", indent=1))
 
 
 def print_presets(loaded: LoadedRecipe) -> None:
@@ -120,14 +128,13 @@ def print_presets(loaded: LoadedRecipe) -> None:
     figures = preset_figures(source)
     console.print(f"{loaded.recipe.name}: {source.checkpoint.pipeline_class} from {loaded.recipe.model.source}")
     unit, size = _unit(figures[0].memory)
-    table = Table(
+    table = new_table(
         "preset",
         "layers kept in bf16",
         "share of parameters",
         f"transformer weights, {unit}",
         "against bf16",
         title="presets, everything else nvfp4",
-        title_justify="left",
     )
     for row in figures:
         after = row.memory.planned
@@ -159,7 +166,7 @@ def print_prediction(loaded: LoadedRecipe | None, model: str, gpu: Gpu, counts: 
     subject = recipe_model(loaded, read_source(loaded)) if loaded else published_model(model)
     scaling = predict(subject, gpu, counts)
     if as_json:
-        print(json.dumps(scaling_as_json(scaling), indent=1))
+        print(to_json(scaling_as_json(scaling), "prediction", indent=1))
     else:
         console = new_console()
         print_scaling(console, scaling)
@@ -169,7 +176,7 @@ def print_prediction(loaded: LoadedRecipe | None, model: str, gpu: Gpu, counts: 
 
 def _layer_table(component: str, plan: list[LayerPlan]) -> Table:
     """Layers of the same kind, format and rule in one row, with their block numbers as ranges."""
-    table = Table(
+    table = new_table(
         "layer",
         "out x in",
         "format",
@@ -178,7 +185,6 @@ def _layer_table(component: str, plan: list[LayerPlan]) -> Table:
         "bytes before",
         "bytes after",
         title=component,
-        title_justify="left",
     )
     total = sum(entry.parameters for entry in plan)
     rows: dict[tuple[str, str, str, str], list[LayerPlan]] = {}
@@ -217,7 +223,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _format_table(component: str, plan: list[LayerPlan]) -> Table:
-    table = Table(
+    table = new_table(
         "format",
         "layers",
         "parameters",
@@ -225,7 +231,6 @@ def _format_table(component: str, plan: list[LayerPlan]) -> Table:
         "bytes before",
         "bytes after",
         title=f"{component} Linears",
-        title_justify="left",
     )
     total = sum(entry.parameters for entry in plan)
     for format, (layers, parameters, before, after) in sorted(summary_by_format(plan).items()):
@@ -237,8 +242,11 @@ def _format_table(component: str, plan: list[LayerPlan]) -> Table:
 
 def _widened_table(plan: list[LayerPlan]) -> Table:
     """Fusion groups that follow a rule for one of their members; those of the same kind and rule in one row."""
-    table = Table(
-        "fusion group", "follow", "decided by", title="widened to the whole fusion group", title_justify="left"
+    table = new_table(
+        "fusion group",
+        "follow",
+        "decided by",
+        title="widened to the whole fusion group",
     )
     rows: dict[tuple[str, tuple[str, ...], str], list[str]] = {}
     for group, (members, rule) in widened_groups(plan).items():
@@ -250,8 +258,11 @@ def _widened_table(plan: list[LayerPlan]) -> Table:
 
 
 def _component_table(source: Source) -> Table:
-    table = Table(
-        "component", "bytes in the checkpoint", "bytes in the bundle", title="weights files", title_justify="left"
+    table = new_table(
+        "component",
+        "bytes in the checkpoint",
+        "bytes in the bundle",
+        title="weights files",
     )
     for name, memory in memory_by_component(source).items():
         if name in WEIGHTS_FILE:
@@ -263,13 +274,12 @@ def _component_table(source: Source) -> Table:
 def _memory_table(components: dict[str, WeightsMemory]) -> Table:
     """Of what a bundle stores: of the text encoder only the layers that are needed."""
     unit, size = _unit(components["all"])
-    table = Table(
+    table = new_table(
         "component",
         "bf16",
         "all FP8",
         "this plan",
         title=f"weights in memory, {unit}, scales included",
-        title_justify="left",
     )
     for name, memory in components.items():
         fp8 = f"{memory.fp8 / size:.2f} ({memory.fp8_change:+.1%})"
@@ -281,9 +291,3 @@ def _memory_table(components: dict[str, WeightsMemory]) -> Table:
 def _unit(memory: WeightsMemory) -> tuple[str, int]:
     """A unit that suits the weights, and its bytes."""
     return ("GiB", 2**30) if memory.bf16 >= 2**30 else ("MiB", 2**20)
-
-
-def new_console() -> Console:
-    """Tables keep their full width when they are not shown on a terminal, so that they can be searched."""
-    console = Console()
-    return console if console.is_terminal else Console(width=180)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-from rich.markup import escape
-from rich.table import Table
-
-from fluxc.cli.describe import new_console
+from fluxc.base.console import new_console, new_table
 from fluxc.targets.registry import KINDS
 from fluxc.targets.tensorrt.library import LIBRARIES, installed_version
 from fluxrt.bundle import Bundle
@@ -27,8 +24,13 @@ def print_bundle(bundle: Bundle) -> None:
     console.print(
         f"sizes {sizes}; text {manifest.prompting.length} tokens; {sampling.steps} steps; guidance {sampling.guidance}"
     )
-    table = Table(
-        "component", "format", "layers", "bytes before", "bytes after", title="precision", title_justify="left"
+    table = new_table(
+        "component",
+        "format",
+        "layers",
+        "bytes before",
+        "bytes after",
+        title="precision",
     )
     totals: dict[tuple[str, str], list[int]] = {}
     for layer in manifest.precision:
@@ -38,8 +40,13 @@ def print_bundle(bundle: Bundle) -> None:
     for (component, format), (layers, before, after) in totals.items():
         table.add_row(component, format, str(layers), f"{before:,}", f"{after:,}")
     console.print(table)
-    table = Table(
-        "target", "velocity cosine", "image PSNR, mean", "worst", "SSIM", title="fidelity", title_justify="left"
+    table = new_table(
+        "target",
+        "velocity cosine",
+        "image PSNR, mean",
+        "worst",
+        "SSIM",
+        title="fidelity",
     )
     for target in manifest.targets:
         figures = manifest.fidelity.get("targets", {}).get(target.name, {"step_cosine": "not run"})
@@ -78,10 +85,15 @@ def print_targets(bundle: Bundle) -> None:
     obstacles = {target.name: obstacle(bundle, target, machine) for target in bundle.manifest.targets}
     able = [target for target in bundle.manifest.targets if obstacles[target.name] is None and target.gpus == 1]
     chosen = choose(bundle, machine)[0].name if able else None
-    table = Table("target", "runs here", "why", title=f"targets of {bundle.manifest.name}", title_justify="left")
+    table = new_table(
+        "target",
+        "runs here",
+        "why",
+        title=f"targets of {bundle.manifest.name}",
+    )
     for name, reason in obstacles.items():
         ready = "chosen" if name == chosen else "yes"
-        table.add_row(name, "no" if reason else ready, escape(reason or ""))
+        table.add_row(name, "no" if reason else ready, reason or "")
     new_console().print(table)
 
 
@@ -93,7 +105,7 @@ def print_doctor() -> None:
         "compile": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors"),
         "run onnxruntime targets": ("onnxruntime", "tokenizers", "numpy", "pillow"),
     }
-    table = Table("what", "ready", "with")
+    table = new_table("what", "ready", "with")
     for purpose, packages in needs.items():
         found = {name: _version(name) for name in packages}
         missing = [name for name, version in found.items() if version is None]
@@ -103,11 +115,15 @@ def print_doctor() -> None:
     for library in LIBRARIES.values():
         version = installed_version(library.kind)
         builds = "builds plans without a GPU" if library.builds_without_gpu else "builds plans on the GPU they are for"
-        how = version or escape(f"not installed; pip install 'fluxc[{library.extra}]'")
+        how = version or f"not installed; pip install 'fluxc[{library.extra}]'"
         table.add_row(f"build {library.kind} targets", "yes" if version else "no", f"{builds}; {how}")
     import onnxruntime
     import torch
 
+    from fluxc.formats.kernel_cache import kernel_folder
+
+    folder, notice = kernel_folder()
+    table.add_row("compiled kernels", "yes" if folder else "no", notice or f"kept in {folder}")
     providers = ", ".join(onnxruntime.get_available_providers())
     table.add_row("ONNX Runtime providers", "", providers)
     if torch.cuda.is_available():

@@ -68,7 +68,14 @@ def compare_target(
         image = _generate(pipeline, text, grid, guidance, trace, steps)
         images.append(image)
         pairs = list(zip(velocities, trace.velocities, strict=True))
-        for what, values in (("velocities", velocities), ("decoded latents", [decoded]), ("image", [image])):
+        made = {
+            "text embeddings": [text],
+            "prologue": list(prologue.values()),
+            "velocities": velocities,
+            "decoded latents": [decoded],
+            "image": [image],
+        }
+        for what, values in made.items():
             _check_finite(target, what, trace.prompt, values)
         rows.append(
             {
@@ -147,7 +154,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "decode_error": significant(max(row["decode_error"] for row in rows)),
         "image_psnr_db": significant(float(np.mean(psnrs))),
         "image_psnr_db_worst": significant(min(psnrs)),
-        "image_ssim": significant(float(np.mean(ssims))),
+        "image_ssim": None if None in ssims else significant(float(np.mean(ssims))),
         "prompts": [{key: rounded(value) for key, value in row.items()} for row in rows],
     }
 

@@ -6,6 +6,9 @@ import math
 
 import numpy as np
 
+SSIM_WINDOW = 11
+"""Pixels a side: 3.5 standard deviations, of 1.5 pixels, in each direction."""
+
 
 def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
     """|ours - reference| / |reference|, Euclidean norms over all elements, in float64."""
@@ -27,10 +30,13 @@ def psnr(ours: np.ndarray, reference: np.ndarray) -> float:
     return 120.0 if error < 1e-12 else -10 * math.log10(error)
 
 
-def ssim(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Structural similarity of images [height, width, 3] in 0..1 (Wang et al. 2004, Gaussian window)."""
+def ssim(ours: np.ndarray, reference: np.ndarray) -> float | None:
+    """Structural similarity of images [height, width, 3] in 0..1 (Wang et al. 2004, Gaussian window); None where the window,
+    11 pixels a side, does not fit in."""
     from skimage.metrics import structural_similarity
 
+    if min(reference.shape[:2]) < SSIM_WINDOW:
+        return None
     return float(
         structural_similarity(
             reference,

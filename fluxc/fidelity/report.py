@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from fluxc.base.numbers import as_json
 from fluxrt.pipeline import to_image
 
 
@@ -21,7 +21,7 @@ def write_report(folder: Path, figures: dict[str, Any], rows: dict[str, list[np.
     import jinja2
 
     (folder / "images").mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "report.json").write_text(as_json(figures, "report", indent=1) + "\n")
     for name, images in rows.items():
         for number, image in enumerate(images):
             to_image(image).save(folder / "images" / f"{name}-{number}.png")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
 from fluxc.fidelity.compare import compare_ranks, compare_target
 from fluxc.fidelity.reference_stage import read_references
@@ -71,4 +71,4 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
         for target in compared
         for number, reference in enumerate(references)
     ]
-    (folder / "images.json").write_text(json.dumps(recorded))
+    (folder / "images.json").write_text(as_json(recorded, "recorded images"))

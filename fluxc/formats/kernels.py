@@ -11,12 +11,15 @@ All of it is one file, because numba's cache on disk only looks at the file a co
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fluxc.formats.kernel_cache import kernel_folder
 
 LANES = 16
 # What a quotient must exceed to get the next E2M1 code, and last to have a sign at all. Ties go to the even code, so a
@@ -26,6 +29,8 @@ REACHED = np.array([False, True, False, True, False, True, False, False])
 # Up to here an fp32 quotient underflows to zero.
 UNDERFLOW = 2.0**-150
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+
+kernel = partial(njit, parallel=True, nogil=True, cache=kernel_folder()[0] is not None)
 
 # numba's OpenMP layer starts by setting how many threads OpenMP gives the thread it starts in. In the main thread that number
 # would be torch's too from the first kernel on, and torch rounds by it: images would depend on what ran before them.
@@ -280,7 +285,7 @@ def _from_e4m3(code):
     return np.float32(wide) * np.float32(0.001953125) if wide < np.uint32(8) else normal
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel()
 def block_amax(weights, block, out):
     """Largest magnitude pattern of every `block` elements of `weights` uint [rows, columns], into `out` [rows, blocks]."""
     rows, columns = weights.shape
@@ -306,7 +311,7 @@ def _value(typing, pattern):
     return types.float32(pattern), generate
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def e4m3_scales(amax, tensor_scale, out):
     """E4M3 codes of amax / (6 * tensor_scale): zero becomes 1, the rest lies in 2^-9..448.
 
@@ -322,7 +327,7 @@ def e4m3_scales(amax, tensor_scale, out):
             out[row, k] = _to_e4m3(exact)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel()
 def encode(weights, scales, table, codes):
     """E2M1 codes of `weights` uint [rows, columns] into `codes` uint8 [rows, columns/2], the low nibble the even column.
 
@@ -340,7 +345,7 @@ def encode(weights, scales, table, codes):
                 _store_codes(flat_weights, at, flat_table, limits, flat_codes, at // 2)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel()
 def decode(codes, steps, values, out):
     """fp32 `out` [rows, columns] = values[code] * step.
 
@@ -357,7 +362,7 @@ def decode(codes, steps, values, out):
                 out[row, 2 * j + 1] = values[byte >> 4] * step
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def search_scales(values, first, tensor_scale, below, above, fixed, out):
     """The E4M3 code of least squared error for every 16 elements, into `out` uint8 [rows, columns/16].
 
@@ -386,7 +391,7 @@ def search_scales(values, first, tensor_scale, below, above, fixed, out):
             out[row, k] = best
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel()
 def widen(patterns, out):
     """fp32 `out` [rows, columns] of bf16 `patterns` uint16 [rows, columns]."""
     rows, columns = patterns.shape
@@ -395,7 +400,7 @@ def widen(patterns, out):
             out[row, column] = _value(patterns[row, column])
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def to_e4m3(values, scales, out):
     """E4M3 codes of values / scale, saturating at 448: `values` fp32 [rows, columns], `scales` fp32 [rows or 1]."""
     rows, columns = values.shape
@@ -407,7 +412,7 @@ def to_e4m3(values, scales, out):
             out[row, column] = code | np.uint8((_bits(quotient) >> np.uint32(24)) & np.uint32(0x80))
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel()
 def from_e4m3(codes, scales, out):
     """fp32 `out` = E4M3 `codes` uint8 [rows, columns] times `scales` fp32 [rows or 1]."""
     rows, columns = codes.shape
@@ -419,7 +424,7 @@ def from_e4m3(codes, scales, out):
             out[row, column] = -magnitude if code & np.uint8(0x80) else magnitude
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel()
 def row_amax(patterns, mask, out):
     """The largest of `patterns & mask` in every row of `patterns` uint [rows, columns], into `out` [rows]."""
     rows, columns = patterns.shape
@@ -430,7 +435,7 @@ def row_amax(patterns, mask, out):
         out[row] = largest
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel()
 def coded_sums(values, codes, steps, sums):
     """Row by row into float64 `sums` [rows, 2]: the sum of v^2 and of (v - code * step)^2.
 
@@ -447,7 +452,7 @@ def coded_sums(values, codes, steps, sums):
         sums[row, 0], sums[row, 1] = signal, noise
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@kernel()
 def squared_sums(values, restored):
     """float64 (sum of values^2, sum of (values - restored)^2) of two fp32 arrays [rows, columns], row by row."""
     rows, columns = values.shape

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from statistics import median
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from fluxc.base.console import new_table
 from fluxc.predict.published import CALIBRATED_ON, STEPS, TEACACHE, calibrated, checked, steps_computed_with_teacache
 from fluxc.predict.rates import EXCHANGE_LATENCY, KERNEL_GAP
 from fluxc.predict.scaling import Prediction, RankMemory, Scaling, Subject
@@ -68,7 +68,7 @@ def _time_table(scaling: Scaling) -> Table:
     if subject.skipped:
         steps.append((f"{subject.skipped:g} steps skipped, s", subject.steps - subject.skipped))
     fewest = scaling.predictions[0]
-    table = Table(
+    table = new_table(
         "GPUs",
         "a step, ms",
         "GEMMs",
@@ -80,7 +80,6 @@ def _time_table(scaling: Scaling) -> Table:
         f"against {fewest.gpus}",
         "of ideal",
         title="predicted time",
-        title_justify="left",
     )
     for p in scaling.predictions:
         parts = (p.time.gemms, p.time.attention, p.time.memory, p.time.exchanges, p.time.launches)
@@ -98,7 +97,7 @@ def _time_table(scaling: Scaling) -> Table:
 def _memory_table(scaling: Scaling) -> Table:
     small = scaling.predictions[0].first.total < 2**30
     unit, size = ("MiB", 2**20) if small else ("GiB", 2**30)
-    table = Table(
+    table = new_table(
         "GPUs",
         "rank",
         f"weights, {unit}",
@@ -107,7 +106,6 @@ def _memory_table(scaling: Scaling) -> Table:
         "all",
         f"of {scaling.gpu.memory / 1e9:.0f} GB",
         title="predicted memory of each rank",
-        title_justify="left",
     )
     for p in scaling.predictions:
         for rank, memory in _ranks(p, scaling.subject):
@@ -128,7 +126,7 @@ def _ranks(prediction: Prediction, subject: Subject) -> list[tuple[str, RankMemo
 
 
 def _points_table() -> Table:
-    table = Table(
+    table = new_table(
         "published, FLUX.2-dev, 1024x1024, 50 steps",
         "published",
         "predicted",
@@ -136,12 +134,11 @@ def _points_table() -> Table:
         "error, calibrated without it",
         "read in",
         title="what it was calibrated on, and its error there",
-        title_justify="left",
     )
     for c in checked():
         unit = "" if c.point.unit == "x" else " "
         table.add_row(
-            escape(c.point.what),
+            c.point.what,
             f"{c.point.published:g}{unit}{c.point.unit}",
             f"{c.predicted:.3g}{unit}{c.point.unit}",
             f"{c.error:+.0%}",

@@ -73,7 +73,8 @@ class _Sums:
     @staticmethod
     def decibels(sums: np.ndarray) -> float:
         signal, noise = sums
-        return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf
+        # "not equal", so that a NaN is not taken for no error.
+        return math.inf if noise == 0 else 10 * float(np.log10(signal / noise))
 
 
 class _File:

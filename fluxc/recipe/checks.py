@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from fluxc.base.errors import RecipeError
+from fluxc.base.numbers import floats
 from fluxc.recipe.structs import LAGS, LEAST_STEPS, Recipe, most_skipped
 from fluxc.recipe.targets import Refuse
+
+SEEDS = 1 << 64
+"""Seeds are less than this; so is that of the last of several prompts."""
+MOST_STEPS = 1000
+LONGEST_SIDE = 16384
+"""Pixels."""
+LONGEST_TEXT = 32768
+"""Tokens."""
+MOST_GUIDANCE = 1000.0
+LONGEST_NAME = 200
+"""Characters; what a build makes beside the bundle is named after it, and a file's name has at most 255."""
+LEAST_SHARD_GIB = 2.0**-20
+BEST_PSNR_DB = 120.0
+"""What identical images get."""
+
+PATHS = (
+    "model.source",
+    "calibration.prompts",
+    "calibration.file",
+    "fidelity.prompts",
+    "fidelity.lpips",
+    "fidelity.image_text",
+    "step_cache.prompts",
+    "step_cache.trace",
+)
 
 
 def check_values(recipe: Recipe, path: Path) -> None:
@@ -16,12 +46,23 @@ def check_values(recipe: Recipe, path: Path) -> None:
     def refuse(field: str, why: str) -> None:
         raise RecipeError(f"{path}: {field}: {why}")
 
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.name):
-        refuse("name", f"{recipe.name!r} becomes a folder name; use letters, digits, '.', '_' and '-'")
+    for field, number in floats(msgspec.to_builtins(recipe)):
+        if not math.isfinite(number):
+            refuse(field, f"must be a finite number, got {number}")
+    for field in PATHS:
+        _check_path(field, _value(recipe, field), refuse)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.name) or len(recipe.name) > LONGEST_NAME:
+        refuse(
+            "name",
+            f"{recipe.name!r} becomes a folder name; use at most {LONGEST_NAME} letters, digits, '.', '_' and '-'",
+        )
     if not recipe.sizes:
         refuse("sizes", "give at least one [height, width]")
     if len(set(recipe.sizes)) != len(recipe.sizes):
         refuse("sizes", "a size appears twice")
+    for size in recipe.sizes:
+        if not all(1 <= side <= LONGEST_SIDE for side in size):
+            refuse("sizes", f"{list(size)} is not possible: height and width are from 1 to {LONGEST_SIDE} pixels")
     if recipe.calibration.size and recipe.calibration.size not in recipe.sizes:
         refuse("calibration.size", f"{list(recipe.calibration.size)} is not one of sizes")
     if not 0 < recipe.calibration.percentile <= 100:
@@ -30,11 +71,19 @@ def check_values(recipe: Recipe, path: Path) -> None:
         refuse(
             "calibration.algorithm", f"{recipe.calibration.algorithm!r} is modelopt's; set calibration.engine: modelopt"
         )
-    if recipe.text.length < 1:
-        refuse("text.length", f"must be at least 1, got {recipe.text.length}")
-    for field, steps in (("sampling.steps", recipe.sampling.steps), ("calibration.steps", recipe.calibration.steps)):
-        if steps is not None and steps < 1:
-            refuse(field, f"must be at least 1, got {steps}")
+    if not 1 <= recipe.text.length <= LONGEST_TEXT:
+        refuse("text.length", f"must be at least 1 and at most {LONGEST_TEXT}, got {recipe.text.length}")
+    for field in ("sampling.steps", "calibration.steps"):
+        steps = _value(recipe, field)
+        if steps is not None and not 1 <= steps <= MOST_STEPS:
+            refuse(field, f"must be at least 1 and at most {MOST_STEPS}, got {steps}")
+    for field in ("sampling.guidance", "calibration.guidance"):
+        guidance = _value(recipe, field)
+        if guidance is not None and not 0 <= guidance <= MOST_GUIDANCE:
+            refuse(field, f"must be at least 0 and at most {MOST_GUIDANCE:g}, got {guidance:g}")
+    for field in ("calibration.seed", "fidelity.seed"):
+        if not 0 <= _value(recipe, field) < SEEDS:
+            refuse(field, f"must be at least 0 and less than 2^64, got {_value(recipe, field)}")
     text, transformer = recipe.precision.text_encoder, recipe.precision.transformer
     if text.exclude == "auto" or text.budget:
         refuse(
@@ -54,8 +103,9 @@ def check_values(recipe: Recipe, path: Path) -> None:
         given = [value for value in (budget.share, budget.error) if value is not None]
         if len(given) != 1 or not 0 < given[0] < 1:
             refuse("precision.transformer.budget", "give either share or error, more than 0 and less than 1")
-    if recipe.weights.shard_gib is not None and not recipe.weights.shard_gib > 0:
-        refuse("weights.shard_gib", f"must be positive, got {recipe.weights.shard_gib}")
+    if recipe.weights.shard_gib is not None and not recipe.weights.shard_gib >= LEAST_SHARD_GIB:
+        refuse("weights.shard_gib", f"must be positive, 2^-20 (a KiB) or more, got {recipe.weights.shard_gib:g}")
+    _check_gates(recipe, refuse)
     if recipe.step_cache:
         _check_step_cache(recipe, refuse)
     elif recipe.gates.step_cache_psnr_db is not None:
@@ -63,6 +113,32 @@ def check_values(recipe: Recipe, path: Path) -> None:
     if not recipe.targets:
         refuse("targets", "give at least one, for example {kind: onnxruntime}")
     _check_targets(recipe, refuse)
+
+
+def _value(recipe: Recipe, field: str) -> Any:
+    """What the recipe says under a name with dots; None where it has no such part."""
+    found: Any = recipe
+    for part in field.split("."):
+        found = None if found is None else getattr(found, part)
+    return found
+
+
+def _check_path(field: str, path: str | None, refuse: Refuse) -> None:
+    if path is None:
+        return
+    if not path.strip():
+        refuse(field, "is empty; give a path")
+    if any(len(part.encode()) > 255 for part in path.split("/")) or len(path.encode()) >= 4096:
+        refuse(field, f"no file has so long a name: {path[:40]!r}...")
+
+
+def _check_gates(recipe: Recipe, refuse: Refuse) -> None:
+    """Refuse gates that no build can pass."""
+    gates = recipe.gates
+    for field, most in (("step_cosine", 1.0), ("image_psnr_db", BEST_PSNR_DB), ("step_cache_psnr_db", BEST_PSNR_DB)):
+        gate = getattr(gates, field)
+        if gate is not None and gate > most:
+            refuse(f"gates.{field}", f"is at most {most:g}, which what is identical gets; got {gate:g}")
 
 
 def _check_targets(recipe: Recipe, refuse: Refuse) -> None:
@@ -91,6 +167,8 @@ def _check_step_cache(recipe: Recipe, refuse: Refuse) -> None:
         )
     if cache.max_error is not None and not cache.max_error > 0:
         refuse("step_cache.max_error", f"must be more than 0, got {cache.max_error:g}")
+    if cache.min_r2 > 1:
+        refuse("step_cache.min_r2", f"must be at most 1, got {cache.min_r2:g}")
     if not 1 <= cache.degree <= 5:
         refuse("step_cache.degree", f"must be 1 to 5, got {cache.degree}")
     for field, least in (("first", 1), ("last", 0), ("max_consecutive_skips", 1)):
@@ -108,6 +186,8 @@ def _check_step_cache(recipe: Recipe, refuse: Refuse) -> None:
             "resemble each other; leave step_cache out, or raise sampling.steps",
         )
     most = most_skipped(steps, cache.first, cache.last, cache.max_consecutive_skips)
+    if most < 1:
+        refuse("step_cache", f"first and last compute all of the {steps} steps, so none can be skipped; lower them")
     wanted = [("skip", cache.skip)] if isinstance(cache.skip, float) else []
     wanted += [("frontier", max(cache.frontier))] if cache.frontier and cache.frontier != "auto" else []
     for field, count in wanted:

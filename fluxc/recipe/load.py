@@ -9,31 +9,64 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
-import yaml
 
 from fluxc.base.errors import RecipeError, nearest
 from fluxc.recipe.checks import check_values
+from fluxc.recipe.document import is_control, read_document
 from fluxc.recipe.structs import Recipe
 from fluxc.recipe.targets import TARGETS, Target
 
 
 class LoadedRecipe(msgspec.Struct, frozen=True):
-    """A recipe with the folder its relative paths start from."""
+    """A recipe with the folder its relative paths start from, and the prompt files that were read: each is read once."""
 
     recipe: Recipe
     folder: Path
+    files: dict[Path, list[str]] = {}
+
+    def path(self, field: str, file: str) -> Path:
+        """The file that the recipe names: relative to its folder, `~` is the home folder; RecipeError names `field`."""
+        try:
+            return self.folder / Path(file).expanduser()
+        except RuntimeError as error:
+            raise RecipeError(f"{field}: {file}: {error}; write the whole path") from error
 
     def prompts(self, field: str, file: str) -> list[str]:
         """The lines of a prompt file, without empty ones and `#` comments; RecipeError names `field`."""
-        path = self.folder / file
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{field}: cannot read {path}: {error}") from error
-        prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not prompts:
-            raise RecipeError(f"{field}: {path} holds no prompts; write one a line")
-        return prompts
+        path = self.path(field, file)
+        if path not in self.files:
+            self.files[path] = _read_prompts(field, path)
+        return list(self.files[path])
+
+
+def _read_prompts(field: str, path: Path) -> list[str]:
+    # A byte order mark is at the start of a file, and of each part of one that was put together from several.
+    try:
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"{field}: {path} is not a file; give a text file, one prompt a line")
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{field}: cannot read {path}: {_reason(error)}; give a text file, one prompt a line"
+        ) from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        prompt = line.strip("\ufeff").strip()
+        if not prompt or prompt.startswith("#"):
+            continue
+        odd = next((character for character in prompt if is_control(character) and character != "\t"), None)
+        if odd:
+            raise RecipeError(f"{field}: {path}, line {number}: holds the control character {odd!r}; take it out")
+        prompts.append(prompt)
+    if not prompts:
+        raise RecipeError(f"{field}: {path} holds no prompts; write one a line")
+    return prompts
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text ({error.reason} at byte {error.start})"
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe:
@@ -43,13 +76,13 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {_reason(error)}") from error
     try:
-        data = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+        data = read_document(text)
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields; see recipes/flux2-nano.yaml")
     for change in changes:
@@ -73,27 +106,14 @@ RENAMED = {"keep": "exclude", "longest_run": "max_consecutive_skips", "elsewhere
 """Fields of older recipes by what they are called now."""
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; this loader refuses them."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.YAMLError(f"the field {key!r} appears twice (line {key_node.start_mark.line + 1})")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _apply_change(data: dict[str, Any], change: str) -> None:
     where, equals, value = change.partition("=")
     if not equals or not where:
         raise RecipeError(f"--set {change}: write it as field.sub_field=value")
     try:
-        parsed = yaml.load(value, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {change}: the value is not valid YAML: {error}") from error
+        parsed = read_document(value, where)
+    except ValueError as error:
+        raise RecipeError(f"--set {change}: {error}") from error
     *parents, last = where.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})

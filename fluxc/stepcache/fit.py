@@ -69,10 +69,11 @@ def fit_polynomial(x: np.ndarray, y: np.ndarray, degree: int, constrained: bool)
 
 
 def quality(fit: Fit, x: np.ndarray, y: np.ndarray) -> Quality:
-    """How well `fit` predicts `y` from `x`; R2 is relative to the mean of these very points."""
+    """How well `fit` predicts `y` from `x`; R2 is relative to the mean of these very points, and 0 where `y` is
+    constant."""
     errors = y - fit(x)
     total = float(np.square(y - y.mean()).sum())
-    r2 = 1 - float(np.square(errors).sum()) / total if total > 0 else math.nan
+    r2 = 1 - float(np.square(errors).sum()) / total if total > 0 else 0.0
     return Quality(r2, float(np.sqrt(np.square(errors).mean())), float(np.abs(errors).max()))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from fluxc.base.numbers import check_finite
 from fluxc.base.progress import Report
 from fluxc.recipe.structs import StepCache as Settings
 from fluxrt.bundle import StepCache
@@ -29,6 +30,7 @@ def run(inputs: FitInputs, folder: Path, report: Report) -> None:
     from fluxc.stepcache.file import read_trace
 
     made = make_step_cache(inputs.settings, read_trace(inputs.trace).trace, inputs.size)
+    check_finite(msgspec.to_builtins(made), "step cache")
     (folder / RESULT).write_bytes(msgspec.json.encode(made, order="deterministic"))
 
 

@@ -6,7 +6,6 @@ those of the full run of the same target. A point is a folder: figures.json, and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from fluxc.base.numbers import significant
+from fluxc.base.numbers import as_json, significant
 from fluxc.fidelity.metrics import psnr, ssim
 from fluxc.recipe.structs import StepCache as Settings
 from fluxc.recipe.structs import most_skipped
@@ -99,7 +98,9 @@ def figures(
     `judged` holds further measures by image, see Judges.
     """
     psnrs = [psnr(ours, reference) for ours, reference in zip(images, full, strict=True)]
-    ssims = [ssim(ours, reference) for ours, reference in zip(images, full, strict=True)]
+    found = [ssim(ours, reference) for ours, reference in zip(images, full, strict=True)]
+    ssims = [similarity for similarity in found if similarity is not None]
+    fits = len(ssims) == len(found)
     return {
         "computed": round(float(np.mean([steps - len(left_out) for left_out in skipped])), 2),
         "psnr_db": significant(float(np.mean(psnrs))),
@@ -107,13 +108,13 @@ def figures(
         "psnr_db_worst": significant(min(psnrs)),
         "largest_difference": int(np.abs(np.rint(images * 255) - np.rint(full * 255)).max()),
         "worst_prompt": int(np.argmin(psnrs)),
-        "ssim": significant(float(np.mean(ssims)), 6),
-        "ssim_worst": significant(min(ssims), 6),
+        "ssim": significant(float(np.mean(ssims)), 6) if fits else None,
+        "ssim_worst": significant(min(ssims), 6) if fits else None,
         **{name: significant(float(np.mean([row[name] for row in judged]))) for name in judged[0]},
         "by_prompt": [
-            {"skipped": left_out, "psnr_db": significant(p), "ssim": significant(s, 6)}
+            {"skipped": left_out, "psnr_db": significant(p), "ssim": None if s is None else significant(s, 6)}
             | {name: significant(value) for name, value in row.items()}
-            for left_out, p, s, row in zip(skipped, psnrs, ssims, judged, strict=True)
+            for left_out, p, s, row in zip(skipped, psnrs, found, judged, strict=True)
         ],
     }
 
@@ -138,7 +139,7 @@ def measure_point(
         found[method] = figures(images, full, skipped, steps, judged) | {"policy": policy}
         if method in keep:
             kept[method] = images
-    (folder / "figures.json").write_text(json.dumps(found))
+    (folder / "figures.json").write_text(as_json(found, "step cache"))
     for method, images in kept.items():
         np.save(folder / f"{method}.npy", images)
 

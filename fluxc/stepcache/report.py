@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from fluxc.base.numbers import as_json
 from fluxc.fidelity.report import contact_sheet
 from fluxc.stepcache.frontier import METHODS, FrontierRequest
 from fluxrt.bundle import StepCache
@@ -59,7 +59,7 @@ def write_page(
         contact_sheet(onset).save(report / "images" / "step-cache-onset.png")
     plot(report / "step-cache.svg", request.steps, points, chosen)
     figures = {"target": target, "chosen": chosen, "frontier": {str(count): found for count, found in points.items()}}
-    (report / "step-cache.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (report / "step-cache.json").write_text(as_json(figures, "step cache", indent=1) + "\n")
     template = resources.files("fluxc.stepcache").joinpath("page.html.j2").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True).from_string(template)
     (report / "step-cache.html").write_text(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from fluxc.base.console import new_console, new_table
 from fluxc.stepcache.choose import occurrences
 from fluxc.stepcache.file import TraceFile
 from fluxrt.bundle import StepCache
@@ -13,15 +12,14 @@ from fluxrt.bundle import StepCache
 
 def print_trace(file: TraceFile) -> None:
     """How often changes of each size occurred, and what the residuals did there."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
+    console = new_console(width=120)
     request, trace = file.origin.request, file.trace
     height, width = request["size"]
     console.print(
         f"{len(file.images)} of {len(request['prompts'])} prompts, {request['steps']} steps at {height}x{width}, "
         f"guidance {request['guidance']}, {request['dtype']}; {file.origin.ran}"
     )
-    table = Table("change of the modulated input", "occurred", "mean change of the residual, by guidance branch")
+    table = new_table("change of the modulated input", "occurred", "mean change of the residual, by guidance branch")
     for found in occurrences(trace):
         low, high = found["change"]
         table.add_row(f"{low:.4g} to {high:.4g}", str(found["count"]), ", ".join(f"{r:.4g}" for r in found["residual"]))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from fluxc.base.cache import Made
+from fluxc.base.numbers import check_finite
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.components import weights_entry, weights_files, weights_tensors
 from fluxrt.bundle import Target, read_target
@@ -81,6 +82,7 @@ def weights_beside(folder: Path, weights: Mapping[str, Weights]) -> Iterator[Non
 
 def write_entry(folder: Path, entry: Target) -> None:
     """Write the target's manifest entry into its result folder."""
+    check_finite(msgspec.to_builtins(entry), f"target {entry.name}")
     (folder / ENTRY).write_bytes(msgspec.json.encode(entry, order="deterministic"))
 
 

@@ -21,6 +21,9 @@ from fluxrt.errors import BundleError
 FORMAT = "fluxc-bundle"
 FORMAT_VERSION = 6
 MANIFEST = "bundle.json"
+IGNORED = (".DS_Store", "Thumbs.db", "desktop.ini", ".directory")
+"""Files that file managers leave in any folder they show. No loader takes one for a part of a bundle; macOS's `._NAME` files
+are not among them, because a loader that looks for *.safetensors does."""
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -527,18 +530,27 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def verify_files(bundle: Bundle) -> None:
-    """Check the SHA-256 of every file in the manifest and that no other file lies in the bundle.
+    """Check the SHA-256 of every file in the manifest and that no other file lies in the bundle, but those in IGNORED.
 
     Raises BundleError naming every damaged or foreign file.
     """
     damaged = [name for name, file in bundle.manifest.files.items() if sha256_file(bundle.root / name) != file.sha256]
     known = {MANIFEST, *bundle.manifest.files}
-    present = {p.relative_to(bundle.root).as_posix() for p in bundle.root.rglob("*") if not p.is_dir()}
+    present = {
+        path.relative_to(bundle.root).as_posix()
+        for path in bundle.root.rglob("*")
+        if not is_ignored(path) and (path.is_symlink() or not path.is_dir())
+    }
     foreign = sorted(present - known)
     problems = [f"altered: {', '.join(sorted(damaged))}"] if damaged else []
     problems += [f"not listed in the manifest: {', '.join(foreign)}"] if foreign else []
     if problems:
         raise BundleError(f"{bundle.root}: {'; '.join(problems)}; copy the bundle again or rebuild it")
+
+
+def is_ignored(path: Path) -> bool:
+    """Whether `path` is a file manager's own file, not a link, which says nothing of the bundle it lies in."""
+    return path.name in IGNORED and path.is_file() and not path.is_symlink()
 
 
 def _check_format(path: Path, raw: bytes) -> None:

@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from fluxc.base.errors import BuildError
+from fluxc.base.output import check_output, names_place
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.graph import OPSET
 from fluxc.graph.values import inline, renamed
@@ -35,6 +36,7 @@ def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
         raise BuildError(
             f"{bundle.root}: no TensorRT target {target or ''} for one GPU in this bundle; it has: {known}"
         )
+    check_output(out, "an export", is_folder=True)
     if out.exists():
         raise BuildError(
             f"{out}: exists; give a folder that does not, so that nothing in it is taken for part of the export"
@@ -44,6 +46,11 @@ def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
         raise BuildError(
             f"{bundle.root}: the plans of this target have their weights baked in; export from a target with weights: bound"
         )
+    with names_place("export", out):
+        return _export(bundle, engine, out)
+
+
+def _export(bundle: Bundle, engine: Engine, out: Path) -> list[str]:
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=out.resolve().parent))
     try:

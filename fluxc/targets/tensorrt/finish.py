@@ -11,6 +11,7 @@ import msgspec
 import onnx
 
 from fluxc.base.errors import BuildError
+from fluxc.base.output import check_writable, names_place
 from fluxc.recipe.targets import TARGETS, TensorRTTarget
 from fluxc.targets.tensorrt.audit import Expected
 from fluxc.targets.tensorrt.build import build_audited, check_audits, plan_file
@@ -36,9 +37,12 @@ def finish_bundle(path: Path, target: str | None = None, find_gpu: FindGpu = fir
     if not left:
         yield f"{path}: nothing is left to build"
         return
+    check_writable(path)
+    check_writable(path.resolve().parent)
     gpu = find_gpu()
     finished = []
     with ExitStack() as stack:
+        stack.enter_context(names_place("finish", path))
         # Beside the bundle, so that a rename suffices, and not in it, where a foreign file would be one error more.
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".finish-", dir=path.resolve().parent)))
         for entry in left:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from rich.table import Table
 
+from fluxc.base.console import new_table
 from fluxrt.bundle import TensorRTTarget
 
 
@@ -15,7 +16,7 @@ def plan_table(target: TensorRTTarget) -> Table:
     built = f"{engine.library} {engine.version}" if engine.version else f"to be built by {engine.library} on the GPU"
     title = f"{target.name}: {built}, compute capability {', '.join(engine.compute_capabilities)}"
     title += f", finished on {engine.gpu} (driver {engine.driver})" if engine.gpu else ""
-    table = Table(
+    table = new_table(
         "plan",
         "runs",
         "GEMMs",
@@ -25,8 +26,8 @@ def plan_table(target: TensorRTTarget) -> Table:
         "weights copied a run",
         "working memory",
         "allowed faults",
+        title=title,
     )
-    table.title, table.title_justify = title, "left"
     runs = Counter(call.plan for program in engine.programs.values() for call in program.calls)
     for plan in engine.plans:
         found = engine.audit.get(plan)
