@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from conftest import NANO, QUICK, QWEN3_4B, RECIPE, hollow_checkpoint
+from fluxc.base.console import new_console, new_table
+from fluxc.base.progress import StageProgress
 from fluxc.cli.main import main
 from fluxc.quantize.presets import PRESETS
 from test_flux2_tables import KLEIN_4B
@@ -196,6 +200,70 @@ def test_an_unknown_recipe_field_exits_with_2(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "unknown field 'gatez'; did you mean 'gates'" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "pattern", ["re:.*[.]attn[.]to_[qkv]", "re:[/]?transformer_blocks.*", "re:(:smile:)?x_embedder"]
+)
+def test_plan_prints_patterns_as_they_are(pattern: str) -> None:
+    result = invoke("plan", RECIPE, "--set", f"precision.transformer.exclude=['{pattern}']")
+    assert result.exit_code == 0, result.output
+    assert pattern in result.output
+
+
+def test_no_text_is_cut_on_a_narrow_terminal() -> None:
+    pattern = "re:single_transformer_blocks[.](0|1|2|3|4|5)[.]attn[.]to_(qkv_mlp_proj|out)"
+    shown = Console(width=60, file=io.StringIO(), markup=False)
+    table = new_table("layer", "decided by", title="[bold]")
+    table.add_row("x", pattern)
+    shown.print(table)
+    output = shown.file.getvalue()
+    assert "[bold]" in output
+    assert "".join(line[4:].strip("│ ") for line in output.splitlines() if "│" in line).endswith(pattern)
+
+
+def test_titles_and_findings_are_printed_as_they_are() -> None:
+    console = new_console()
+    console.file, console._force_terminal = io.StringIO(), True
+    progress = StageProgress(console)
+    with progress.stage("build [/]? :smile:") as report:
+        report(1, 2, "[qkv]")
+    progress.cached("build [/]")
+    assert "build [/]? :smile:" in console.file.getvalue()
+    assert "cached build [/]" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("folder", "exists and is not a"),
+        ("file", "exists and is not a"),
+        ("link", "is a symbolic link"),
+        ("file/below", "is not a folder, so nothing can be written below it"),
+        ("b" * 300, "the name is longer than 200 bytes"),
+        ("/proc/none/x", "/proc"),
+        ("..", "give the name of a"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["build", "calibrate", "trace", "merge-traces"])
+def test_an_output_that_cannot_be_is_refused_before_any_work(
+    verb: str, name: str, expected: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "here"
+    place.mkdir()
+    (place / "folder").mkdir()
+    (place / "folder" / "note").write_text("mine")
+    (place / "file").write_text("mine")
+    (place / "link").symlink_to(tmp_path / "elsewhere")
+    before = sorted(place.rglob("*"))
+    subject = [tmp_path / "none"] if verb == "merge-traces" else [RECIPE, "--set", "model.source=./none"]
+    subject += ["--set", "sampling.steps=20", "--set", "step_cache={skip: auto}"] if verb == "trace" else []
+    result = invoke(verb, *subject, "--out", place / name)
+    assert result.exit_code == 1, result.output
+    assert expected in result.output
+    assert sorted(place.rglob("*")) == before
+    assert (place / "file").read_text() == "mine"
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_missing_checkpoint_exits_with_1(tmp_path: Path) -> None:

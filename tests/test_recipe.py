@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from conftest import RECIPE, ROOT
-from fluxc.base.errors import RecipeError
+from conftest import NANO, RECIPE, ROOT
+from fluxc.base.errors import CheckpointError, RecipeError
+from fluxc.build.bundle_writer import resolved_recipe
 from fluxc.build.job import open_job
+from fluxc.recipe.document import read_document
 from fluxc.recipe.load import load_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -126,6 +129,172 @@ def test_a_file_that_is_not_yaml_or_not_there_is_named(tmp_path: Path) -> None:
     path.write_text("- a")
     with pytest.raises(RecipeError, match="a recipe is a mapping"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("sampling.guidance=.nan", r"sampling\.guidance: must be a finite number, got \.nan \(line 1"),
+        ("sampling={guidance: .inf}", r"sampling\.guidance: must be a finite number"),
+        ("sampling.guidance=-1", r"sampling\.guidance: must be at least 0"),
+        ("sampling.guidance=1e999", r"sampling\.guidance: must be a finite number"),
+        ("calibration.guidance=1e9", r"calibration\.guidance: must be at least 0 and at most 1000"),
+        ("calibration.seed=-1", r"calibration\.seed: must be at least 0"),
+        ("fidelity.seed=-5", r"fidelity\.seed: must be at least 0 and less than 2\^64"),
+        (f"fidelity.seed={1 << 64}", r"fidelity\.seed: 18446744073709551616 has more than 64 bits"),
+        ("sampling.steps=100000", r"sampling\.steps: must be at least 1 and at most 1000"),
+        ("sizes=[[64, -64]]", r"sizes: \[64, -64\] is not possible"),
+        ("sizes=[[1048576, 64]]", r"sizes: .* from 1 to 16384 pixels"),
+        ("text.length=1000000", r"text\.length: must be at least 1 and at most"),
+        ("weights.shard_gib=1e-12", r"weights\.shard_gib: must be positive, 2\^-20"),
+        ("gates.step_cosine=1.5", r"gates\.step_cosine: is at most 1"),
+        ("gates.image_psnr_db=200", r"gates\.image_psnr_db: is at most 120"),
+        ("step_cache={max_error: .inf}", r"step_cache\.max_error: must be a finite number"),
+        ("step_cache={min_r2: 2}", r"step_cache\.min_r2: must be at most 1"),
+        (f"name={'a' * 300}", r"name: 'a+' becomes a folder name; use at most 200"),
+        (f"calibration.prompts={'a' * 300}", r"calibration\.prompts: no file has so long a name"),
+        ("model.source=''", r"model\.source: is empty"),
+        ('model.source="a\\0b"', r"model\.source: 'a\\x00b' holds a control character"),
+        ("targets=[{kind: tensorrt, memory_gib: .inf}]", r"targets\[0\]\.memory_gib: must be a finite number"),
+    ],
+)
+def test_a_number_or_word_that_no_build_could_use_is_refused(change: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(RECIPE, (change,))
+
+
+def test_too_few_steps_between_first_and_last_are_refused() -> None:
+    changes = ("sampling.steps=20", "step_cache={first: 10, last: 10}")
+    with pytest.raises(RecipeError, match=r"step_cache: first and last compute all of the 20 steps"):
+        load_recipe(RECIPE, changes)
+
+
+@pytest.mark.parametrize("field", ["calibration", "fidelity"])
+def test_the_seed_of_the_last_prompt_has_64_bits_too(field: str) -> None:
+    loaded = load_recipe(RECIPE, (f"{field}.seed={(1 << 64) - 2}",))
+    with pytest.raises(RecipeError, match=rf"{field}\.seed: \d+ prompts start from the seeds .* less than 2\^64"):
+        open_job(loaded, ROOT / "unused")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("yes", "yes"),
+        ("on", "on"),
+        ("1:30", "1:30"),
+        ("010", 10),
+        ("0o10", 8),
+        ("1_000", 1000),
+        ("1e3", 1000.0),
+        ("2026-01-01", "2026-01-01"),
+        ("[&a x, *a]", ["x", "x"]),
+        ("~", None),
+        ("", None),
+    ],
+)
+def test_a_document_is_yaml_1_2(text: str, value: object) -> None:
+    assert read_document(text) == value
+    assert type(read_document(text)) is type(value)
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("? [a]\n: 1", r"a list cannot be the name of a field \(line 1, column 3\)"),
+        ("? {a: b}\n: 1", "a mapping cannot be the name of a field"),
+        ("1: 2", "'1' cannot be the name of a field, which is a word"),
+        ("a: &x {b: 1}\nc: {<<: *x}", r"`<<` \(a merge key\) is not YAML 1\.2; write the fields out \(line 2"),
+        ("a: 1\nb: {c: 1, c: 2}", r"the field 'c' appears twice \(line 2, column 11\)"),
+        ("a: !!python/object:os.system x", "a tag .* means nothing in a recipe"),
+        ("%YAML 1.1\n---\na: yes", "recipes are YAML 1.2"),
+        ("a: 1\n---\nb: 2", "not valid YAML: .*another document"),
+        ("a: " + "[" * 5000, "nested more than 20 levels"),
+        ("- " * 5000 + "a", "nested more than 20 levels"),
+        (BOMB, "with its aliases written out it is more than 20,000 values"),
+        ("a: &a [*a]", "with its aliases written out"),
+        ("a: *b", "not valid YAML: found undefined alias 'b'"),
+        ("a: b\x07", r"not valid YAML: the character '\\x07' \(line 1\)"),
+        ('a: "\\ud800"', "a: .* holds a control character"),
+        ("a: {b: [1, .nan]}", r"a\.b\[1\]: must be a finite number"),
+        ("a: " + "9" * 400, "a: 9+ has more than 64 bits"),
+        ("x" * (1 << 20) + "x", "too many to be a recipe"),
+    ],
+)
+def test_a_document_that_could_mean_something_else_is_refused_where_it_stands(text: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        read_document(text)
+
+
+def test_steps_written_as_a_time_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(re.sub(r"steps: \d+", "steps: 1:30", RECIPE.read_text(), count=1))
+    with pytest.raises(RecipeError, match=r"Expected `int.*`, got `str` - at `.*steps`"):
+        load_recipe(path)
+
+
+def test_prompts_start_after_a_byte_order_mark_and_comments_may_be_indented(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(
+        b"\xef\xbb\xbf# a comment\r\n\xef\xbb\xbfa red circle\r\n   # another\n\ta blue ring \n" + "a\u2028b\n".encode()
+    )
+    loaded = load_recipe(RECIPE, (f"calibration.prompts={path}",))
+    assert loaded.prompts("calibration.prompts", str(path)) == ["a red circle", "a blue ring", "a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a red circle".encode("utf-16"), r"cannot read .*it is not UTF-8 text"),
+        (b"a red\x00circle\n", r"line 1: holds the control character '\\x00'"),
+        (b"", "holds no prompts"),
+        (None, "is not a file; give a text file, one prompt a line"),
+    ],
+)
+@pytest.mark.parametrize("field", ["calibration", "fidelity", "step_cache"])
+def test_prompt_files_are_read_before_the_checkpoint(
+    field: str, content: bytes | None, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    steps = ("sampling.steps=20", "step_cache={skip: auto}") if field == "step_cache" else ()
+    loaded = load_recipe(RECIPE, (*steps, f"{field}.prompts={path}", "model.source=./none"))
+    with pytest.raises(RecipeError, match=rf"{field}\.prompts: .*{expected}"):
+        open_job(loaded, tmp_path)
+
+
+def test_a_prompt_file_is_read_once(tmp_path: Path) -> None:
+    """The bundle records the prompts it was made with, whatever became of the file since."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\n")
+    loaded = load_recipe(RECIPE, (f"fidelity.prompts={path}",))
+    assert loaded.prompts("fidelity.prompts", str(path)) == ["a red circle"]
+    path.write_text("a blue ring\n")
+    assert resolved_recipe(loaded)["fidelity"]["prompts"] == ["a red circle"]
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "nano").symlink_to(NANO)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    loaded = load_recipe(RECIPE, ("model.source=~/nano", "fidelity.prompts=~/prompts.txt"))
+    job = open_job(loaded, tmp_path)
+    assert job.original.checkpoint.root == NANO.resolve()
+    assert job.held_out == ["a red circle"]
+    with pytest.raises(RecipeError, match=r"fidelity\.prompts: ~nobody-here/a: .*write the whole path"):
+        loaded.prompts("fidelity.prompts", "~nobody-here/a")
+
+
+@pytest.mark.parametrize("field", ["calibration.file", "step_cache.trace"])
+def test_given_measurements_are_read_before_the_checkpoint(field: str, tmp_path: Path) -> None:
+    changes = ("sampling.steps=20", "step_cache={skip: auto}", f"{field}={tmp_path / 'none'}", "model.source=./none")
+    with pytest.raises(CheckpointError, match=r"none: there is no such (calibration|trace) file"):
+        open_job(load_recipe(RECIPE, changes), tmp_path)
 
 
 def test_prompt_files_must_hold_prompts(tmp_path: Path) -> None:
