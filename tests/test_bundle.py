@@ -77,6 +77,25 @@ def test_a_file_nobody_listed_is_found(quick_copy: Path) -> None:
         verify_files(open_bundle(quick_copy))
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", ".directory"])
+def test_what_file_managers_leave_is_not_a_foreign_file(quick_copy: Path, name: str) -> None:
+    (quick_copy / "transformer" / name).write_bytes(b"x")
+    bundle = open_bundle(quick_copy)
+    verify_files(bundle)
+    (quick_copy / "transformer" / name).unlink()
+    (quick_copy / "transformer" / name).symlink_to("config.json")
+    with pytest.raises(BundleError, match=rf"not listed in the manifest: transformer/{name}"):
+        verify_files(bundle)
+
+
+@pytest.mark.parametrize("name", ["._config.json", ".DS_Store.safetensors", ".fseventsd", "THUMBS"])
+def test_every_other_foreign_file_is_found(quick_copy: Path, name: str) -> None:
+    """Among them macOS's `._` files: a loader that looks for *.safetensors takes `._model.safetensors` for weights."""
+    (quick_copy / "vae" / name).write_bytes(b"x")
+    with pytest.raises(BundleError, match=rf"not listed in the manifest: vae/{name}"):
+        verify_files(open_bundle(quick_copy))
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "a//b", "./a", "a\\b", ""])
 def test_a_path_that_leaves_the_bundle_is_refused(quick_copy: Path, name: str) -> None:
     reseal(quick_copy, lambda m: m["files"].update({name: {"size": 1, "sha256": "0" * 64}}))

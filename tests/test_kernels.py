@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from shutil import ignore_patterns
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import fluxc
+import fluxrt
 from conftest import NANO
 from fluxc.formats import cpu, fp8, mxfp4, nvfp4
 from fluxc.formats.constants import E2M1_VALUES
@@ -212,3 +217,32 @@ def test_kernels_leave_the_number_of_threads_that_torch_rounds_by(torch_first: b
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
     assert process.stdout.split() == [b"1"]
+
+
+def test_kernels_are_kept_in_a_temporary_folder_where_neither_package_nor_home_can_be_written(tmp_path: Path) -> None:
+    package = Path(
+        shutil.copytree(Path(fluxc.__file__).parent, tmp_path / "fluxc", ignore=ignore_patterns("__pycache__"))
+    )
+    # Where a file has the folder's name, root cannot write either.
+    (package / "formats" / "__pycache__").write_text("")
+    (tmp_path / "tmp").mkdir()
+    code = "from fluxc.formats import kernels, kernel_cache; print(*kernel_cache.kernel_folder(), sep='|')"
+    environment = os.environ | {"HOME": "/proc/none", "XDG_CACHE_HOME": "/proc/none", "TMPDIR": str(tmp_path / "tmp")}
+    environment["PYTHONPATH"] = f"{tmp_path}:{Path(fluxrt.__file__).parent.parent}"
+
+    def run(**more: str) -> str:
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | more,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return ran.stdout.strip()
+
+    folder = tmp_path / "tmp" / f"fluxc-kernels-{os.getuid()}"
+    assert run().startswith(f"{folder}|compiled kernels are kept in {folder}: neither fluxc's own folder nor")
+    folder.chmod(0o777)
+    assert run().startswith("None|kernels are compiled anew by each command")
+    assert "NUMBA_CACHE_DIR" not in run(NUMBA_CACHE_DIR=str(tmp_path / "chosen"))
