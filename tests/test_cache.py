@@ -244,6 +244,9 @@ def test_a_change_in_an_imported_module_changes_the_digest_and_one_elsewhere_doe
     assert code_digest("imported_here.stage") != before
 
 
+TRACED = ("sampling.steps=12", "step_cache={prompts: prompts/flux2-nano-calibration.txt}")
+
+
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize(
     ("changes", "says"),
@@ -251,7 +254,11 @@ def test_a_change_in_an_imported_module_changes_the_digest_and_one_elsewhere_doe
         (("text.length=4",), r"calibration\.prompts: the prompt .*compiled for 4"),
         (("fidelity.prompts=missing.txt",), r"fidelity\.prompts: cannot read"),
         (("step_cache={skip: 2}", "sampling.steps=12"), r"calibration\.prompts: 2 prompts are too few"),
-        (("fidelity.lpips=missing.pth",), r"fidelity\.lpips: there is no file"),
+        (("fidelity.lpips=missing.pth", *TRACED), r"fidelity\.lpips: there is no file"),
+        (("fidelity.image_text=empty", *TRACED), r"fidelity\.image_text: there is no folder"),
+        (("fidelity.lpips=missing.pth",), r"fidelity\.lpips: there is no step_cache in this recipe"),
+        (("fidelity.prompts=../tests",), r"fidelity\.prompts: .* is not a file"),
+        ((f"fidelity.seed={(1 << 64) - 1}",), r"fidelity\.seed: 2 prompts start from"),
         (("targets=[{kind: onnxruntime}, {kind: onnxruntime, gpus: 3}]",), r"targets\[1\]\.gpus: among 3 GPUs"),
     ],
 )

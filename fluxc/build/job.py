@@ -120,13 +120,20 @@ def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
 
 
 def check_machine(loaded: LoadedRecipe) -> None:
-    """Refuse what this machine lacks for a build, before anything long runs: libraries of targets, modelopt and its GPU."""
+    """Refuse what this machine lacks for a build, before anything long runs: libraries of targets, modelopt and its GPU, and
+    networks that judge images."""
     for target in loaded.recipe.targets:
         kind_of(target.kind).check_library()
     if loaded.recipe.calibration.engine == "modelopt":
         from fluxc.calibrate.modelopt import check_available
 
         check_available()
+    judges = judges_of(loaded)
+    if judges:
+        from fluxc.fidelity.perceptual import Judges
+
+        lpips, clip = judges.get("lpips"), judges.get("image_text")
+        Judges(lpips[0] if lpips else None, clip[0].parent if clip else None)
 
 
 def check_workshop(out: Path) -> None:

@@ -79,4 +79,6 @@ def judges_of(loaded: LoadedRecipe) -> dict[str, list[Path]]:
             what = "file" if field == "lpips" else "folder"
             raise RecipeError(f"fidelity.{field}: there is no {what} {path}; weights are not downloaded")
         found[field] = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+        if not found[field]:
+            raise RecipeError(f"fidelity.{field}: {path} is empty; give a CLIP model's folder")
     return found

@@ -108,8 +108,10 @@ def check_values(recipe: Recipe, path: Path) -> None:
     _check_gates(recipe, refuse)
     if recipe.step_cache:
         _check_step_cache(recipe, refuse)
-    elif recipe.gates.step_cache_psnr_db is not None:
-        refuse("gates.step_cache_psnr_db", "there is no step_cache in this recipe")
+    else:
+        for field in ("gates.step_cache_psnr_db", "fidelity.lpips", "fidelity.image_text"):
+            if _value(recipe, field) is not None:
+                refuse(field, "there is no step_cache in this recipe")
     if not recipe.targets:
         refuse("targets", "give at least one, for example {kind: onnxruntime}")
     _check_targets(recipe, refuse)
