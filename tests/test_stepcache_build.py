@@ -362,6 +362,8 @@ def test_too_few_prompts_are_refused_before_anything_runs(tmp_path: Path) -> Non
 def test_verbs_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, code, told in (
         (["trace", str(RECIPE), "--out", "x", "--part", "3/2"], 2, "'3/2' is not I/N"),
+        (["trace", str(RECIPE), "--out", "x", "--part", "\u00b2/2"], 2, "'\u00b2/2' is not I/N"),
+        (["trace", str(RECIPE), "--out", "x", "--part", f"1/{'9' * 5000}"], 2, "is not I/N"),
         (["trace", str(RECIPE), "--out", str(tmp_path / "x")], 2, "step_cache: this recipe has none"),
         (["merge-traces", str(tmp_path / "none"), "--out", str(tmp_path / "x")], 1, "there is no such trace file"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -96,10 +97,11 @@ def trace(recipe: Path, changes: tuple[str, ...], out: Path, device: str, part: 
     from fluxc.recipe.load import load_recipe
     from fluxc.stepcache.summary import print_trace
 
-    number, slash, parts = part.partition("/")
-    if not (slash and number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+    written = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", part)
+    number, parts = (int(written[1]), int(written[2])) if written else (0, 0)
+    if not 1 <= number <= parts:
         raise click.BadParameter(f"{part!r} is not I/N with I from 1 to N, for example 2/4", param_hint="--part")
-    print_trace(trace_to_file(load_recipe(recipe, changes), out, device, (int(number), int(parts)), StageProgress()))
+    print_trace(trace_to_file(load_recipe(recipe, changes), out, device, (number, parts), StageProgress()))
     click.echo(f"{out}")
 
 
