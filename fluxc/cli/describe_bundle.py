@@ -52,7 +52,7 @@ def print_bundle(bundle: Bundle) -> None:
         figures = manifest.fidelity.get("targets", {}).get(target.name, {"step_cosine": "not run"})
         keys = ("step_cosine", "image_psnr_db", "image_psnr_db_worst", "image_ssim")
         if target.name not in manifest.fidelity.get("ranks", {}):
-            table.add_row(target.name, *(str(figures.get(key, "")) for key in keys))
+            table.add_row(target.name, *("" if figures.get(key) is None else str(figures[key]) for key in keys))
     console.print(table)
     for name, figures in manifest.fidelity.get("ranks", {}).items():
         console.print(
