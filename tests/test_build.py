@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,14 @@ from safetensors.torch import load_file
 from conftest import QUICK, RECIPE, RecordingProgress, compile_into, contents, quantized_by_modelopt, seed_cache
 from fluxc.base.cache import ENVIRONMENT, locked
 from fluxc.base.errors import BuildError, GateError, RecipeError
+from fluxc.build import build as build_module
 from fluxc.fidelity.compare import _check_finite
-from fluxc.fidelity.gates import check_gates
+from fluxc.fidelity.gates import check_gates, check_stages, stage_bounds
 from fluxc.fidelity.verify import verify_bundle
+from fluxc.models.base import Linear
+from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.structs import Gates
+from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxrt.bundle import open_bundle
 
 
@@ -46,6 +52,16 @@ def test_nothing_runs_when_nothing_changed(own: Path) -> None:
     compile_into(own, *QUICK, progress=progress)
     assert progress.ran == ["hash checkpoint"]
     assert {p: p.stat().st_mtime_ns for p in own.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_build_that_changes_nothing_reads_no_weights_again(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It links the bundle's weights to where it puts the bundle together, which changes a file's times."""
+    compile_into(own, *QUICK)
+    hashed, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    compile_into(own, *QUICK)
+    assert [name for name in hashed if name.endswith(".safetensors")] == []
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -296,6 +312,69 @@ def test_a_figure_that_is_nan_misses_its_gate() -> None:
     with pytest.raises(GateError, match="layer nan dB"):
         check_gates(Gates(layer_snr_db=15), {"layer": float("nan")}, {})
     check_gates(Gates(step_cosine=0.9), {}, {"target": {"step_cosine": 0.9}})
+
+
+def entry(component: str, name: str, format: str) -> LayerPlan:
+    return LayerPlan(component, Linear(name, 32, 32), format, "default", 2048)
+
+
+PLAIN = {"text_encoder": [entry("text_encoder", "model.layers.0.mlp.up_proj", "bf16")], "transformer": []}
+OF_FP32 = {"text_error": 1e-5, "prologue_error": 1e-5, "decode_error": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("figure", "error", "stage"),
+    [
+        ("text_error", 1.78, "text encoder"),
+        ("text_error", 0.05, "text encoder"),
+        ("prologue_error", 0.02, "prologue"),
+        ("decode_error", 0.002, "decoder"),
+        ("decode_error", float("nan"), "decoder"),
+    ],
+)
+def test_an_error_that_rounding_does_not_explain_fails_whatever_the_gates(
+    figure: str, error: float, stage: str
+) -> None:
+    bounds = {"onnxruntime": stage_bounds(OnnxRuntimeTarget(), "float32", PLAIN)}
+    check_stages({"onnxruntime": OF_FP32}, bounds)
+    with pytest.raises(
+        GateError, match=rf"target onnxruntime: the {stage} is {error} from diffusers.*float32 explains"
+    ):
+        check_stages({"onnxruntime": {**OF_FP32, figure: error}}, bounds)
+
+
+def test_what_rounding_explains_follows_dtypes_and_formats() -> None:
+    target = OnnxRuntimeTarget()
+    fp8 = {**PLAIN, "text_encoder": [entry("text_encoder", "model.layers.0.mlp.up_proj", "fp8")]}
+    nvfp4 = [entry("transformer", name, "nvfp4") for name in ("transformer_blocks.0.attn.to_k", "proj_out")]
+    prologue = [entry("transformer", "x_embedder", "nvfp4")]
+    errors = [
+        {figure: bound.error for figure, bound in stage_bounds(target, reference, plans).items()}
+        for reference, plans in [
+            ("float32", PLAIN),
+            ("bfloat16", PLAIN),
+            ("float32", fp8),
+            ("float32", {**PLAIN, "transformer": nvfp4}),
+            ("float32", {**PLAIN, "transformer": prologue}),
+        ]
+    ]
+    assert [found["text_error"] for found in errors] == [1e-3, 0.15, 0.3, 1e-3, 1e-3]
+    assert [found["prologue_error"] for found in errors] == [1e-3, 0.15, 1e-3, 1e-3, 0.6]
+    assert [found["decode_error"] for found in errors] == [1e-3, 0.15, 1e-3, 1e-3, 1e-3]
+    on_gpu = stage_bounds(OnnxRuntimeTarget(device="cuda", dtype="float16"), "float32", PLAIN)
+    assert on_gpu["text_error"].error == 0.02
+
+
+@pytest.mark.usefixtures("quick_bundle")
+def test_no_bundle_is_written_of_a_stage_at_fault(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one whose reference read other weights; here rounding is to explain next to nothing."""
+    compared = build_module.stage_bounds
+    monkeypatch.setattr(
+        build_module, "stage_bounds", lambda *of: {k: replace(b, error=1e-9) for k, b in compared(*of).items()}
+    )
+    with pytest.raises(GateError, match=r"the text encoder is .* from diffusers"):
+        compile_into(workshop / "at-fault", *QUICK)
+    assert not (workshop / "at-fault").exists()
 
 
 def test_a_target_that_computes_nan_is_named() -> None:

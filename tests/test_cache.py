@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, RECIPE, RecordingProgress, compile_into, copy_checkpoint
 from fluxc.base import imports
-from fluxc.base.cache import KEEP_BYTES, LOCKS, Made, StageCache
-from fluxc.base.errors import CheckpointError, RecipeError
+from fluxc.base.cache import KEEP_BYTES, LOCKS, Made, StageCache, UnknownDigestError
+from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.imports import closure, code_digest
-from fluxc.build.job import open_job
-from fluxc.build.runner import fingerprint
+from fluxc.build.job import hash_checkpoint, open_job
+from fluxc.build.runner import Stage, fingerprint
+from fluxc.build.runner import run as run_stage
 from fluxc.build.stages import exports
+from fluxc.checkpoint.files import ComponentFiles
 from fluxc.fidelity.stage import CompareInputs, Draft
 from fluxc.models.qwen3 import Qwen3
 from fluxc.quantize.source import read_source
@@ -146,6 +151,158 @@ def test_two_builds_make_a_result_once(tmp_path: Path) -> None:
     assert len(times) == 1
     assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")] == []
     assert (tmp_path / LOCKS).is_dir()
+
+
+@pytest.fixture
+def hashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StageCache, list[str]]:
+    """A cache, and the files it reads to hash them."""
+    hashed, digest_of = [], hashlib.file_digest
+
+    def recorded(file: BinaryIO, name: str) -> Any:
+        hashed.append(Path(file.name).name)
+        return digest_of(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", recorded)
+    return StageCache(tmp_path / "cache", RecordingProgress()), hashed
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("way", ["written in place", "put in its place"])
+def test_a_file_of_the_same_name_size_and_time_is_hashed_again(
+    tmp_path: Path, hashing: tuple[StageCache, list[str]], way: str
+) -> None:
+    """As `cp -p` leaves it, which keeps the time and, of an existing file, the inode."""
+    cache, hashed = hashing
+    path, other = tmp_path / "weights", tmp_path / "other"
+    path.write_bytes(b"one")
+    before = path.stat()
+    assert [cache.file_digest(path) for _ in range(3)] == [sha256(b"one")] * 3
+    assert hashed == ["weights"]
+    if way == "written in place":
+        path.write_bytes(b"two")
+    else:
+        other.write_bytes(b"two")
+        other.replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert cache.file_digest(path) == sha256(b"two")
+
+
+def test_weights_changed_under_the_same_size_and_time_are_another_checkpoint(tmp_path: Path) -> None:
+    checkpoint = copy_checkpoint(tmp_path / "checkpoint")
+    file = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    digests = []
+    for _ in range(2):
+        job = open_job(load_recipe(RECIPE, (*QUICK, f"model.source={checkpoint}")), tmp_path / "cache")
+        with StageCache(job.root, RecordingProgress()) as cache:
+            hash_checkpoint(cache, job)
+        assert job.digests is not None
+        digests.append(job.digests["vae"][file.name])
+        content, stat = bytearray(file.read_bytes()), file.stat()
+        content[-1] ^= 1
+        file.write_bytes(content)
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert digests[0] != digests[1]
+
+
+def test_the_hash_of_a_file_is_known_after_links_to_it_come_and_go(
+    tmp_path: Path, hashing: tuple[StageCache, list[str]]
+) -> None:
+    cache, hashed = hashing
+    path, link = tmp_path / "weights", tmp_path / "link"
+    path.write_bytes(b"one")
+    expected = cache.file_digest(path)
+    with cache.relinking([path]):
+        link.hardlink_to(path)
+    assert cache.known_digest(link) == expected
+    with cache.relinking([link]):
+        path.unlink()
+    assert cache.known_digest(link) == expected
+    assert hashed == ["weights"]
+    with cache.relinking([link]):
+        stat = link.stat()
+        link.write_bytes(b"two")
+        os.utime(link, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert cache.file_digest(link) == sha256(b"two")
+
+
+def test_a_file_whose_next_change_might_leave_no_trace_is_hashed_every_time(
+    tmp_path: Path, hashing: tuple[StageCache, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock went back an hour, or belongs to a server that is ahead."""
+    cache, hashed = hashing
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() - 3600 * 10**9)
+    assert [cache.file_digest(path) for _ in range(2)] == [sha256(b"one")] * 2
+    assert hashed == ["weights", "weights"]
+    with pytest.raises(UnknownDigestError):
+        cache.known_digest(path)
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    cache, path = StageCache(tmp_path / "cache", RecordingProgress()), tmp_path / "weights"
+    path.write_bytes(b"a")
+    left, digest_of = list(range(times)), hashlib.file_digest
+
+    def disturbed(file: BinaryIO, name: str) -> Any:
+        found = digest_of(file, name)
+        if left:
+            left.pop()
+            path.write_bytes(path.read_bytes() + b"a")
+        return found
+
+    monkeypatch.setattr(hashlib, "file_digest", disturbed)
+    if times == 1:
+        assert cache.file_digest(path) == sha256(b"aa")
+    else:
+        with pytest.raises(BuildError, match="weights: it changes while it is read"):
+            cache.file_digest(path)
+
+
+def test_a_note_that_was_cut_short_is_no_hash(tmp_path: Path) -> None:
+    cache, path = StageCache(tmp_path / "cache", RecordingProgress()), tmp_path / "weights"
+    path.write_bytes(b"one")
+    cache.file_digest(path)
+    for note in (tmp_path / "cache" / "digests").iterdir():
+        note.write_text("")
+    assert cache.file_digest(path) == sha256(b"one")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Inputs of a stage that reads files."""
+
+    given: Path
+    files: ComponentFiles
+
+
+@pytest.mark.parametrize("name", ["given", "weights"])
+def test_a_stage_whose_files_changed_while_it_ran_has_no_result(tmp_path: Path, name: str) -> None:
+    """Its key names the files as they were; the next build would take the result for one of those."""
+    for file in ("given", "weights"):
+        (tmp_path / file).write_text("before")
+
+    def work(inputs: Reading, folder: Path, report: object) -> None:
+        (folder / "result").write_text((tmp_path / name).read_text())
+        (tmp_path / name).write_text("after")
+
+    work.__module__ = "fluxc.graph.stage"
+    with StageCache(tmp_path / "cache", RecordingProgress()) as cache:
+        digests = {tmp_path / "weights": cache.file_digest(tmp_path / "weights")}
+        stage = Stage(
+            "stage", "read files", Reading(tmp_path / "given", ComponentFiles(digests)), work, lambda path: path
+        )
+        with pytest.raises(BuildError, match=rf"{name}: it changed while the build read it \(read files\)"):
+            run_stage(cache, stage)
+        assert list((tmp_path / "cache").glob("stage-*")) == []
 
 
 def test_the_comparison_depends_on_the_layers_figures(quick_bundle: Path) -> None:

@@ -5,6 +5,9 @@
    where it stopped. It is sealed with the hashes of its files, so one that was edited is noticed and made again.
 3. Several processes may use one cache: a result is made under a lock of its own, and whoever else wants it waits for it.
 4. Pruning never drops what a bundle in this cache was last built from, nor what a running build uses.
+5. A file's hash is remembered for its size, its times of modification and of status change, device and inode. The second time
+   cannot be set, so a file that is put in place of another under the same name, size and time is read again. A file that
+   changed so recently that a further change might leave no trace is hashed and not remembered.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +37,11 @@ PROGRESS = "progress"
 LOCKS = "locks"
 USED = "used"
 ENVIRONMENT = "FLUXC_CACHE"
+TICK_NS = 20_000_000
+"""Two changes of a file that lie this far apart have different times: twice the longest tick of a kernel's clock."""
+COARSE_TICK_NS = 2_000_000_000
+"""The same where a file system keeps whole seconds."""
+READS = 3
 KEEP_BYTES = 8 << 30
 """Of results that no bundle's last build used, the most recent ones are kept up to this size."""
 TOOLS = (
@@ -166,8 +175,11 @@ class StageCache:
         """
         needed = set(self.used)
         for note in (self.root / USED).glob("*.json"):
-            entry = json.loads(note.read_text())
-            if Path(entry["owner"]).exists():
+            try:
+                entry = json.loads(note.read_text())
+            except ValueError:
+                entry = None
+            if entry and Path(entry["owner"]).exists():
                 needed.update(entry["results"])
             else:
                 note.unlink()
@@ -187,25 +199,55 @@ class StageCache:
                 self._drop(leftover)
 
     def file_digest(self, path: Path) -> str:
-        """SHA-256 of `path`, remembered for as long as its size, modification time and inode stay the same."""
-        note = self._note(path)
-        if note.is_file():
-            return note.read_text()
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        _write(note, digest)
-        return digest
+        """SHA-256 of `path`, remembered for as long as nothing was done to the file (rule 5)."""
+        for _ in range(READS):
+            before, settled = _settled(path)
+            known = self._known(before)
+            if known is not None:
+                return known
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                after = os.fstat(file.fileno())
+            if _identity(before) == _identity(after) == _identity(path.stat()):
+                if settled:
+                    _write(self._note(before), digest)
+                return digest
+        raise BuildError(
+            f"{path}: it changes while it is read; wait until whatever writes it is done, then build again"
+        )
 
     def known_digest(self, path: Path) -> str:
         """The SHA-256 of `path` if it is remembered; UnknownDigestError otherwise, for who must not read whole files."""
-        note = self._note(path)
-        if not note.is_file():
+        known = self._known(path.stat())
+        if known is None:
             raise UnknownDigestError(str(path))
-        return note.read_text()
+        return known
 
-    def _note(self, path: Path) -> Path:
-        stat = path.stat()
-        return self.root / "digests" / key_of([stat.st_size, stat.st_mtime_ns, stat.st_dev, stat.st_ino])
+    @contextmanager
+    def relinking(self, files: Iterable[Path]) -> Iterator[None]:
+        """While the body makes or removes links to `files`: what was known of them stays known.
+
+        A link changes the time of status change and nothing else.
+        """
+        stats = {file: file.stat() for file in files}
+        yield
+        for file, before in stats.items():
+            known = self._known(before)
+            if known is None or not file.exists():
+                continue
+            after, settled = _settled(file)
+            if settled and _identity(after)[1:] == _identity(before)[1:]:
+                _write(self._note(after), known)
+
+    def _known(self, stat: os.stat_result) -> str | None:
+        try:
+            known = self._note(stat).read_text()
+        except OSError:
+            return None
+        return known if len(known) == 64 else None
+
+    def _note(self, stat: os.stat_result) -> Path:
+        return self.root / "digests" / key_of(_identity(stat))
 
     def _results(self) -> list[Path]:
         return [
@@ -274,6 +316,27 @@ def locked(out: Path) -> Iterator[Path]:
         for leftover in folder.glob(f".{out.name}.*"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield folder
+
+
+def _identity(stat: os.stat_result) -> list[int]:
+    """What says that a file is the same as before; the time of status change first, which every link changes."""
+    return [stat.st_ctime_ns, stat.st_mtime_ns, stat.st_size, stat.st_dev, stat.st_ino]
+
+
+def _settled(path: Path) -> tuple[os.stat_result, bool]:
+    """What the file system says of `path`, and whether a change from now on would show in it; waits for a tick if need be."""
+    stat = path.stat()
+    coarse = not (stat.st_ctime_ns % 1_000_000_000 or stat.st_mtime_ns % 1_000_000_000)
+    tick = COARSE_TICK_NS if coarse else TICK_NS
+    for _ in range(READS):
+        left = stat.st_ctime_ns + tick - time.time_ns()
+        if left <= 0:
+            return stat, True
+        if left > TICK_NS:
+            break
+        time.sleep(left / 1e9)
+        stat = path.stat()
+    return stat, False
 
 
 def _size(folder: Path) -> int:

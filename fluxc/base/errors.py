@@ -25,7 +25,7 @@ class BuildError(FluxError):
 
 
 class GateError(FluxError):
-    """The build finished, but the result is worse than the recipe's gates allow."""
+    """The build finished, but the result is worse than the recipe's gates, or any, allow."""
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:

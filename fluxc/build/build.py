@@ -19,7 +19,7 @@ from fluxc.build.job import Job, check_machine, check_prompts, check_workshop, h
 from fluxc.build.runner import Results, run_steps
 from fluxc.build.stages import DRAFT, comparing, layers_of, provenance_tools, sampling_entry, steps
 from fluxc.checkpoint.components import WEIGHTS_FILE
-from fluxc.fidelity.gates import check_gates
+from fluxc.fidelity.gates import check_gates, check_stages, stage_bounds
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.stepcache.summary import step_cache_lines
 from fluxc.targets.parts import Weights
@@ -54,7 +54,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
             try:
                 _make_bundle(cache, job, prompting, results, staging, out, until == "fidelity")
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                with cache.relinking(bundle_writer.linked_files(out)):
+                    shutil.rmtree(staging, ignore_errors=True)
         if until not in (None, "bundle"):
             return None
         cache.remember(str(out.resolve()))
@@ -91,6 +92,9 @@ def _make_bundle(
     if "frontier" in results:
         cached = json.loads((folders[1] / "report" / "step-cache.json").read_text())["chosen"]
     snr = {layer["name"]: layer["snr_db"] for layer in layers_of(results) if layer["snr_db"] is not None}
+    plans = job.source(results).plans
+    bounds = {target.name: stage_bounds(target, recipe.fidelity.reference, plans) for target in recipe.targets}
+    check_stages(figures["targets"], bounds)
     check_gates(recipe.gates, snr, figures["targets"], cached)
     if compare_only:
         return
@@ -105,7 +109,7 @@ def _make_bundle(
         bundle_writer.leave_weights(weights, out, cache)
         cache.progress.cached(f"bundle {out.name}")
         return
-    bundle_writer.finish(staging, out, manifest)
+    bundle_writer.finish(staging, out, manifest, cache)
     bundle_writer.leave_weights(weights, out, cache)
 
 

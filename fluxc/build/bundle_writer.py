@@ -123,7 +123,7 @@ def is_current(out: Path, manifest: format.Manifest, cache: StageCache) -> bool:
     return existing.digest == format.manifest_digest(manifest) and files_of(out, cache) == existing.files
 
 
-def finish(staging: Path, out: Path, manifest: format.Manifest) -> None:
+def finish(staging: Path, out: Path, manifest: format.Manifest, cache: StageCache) -> None:
     """Write the manifest and put the finished bundle in place of `out`."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     stamped = msgspec.structs.replace(manifest.provenance, built_at=now)
@@ -132,7 +132,7 @@ def finish(staging: Path, out: Path, manifest: format.Manifest) -> None:
     (staging / format.MANIFEST).write_bytes(format.encode_manifest(manifest))
     staging.chmod(0o755)
     _sync(staging)
-    _replace(staging, out)
+    _replace(staging, out, cache)
 
 
 def leave_weights(weights: Mapping[str, Weights], out: Path, cache: StageCache) -> None:
@@ -146,7 +146,13 @@ def leave_weights(weights: Mapping[str, Weights], out: Path, cache: StageCache) 
                 link = cached.with_name(f".{cached.name}.link")
                 link.unlink(missing_ok=True)
                 link.symlink_to(os.path.relpath(owned, cached.parent))
-                link.replace(cached)
+                with cache.relinking([owned]):
+                    link.replace(cached)
+
+
+def linked_files(folder: Path) -> list[Path]:
+    """The files of `folder` that have other names too."""
+    return [path for path in folder.rglob("*") if not path.is_symlink() and path.is_file() and path.stat().st_nlink > 1]
 
 
 def _take_weights(cached: Path, target: Path, cache: StageCache, out: Path) -> None:
@@ -160,7 +166,8 @@ def _take_weights(cached: Path, target: Path, cache: StageCache, out: Path) -> N
     ours = source.is_relative_to(out.resolve())
     own_cache = cache.root == beside(out) and source.is_relative_to(cache.root)
     if ours or (own_cache and source.stat().st_nlink == 1):
-        link_or_copy(source, target)
+        with cache.relinking([source]):
+            link_or_copy(source, target)
     else:
         shutil.copyfile(source, target)
     sealed = json.loads((cached.parent / SEAL).read_text())[cached.name]
@@ -177,7 +184,7 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _replace(staging: Path, out: Path) -> None:
+def _replace(staging: Path, out: Path, cache: StageCache) -> None:
     """Put the finished bundle in place; an older one is moved aside first and removed last."""
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = None
@@ -191,4 +198,5 @@ def _replace(staging: Path, out: Path) -> None:
             (aside / out.name).replace(out)
         raise
     if aside:
-        shutil.rmtree(aside, ignore_errors=True)
+        with cache.relinking(linked_files(out)):
+            shutil.rmtree(aside, ignore_errors=True)

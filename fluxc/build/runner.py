@@ -11,7 +11,7 @@ function's module all that the cache key hashes:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 
 from fluxc.base.cache import StageCache, UnknownDigestError
+from fluxc.base.errors import BuildError
 from fluxc.base.output import names_place
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
@@ -81,11 +82,36 @@ def folder_of(cache: StageCache, stage: Stage[Inputs, Result], digest: Callable[
 
 
 def run(cache: StageCache, stage: Stage[Inputs, Result]) -> Result:
-    """The result of `stage`: from the cache, or made. BuildError where there is no room for it."""
-    folder = folder_of(cache, stage)
+    """The result of `stage`: from the cache, or made.
+
+    Raises BuildError where a file that it was made from is another one by then, since the key names the one before, and where
+    there is no room for the result.
+    """
+    given: dict[Path, str] = dict(_hashed_files(stage.inputs))
+
+    def digest(path: Path) -> str:
+        given[path] = cache.file_digest(path)
+        return given[path]
+
+    def work(path: Path, report: Report) -> None:
+        stage.run(stage.inputs, path, report)
+        for file, before in given.items():
+            if not file.is_relative_to(cache.root) and not (file.is_file() and cache.file_digest(file) == before):
+                raise BuildError(f"{file}: it changed while the build read it ({stage.title}); build again")
+
+    folder = folder_of(cache, stage, digest)
     with names_place(stage.title, cache.root):
-        made = cache.run(folder, stage.title, lambda path, report: stage.run(stage.inputs, path, report))
+        made = cache.run(folder, stage.title, work)
     return stage.load(made)
+
+
+def _hashed_files(value: Any) -> Iterator[tuple[Path, str]]:
+    """The files that `value`, a stage's inputs, brings with their hashes."""
+    if hasattr(value, "hashed_files"):
+        yield from value.hashed_files().items()
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _hashed_files(getattr(value, field.name))
 
 
 class NotBuiltError(Exception):

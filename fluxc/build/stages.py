@@ -19,7 +19,7 @@ from fluxc.build.runner import Results, Stage, Step, plan_steps
 from fluxc.calibrate import modelopt_stage, sensitivity_stage, weights_stage
 from fluxc.calibrate import stage as calibration_stage
 from fluxc.checkpoint.components import WEIGHTS_FILE
-from fluxc.checkpoint.files import checkpoint_digests
+from fluxc.checkpoint.files import ComponentFiles, checkpoint_digests
 from fluxc.checkpoint.identify import pixels_per_token
 from fluxc.checkpoint.source import WEIGHTED
 from fluxc.fidelity import reference_stage
@@ -237,13 +237,16 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
     calibration = _calibration(job, results) if needs_calibration(plan) else None
     apart = [name for target in recipe.targets for name in kind_of(target.kind).apart(component, plan)]
     part = source.checkpoint.components[component]
-    digests = job.files.digests[component]
-    if part is not job.original.checkpoint.components[component]:
-        digests = {file.name: Made(file.parent.parent).fingerprint() for file in part.weight_files}
+    files: ComponentFiles | Made
+    if part is job.original.checkpoint.components[component]:
+        digests = job.files.digests[component]
+        files = ComponentFiles({file: digests[file.name] for file in part.weight_files})
+    else:
+        files = Made(part.folder.parent)
     searches = any(FORMATS[entry.format].searches_scales for entry in plan if entry.format in FORMATS)
     inputs = weights_stage.WeightsInputs(
         component=component,
-        digests=digests,
+        files=files,
         tensors=kept_tensors(source, component),
         plan=plan,
         calibration=calibration,

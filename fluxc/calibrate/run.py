@@ -40,7 +40,7 @@ def calibrate(
     pipeline: Any = None
     observers: dict[str, Observer] = {}
     for number, prompt in enumerate(prompts):
-        if not _is_complete(kept[number]):
+        if not _is_of(kept[number], origin):
             if pipeline is None:
                 pipeline = place(checkpoint, placement)
                 observers = {name: Observer(getattr(pipeline, name)) for name in OBSERVED}
@@ -64,10 +64,9 @@ def calibrate(
     return records
 
 
-def _is_complete(path: Path) -> bool:
-    """Whether a prompt's records are there; one that a failing disk cut short is measured again."""
+def _is_of(path: Path, origin: Origin) -> bool:
+    """Whether a prompt's records are there, and of this measurement; one that a failing disk cut short is measured again."""
     try:
-        read_calibration(path)
+        return read_calibration(path).origin == origin
     except FluxError:
         return False
-    return True

@@ -49,7 +49,8 @@ def calibrate_into(inputs: CalibrationInputs, path: Path, device: str, report: R
     checkpoint, request = inputs.files.checkpoint, inputs.request
     placement = find_placement(checkpoint, device)
     origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
-    made_by = key_of(inputs.files.hashes(), request, str(placement), library_versions(), code_digest(__name__))
+    model = (inputs.files.hashes(), inputs.rows, list(inputs.text_layers))
+    made_by = key_of(*model, request, str(placement), library_versions(), code_digest(__name__))
     work = inputs.aside.folder.with_name(f"{inputs.aside.folder.name}-{made_by}")
     generation = generation_of(request, inputs.text_layers)
     records = calibrate(checkpoint, request["prompts"], generation, inputs.rows, origin, placement, work, report)

@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxc.base.cache import Made
 from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.checkpoint.files import ComponentFiles
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.structs import Calibration, Scales
@@ -19,13 +21,13 @@ LAYERS = "layers.json"
 
 @dataclass(frozen=True)
 class WeightsInputs:
-    """`digests` are those of the component's files, which hold `tensors`; `apart` names those that get a file of their own.
+    """`files` hold the component's `tensors`; `apart` names those that get a file of their own.
 
     `calibration` and its `settings` are there where a layer is quantized.
     """
 
     component: str
-    digests: dict[str, str]
+    files: ComponentFiles | Made
     tensors: dict[str, TensorRef]
     plan: list[LayerPlan]
     calibration: Path | None

@@ -36,6 +36,26 @@ class CheckpointFiles:
         """What a stage's key takes of it."""
         return self.hashes()
 
+    def hashed_files(self) -> dict[Path, str]:
+        """The files of `parts` themselves, with their hashes."""
+        listed = files_read(self.checkpoint)
+        return {file: self.digests[part][file.name] for part in self.parts for file in listed[part]}
+
+
+@dataclass(frozen=True)
+class ComponentFiles:
+    """A component's weights files with their hashes, for a stage that reads their tensors."""
+
+    digests: dict[Path, str]
+
+    def fingerprint(self) -> Any:
+        """The hashes by name."""
+        return {file.name: digest for file, digest in self.digests.items()}
+
+    def hashed_files(self) -> dict[Path, str]:
+        """The files with their hashes."""
+        return self.digests
+
 
 @dataclass(frozen=True)
 class Aside:
@@ -48,11 +68,17 @@ class Aside:
         return None
 
 
-def checkpoint_digests(checkpoint: Checkpoint, digest: Callable[[Path], str], report: Report) -> Digests:
-    """The hashes of everything a build reads from the checkpoint; `report` counts bytes."""
+def files_read(checkpoint: Checkpoint) -> dict[str, list[Path]]:
+    """Every file that a build reads of the checkpoint, by component."""
     files = {"": [checkpoint.root / "model_index.json"]}
     for name, component in checkpoint.components.items():
         files[name] = small_files(component) + (component.weight_files if name in WEIGHTED else [])
+    return files
+
+
+def checkpoint_digests(checkpoint: Checkpoint, digest: Callable[[Path], str], report: Report) -> Digests:
+    """The hashes of everything a build reads from the checkpoint; `report` counts bytes."""
+    files = files_read(checkpoint)
     total = sum(file.stat().st_size for group in files.values() for file in group)
     done = 0
     digests: Digests = {}

@@ -1,11 +1,77 @@
-"""Gates: the worst result a recipe allows."""
+"""Gates: the worst result a recipe allows, and errors that no recipe allows, because only a fault explains them.
+
+Every stage is compared with diffusers on diffusers' own input. The text encoder, the transformer's prologue and the decoder
+then differ by rounding alone, of the target's dtype, of the reference's, and of the formats their layers are stored in.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fluxc.base.errors import GateError
+from fluxc.formats.registry import FORMATS
+from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.structs import Gates
+from fluxc.recipe.targets import Target
+
+ROUNDING = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.15}
+"""The largest relative error of a stage in this dtype: ten times and more what flux2-nano has (1.1e-5, 0.0013, 0.011), since
+larger models have more layers. The stages of another model differ by about 1.4, as vectors do that have nothing in common."""
+EIGHT_BITS, FOUR_BITS = 0.3, 0.6
+"""The same where a layer is stored in so many bits: five times what flux2-nano has, 0.061 in FP8 and 0.107 in NVFP4."""
+STAGES = {"text_error": "text encoder", "prologue_error": "prologue", "decode_error": "decoder"}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The largest error of a stage, and what it is the rounding of."""
+
+    error: float
+    of: str
+
+
+def stage_bounds(target: Target, reference: str, plans: Mapping[str, list[LayerPlan]]) -> dict[str, Bound]:
+    """By figure of STAGES, what rounding can come to in `target`, against diffusers in the dtype `reference`."""
+    computed = "float32" if target.activation_bytes == 4 else str(getattr(target, "dtype", "bfloat16"))
+    dtypes = [Bound(ROUNDING[dtype], dtype) for dtype in (computed, reference)]
+    prologue = [entry for entry in plans["transformer"] if _is_of_prologue(entry.layer.name)]
+    stored = {"text_error": plans["text_encoder"], "prologue_error": prologue, "decode_error": []}
+    return {
+        figure: max((*dtypes, *_of_formats(layers)), key=lambda bound: bound.error) for figure, layers in stored.items()
+    }
+
+
+def check_stages(targets: Mapping[str, dict[str, Any]], bounds: Mapping[str, Mapping[str, Bound]]) -> None:
+    """Raise GateError naming every stage that is further from diffusers than rounding explains.
+
+    `targets` holds figures by target (see compare_target), `bounds` those of stage_bounds.
+    """
+    # Written as "not at most", so that a NaN is refused too.
+    misses = [
+        f"target {name}: the {stage} is {figures[figure]} from diffusers (relative error), and rounding to "
+        f"{bounds[name][figure].of} explains {bounds[name][figure].error:g}"
+        for name, figures in targets.items()
+        for figure, stage in STAGES.items()
+        if not figures[figure] <= bounds[name][figure].error
+    ]
+    if misses:
+        raise GateError(
+            f"{'; '.join(misses)}. This is a fault, which no gate of the recipe allows, and no bundle was written: the "
+            "checkpoint's config or tokenizer is not that of its weights, a file changed while it was read, or a library "
+            "computes wrongly; try the checkpoint as published and the versions of constraints.txt"
+        )
+
+
+def _is_of_prologue(layer: str) -> bool:
+    """Whether the layer comes before the blocks."""
+    return not layer.startswith(("transformer_blocks.", "single_transformer_blocks.", "norm_out.", "proj_out"))
+
+
+def _of_formats(layers: Iterable[LayerPlan]) -> list[Bound]:
+    formats = sorted({entry.format for entry in layers if entry.format in FORMATS})
+    return [Bound(EIGHT_BITS if FORMATS[name].bits >= 8 else FOUR_BITS, name) for name in formats]
 
 
 def check_gates(

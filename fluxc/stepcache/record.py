@@ -42,7 +42,7 @@ def record_steps(
     traces = []
     for done, number in enumerate(images):
         kept = work / f"image-{number:05}.safetensors"
-        file = _read_if_complete(kept)
+        file = _read_if_of(kept, origin, number)
         if file is None:
             if observer is None:
                 pipeline = place(checkpoint, placement, dtype)
@@ -57,9 +57,10 @@ def record_steps(
     return joined(traces)
 
 
-def _read_if_complete(path: Path) -> TraceFile | None:
-    """What was kept of a prompt; one that a failing disk cut short is generated again."""
+def _read_if_of(path: Path, origin: Origin, number: int) -> TraceFile | None:
+    """What was kept of prompt `number` of this measurement; one that a failing disk cut short is generated again."""
     try:
-        return read_trace(path)
+        file = read_trace(path)
     except FluxError:
         return None
+    return file if file.origin == origin and file.images == [number] else None

@@ -50,7 +50,8 @@ def trace_into(inputs: StepTraceInputs, images: list[int], path: Path, device: s
     dtype = getattr(torch, request["dtype"])
     placement = find_placement(checkpoint, device, dtype)
     origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
-    made_by = key_of(inputs.files.hashes(), request, str(placement), library_versions(), code_digest(__name__))
+    model = (inputs.files.hashes(), inputs.rows, list(inputs.text_layers))
+    made_by = key_of(*model, request, str(placement), library_versions(), code_digest(__name__))
     work = inputs.aside.folder.with_name(f"{inputs.aside.folder.name}-{made_by}")
     generation, prompts = generation_of(request, inputs.text_layers), request["prompts"]
     trace = record_steps(checkpoint, prompts, images, generation, inputs.rows, origin, placement, dtype, work, report)
