@@ -120,4 +120,6 @@ def test_what_a_config_leaves_out_is_what_the_libraries_take() -> None:
     ]
     for model, expected in theirs:
         ours = msgspec.structs.asdict(model.read({}))
-        assert ours == {name: expected[name] for name in ours}
+        # What follows from other fields is left out.
+        given = [name for name in ours if name not in ("layer_types", "rope_parameters")]
+        assert {name: ours[name] for name in given} == {name: expected[name] for name in given}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from fluxc.base.errors import BuildError, CheckpointError
@@ -87,7 +88,7 @@ def read_measured(path: Path, kind: Kind) -> tuple[Origin, dict[str, np.ndarray]
         about = json.loads(raw_header(path)[0]["__metadata__"]["fluxc"])
         known = about.pop("format") == kind.format
         version = about.pop("format_version")
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         known = False
     if not known:
         raise CheckpointError(f"{path}: not a {kind.noun}; {kind.advice}")
@@ -96,7 +97,10 @@ def read_measured(path: Path, kind: Kind) -> tuple[Origin, dict[str, np.ndarray]
             f"{path}: {kind.noun.removesuffix(' file')} format {version}, this fluxc reads {kind.version}; "
             f"`fluxc {kind.verb}` again with this version"
         )
-    return Origin(**about), load(path.read_bytes())
+    try:
+        return msgspec.convert(about, Origin), load(path.read_bytes())
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path}: damaged: {error}; {kind.advice}") from error
 
 
 def check_origin(file: Measured, checkpoint: dict[str, dict[str, str]], request: dict[str, Any]) -> None:

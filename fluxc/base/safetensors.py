@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxc.base.errors import CheckpointError
-from fluxrt.safetensors import HeaderError, raw_header
+from fluxrt.safetensors import HeaderError, header_entries
 
 ITEM_BITS = {
     "BOOL": 8,
@@ -55,20 +55,17 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     Raises CheckpointError for a file that is truncated, has gaps or overlaps, or is not safetensors.
     """
     try:
-        header, start = raw_header(path)
+        entries, start = header_entries(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; download the checkpoint again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; download the file again") from error
     except HeaderError as error:
         raise CheckpointError(f"{path}: {error}; download the file again") from error
-    tensors = {}
-    try:
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            tensors[name] = TensorRef(name, entry["dtype"], tuple(entry["shape"]), path, start + begin, end - begin)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file: malformed header entry ({error!r})") from error
+    tensors = {
+        name: TensorRef(name, entry.dtype, entry.shape, path, entry.start, entry.stop - entry.start)
+        for name, entry in entries.items()
+    }
     size, position = path.stat().st_size, start
     for ref in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if ref.dtype not in ITEM_BITS:

@@ -18,7 +18,9 @@ from fluxc.build.requests import calibration_request, held_out_prompts, judges_o
 from fluxc.build.runner import NotBuiltError, Results, Stage
 from fluxc.calibrate.file import read_calibration
 from fluxc.checkpoint import template_stage
+from fluxc.checkpoint.components import small_files
 from fluxc.checkpoint.files import Aside, CheckpointFiles, Digests, checkpoint_digests
+from fluxc.families.prompting import check_tokenizer
 from fluxc.quantize.source import Source, read_source, with_auto
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.stepcache.file import check_complete, read_trace
@@ -107,6 +109,7 @@ def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
     judges_of(loaded)
     given = (None, None) if measures else (_given_calibration(loaded), _given_trace(loaded))
     job = Job(loaded, read_source(loaded), root, None, held_out, *given)
+    check_tokenizer(job.original.checkpoint.components["tokenizer"].folder)
     check_targets(TargetContext(recipe, job.original))
     if recipe.calibration.engine == "modelopt" and job.original.quantized["transformer"]:
         raise RecipeError(
@@ -160,9 +163,10 @@ def check_targets(context: TargetContext) -> None:
 def prompting_of(cache: StageCache, job: Job) -> Prompting:
     """The manifest's `prompting`: the chat template rendered around a prompt, the length, the pad token."""
     checkpoint = job.original.checkpoint
-    tokenizer = {file.name: cache.file_digest(file) for file in checkpoint.components["tokenizer"].files}
-    files = CheckpointFiles(checkpoint, {"tokenizer": tokenizer}, ("tokenizer",))
-    inputs = template_stage.TemplateInputs(files, job.original.family.template_options)
+    component = checkpoint.components["tokenizer"]
+    hashes = {file.name: cache.file_digest(file) for file in small_files(component)}
+    files = CheckpointFiles(checkpoint, {"tokenizer": hashes}, ("tokenizer",))
+    inputs = template_stage.TemplateInputs(files, component.class_name, job.original.family.template_options)
     stage: Stage[Any, dict[str, Any]] = Stage(
         "template", "render chat template", inputs, template_stage.run, template_stage.load
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ WEIGHTS_FILE = {
     "vae": "diffusion_pytorch_model.safetensors",
 }
 INDEX = ".index.json"
+ANY_INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")
 MACHINE_FIELDS = ("_name_or_path",)
 
 
@@ -38,11 +40,11 @@ def weights_tensors(folder: Path, component: str) -> dict[str, TensorRef]:
 
 
 def small_files(component: Component) -> list[Path]:
-    """A component's files other than weights and their index."""
+    """A component's files other than weights and indexes of weights, of any format and variant."""
     return [
         file
         for file in component.files
-        if file.suffix in (".json", ".txt", ".jinja", ".model") and not file.name.endswith(".safetensors.index.json")
+        if file.suffix in (".json", ".txt", ".jinja", ".model") and not ANY_INDEX.search(file.name)
     ]
 
 

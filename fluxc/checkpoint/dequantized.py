@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fluxc.base.loading import loading
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.quantized import FLOATS, format_of, parts_beside_weights
 from fluxc.checkpoint.source import Component
@@ -90,14 +91,18 @@ def weights_bytes(component: Component) -> int:
 
 
 def empty_model(component: Component) -> Any:
-    """The component's model by its config, its parameters without data (on the meta device)."""
+    """The component's model by its config, its parameters without data (on the meta device); CheckpointError if it has none."""
     import accelerate
     import diffusers
     import transformers
 
     library = diffusers if component.library == "diffusers" else transformers
     model_class = getattr(library, component.class_name)
-    with accelerate.init_empty_weights(include_buffers=False):
+    where = component.folder / "config.json"
+    with (
+        loading(where, f"{component.library} cannot make the model"),
+        accelerate.init_empty_weights(include_buffers=False),
+    ):
         if library is diffusers:
             model = model_class.from_config(component.config)
         else:
@@ -109,7 +114,8 @@ def load_dequantized(component: Component, dtype: torch.dtype) -> Any:
     """The component's model with plain weights in `dtype`; every parameter must be found, and no tensor be left over."""
     model = empty_model(component)
     tensors = PlainTensors(component, dtype)
-    model.load_state_dict(dict(tensors), strict=True, assign=True)
+    with loading(component.folder):
+        model.load_state_dict(dict(tensors), strict=True, assign=True)
     if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()
     return model.requires_grad_(False)

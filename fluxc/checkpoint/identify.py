@@ -22,6 +22,13 @@ def family_of(checkpoint: Checkpoint) -> Family:
         actual = checkpoint.components[name].class_name
         if actual != expected:
             raise CheckpointError(f"{checkpoint.root}: {name} is a {actual}, expected {expected}")
+    for name, component in checkpoint.components.items():
+        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        if component.library != library:
+            raise CheckpointError(
+                f"{checkpoint.root}: model_index.json takes {name} from {component.library!r}, expected {library!r}; "
+                "use the file as published"
+            )
     scheduler = checkpoint.components["scheduler"]
     for key, value in family.scheduler.items():
         if scheduler.config.get(key, value) != value:

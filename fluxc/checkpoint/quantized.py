@@ -16,9 +16,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 from fluxc.base.errors import CheckpointError
+from fluxc.base.json_object import as_struct
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.source import Component
 from fluxc.formats.base import Format
@@ -116,14 +118,13 @@ def unmergeable(layers: list[Linear], quantized: Mapping[str, SourceLayer]) -> s
 
 
 def _read_layer(component: Component, layer: Linear, format: Format) -> SourceLayer:
-    weight = component.tensors[f"{layer.name}.weight"]
     refs = {part: component.tensors.get(f"{layer.name}.{part}") for part in ("weight", *parts_beside_weights())}
     tensors = {part: ref for part, ref in refs.items() if ref is not None}
     rows, columns = layer.out_features, layer.in_features
     own = format.parts(rows, columns)
     shapes: dict[str, Shape] = {part: shape for part, (_, shape) in own.items()} | {"pre_quant_scale": (columns,)}
     kinds = dict.fromkeys(OPTIONAL, FLOATS) | {part: (dtype,) for part, (dtype, _) in own.items() if part != "weight"}
-    rank = tensors["svdquant_lora_a"].shape[0] if tensors.get("svdquant_lora_a") and weight.shape else 0
+    rank = next(iter(tensors["svdquant_lora_a"].shape), 0) if "svdquant_lora_a" in tensors else 0
     shapes |= {"svdquant_lora_a": (rank, columns), "svdquant_lora_b": (rows, rank)}
     for part, ref in refs.items():
         if ref is None:
@@ -153,9 +154,22 @@ def _refuse_unused_parts(component: Component, name: str, weight: TensorRef) -> 
         raise _wrong(component, name, f"its weight is {weight.dtype}, not quantized, yet it has {', '.join(unused)}")
 
 
+class _LayerConfig(msgspec.Struct):
+    quant_algo: str | None = None
+
+
+class _Config(msgspec.Struct):
+    """The fields that say which layers are quantized, and how."""
+
+    quant_method: str = "modelopt"
+    quant_algo: str | None = None
+    ignore: list[str] | None = None
+    exclude_modules: list[str] | None = None
+    quantized_layers: dict[str, _LayerConfig] = {}
+
+
 def _check_config(component: Component, layers: list[Linear], found: dict[str, SourceLayer]) -> None:
-    config = component.quantization
-    if config is None:
+    if component.quantization is None:
         if found:
             name = next(iter(found))
             raise _wrong(
@@ -164,9 +178,10 @@ def _check_config(component: Component, layers: list[Linear], found: dict[str, S
                 "it is quantized, but neither config.json nor hf_quant_config.json says how; add the one",
             )
         return
-    if config.get("quant_method", "modelopt") != "modelopt":
+    config = as_struct(_Config, component.quantization, component.quantization_file)
+    if config.quant_method != "modelopt":
         raise CheckpointError(
-            f"{component.folder}: quantized by {config['quant_method']!r}; fluxc reads what ModelOpt exports, "
+            f"{component.folder}: quantized by {config.quant_method!r}; fluxc reads what ModelOpt exports, "
             "or a checkpoint that is not quantized"
         )
     for layer in layers:
@@ -183,17 +198,17 @@ def _check_config(component: Component, layers: list[Linear], found: dict[str, S
             )
 
 
-def _format_said(component: Component, config: dict[str, Any], name: str) -> str | None:
+def _format_said(component: Component, config: _Config, name: str) -> str | None:
     """The format that the config gives layer `name`, None for not quantized."""
-    algorithm = config.get("quant_algo")
-    ignored = config.get("ignore") or config.get("exclude_modules") or []
+    algorithm = config.quant_algo
+    ignored = config.ignore or config.exclude_modules or []
     if any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in ignored):
         return None
     if algorithm == "MIXED_PRECISION":
-        entry = config.get("quantized_layers", {}).get(name)
+        entry = config.quantized_layers.get(name)
         if entry is None:
             return None
-        algorithm = entry.get("quant_algo")
+        algorithm = entry.quant_algo
     algorithms = {
         word: format.name for format in FORMATS.values() for word in (format.algorithm, *format.variants.values())
     }

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fluxc.base.loading import loading
+from fluxc.checkpoint.exact_folder import exact_folder
 from fluxc.checkpoint.identify import family_of, pixels_per_token, transformer_of
 from fluxc.checkpoint.source import Checkpoint
 from fluxrt.pipeline import starting_noise
@@ -34,7 +36,8 @@ class Generation:
 def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, **components: Any) -> Any:
     """diffusers' pipeline for `checkpoint`, unmodified, with its weights in `dtype`; progress bars off.
 
-    `components` are taken in place of those of the checkpoint. A component that it holds quantized is loaded dequantized.
+    It is given the files that fluxc reads, and no others. `components` are taken in place of those of the checkpoint. A
+    component that it holds quantized is loaded dequantized. CheckpointError if diffusers cannot load it.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import diffusers
@@ -50,9 +53,8 @@ def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, **components: Any)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline_class = getattr(diffusers, family_of(checkpoint).reference_class)
-        pipeline = pipeline_class.from_pretrained(
-            checkpoint.root, torch_dtype=dtype, local_files_only=True, **components
-        )
+        with exact_folder(checkpoint) as folder, loading(checkpoint.root):
+            pipeline = pipeline_class.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

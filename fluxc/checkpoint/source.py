@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fluxc.base.errors import CheckpointError
+from fluxc.base.json_object import read_json
 from fluxc.base.safetensors import TensorRef, read_header
+from fluxc.checkpoint.weight_files import WeightFiles, find_weights, has_variant
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 QUANTIZATION = "quantization_config"
@@ -20,12 +21,16 @@ WEIGHTED = ("transformer", "text_encoder", "vae")
 
 @dataclass(frozen=True)
 class Component:
-    """One folder of the checkpoint: its class as model_index.json names it, and its files."""
+    """One folder of the checkpoint: its class as model_index.json names it, and its files.
+
+    Of the weights those of `variant`, where there are some.
+    """
 
     name: str
     folder: Path
     library: str
     class_name: str
+    variant: str | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -39,24 +44,31 @@ class Component:
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
         """What config.json, or else ModelOpt's hf_quant_config.json, says of quantization; None if neither does."""
+        return self._quantization[1]
+
+    @property
+    def quantization_file(self) -> Path:
+        """The file that `quantization` is from."""
+        return self._quantization[0]
+
+    @cached_property
+    def _quantization(self) -> tuple[Path, dict[str, Any] | None]:
         for file, key in (("config.json", QUANTIZATION), (HF_QUANT_CONFIG, "quantization")):
             if (self.folder / file).is_file() and (said := read_json(self.folder / file).get(key)):
                 if not isinstance(said, dict):
                     raise CheckpointError(f"{self.folder / file}: {key} is not a mapping; use the file as exported")
-                return said
-        return None
+                return self.folder / file, said
+        return self.folder / "config.json", None
 
     @cached_property
+    def weights(self) -> WeightFiles:
+        """Which files hold the weights, for every reader of the component."""
+        return find_weights(self.folder, self.variant)
+
+    @property
     def weight_files(self) -> list[Path]:
-        """The safetensors files, in the order of the index if there is one."""
-        indexes = sorted(self.folder.glob("*.safetensors.index.json"))
-        if indexes:
-            names = sorted(set(read_json(indexes[0])["weight_map"].values()))
-            return [self.folder / name for name in names]
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{self.folder}: no safetensors weights; the checkpoint is incomplete")
-        return files
+        """The safetensors files of `weights`, in order."""
+        return list(self.weights.files)
 
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
@@ -65,9 +77,17 @@ class Component:
         for file in self.weight_files:
             for name, ref in read_header(file).items():
                 if name in found:
-                    raise CheckpointError(f"{file}: tensor {name!r} is also in {found[name].file}")
+                    raise CheckpointError(
+                        f"{file}: tensor {name!r} is also in {found[name].file}; download the checkpoint again"
+                    )
                 scalar = ref.shape == (1,) and ref.dtype == "F32" and name.endswith(SCALES)
                 found[name] = replace(ref, shape=()) if scalar else ref
+        for name, file_name in (self.weights.weight_map or {}).items():
+            if name not in found or found[name].file.name != file_name:
+                raise CheckpointError(
+                    f"{self.folder / file_name}: it lacks tensor {name!r}, which the index places there; "
+                    "the index and its files are not of one checkpoint, download them again"
+                )
         return found
 
     @property
@@ -86,10 +106,10 @@ class Checkpoint:
     components: dict[str, Component]
 
 
-def open_checkpoint(source: str, revision: str | None, folder: Path) -> Checkpoint:
+def open_checkpoint(source: str, revision: str | None, folder: Path, variant: str | None = None) -> Checkpoint:
     """Open `source`: a folder (relative to `folder`) or, failing that, a hub id, whose files are fetched or found in cache.
 
-    Raises CheckpointError naming what is missing.
+    `variant` is a word in the names of weights files, such as fp16. Raises CheckpointError naming what is missing.
     """
     root = _resolve(source, revision, folder)
     index_path = root / "model_index.json"
@@ -101,7 +121,21 @@ def open_checkpoint(source: str, revision: str | None, folder: Path) -> Checkpoi
         entry = index.get(name)
         if not isinstance(entry, list) or len(entry) != 2 or not (root / name).is_dir():
             raise CheckpointError(f"{root}: component {name!r} is missing from model_index.json or has no folder")
-        components[name] = Component(name, root / name, *entry)
+        library, class_name = entry
+        if not isinstance(library, str) or not isinstance(class_name, str):
+            raise CheckpointError(
+                f"{index_path}: {name} is {entry}, expected the names of a library and a class; use the file as published"
+            )
+        components[name] = Component(name, root / name, library, class_name, variant)
+    if not isinstance(index.get("is_distilled", False), bool):
+        raise CheckpointError(
+            f"{index_path}: is_distilled is {index['is_distilled']!r}, expected true or false; use the file as published"
+        )
+    if variant is not None and not any(has_variant(components[name].folder, variant) for name in WEIGHTED):
+        raise CheckpointError(
+            f"{root}: model.variant: no component has weights of the variant {variant!r} (NAME.{variant}.safetensors); "
+            "leave it out, or name one that is there"
+        )
     return Checkpoint(root, str(index.get("_class_name")), index, components)
 
 
@@ -128,17 +162,6 @@ def check_tensors(component: Component, expected: dict[str, tuple[int, ...]], ig
             f"{component.folder}: its tensors do not match its config.json: {'; '.join(problems)}; "
             "use the checkpoint as published, or mend its config"
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; CheckpointError if it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return value
 
 
 def _expanded(source: str) -> Path:

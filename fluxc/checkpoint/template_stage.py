@@ -15,17 +15,21 @@ RESULT = "template.json"
 
 @dataclass(frozen=True)
 class TemplateInputs:
-    """The tokenizer's files, and the options its template is rendered with."""
+    """The tokenizer's files and its class, and the options its template is rendered with."""
 
     files: CheckpointFiles
+    class_name: str
     options: dict[str, Any]
 
 
 def run(inputs: TemplateInputs, folder: Path, report: Report) -> None:
     """Write the text before and after a prompt, and the pad token."""
+    from fluxc.checkpoint.exact_folder import exact_component
     from fluxc.families.prompting import render_template
 
-    prefix, suffix, pad = render_template(inputs.files.checkpoint.components["tokenizer"].folder, inputs.options)
+    tokenizer = inputs.files.checkpoint.components["tokenizer"]
+    with exact_component(tokenizer) as exact:
+        prefix, suffix, pad = render_template(exact, inputs.class_name, inputs.options, tokenizer.folder)
     (folder / RESULT).write_text(json.dumps({"prefix": prefix, "suffix": suffix, "pad_id": pad}))
 
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -24,6 +25,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from fluxc.base.errors import BuildError
+from fluxc.base.loading import loading
 from fluxc.families.base import Family
 from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.modules import (
@@ -95,7 +97,7 @@ def _traced(piece: _Piece) -> bytes:
 
     config, dtype, length = json.loads(piece.config), piece.dtype, piece.text_length
     shape = Flux2Transformer.read(config)
-    with torch.device("meta"), _quiet():
+    with _making("transformer"):
         model = Flux2Transformer2DModel.from_config(config).eval().to(dtype)
     width, head_dim = shape.width, shape.attention_head_dim
     channels, features = shape.in_channels, shape.joint_attention_dim
@@ -182,7 +184,7 @@ def trace_text_encoder(
     small |= {"num_hidden_layers": 1, "attn_implementation": "sdpa"}
     if small.get("layer_types"):
         small["layer_types"] = small["layer_types"][:1]
-    with torch.device("meta"), _quiet():
+    with _making("text_encoder"):
         model = model_class(model_class.config_class.from_dict(small)).model.eval().to(dtype)
     # transformers computes the rotary frequencies when a model is made; on the meta device they have no values.
     rotary = type(model.rotary_emb)(model.config)
@@ -209,7 +211,7 @@ def trace_vae_decoder(config: dict[str, Any], dtype: torch.dtype = torch.float32
     """The neutral graph `vae_decoder` in `dtype`."""
     from diffusers import AutoencoderKLFlux2
 
-    with torch.device("meta"), _quiet():
+    with _making("vae"):
         vae = AutoencoderKLFlux2.from_config(config).eval().to(dtype)
     inputs = {"latent_grid": (_meta(1, 6, 10, Flux2VAE.read(config).latent_channels * 4), {1: "rows", 2: "columns"})}
     return trace(VaeDecoder(vae), inputs, ("image",))
@@ -392,6 +394,13 @@ def _operators_read_once() -> Iterator[None]:
         return _REGISTRIES[opset_version]
 
     with unittest.mock.patch.object(registry, "from_torchlib", classmethod(from_torchlib)):
+        yield
+
+
+@contextmanager
+def _making(component: str) -> Iterator[None]:
+    """The body makes a component's model by its config, on the meta device; CheckpointError if the library cannot."""
+    with loading(Path(component, "config.json"), "its model cannot be made"), torch.device("meta"), _quiet():
         yield
 
 

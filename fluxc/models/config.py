@@ -1,24 +1,25 @@
-"""Reads a model's typed config from the fields of a config.json."""
+"""Reads a model's typed config from the fields of a config.json, and bounds what they may be."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from fluxc.base.errors import CheckpointError
+from fluxc.base.json_object import as_struct
 
 Config = TypeVar("Config", bound=msgspec.Struct)
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+"""Channels, features, heads, entries of a vocabulary."""
+Layers = Annotated[int, msgspec.Meta(ge=0, le=4096)]
+Factor = Annotated[float, msgspec.Meta(gt=0, lt=1e9)]
 
 
 def read_config(kind: type[Config], config: dict[str, Any], where: Path) -> Config:
     """`config` as a `kind`; fields it does not have are left alone.
 
-    Raises CheckpointError naming `where`, the component's folder, and the field that is missing or of another type.
+    Raises CheckpointError naming `where`, the component's folder, and the field that is missing or does not fit.
     """
-    try:
-        return msgspec.convert(config, kind)
-    except msgspec.ValidationError as error:
-        said = str(error).replace("Object missing required field", "it lacks").replace("$.", "")
-        raise CheckpointError(f"{where}/config.json: {said}; use the checkpoint's own config as published") from error
+    return as_struct(kind, config, where / "config.json")

@@ -8,25 +8,35 @@ from typing import Any, ClassVar
 import msgspec
 
 from fluxc.models.base import Linear, Shape
-from fluxc.models.config import read_config
+from fluxc.models.config import Factor, Layers, Size, read_config
 
 
 class Flux2Transformer(msgspec.Struct, frozen=True):
-    """The fields of the config that decide about tensors and sizes, with diffusers' defaults."""
+    """The fields of the config that decide about tensors, sizes and rotary embeddings, with diffusers' defaults."""
 
     class_name: ClassVar[str] = "Flux2Transformer2DModel"
 
-    patch_size: int = 1
-    in_channels: int = 128
-    out_channels: int | None = None
-    num_layers: int = 8
-    num_single_layers: int = 48
-    attention_head_dim: int = 128
-    num_attention_heads: int = 48
-    joint_attention_dim: int = 15360
-    timestep_guidance_channels: int = 256
-    mlp_ratio: float = 3.0
+    patch_size: Size = 1
+    in_channels: Size = 128
+    out_channels: Size | None = None
+    num_layers: Layers = 8
+    num_single_layers: Layers = 48
+    attention_head_dim: Size = 128
+    num_attention_heads: Size = 48
+    joint_attention_dim: Size = 15360
+    timestep_guidance_channels: Size = 256
+    mlp_ratio: Factor = 3.0
+    axes_dims_rope: tuple[Size, Size, Size, Size] = (32, 32, 32, 32)
+    rope_theta: Factor = 2000
+    eps: Factor = 1e-6
     guidance_embeds: bool = True
+
+    def __post_init__(self) -> None:
+        if sum(self.axes_dims_rope) != self.attention_head_dim or any(size % 2 for size in self.axes_dims_rope):
+            raise ValueError(
+                f"axes_dims_rope is {list(self.axes_dims_rope)}: even numbers that add up to attention_head_dim, "
+                f"{self.attention_head_dim}, are needed"
+            )
 
     @classmethod
     def read(cls, config: dict[str, Any], where: Path = Path()) -> Flux2Transformer:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
 from fluxc.models.base import Shape
-from fluxc.models.config import read_config
+from fluxc.models.config import Factor, Layers, Size, read_config
+
+Channels = Annotated[tuple[Size, ...], msgspec.Meta(min_length=1, max_length=16)]
 
 
 class Flux2VAE(msgspec.Struct, frozen=True):
@@ -21,16 +23,31 @@ class Flux2VAE(msgspec.Struct, frozen=True):
 
     class_name: ClassVar[str] = "AutoencoderKLFlux2"
 
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    decoder_block_out_channels: tuple[int, ...] | None = None
-    layers_per_block: int = 2
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 32
+    block_out_channels: Channels = (128, 256, 512, 512)
+    decoder_block_out_channels: Channels | None = None
+    layers_per_block: Layers = 2
+    in_channels: Size = 3
+    out_channels: Size = 3
+    latent_channels: Size = 32
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
+    norm_num_groups: Size = 32
+    act_fn: str = "silu"
+    batch_norm_eps: Factor = 1e-4
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    patch_size: tuple[int, int] = (2, 2)
+    patch_size: tuple[Size, Size] = (2, 2)
+
+    def __post_init__(self) -> None:
+        for name in ("down_block_types", "up_block_types"):
+            if len(getattr(self, name)) != len(self.block_out_channels):
+                raise ValueError(
+                    f"{name} names {len(getattr(self, name))} blocks, and block_out_channels has {len(self.block_out_channels)}"
+                )
+        for width in (*self.block_out_channels, *(self.decoder_block_out_channels or ())):
+            if width % self.norm_num_groups:
+                raise ValueError(f"norm_num_groups is {self.norm_num_groups}, which does not divide {width} channels")
 
     @classmethod
     def read(cls, config: dict[str, Any], where: Path = Path()) -> Flux2VAE:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from fluxc.models.base import Linear, Shape
-from fluxc.models.config import read_config
+from fluxc.models.config import Factor, Layers, Size, read_config
 
 
 class Qwen3(msgspec.Struct, frozen=True):
@@ -16,13 +16,28 @@ class Qwen3(msgspec.Struct, frozen=True):
 
     class_name: ClassVar[str] = "Qwen3ForCausalLM"
 
-    vocab_size: int = 151936
-    hidden_size: int = 4096
-    intermediate_size: int = 22016
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = 32
-    head_dim: int | None = 128
+    vocab_size: Size = 151936
+    hidden_size: Size = 4096
+    intermediate_size: Size = 22016
+    num_hidden_layers: Layers = 32
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size | None = 32
+    head_dim: Size | None = 128
+    hidden_act: str = "silu"
+    rms_norm_eps: Factor = 1e-6
+    layer_types: tuple[str, ...] | None = None
+    rope_parameters: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads}, which does not divide num_attention_heads, "
+                f"{self.num_attention_heads}"
+            )
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers, and num_hidden_layers is {self.num_hidden_layers}"
+            )
 
     @classmethod
     def read(cls, config: dict[str, Any], where: Path = Path()) -> Qwen3:

@@ -77,7 +77,8 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
     The folder `exported`, a transformer as modelopt exported it, is taken in place of the checkpoint's own.
     """
     recipe = loaded.recipe
-    checkpoint = open_checkpoint(recipe.model.source, recipe.model.revision, loaded.folder)
+    model = recipe.model
+    checkpoint = open_checkpoint(model.source, model.revision, loaded.folder, model.variant)
     if exported is not None:
         replaced = replace(checkpoint.components["transformer"], folder=exported)
         checkpoint = replace(checkpoint, components={**checkpoint.components, "transformer": replaced})

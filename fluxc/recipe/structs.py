@@ -19,10 +19,14 @@ Size = tuple[int, int]
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The checkpoint: a diffusers folder (relative to the recipe) or a hub id, with an optional revision."""
+    """The checkpoint: a diffusers folder (relative to the recipe) or a hub id, with an optional revision.
+
+    `variant` takes the weights whose files have this word in their names, as NAME.fp16.safetensors has fp16.
+    """
 
     source: str
     revision: str | None = None
+    variant: str | None = None
 
 
 class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

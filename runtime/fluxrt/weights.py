@@ -6,10 +6,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fluxrt.errors import BundleError
-from fluxrt.safetensors import HeaderError, raw_header
+from fluxrt.safetensors import HeaderError, header_entries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,22 +61,14 @@ def size_of(dtype: str, shape: tuple[int, ...]) -> int:
 def read_weights(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name; BundleError when its header is not in order."""
     try:
-        header, start = raw_header(file)
+        entries, _ = header_entries(file)
     except HeaderError as error:
         raise BundleError(f"{file}: {error}; copy the bundle again or rebuild it") from error
-    header.pop("__metadata__", None)
-    try:
-        tensors = {
-            name: StoredTensor(entry["dtype"], file, start + entry["data_offsets"][0], _length(entry))
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BundleError(f"{file}: its header is damaged ({error}); copy the bundle again or rebuild it") from error
-    size = file.stat().st_size
-    for name, tensor in tensors.items():
-        if tensor.nbytes < 0 or tensor.offset < start or tensor.offset + tensor.nbytes > size:
-            raise BundleError(f"{file}: tensor {name!r} leaves the file; copy the bundle again or rebuild it")
-    return tensors
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read: {error.strerror}; copy the bundle again or rebuild it") from error
+    return {
+        name: StoredTensor(entry.dtype, file, entry.start, entry.stop - entry.start) for name, entry in entries.items()
+    }
 
 
 def component_weights(bundle: Bundle, entry: str) -> dict[str, StoredTensor]:
@@ -90,12 +82,8 @@ def weights_files(bundle: Bundle, entry: str) -> list[Path]:
     if path.suffix != ".json":
         return [path]
     try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [(Path(entry).parent / name).as_posix() for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path}: the index is damaged ({error}); copy the bundle again or rebuild it") from error
-    return [bundle.path((Path(entry).parent / name).as_posix()) for name in names]
-
-
-def _length(entry: dict[str, Any]) -> int:
-    start, stop = entry["data_offsets"]
-    return int(stop) - int(start)
+    return [bundle.path(file) for file in files]

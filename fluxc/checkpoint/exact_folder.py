@@ -1,0 +1,52 @@
+"""Folders with exactly the files that fluxc reads of a checkpoint, for diffusers and transformers, which pick their own."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE, small_files
+from fluxc.checkpoint.source import Checkpoint, Component
+
+
+@contextmanager
+def exact_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A folder of links to the checkpoint's files, its weights under the names that loaders expect, while the body runs."""
+    with tempfile.TemporaryDirectory(prefix="fluxc-") as name:
+        root = Path(name)
+        (root / "model_index.json").symlink_to(checkpoint.root / "model_index.json")
+        for component in checkpoint.components.values():
+            _link(component, root / component.name)
+        yield root
+
+
+@contextmanager
+def exact_component(component: Component) -> Iterator[Path]:
+    """The same of one component."""
+    with tempfile.TemporaryDirectory(prefix="fluxc-") as name:
+        folder = Path(name) / component.name
+        _link(component, folder)
+        yield folder
+
+
+def _link(component: Component, folder: Path) -> None:
+    folder.mkdir()
+    for file in small_files(component):
+        (folder / file.name).symlink_to(file)
+    if component.name not in WEIGHTS_FILE:
+        return
+    expected = WEIGHTS_FILE[component.name]
+    weights = component.weights
+    if weights.weight_map is None:
+        (folder / expected).symlink_to(weights.files[0])
+        return
+    # Shards get names of their own: one that is called as a whole file is would be taken for that.
+    stem, count = expected.removesuffix(".safetensors"), len(weights.files)
+    links = {file.name: f"{stem}-{at:05}-of-{count:05}.safetensors" for at, file in enumerate(weights.files, 1)}
+    for file in weights.files:
+        (folder / links[file.name]).symlink_to(file)
+    index = {"metadata": {}, "weight_map": {tensor: links[file] for tensor, file in weights.weight_map.items()}}
+    (folder / f"{expected}{INDEX}").write_text(json.dumps(index))
