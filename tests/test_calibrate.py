@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,6 +270,36 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(BuildError, match="calibration format 9, this fluxc reads 1"):
         read_calibration(tmp_path / "newer")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("transformer/layer/amax"),
+        lambda tensors: tensors.update(stray=np.zeros(1)),
+        lambda tensors: tensors.update({"transformer/layer/first_bin": np.int64(-3)}),
+        lambda tensors: tensors.update({"transformer/layer/first_bin": np.int64(1 << 40)}),
+        lambda tensors: tensors.update({"transformer/layer/histogram": np.full(3, -1)}),
+        lambda tensors: tensors.update({"transformer/layer/rows": np.zeros((2, 3), np.uint16)}),
+        lambda tensors: tensors.update({"transformer/layer/rows": np.zeros((2, 16), np.float32)}),
+        lambda tensors: tensors.update({"transformer/layer/channel_amax": np.float32(1)}),
+    ],
+)
+def test_a_file_whose_records_do_not_hold_together_is_refused(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    path = written(tmp_path / "file")
+    tensors = {name: np.array(value) for name, value in load_file(path).items()}
+    change(tensors)
+    about = {"fluxc": json.dumps({"format": "fluxc-calibration", "format_version": 1, **origin().__dict__})}
+    save_file({name: np.asarray(value) for name, value in tensors.items()}, path, about)
+    with pytest.raises(CheckpointError, match="file: damaged: its records are incomplete"):
+        read_calibration(path)
+
+
+@pytest.mark.parametrize("about", ["[]", '"text"', "3", '{"format": "fluxc-calibration", "format_version": 1}'])
+def test_a_file_that_does_not_say_what_it_was_measured_on_is_refused(tmp_path: Path, about: str) -> None:
+    save_file(load_file(written(tmp_path / "file")), tmp_path / "file", {"fluxc": about})
+    with pytest.raises(CheckpointError, match=r"file: (not a calibration file|damaged)"):
+        read_calibration(tmp_path / "file")
 
 
 def test_a_file_of_another_checkpoint_or_request_is_refused_by_name(tmp_path: Path) -> None:

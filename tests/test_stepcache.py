@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,9 +16,11 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from conftest import ROOT
-from fluxc.base.errors import BuildError
+from fluxc.base.errors import BuildError, CheckpointError
+from fluxc.base.measured import Origin, write_measured
 from fluxc.recipe.structs import LAGS, StepCache, most_skipped
 from fluxc.stepcache.choose import make_step_cache
+from fluxc.stepcache.file import KIND, read_trace
 from fluxc.stepcache.fit import fit_polynomial, quality
 from fluxc.stepcache.policy import (
     PUBLISHED,
@@ -51,6 +56,35 @@ def nano_trace(which: str = "known") -> StepTrace:
 
 def with_changes(trace: StepTrace, **changes: np.ndarray) -> StepTrace:
     return StepTrace(**{**trace.__dict__, **changes})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, request: tensors.pop("change"),
+        lambda tensors, request: tensors.update(stray=np.zeros(1)),
+        lambda tensors, request: tensors.update(images=np.array([7])),
+        lambda tensors, request: tensors.update(change=np.zeros((1, 3))),
+        lambda tensors, request: tensors.update(latent_error=np.zeros((2, 3))),
+        lambda tensors, request: tensors.update(latent_change=np.full((2, 3, 1), np.nan)),
+        lambda tensors, request: request.pop("prompts"),
+        lambda tensors, request: request.update(prompts=3),
+        lambda tensors, request: request.update(steps=4),
+    ],
+)
+def test_a_trace_file_that_does_not_hold_together_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]
+) -> None:
+    request: dict[str, Any] = {"prompts": ["a", "b"], "steps": 3}
+    tensors: dict[str, Any] = {name: np.zeros((2, 3, 1)) for name in ("residual_change", "latent_change")}
+    tensors |= {name: np.zeros((2, 3, LAGS)) for name in ("residual_error", "latent_error")}
+    tensors |= {"change": np.zeros((2, 3)), "images": np.arange(2)}
+    write_measured(tmp_path / "trace", KIND, Origin({}, request, "cpu", {}), tensors)
+    assert read_trace(tmp_path / "trace").images == [0, 1]
+    change(tensors, request)
+    write_measured(tmp_path / "trace", KIND, Origin({}, request, "cpu", {}), tensors)
+    with pytest.raises(CheckpointError, match="trace: damaged: its trace is incomplete"):
+        read_trace(tmp_path / "trace")
 
 
 def authors_rule(coefficients: tuple[float, ...], threshold: float, changes: list[float]) -> list[int]:

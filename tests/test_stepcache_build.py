@@ -305,9 +305,9 @@ def test_parts_of_a_trace_merge_into_the_whole(trace: Path, made: Path, tmp_path
     with pytest.raises(BuildError, match=r"prompt 1 is also in .*/1; give every part of the prompts once"):
         merge_to_file([tmp_path / "1", tmp_path / "1"], tmp_path / "twice")
     other = read_trace(tmp_path / "2")
-    request = {**other.origin.request, "steps": 13}
+    request = {**other.origin.request, "guidance": 9.0}
     write_trace(tmp_path / "foreign", dataclasses.replace(other.origin, request=request), other.images, other.trace)
-    with pytest.raises(BuildError, match=r"foreign: its request is not that of .*/1 \('steps' differs\)"):
+    with pytest.raises(BuildError, match=r"foreign: its request is not that of .*/1 \('guidance' differs\)"):
         merge_to_file([tmp_path / "1", tmp_path / "foreign"], tmp_path / "mixed")
     assert merge_traces([read_trace(tmp_path / "1")])[1] == list(range(5))
     (tmp_path / "recipe.txt").write_text("x")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxc.base.cache import PROGRESS, StageCache, beside, cache_root, locked
-from fluxc.base.errors import RecipeError
+from fluxc.base.errors import BuildError, RecipeError
 from fluxc.base.measured import Origin, check_origin, check_request
 from fluxc.base.output import check_writable, names_place
 from fluxc.base.progress import StageProgress
@@ -21,6 +21,8 @@ from fluxc.checkpoint import template_stage
 from fluxc.checkpoint.components import small_files
 from fluxc.checkpoint.files import Aside, CheckpointFiles, Digests, checkpoint_digests
 from fluxc.families.prompting import check_tokenizer
+from fluxc.formats.registry import FORMATS
+from fluxc.quantize.plan import to_quantize
 from fluxc.quantize.source import Source, read_source, with_auto
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.stepcache.file import check_complete, read_trace
@@ -196,6 +198,7 @@ def hash_checkpoint(cache: StageCache, job: Job) -> None:
         job.digests = checkpoint_digests(job.original.checkpoint, cache.file_digest, report)
     if job.calibration:
         check_origin(job.calibration, job.files.digests, calibration_request(job.loaded))
+        _check_layers(job.calibration.path, job.original)
     if job.trace:
         check_origin(job.trace, job.files.digests, trace_request(job.loaded))
 
@@ -222,6 +225,21 @@ def _given_calibration(loaded: LoadedRecipe) -> Given | None:
     file = read_calibration(loaded.path("calibration.file", name))
     check_request(file, calibration_request(loaded))
     return Given(file.path, file.origin)
+
+
+def _check_layers(path: Path, source: Source) -> None:
+    """Refuse a calibration file that lacks the inputs of a layer whose format needs them."""
+    records = read_calibration(path).records
+    for component, plan in source.plans.items():
+        for entry in to_quantize(plan):
+            record = records.get(component, {}).get(entry.layer.name)
+            if FORMATS[entry.format].calibrated and (
+                record is None or len(record.channel_amax) != entry.layer.in_features
+            ):
+                raise BuildError(
+                    f"{path}: it lacks the inputs of {component} layer {entry.layer.name!r}, which is to be {entry.format}; "
+                    "measure again with this version, or leave calibration.file out"
+                )
 
 
 def _given_trace(loaded: LoadedRecipe) -> Given | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxc.base.errors import BuildError
+from fluxc.base.errors import BuildError, CheckpointError
 from fluxc.base.measured import Kind, Origin, read_measured, write_measured
 from fluxc.calibrate.records import BINS, LayerInputs
 
@@ -56,6 +56,14 @@ def write_calibration(path: Path, origin: Origin, records: Records) -> None:
 def read_calibration(path: Path) -> CalibrationFile:
     """Read `path`. Raises CheckpointError if it is damaged or no calibration file, BuildError if it is of another version."""
     origin, tensors = read_measured(path, KIND)
+    try:
+        return CalibrationFile(path, origin, _records(tensors))
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: its records are incomplete ({error!r}); {KIND.advice}") from error
+
+
+def _records(tensors: dict[str, np.ndarray]) -> Records:
+    """The records that the tensors of a file hold; an exception of numpy's or a dictionary's where they hold none."""
     fields: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name, value in sorted(tensors.items()):
         component, layer, field = name.split("/")
@@ -63,12 +71,14 @@ def read_calibration(path: Path) -> CalibrationFile:
     records: Records = {}
     for (component, layer), of in fields.items():
         histogram = np.zeros(BINS, np.int64)
-        first = int(of["first_bin"])
-        histogram[first : first + len(of["histogram"])] = of["histogram"]
+        first, counts = int(of["first_bin"]), of["histogram"]
+        if not 0 <= first <= BINS - len(counts) or counts.dtype != np.int64 or counts.min(initial=0) < 0:
+            raise ValueError(f"histogram of {layer}")
+        histogram[first : first + len(counts)] = counts
+        rows, channels = of["rows"], of["channel_amax"]
+        if rows.dtype != np.uint16 or channels.dtype != np.float32 or rows.shape[1:] != channels.shape:
+            raise ValueError(f"rows of {layer}")
         records.setdefault(component, {})[layer] = LayerInputs(
-            float(of["amax"]),
-            histogram,
-            of["channel_amax"],
-            (of["rows"].astype(np.uint32) << np.uint32(16)).view(np.float32),
+            float(of["amax"]), histogram, channels, (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
         )
-    return CalibrationFile(path, origin, records)
+    return records

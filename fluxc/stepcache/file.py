@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxc.base.errors import BuildError
+from fluxc.base.errors import BuildError, CheckpointError
 from fluxc.base.measured import Kind, Origin, read_measured, write_measured
 from fluxc.stepcache.trace import StepTrace, joined
 
@@ -42,8 +42,30 @@ def write_trace(path: Path, origin: Origin, images: list[int], trace: StepTrace)
 def read_trace(path: Path) -> TraceFile:
     """Read `path`; errors as in read_measured."""
     origin, tensors = read_measured(path, KIND)
-    images = [int(number) for number in tensors.pop("images")]
-    return TraceFile(path, origin, images, StepTrace(**tensors))
+    try:
+        images = [int(number) for number in tensors.pop("images")]
+        trace = StepTrace(**tensors)
+        _check_shapes(images, trace, origin.request["prompts"], origin.request["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: its trace is incomplete ({error!r}); {KIND.advice}") from error
+    return TraceFile(path, origin, images, trace)
+
+
+def _check_shapes(images: list[int], trace: StepTrace, prompts: list[str], steps: int) -> None:
+    """ValueError for a trace that is not one of `images`, each the number of a prompt, with so many steps."""
+    if not images or not set(images) <= set(range(len(prompts))):
+        raise ValueError(f"images {images} of {len(prompts)} prompts")
+    expected = (len(images), steps)
+    for field in fields(StepTrace):
+        found = getattr(trace, field.name)
+        if (
+            found.dtype != np.float64
+            or found.shape[:2] != expected
+            or found.ndim != (2 if field.name == "change" else 3)
+        ):
+            raise ValueError(f"{field.name} {found.dtype} {found.shape}")
+    if not trace.is_finite():
+        raise ValueError("NaN or infinity")
 
 
 def merge_traces(files: list[TraceFile]) -> tuple[Origin, list[int], StepTrace]:
