@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into, copy_checkpoint
-from fluxc.base.errors import CheckpointError, FluxError
+from fluxc.base.errors import BuildError, CheckpointError, FluxError
 from fluxc.base.safetensors import read_header
 from fluxc.build.job import open_job
+from fluxc.checkpoint.exact_folder import exact_folder
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.recipe.load import load_recipe
 
@@ -107,6 +108,23 @@ def test_another_schedule_is_refused(damaged: Path) -> None:
     config = damaged / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"use_dynamic_shifting": true', '"use_dynamic_shifting": false'))
     refused(damaged, "use_dynamic_shifting is False")
+
+
+def test_another_number_of_training_steps_is_refused(damaged: Path) -> None:
+    edit_json(damaged / "scheduler" / "scheduler_config.json", lambda config: config.update(num_train_timesteps=500))
+    refused_at_once(damaged, "num_train_timesteps is 500")
+
+
+def test_a_config_that_names_other_weights_for_transformers_is_refused(damaged: Path) -> None:
+    edit_json(damaged / "text_encoder" / "config.json", lambda c: c.update(transformers_weights="other.safetensors"))
+    refused_at_once(damaged, "transformers_weights names 'other.safetensors'.*remove the field")
+
+
+def test_without_a_temporary_folder_the_way_out_is_named(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(damaged / "gone"))
+    checkpoint = open_checkpoint(str(damaged), None, damaged)
+    with pytest.raises(BuildError, match=r"no temporary folder can be made.*set TMPDIR"), exact_folder(checkpoint):
+        pass
 
 
 def test_a_size_that_is_not_whole_tokens_is_refused(damaged: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +167,18 @@ def _modelopt(job: Job) -> Stage[Any, Path] | None:
         calibration_request(job.loaded),
         job.original.family.text_layers,
         calibration.algorithm,
+        _version_of("nvidia-modelopt"),
         job.original.plans["transformer"],
     )
     return Stage("modelopt", "quantize with modelopt", inputs, modelopt_stage.run, modelopt_stage.load)
+
+
+def _version_of(distribution: str) -> str:
+    """The installed version; of what is not installed, which a plan may still name, a word that says so."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _calibrate(job: Job, results: Results, always: bool) -> Stage[Any, Path] | None:

@@ -15,12 +15,13 @@ RESULT = "transformer"
 
 @dataclass(frozen=True)
 class ModeloptInputs:
-    """The model, what it is asked to do, modelopt's algorithm, and every Linear's format."""
+    """The model, what it is asked to do, modelopt's algorithm and version, and every Linear's format."""
 
     files: CheckpointFiles
     request: dict[str, Any]
     text_layers: tuple[int, ...]
     algorithm: str
+    version: str
     plan: list[LayerPlan]
 
 

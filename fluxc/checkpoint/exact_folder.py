@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fluxc.base.errors import BuildError
 from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE, small_files
 from fluxc.checkpoint.source import Checkpoint, Component
 
@@ -15,8 +16,7 @@ from fluxc.checkpoint.source import Checkpoint, Component
 @contextmanager
 def exact_folder(checkpoint: Checkpoint) -> Iterator[Path]:
     """A folder of links to the checkpoint's files, its weights under the names that loaders expect, while the body runs."""
-    with tempfile.TemporaryDirectory(prefix="fluxc-") as name:
-        root = Path(name)
+    with _scratch() as root:
         (root / "model_index.json").symlink_to(checkpoint.root / "model_index.json")
         for component in checkpoint.components.values():
             _link(component, root / component.name)
@@ -26,10 +26,21 @@ def exact_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 @contextmanager
 def exact_component(component: Component) -> Iterator[Path]:
     """The same of one component."""
-    with tempfile.TemporaryDirectory(prefix="fluxc-") as name:
-        folder = Path(name) / component.name
-        _link(component, folder)
-        yield folder
+    with _scratch() as root:
+        _link(component, root / component.name)
+        yield root / component.name
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="fluxc-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise BuildError(
+            f"no temporary folder can be made ({error.strerror or error}); set TMPDIR to a folder that can be written"
+        ) from error
+    with folder as name:
+        yield Path(name)
 
 
 def _link(component: Component, folder: Path) -> None:

@@ -63,6 +63,12 @@ class Component:
     @cached_property
     def weights(self) -> WeightFiles:
         """Which files hold the weights, for every reader of the component."""
+        named = self.config.get("transformers_weights")
+        if named is not None:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: transformers_weights names {named!r} as the weights for transformers alone; "
+                "remove the field, and leave the weights you mean in the folder"
+            )
         return find_weights(self.folder, self.variant)
 
     @property

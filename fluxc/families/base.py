@@ -19,6 +19,7 @@ FLUX2_SCHEDULE = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
+    "num_train_timesteps": 1000,
 }
 
 
