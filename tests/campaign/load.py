@@ -31,7 +31,7 @@ def _serve(bundle: Path, gpus: int, threads: int, images: int) -> Tally:
             request = fluxrt.Request(prompt, seed=number % 5, guidance=guidance, steps=steps)
             return hashlib.sha256(pipeline.generate(request).images[0].tobytes()).hexdigest()
 
-        kinds = len(WORDS) * 5
+        kinds = min(len(WORDS) * 5, threads * images // 2)
         alone = [made(number) for number in range(kinds)]
         counted, sizes = threading.Lock(), []
 
