@@ -283,6 +283,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         lambda tensors: tensors.update({"transformer/layer/rows": np.zeros((2, 3), np.uint16)}),
         lambda tensors: tensors.update({"transformer/layer/rows": np.zeros((2, 16), np.float32)}),
         lambda tensors: tensors.update({"transformer/layer/channel_amax": np.float32(1)}),
+        lambda tensors: tensors.update({"transformer/layer/channel_amax": np.full(16, -1, np.float32)}),
+        lambda tensors: tensors.update({"transformer/layer/channel_amax": np.full(16, np.nan, np.float32)}),
+        lambda tensors: tensors.update({"transformer/layer/amax": np.float32(np.inf)}),
+        lambda tensors: tensors.update({"transformer/layer/amax": np.float32(-1)}),
+        lambda tensors: tensors.update({"transformer/layer/rows": np.full((2, 16), 0x7F80, np.uint16)}),
     ],
 )
 def test_a_file_whose_records_do_not_hold_together_is_refused(tmp_path: Path, change: Callable[[Any], Any]) -> None:
