@@ -169,6 +169,21 @@ def test_a_manifest_that_is_none_is_refused(quick_copy: Path, content: bytes) ->
         open_bundle(quick_copy)
 
 
+@pytest.mark.parametrize("name", ["bundle.json", "vae/config.json"])
+def test_what_cannot_be_read_is_named(quick_copy: Path, name: str) -> None:
+    path = quick_copy / name
+    for make in (lambda path: path.mkdir(), lambda path: path.symlink_to(path.name)):
+        path.rmdir() if path.is_dir() else path.unlink()
+        make(path)
+        with pytest.raises(BundleError, match=rf"{path.name}: it (cannot be read|is not a file)"):
+            open_bundle(quick_copy)
+
+
+def test_a_bundle_path_that_the_system_does_not_take_is_refused() -> None:
+    with pytest.raises(BundleError, match="cannot be read: File name too long"):
+        open_bundle("n" * 300)
+
+
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not a fluxc bundle"):
         open_bundle(tmp_path)

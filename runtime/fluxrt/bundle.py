@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -466,7 +467,7 @@ class Bundle:
     def checked_file(self, name: str) -> Path:
         """The path of file `name` after its SHA-256 matched the manifest; for whatever will be executed."""
         path = self.path(name)
-        if sha256_file(path) != self.manifest.files[name].sha256:
+        if _readable_digest(path) != self.manifest.files[name].sha256:
             raise BundleError(
                 f"{path}: its SHA-256 is not the one in {MANIFEST}, so it will not be run; "
                 "copy the bundle again from where it was built, or rebuild it"
@@ -487,6 +488,17 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file as hexadecimal text, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _readable_digest(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    return BundleError(f"{path}: it cannot be read: {error.strerror}; mend that, or copy the bundle again")
 
 
 def manifest_digest(manifest: Manifest) -> str:
@@ -510,13 +522,15 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """
     # A process may go to another folder while it has the bundle open.
     root = Path(path).absolute()
-    if not root.is_dir():
-        raise BundleError(f"{root}: no such bundle folder; `fluxc build RECIPE` makes one")
     manifest_path = root / MANIFEST
     try:
+        if not root.is_dir():
+            raise BundleError(f"{root}: no such bundle folder; `fluxc build RECIPE` makes one")
         raw = manifest_path.read_bytes()
     except FileNotFoundError:
         raise BundleError(f"{root}: there is no {MANIFEST}, so this is not a fluxc bundle") from None
+    except OSError as error:
+        raise _unreadable(manifest_path, error) from None
     _check_format(manifest_path, raw)
     try:
         manifest = decode_manifest(raw)
@@ -534,7 +548,9 @@ def verify_files(bundle: Bundle) -> None:
 
     Raises BundleError naming every damaged or foreign file.
     """
-    damaged = [name for name, file in bundle.manifest.files.items() if sha256_file(bundle.root / name) != file.sha256]
+    damaged = [
+        name for name, file in bundle.manifest.files.items() if _readable_digest(bundle.root / name) != file.sha256
+    ]
     known = {MANIFEST, *bundle.manifest.files}
     present = {
         path.relative_to(bundle.root).as_posix()
@@ -571,13 +587,17 @@ def _check_format(path: Path, raw: bytes) -> None:
 
 def _check_file(root: Path, name: str, file: File) -> None:
     pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or pure.as_posix() != name:
+    if not name or pure.is_absolute() or ".." in pure.parts or {"\\", "\0"} & set(name) or pure.as_posix() != name:
         raise BundleError(f"{root / MANIFEST}: the path {name!r} leaves the bundle or is not plain; refused")
     path = root / name
     try:
         stat = path.stat()
     except FileNotFoundError:
         raise BundleError(f"{path}: listed in {MANIFEST} but missing; copy the bundle again or rebuild it") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not S_ISREG(stat.st_mode):
+        raise BundleError(f"{path}: it is not a file; copy the bundle again or rebuild it")
     if not path.resolve().is_relative_to(root.resolve()):
         raise BundleError(f"{path}: a link that leaves the bundle; refused")
     if stat.st_size != file.size:
