@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,14 +170,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+EXPORTS, KEPT_EXPORTS = ROOT / ".pytest_cache" / "exports", 200
+"""Graphs that earlier runs traced, by keys that hold configs, versions and the code that traces; the most recent are kept."""
+
+
+def copy_exports(source: Path, target: Path) -> None:
+    """Copy the results of export stages that `target` lacks; two processes may do it at once."""
+    target.mkdir(parents=True, exist_ok=True)
+    for result in source.glob("export-*"):
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch, contextlib.suppress(OSError):
+            if not (target / result.name).exists():
+                shutil.copytree(result, Path(scratch) / result.name)
+                (Path(scratch) / result.name).rename(target / result.name)
+            # A result's time is that of its last use.
+            os.utime(target / result.name, ns=(result.stat().st_atime_ns, result.stat().st_mtime_ns))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The stage cache of all builds of a run, and of all its workers: what one has made, none makes again."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "stage-cache"
+    copy_exports(EXPORTS, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENVIRONMENT, str(base / "stage-cache"))
-        yield base / "stage-cache"
+        patch.setenv(ENVIRONMENT, str(folder))
+        yield folder
+    copy_exports(folder, EXPORTS)
+    for old in sorted(EXPORTS.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT_EXPORTS:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def results_of(shared: Path, bundle: Path) -> list[Path]:

@@ -12,11 +12,10 @@ import onnxruntime
 import pytest
 import torch
 
-from conftest import QUICK, compile_into, copy_checkpoint
+from conftest import QUICK, compile_into, copy_checkpoint, exported
 from fluxc.fidelity.metrics import relative_error
 from fluxc.graph.bind import argument_names
 from fluxc.graph.compose import compose_body
-from fluxc.graph.export import trace_transformer
 from fluxc.targets.onnxruntime.lower import lower
 from fluxrt.schedule import flow_match_sigmas
 
@@ -80,7 +79,7 @@ LENGTH = 7
 
 
 def traced(embedded: bool) -> dict[str, onnx.ModelProto]:
-    return trace_transformer({**SMALL, "guidance_embeds": embedded}, LENGTH, cfg_batch=not embedded)
+    return exported("transformer", {**SMALL, "guidance_embeds": embedded}, LENGTH, cfg_batch=not embedded)
 
 
 @pytest.mark.parametrize(("embedded", "branches", "grid"), [(True, 1, (3, 5)), (False, 2, (4, 4)), (False, 1, (7, 3))])

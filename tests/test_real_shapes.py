@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from conftest import exported
 from fluxc.base.safetensors import TensorRef
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_body
-from fluxc.graph.export import trace_transformer
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
 from fluxc.recipe.structs import ComponentPrecision
@@ -23,7 +23,7 @@ KEEP = ("x_embedder", "context_embedder", "time_guidance_embed*", "*modulation*"
 @pytest.mark.parametrize(("config", "products"), [(KLEIN_4B, 100), (DEV, 192)], ids=["klein-4B", "dev"])
 def test_every_tensor_of_a_published_model_is_bound_once(config: dict[str, Any], products: int) -> None:
     full = {**config, "axes_dims_rope": [32] * 4, "rope_theta": 2000, "eps": 1e-6, "timestep_guidance_channels": 256}
-    pieces = trace_transformer(full, 512, cfg_batch=not config["guidance_embeds"])
+    pieces = exported("transformer", full, 512, cfg_batch=not config["guidance_embeds"])
     body = compose_body(pieces, config["num_layers"], config["num_single_layers"], 512)
     layers = Flux2Transformer.read(full).linears
     plan = {e.layer.name: e for e in precision_plan("transformer", layers, ComponentPrecision("nvfp4", KEEP))}

@@ -20,14 +20,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
-from conftest import NANO, QUICK, RecordingProgress, compile_into, contents, results_of
+from conftest import NANO, QUICK, RecordingProgress, compile_into, contents, exported, results_of
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.build.job import check_targets
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_steps
-from fluxc.graph.export import trace_transformer
 from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
@@ -167,7 +166,7 @@ def test_devs_whole_transformer_is_a_few_small_plans(tmp_path: Path) -> None:
         name: TensorRef(name, "BF16", shape, Path(), 0, 2 * math.prod(shape))
         for name, shape in Flux2Transformer.read(DEV).tensors.items()
     }
-    pieces = trace_transformer(DEV, 512, False, torch.bfloat16)
+    pieces = exported("transformer", DEV, 512, dtype="bfloat16")
     target = TensorRTRtxTarget(compute_capabilities=("12.0", "12.1"))
     cutter = Cutter(
         [{"branches": 1, "tokens": 4096, "rows": 64, "columns": 64}], False, target.name, "engines/tensorrt_rtx"

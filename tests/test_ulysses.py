@@ -24,12 +24,11 @@ from onnx.reference.op_run import OpRun
 from PIL import Image
 
 import fluxrt
-from conftest import NANO, QUICK, compile_into, copy_checkpoint
+from conftest import NANO, QUICK, compile_into, copy_checkpoint, exported
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.fidelity.metrics import psnr
 from fluxc.graph import LINEAR_DOMAIN
 from fluxc.graph.compose import compose_body
-from fluxc.graph.export import trace_transformer
 from fluxc.graph.ulysses import COLLECTIVE_DOMAIN, Exchange, hide_padding, shard, split_at_exchanges
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.recipe.load import load_recipe
@@ -109,12 +108,12 @@ def random_weights(*models: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def traced_part(ranks: int) -> dict[str, onnx.ModelProto]:
-    return trace_transformer(SMALL, TEXT // ranks, cfg_batch=True, part=True)
+    return exported("transformer", SMALL, TEXT // ranks, cfg_batch=True, part=True)
 
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, onnx.ModelProto]:
-    pieces = trace_transformer(SMALL, TEXT, cfg_batch=True)
+    pieces = exported("transformer", SMALL, TEXT, cfg_batch=True)
     return pieces | {"body": compose_body(pieces, SMALL["num_layers"], SMALL["num_single_layers"], TEXT)}
 
 

@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from conftest import QUICK, compile_into
+from conftest import QUICK, compile_into, exported
 from fake_gpu import RTX as FAKE_RTX
 from fake_gpu import FakeDriver, FakeLibrary
 from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef
 from fluxc.cli.describe_bundle import print_bundle
 from fluxc.fidelity.metrics import psnr
-from fluxc.graph.export import trace_transformer
 from fluxc.graph.ulysses import shard
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
@@ -75,7 +73,7 @@ def test_sharded_plans_hold_fp4_gemms_and_two_collectives_a_block(
     model: tuple[dict[str, Any], int, Component], ranks: int, tmp_path: Path
 ) -> None:
     config, singles, component = model
-    pieces = trace_transformer(config, 512 // ranks, False, torch.bfloat16, part=True)
+    pieces = exported("transformer", config, 512 // ranks, dtype="bfloat16", part=True)
     transformer = Flux2Transformer.read(config)
     pieces |= {name: shard(piece, transformer, ranks) for name, piece in pieces.items() if name.endswith("_block")}
     target = TensorRTRtxTarget(gpus=ranks)

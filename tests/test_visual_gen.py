@@ -368,7 +368,8 @@ def test_a_missing_input_scale_and_a_stray_file_are_named(folder: Path) -> None:
 
 
 def test_a_vae_of_other_pixels_a_token_is_named(folder: Path) -> None:
-    edit_json(folder / "vae" / "config.json", lambda data: data["block_out_channels"].pop())
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        edit_json(folder / "vae" / "config.json", lambda data, name=name: data[name].pop())
     assert "a token has 8 pixels a side, VisualGen takes it for 16" in "; ".join(faults(folder))
 
 
