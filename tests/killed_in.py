@@ -3,8 +3,9 @@
 It imports once what a build needs, then reads lines of JSON from stdin, [STAGE or null, ARGUMENTS]; each runs in a forked
 child, and the exit status (minus the signal's number, where one ended it) is written to stdout as a line.
 
-A stage is killed as soon as its result folder holds a file, or at the latest when its work is done and nothing is sealed yet;
-"bundle" when the bundle is complete and not yet in its place. Without a stage nothing is killed.
+A stage is killed as soon as its result folder holds a file, or at the latest when its work is done and nothing is sealed yet.
+One that traces graphs writes them last, and is killed half a second after it began. "bundle" is killed when the bundle is
+complete and not yet in its place. Without a stage nothing is killed.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ def kill(*_: Any) -> None:
 def watched(stage: str, run: Callable[..., Path]) -> Callable[..., Path]:
     """StageCache.run, with a killer in the stage whose name begins so."""
 
+    traces = stage.startswith("export")
+
     def wrapped(self: Any, folder: Path, title: str, work: Callable[..., None]) -> Path:
         def dying(partial: Path, report: Any) -> None:
+            begun = time.monotonic()
+
             def watch() -> None:
-                while not any(partial.iterdir()):
+                while not any(partial.iterdir()) and not (traces and time.monotonic() > begun + 0.5):
                     time.sleep(0.001)
                 kill()
 

@@ -142,7 +142,7 @@ def test_the_bundle_says_what_was_kept_and_why(auto_bundle: Path) -> None:
     assert "What exclude: auto measured" in (auto_bundle / "report" / "index.html").read_text()
 
 
-def test_a_second_build_measures_nothing_and_another_budget_measures_again(auto_bundle: Path) -> None:
+def test_a_second_build_measures_nothing(auto_bundle: Path) -> None:
     progress = RecordingProgress()
     change = "precision.transformer={default: nvfp4, exclude: auto, budget: {share: 0.1}}"
     compile_into(auto_bundle, *QUICK, change, progress=progress)
@@ -152,7 +152,10 @@ def test_a_second_build_measures_nothing_and_another_budget_measures_again(auto_
 def test_an_error_budget_keeps_only_what_it_takes(auto_bundle: Path, workshop: Path) -> None:
     allowed = sensitivity(auto_bundle)["error_all_quantized"] * 0.7
     change = f"precision.transformer={{default: nvfp4, exclude: auto, budget: {{error: {allowed}}}}}"
-    bundle = compile_into(workshop / "auto-error", *QUICK, change)
+    progress = RecordingProgress()
+    bundle = compile_into(workshop / "auto-error", *QUICK, change, progress=progress)
+    assert "measure sensitivity" not in progress.ran, "the groups were measured for another budget already"
+    assert "choose layers" in progress.ran
     assert sensitivity(bundle)["error"] <= allowed * 1.001
     assert 0 < sensitivity(bundle)["share_kept"] < 0.3
 

@@ -54,7 +54,8 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
     if recipe.step_cache:
         yield Step("step-trace", "step-cache", lambda results: _step_trace(job))
         yield Step("step-cache", "step-cache", lambda results: _fit(job, results))
-    yield Step("sensitivity", "weights", lambda results: _sensitivity(job, results))
+    yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
+    yield Step("sensitivity", "weights", lambda results: _choice(job, results))
     for name in WEIGHTS_FILE:
         yield Step(f"weights-{name}", "weights", partial(_weights, job, component=name))
     for target in recipe.targets:
@@ -212,14 +213,14 @@ def _fit(job: Job, results: Results) -> Stage[Any, StepCache]:
     return Stage("step-cache", "fit step cache", inputs, fit_stage.run, fit_stage.load)
 
 
-def _sensitivity(job: Job, results: Results) -> Stage[Any, dict[str, Any]] | None:
+def _cost_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs | None:
+    """What `exclude: auto` measures; None where it does not, or nothing would be quantized."""
     recipe, calibration = job.loaded.recipe, _calibration(job, results)
     precision = recipe.precision.transformer
     if precision.exclude != "auto" or calibration is None:
         return None
-    assert precision.budget is not None
     request = calibration_request(job.loaded)
-    inputs = sensitivity_stage.SensitivityInputs(
+    return sensitivity_stage.CostInputs(
         files=job.files,
         request=request,
         rows=job.rows(request["guidance"]),
@@ -230,9 +231,23 @@ def _sensitivity(job: Job, results: Results) -> Stage[Any, dict[str, Any]] | Non
         settings=_amax_settings(recipe),
         scales=precision.scales,
         round_inputs=any(target.rounds_inputs for target in recipe.targets),
-        budget=precision.budget,
     )
-    return Stage("sensitivity", "measure sensitivity", inputs, sensitivity_stage.run, sensitivity_stage.load)
+
+
+def _costs(job: Job, results: Results) -> Stage[Any, Path] | None:
+    inputs = _cost_inputs(job, results)
+    if inputs is None:
+        return None
+    return Stage("sensitivity-costs", "measure sensitivity", inputs, sensitivity_stage.run, sensitivity_stage.load)
+
+
+def _choice(job: Job, results: Results) -> Stage[Any, dict[str, Any]] | None:
+    measured, budget = _cost_inputs(job, results), job.loaded.recipe.precision.transformer.budget
+    if measured is None:
+        return None
+    assert budget is not None
+    inputs = sensitivity_stage.ChoiceInputs(measured, results["sensitivity-costs"], budget)
+    return Stage("sensitivity", "choose layers", inputs, sensitivity_stage.run_choice, sensitivity_stage.load_choice)
 
 
 def _amax_settings(recipe: Recipe) -> Calibration:

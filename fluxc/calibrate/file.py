@@ -62,10 +62,6 @@ def read_calibration(path: Path) -> CalibrationFile:
         raise CheckpointError(f"{path}: damaged: its records are incomplete ({error!r}); {KIND.advice}") from error
 
 
-def _is_finite(values: float | np.ndarray) -> bool:
-    return bool(np.isfinite(values).all())
-
-
 def _records(tensors: dict[str, np.ndarray]) -> Records:
     """The records that the tensors of a file hold; an exception of numpy's or a dictionary's where they hold none."""
     fields: dict[tuple[str, str], dict[str, np.ndarray]] = {}
@@ -83,7 +79,8 @@ def _records(tensors: dict[str, np.ndarray]) -> Records:
         if rows.dtype != np.uint16 or channels.dtype != np.float32 or rows.shape[1:] != channels.shape:
             raise ValueError(f"rows of {layer}")
         amax, inputs = float(of["amax"]), (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        if not (all(map(_is_finite, (amax, channels, inputs))) and min(amax, channels.min(initial=0)) >= 0):
+        is_finite = all(np.isfinite(part).all() for part in (np.float64(amax), channels, inputs))
+        if not is_finite or min(amax, channels.min(initial=0)) < 0:
             raise ValueError(f"magnitudes of {layer}")
         records.setdefault(component, {})[layer] = LayerInputs(amax, histogram, channels, inputs)
     return records

@@ -164,42 +164,48 @@ def choose(costs: list[GroupCost], parameters: int) -> list[int]:
     return [i for i, kept in enumerate(result.x) if kept > 0.5]
 
 
-def measure(
+ErrorOf = Callable[[list[LayerPlan]], float]
+"""The relative squared error of the velocity with these layers quantized."""
+
+
+def prepare(
     checkpoint: Checkpoint,
     prompts: list[str],
     generation: Generation,
     branches: int,
     dtype: torch.dtype,
-    plan: list[LayerPlan],
     simulation: Simulation,
-    budget: Budget,
-    on_progress: Report | None = None,
-) -> dict[str, Any]:
-    """What `sensitivity.json` holds: every group's cost, which are kept, and the errors measured as a whole.
-
-    `plan` is the plan without the choice: only its quantized layers are candidates. The model runs on the GPU if there is
-    one with room for it.
-    """
+) -> ErrorOf:
+    """The model with the states it is measured at, on the GPU if there is one with room for it."""
     pipeline = load_pipeline(checkpoint, dtype)
-    device = _device(pipeline)
-    pipeline.to(device)
+    pipeline.to(_device(pipeline))
     model = pipeline.transformer
     states = record_states(pipeline, checkpoint, prompts, generation, branches)
-    groups: dict[str, list[LayerPlan]] = {}
-    for entry in to_quantize(plan):
-        groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
 
     def error(entries: list[LayerPlan]) -> float:
         with simulation.of(model, entries):
             return output_error(model, states, generation.guidance)
 
+    return error
+
+
+def measure_costs(error: ErrorOf, plan: list[LayerPlan], on_progress: Report | None = None) -> list[GroupCost]:
+    """The cost of every fusion group; only the layers that `plan` quantizes are candidates."""
+    groups: dict[str, list[LayerPlan]] = {}
+    for entry in to_quantize(plan):
+        groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
     costs = []
     for number, members in enumerate(groups.values()):
         layers = tuple(entry.layer.name for entry in members)
         costs.append(GroupCost(layers, sum(entry.parameters for entry in members), error(members)))
         if on_progress:
             on_progress(number + 1, len(groups), f"{number + 1}/{len(groups)} groups")
-    every = [entry for members in groups.values() for entry in members]
+    return costs
+
+
+def choose_layers(error: ErrorOf, plan: list[LayerPlan], costs: list[GroupCost], budget: Budget) -> dict[str, Any]:
+    """Which groups are kept, and the errors measured as a whole: the part of `sensitivity.json` that the budget decides."""
+    every = to_quantize(plan)
     total = sum(entry.parameters for entry in plan)
 
     def error_without(kept: list[int]) -> float:
@@ -209,9 +215,6 @@ def measure(
     kept = _within(budget, costs, total, error_without)
     ranked = sorted(range(len(costs)), key=lambda i: (-costs[i].cost / costs[i].parameters, costs[i].layers))
     return {
-        "prompts": len(_evenly(len(prompts), PROMPTS)),
-        "steps": _evenly(generation.steps, STEPS),
-        "inputs_rounded": simulation.round_inputs,
         "share_kept": sum(costs[i].parameters for i in kept) / total,
         "error_all_quantized": _root(error(every)),
         "error": _root(error_without(kept)),
@@ -225,6 +228,11 @@ def measure(
             for i in ranked
         ],
     }
+
+
+def measured_on(prompts: int, steps: int) -> dict[str, Any]:
+    """How many prompts, and which steps, `record_states` takes of so many."""
+    return {"prompts": len(_evenly(prompts, PROMPTS)), "steps": _evenly(steps, STEPS)}
 
 
 def _root(squared: float) -> float:

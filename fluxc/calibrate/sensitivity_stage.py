@@ -1,11 +1,14 @@
-"""The sensitivity stage: what `exclude: auto` measured and chose, see sensitivity.measure."""
+"""The stages of `exclude: auto`: what every fusion group costs, then what is kept under the budget.
+
+The first takes long and knows no budget, so another budget measures no group again.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
@@ -13,11 +16,14 @@ from fluxc.checkpoint.files import CheckpointFiles
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.structs import Budget, Calibration, Scales
 
-RESULT = "sensitivity.json"
+if TYPE_CHECKING:
+    from fluxc.calibrate.sensitivity import ErrorOf
+
+COSTS, RESULT = "costs.json", "sensitivity.json"
 
 
 @dataclass(frozen=True)
-class SensitivityInputs:
+class CostInputs:
     """The model and the prompts it is measured on, the plan without the choice, and how quantized layers compute."""
 
     files: CheckpointFiles
@@ -30,37 +36,69 @@ class SensitivityInputs:
     settings: Calibration
     scales: Scales
     round_inputs: bool
+
+
+@dataclass(frozen=True)
+class ChoiceInputs:
+    """What was measured, the file with the `costs`, and the budget."""
+
+    measured: CostInputs
+    costs: Path
     budget: Budget
 
 
-def run(inputs: SensitivityInputs, folder: Path, report: Report) -> None:
-    """Write what was measured as JSON."""
+def run(inputs: CostInputs, folder: Path, report: Report) -> None:
+    """Write every group's cost as JSON."""
+    from fluxc.calibrate.sensitivity import measure_costs
+
+    costs = measure_costs(_prepared(inputs), inputs.plan, report)
+    plain = [{"layers": list(c.layers), "parameters": c.parameters, "cost": c.cost} for c in costs]
+    (folder / COSTS).write_text(as_json(plain, "sensitivity", indent=1) + "\n")
+
+
+def load(folder: Path) -> Path:
+    """The file with the costs."""
+    return folder / COSTS
+
+
+def run_choice(inputs: ChoiceInputs, folder: Path, report: Report) -> None:
+    """Write what was measured and chosen as JSON."""
+    from fluxc.calibrate.sensitivity import GroupCost, choose_layers, measured_on
+
+    measured, request = inputs.measured, inputs.measured.request
+    costs = [
+        GroupCost(tuple(plain["layers"]), plain["parameters"], plain["cost"])
+        for plain in json.loads(inputs.costs.read_text())
+    ]
+    chosen = choose_layers(_prepared(measured), measured.plan, costs, inputs.budget)
+    on = measured_on(len(request["prompts"]), request["steps"])
+    found = {**on, "inputs_rounded": measured.round_inputs, **chosen}
+    (folder / RESULT).write_text(as_json(found, "sensitivity", indent=1) + "\n")
+
+
+def load_choice(folder: Path) -> dict[str, Any]:
+    """What was measured and chosen."""
+    found: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    return found
+
+
+def _prepared(inputs: CostInputs) -> ErrorOf:
     import torch
 
     from fluxc.calibrate.amax import input_amax
     from fluxc.calibrate.file import read_calibration
-    from fluxc.calibrate.sensitivity import Simulation, measure
+    from fluxc.calibrate.sensitivity import Simulation, prepare
     from fluxc.calibrate.stage import generation_of
 
     checkpoint = inputs.files.checkpoint
     records = read_calibration(inputs.calibration).records["transformer"]
     amax = input_amax(records, inputs.plan, inputs.settings)
     tensors = checkpoint.components["transformer"].tensors
-    measured = measure(
+    return prepare(
         checkpoint,
         inputs.request["prompts"],
         generation_of(inputs.request, inputs.text_layers),
         inputs.rows,
         getattr(torch, inputs.dtype),
-        inputs.plan,
         Simulation(tensors, amax, inputs.scales, inputs.round_inputs),
-        inputs.budget,
-        report,
     )
-    (folder / RESULT).write_text(as_json(measured, "sensitivity", indent=1) + "\n")
-
-
-def load(folder: Path) -> dict[str, Any]:
-    """What was measured."""
-    measured: dict[str, Any] = json.loads((folder / RESULT).read_text())
-    return measured
