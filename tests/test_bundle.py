@@ -162,7 +162,21 @@ def test_an_unknown_manifest_field_is_refused(quick_copy: Path) -> None:
         open_bundle(quick_copy)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": "other"}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"format": "other"}',
+        b"\xff\xfe",
+        b'{"format": "\xee"}',
+        b'{"fo\xee": 1}',
+        b'{"format": ' + b"[" * 100_000,
+        b'{"format": "fluxc-bundle", "format_version": 6, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=range(9),
+)
 def test_a_manifest_that_is_none_is_refused(quick_copy: Path, content: bytes) -> None:
     (quick_copy / "bundle.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"bundle\.json"):

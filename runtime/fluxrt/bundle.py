@@ -22,6 +22,8 @@ from fluxrt.errors import BundleError
 FORMAT = "fluxc-bundle"
 FORMAT_VERSION = 6
 MANIFEST = "bundle.json"
+NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no JSON, no UTF-8, or nested too deep."""
 IGNORED = (".DS_Store", "Thumbs.db", "desktop.ini", ".directory")
 """Files that file managers leave in any folder they show. No loader takes one for a part of a bundle; macOS's `._NAME` files
 are not among them, because a loader that looks for *.safetensors does."""
@@ -534,7 +536,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     _check_format(manifest_path, raw)
     try:
         manifest = decode_manifest(raw)
-    except msgspec.MsgspecError as error:
+    except NO_JSON as error:
         raise BundleError(f"{manifest_path}: not a valid manifest: {error}; rebuild the bundle") from error
     if manifest_digest(manifest) != manifest.digest:
         raise BundleError(f"{manifest_path}: it was altered after the build (its digest does not match); rebuild")
@@ -572,7 +574,7 @@ def is_ignored(path: Path) -> bool:
 def _check_format(path: Path, raw: bytes) -> None:
     try:
         head = msgspec.json.decode(raw, type=_Head)
-    except msgspec.MsgspecError as error:
+    except NO_JSON as error:
         raise BundleError(f"{path}: not readable as JSON: {error}; rebuild the bundle") from error
     if head.format != FORMAT:
         raise BundleError(f"{path}: its format is {head.format!r}, not {FORMAT!r}; this is not a fluxc bundle")
