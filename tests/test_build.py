@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -172,6 +173,22 @@ def test_killed_at_every_stage_ends_with_the_bytes_of_an_undisturbed_build(quick
     assert sorted(first) == sorted(second)
     assert [name for name in first if first[name] != second[name]] == []
     assert [p for p in cache.iterdir() if p.is_dir() and p.name.startswith(".")] == []
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_build_that_is_terminated_leaves_nothing_half_made(tmp_path: Path) -> None:
+    out, cache = tmp_path / "bundle", tmp_path / ".fluxc"
+    arguments = ["build", str(RECIPE), *(a for c in QUICK for a in ("--set", c)), "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "fluxc", *arguments], stdout=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not list(cache.glob(".export-*")):
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert [path for path in cache.iterdir() if path.is_dir() and path.name.startswith(".")] == []
+    assert not out.exists()
 
 
 def test_quantized_tensors_equal_modelopt_bit_for_bit(quick_bundle: Path) -> None:

@@ -461,3 +461,11 @@ def test_a_tokenizer_class_that_transformers_does_not_have_is_refused(damaged: P
 def test_a_model_that_its_library_cannot_make_is_refused(damaged: Path) -> None:
     edit_json(damaged / "text_encoder" / "config.json", lambda config: config.update(hidden_act="no such function"))
     refused(damaged, r"text_encoder/config\.json: its model cannot be made \(")
+
+
+def test_a_config_with_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    damaged = copy_checkpoint(tmp_path / "damaged")
+    file = damaged / "text_encoder" / "config.json"
+    file.write_text(file.read_text().replace("{", '{"\\ud800": 1, ', 1))
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read as JSON"):
+        open_job(load_recipe(RECIPE, (f"model.source={damaged}",)), tmp_path / "cache")

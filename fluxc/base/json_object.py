@@ -17,6 +17,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; CheckpointError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        # An escape may stand for half a surrogate pair, which no text may hold.
+        json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}; use the file as published") from error
     if not isinstance(value, dict):

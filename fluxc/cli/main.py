@@ -15,17 +15,19 @@ import fluxc
 from fluxc.base.errors import FluxError
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import GPUS
+from fluxrt.cli import ended_by_sigterm
 
 BUILD_PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a FluxError into one paragraph on stderr and its exit code."""
+    """Turn a FluxError into one paragraph on stderr and its exit code; SIGTERM removes what is half written."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with ended_by_sigterm():
+                command(*args, **kwargs)
         except FluxError as error:
             click.echo(f"fluxc: {error}", err=True)
             sys.exit(error.exit_code)

@@ -95,7 +95,7 @@ def _generate(options: argparse.Namespace) -> int:
             _say(f"fluxrt: {paths[number].name}: skipped {len(skipped)} steps ({listed})", sys.stderr)
 
     pipeline = fluxrt.load(options.bundle, target=options.target, threads=options.threads, gpus=options.gpus)
-    with contextlib.closing(pipeline), _ended_by_sigterm():
+    with contextlib.closing(pipeline), ended_by_sigterm():
         result = pipeline.generate(request, on_step if showing else None, on_image)
     for note in (*result.notes, *pipeline.notes):
         _say(f"fluxrt: {note}", sys.stderr)
@@ -165,7 +165,7 @@ def _open_standard_descriptors() -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends the command as an interrupt does, so that what is half written is removed and ranks are ended."""
 
     def end(*_: object) -> None:

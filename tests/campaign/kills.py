@@ -47,6 +47,11 @@ def campaign(bundle: Path, work: Path, kills: int, seed: int, with_builds: bool)
     return tallies
 
 
+def _take_sigint() -> None:
+    """A command that was started in the background of a script inherits that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class _Generation:
     def __init__(self, bundle: Path, out: Path, gpus: str) -> None:
         arguments = ["generate", str(bundle), "--prompt", PROMPT, "--threads", "1", "--gpus", gpus, "--out"]
@@ -63,7 +68,7 @@ class _Generation:
         mark, image = f"{os.getpid()}-{time.monotonic_ns()}", self._out / "image.png"
         command = [*self._command, str(image)]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen(command, env=os.environ | {MARK: mark}, **quiet) as process:
+        with subprocess.Popen(command, env=os.environ | {MARK: mark}, preexec_fn=_take_sigint, **quiet) as process:
             time.sleep(moment)
             process.send_signal(sent)
             try:
@@ -148,7 +153,11 @@ class _Build:
         environment = os.environ | {"FLUXC_CACHE": str(self._work / "cache")}
         with (self._work / "said.txt").open("ab") as said:
             return subprocess.Popen(
-                [sys.executable, "-m", "fluxc", *arguments], env=environment, stdout=said, stderr=said
+                [sys.executable, "-m", "fluxc", *arguments],
+                env=environment,
+                stdout=said,
+                stderr=said,
+                preexec_fn=_take_sigint,
             )
 
 

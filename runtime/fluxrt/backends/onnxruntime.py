@@ -121,7 +121,8 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self._threads:
             options.intra_op_num_threads = self._threads
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        # Otherwise it prints what goes wrong and tries again.
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
     def _buffer(self, name: str) -> Any:
         if name not in self._buffers:
