@@ -31,7 +31,8 @@ from cpu_step import cpu_name
 from plans import PRESET, tensors_of, write_random
 
 from fluxc.models.published import MODELS
-from fluxrt import bundle as format
+from fluxrt import manifest as format
+from fluxrt.bundle import Bundle
 
 TEXT_LENGTH, SIGMA, NEXT_SIGMA = 512, 0.7, 0.68
 TINY = {
@@ -138,7 +139,7 @@ def diffusers_step(config: dict[str, Any], tokens: int, length: int, how: str, d
     return step
 
 
-class Unsealed(format.Bundle):
+class Unsealed(Bundle):
     """A folder with graphs and weights and no manifest."""
 
     def __init__(self, root: Path) -> None:

@@ -15,10 +15,11 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from fluxrt.bundle import Bundle, Plan, TensorRTTarget
+from fluxrt.bundle import Bundle
 from fluxrt.cuda import Gpu, OutOfMemoryError
 from fluxrt.errors import BackendError
 from fluxrt.group import Group
+from fluxrt.manifest import Plan, TensorRTTarget
 from fluxrt.weights import size_of
 from trt_reference import BF16, DTYPES, E2M1, OPERATORS
 

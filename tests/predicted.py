@@ -16,7 +16,7 @@ from fluxc.targets.tensorrt.audit import GEMM_KINDS
 from fluxc.targets.tensorrt.cut import Component
 from fluxc.targets.tensorrt.program import Program, read_programs
 from fluxrt.backends.buffers import plan_arena, plan_buffers
-from fluxrt.bundle import Engine
+from fluxrt.manifest import Engine
 from fluxrt.weights import StoredTensor
 
 STAGES = ("prologue", "body", "epilogue")

@@ -11,7 +11,8 @@ import fluxrt
 from fluxc.base.errors import BuildError
 from fluxc.fidelity.verify import verify_bundle
 from fluxrt import BundleError
-from fluxrt.bundle import decode_manifest, encode_manifest, manifest_digest, open_bundle, verify_files
+from fluxrt.bundle import open_bundle, verify_files
+from fluxrt.manifest import decode_manifest, encode_manifest, manifest_digest
 
 
 def edit_manifest(bundle: Path, edit) -> None:

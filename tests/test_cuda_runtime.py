@@ -18,10 +18,11 @@ from conftest import QUICK, compile_into, copy_checkpoint
 from fake_gpu import RTX, FakeDriver, FakeLibrary
 from fluxrt.backends.buffers import Buffer, plan_arena, plan_buffers, profile_for, resolve
 from fluxrt.backends.tensorrt import TensorRTBackend
-from fluxrt.bundle import Bundle, Call, Engine, Plan, Port, Program, Target, WeightPort, open_bundle, read_target
+from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.choose import Machine, choose
 from fluxrt.cuda import CudaDriver, Gpu, OutOfMemoryError, first_gpu
 from fluxrt.errors import BackendError, BundleError, RequestError
+from fluxrt.manifest import Call, Engine, Plan, Port, Program, Target, WeightPort, read_target
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from fluxrt.weights import StoredTensor, component_weights, read_weights

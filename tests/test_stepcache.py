@@ -32,8 +32,8 @@ from fluxc.stepcache.policy import (
     skipped_by,
 )
 from fluxc.stepcache.trace import StepTrace
-from fluxrt.bundle import CacheRule
 from fluxrt.errors import BackendError, RequestError
+from fluxrt.manifest import CacheRule
 from fluxrt.stepcache import Decisions, decisions_for, skipped_steps
 
 FLUX1 = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)

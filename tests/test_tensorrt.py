@@ -44,7 +44,8 @@ from fluxc.targets.tensorrt.cut import Component, Cutter, without_prefix
 from fluxc.targets.tensorrt.export_onnx import export_onnx
 from fluxc.targets.tensorrt.lower import Lowered, fix_shapes, lower_tensorrt
 from fluxc.targets.tensorrt.program import read_programs
-from fluxrt.bundle import Bundle, TensorRTTarget, open_bundle
+from fluxrt.bundle import Bundle, open_bundle
+from fluxrt.manifest import TensorRTTarget
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from fluxrt.schedule import flow_match_sigmas

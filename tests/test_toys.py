@@ -94,7 +94,7 @@ def test_a_toy_family_builds_a_bundle_that_generates(tmp_path: Path) -> None:
 def toy_target() -> Iterator[None]:
     from fluxc.recipe.targets import TARGETS
     from fluxc.targets.registry import KINDS
-    from fluxrt import bundle
+    from fluxrt import manifest as bundle
     from fluxrt.backends import registry as backends
     from toys import target_toy
 

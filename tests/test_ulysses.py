@@ -33,9 +33,10 @@ from fluxc.graph.ulysses import COLLECTIVE_DOMAIN, Exchange, hide_padding, shard
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.recipe.load import load_recipe
 from fluxc.targets.sharding import shards_of
-from fluxrt.bundle import Bundle, dimension_size, open_bundle
+from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.choose import choose
 from fluxrt.group import Group, PeerError
+from fluxrt.manifest import dimension_size
 from fluxrt.pipeline import Pipeline
 from fluxrt.ranked import RankedPipeline, RankError
 from fluxrt.request import Request

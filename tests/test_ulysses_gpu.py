@@ -35,10 +35,11 @@ from fluxc.targets.tensorrt.export_onnx import export_onnx
 from fluxc.targets.tensorrt.library import check_keeps_ranks
 from fluxrt.backends.nccl import Communicator
 from fluxrt.backends.tensorrt import TensorRTBackend
-from fluxrt.bundle import Bundle, Engine, open_bundle
+from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.choose import Machine, obstacle
 from fluxrt.errors import BackendError
 from fluxrt.group import Group
+from fluxrt.manifest import Engine
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from predicted import check_prediction

@@ -17,7 +17,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from safetensors import safe_open
 
-from fluxrt.bundle import Bundle, Plan, TensorRTTarget
+from fluxrt.bundle import Bundle
+from fluxrt.manifest import Plan, TensorRTTarget
 
 BF16, E4M3, E2M1 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 DTYPES = {

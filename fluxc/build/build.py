@@ -23,7 +23,8 @@ from fluxc.fidelity.gates import check_gates, check_stages, stage_bounds
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.stepcache.summary import step_cache_lines
 from fluxc.targets.parts import Weights
-from fluxrt import bundle as format
+from fluxrt import manifest as format
+from fluxrt.bundle import Bundle
 
 
 def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str | None = None) -> Path | None:
@@ -84,7 +85,7 @@ def _make_bundle(
     recipe = job.loaded.recipe
     weights = {name: Weights(name, results[f"weights-{name}"]) for name in WEIGHTS_FILE}
     manifest = _draft(cache, job, prompting, results, weights, staging, out)
-    results.add(DRAFT, format.Bundle(staging, manifest))
+    results.add(DRAFT, Bundle(staging, manifest))
     run_steps(cache, comparing(job), results)
     folders = [results["compare"], *([results["frontier"].folder] if "frontier" in results else [])]
     figures = json.loads((folders[0] / "report" / "report.json").read_text())

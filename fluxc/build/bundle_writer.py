@@ -23,7 +23,9 @@ from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import Recipe
 from fluxc.targets.parts import Weights, link_or_copy, read_entry
 from fluxc.targets.registry import kind_of
-from fluxrt import bundle as format
+from fluxrt import manifest as format
+from fluxrt.bundle import is_ignored, open_bundle
+from fluxrt.errors import BundleError
 
 LEFT_OUT = ("images.json", SEAL)
 """Files of a result that are not for the bundle."""
@@ -110,15 +112,15 @@ def files_of(root: Path, cache: StageCache) -> dict[str, format.File]:
     return {
         path.relative_to(root).as_posix(): format.File(path.stat().st_size, cache.file_digest(path))
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name != format.MANIFEST and not format.is_ignored(path)
+        if path.is_file() and path.name != format.MANIFEST and not is_ignored(path)
     }
 
 
 def is_current(out: Path, manifest: format.Manifest, cache: StageCache) -> bool:
     """Whether the bundle at `out` is already what this build makes, and undamaged."""
     try:
-        existing = format.open_bundle(out).manifest
-    except format.BundleError:
+        existing = open_bundle(out).manifest
+    except BundleError:
         return False
     return existing.digest == format.manifest_digest(manifest) and files_of(out, cache) == existing.files
 

@@ -28,8 +28,8 @@ from fluxc.recipe.load import LoadedRecipe
 from fluxc.stepcache.file import check_complete, read_trace
 from fluxc.targets.base import TargetContext
 from fluxc.targets.registry import kind_of
-from fluxrt.bundle import Prompting
 from fluxrt.errors import RequestError
+from fluxrt.manifest import Prompting
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
 from fluxc.targets.base import TargetContext
 from fluxc.targets.parts import Weights
 from fluxc.targets.registry import kind_of
-from fluxrt.bundle import StepCache
+from fluxrt.manifest import StepCache
 
 PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 """What `--until` can name, in order."""

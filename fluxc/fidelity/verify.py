@@ -12,8 +12,9 @@ from PIL import Image
 import fluxrt
 from fluxc.base.errors import BuildError
 from fluxc.fidelity.metrics import psnr
-from fluxrt.bundle import Bundle, RecordedImage, Target, open_bundle, verify_files
+from fluxrt.bundle import Bundle, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle, this_machine
+from fluxrt.manifest import RecordedImage, Target
 from fluxrt.request import Request
 
 LEAST_PSNR_DB = 40.0

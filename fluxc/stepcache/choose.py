@@ -17,7 +17,7 @@ from fluxc.recipe.structs import StepCache as Settings
 from fluxc.stepcache.fit import Fit, fit_polynomial, quality
 from fluxc.stepcache.policy import accumulated_error, average, best_schedules, find_threshold, knee, skipped_by
 from fluxc.stepcache.trace import StepTrace
-from fluxrt.bundle import CacheRule, StepCache
+from fluxrt.manifest import CacheRule, StepCache
 
 HELD_OUT = 4
 BINS = 10

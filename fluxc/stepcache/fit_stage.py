@@ -10,7 +10,7 @@ import msgspec
 from fluxc.base.numbers import check_finite
 from fluxc.base.progress import Report
 from fluxc.recipe.structs import StepCache as Settings
-from fluxrt.bundle import StepCache
+from fluxrt.manifest import StepCache
 
 RESULT = "step_cache.json"
 

@@ -20,7 +20,8 @@ from fluxc.recipe.structs import StepCache as Settings
 from fluxc.recipe.structs import most_skipped
 from fluxc.stepcache.policy import PUBLISHED, best_schedules, find_threshold
 from fluxc.stepcache.trace import StepTrace
-from fluxrt.bundle import Bundle, CacheRule, StepCache
+from fluxrt.bundle import Bundle
+from fluxrt.manifest import CacheRule, StepCache
 from fluxrt.pipeline import Pipeline, starting_noise
 from fluxrt.schedule import SCHEDULES
 from fluxrt.stepcache import Decisions

@@ -11,7 +11,8 @@ import msgspec
 
 from fluxc.base.cache import Made
 from fluxc.base.progress import Report
-from fluxrt.bundle import Bundle, StepCache
+from fluxrt.bundle import Bundle
+from fluxrt.manifest import StepCache
 
 if TYPE_CHECKING:
     from fluxc.stepcache.frontier import FrontierRequest

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from fluxrt.bundle import CacheRule
+from fluxrt.manifest import CacheRule
 from fluxrt.stepcache import skipped_steps
 
 BISECTIONS = 32

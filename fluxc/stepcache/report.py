@@ -12,7 +12,7 @@ import numpy as np
 from fluxc.base.numbers import as_json
 from fluxc.fidelity.report import contact_sheet
 from fluxc.stepcache.frontier import METHODS, FrontierRequest
-from fluxrt.bundle import StepCache
+from fluxrt.manifest import StepCache
 
 WORST = 3
 NAMES = {

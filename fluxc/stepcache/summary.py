@@ -7,7 +7,7 @@ import numpy as np
 from fluxc.base.console import new_console, new_table
 from fluxc.stepcache.choose import occurrences
 from fluxc.stepcache.file import TraceFile
-from fluxrt.bundle import StepCache
+from fluxrt.manifest import StepCache
 
 
 def print_trace(file: TraceFile) -> None:

@@ -1,6 +1,6 @@
 """What a kind of target is to a build: checks before any work, the graphs it starts from, the stage that makes it.
 
-A kind has a struct of options (fluxc.recipe.targets) and a struct for the manifest (fluxrt.bundle), and its class here answers
+A kind has a struct of options (fluxc.recipe.targets) and a struct for the manifest (fluxrt.manifest), and its class here answers
 whatever is asked of a target without a look at its kind.
 """
 
@@ -22,8 +22,8 @@ from fluxc.recipe.structs import Recipe
 from fluxc.recipe.targets import Target, kind_name
 from fluxc.targets.parts import Weights
 from fluxc.targets.sharding import Shards, shards_of
-from fluxrt import bundle as format
-from fluxrt.bundle import StepCache
+from fluxrt import manifest as format
+from fluxrt.manifest import StepCache
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

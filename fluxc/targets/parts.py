@@ -16,7 +16,7 @@ from fluxc.base.cache import Made
 from fluxc.base.numbers import check_finite
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.components import weights_entry, weights_files, weights_tensors
-from fluxrt.bundle import Target, read_target
+from fluxrt.manifest import Target, read_target
 
 if TYPE_CHECKING:
     import onnx

@@ -9,7 +9,8 @@ from fluxrt.errors import BackendError, RequestError
 from fluxrt.machine import Machine, this_machine
 
 if TYPE_CHECKING:
-    from fluxrt.bundle import Bundle, Target
+    from fluxrt.bundle import Bundle
+    from fluxrt.manifest import Target
 
 __all__ = ["Machine", "choose", "obstacle", "this_machine"]
 

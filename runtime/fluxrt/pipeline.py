@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from fluxrt.backends import Backend, run
 from fluxrt.backends.registry import make_backend
-from fluxrt.bundle import dimension_size
 from fluxrt.choose import choose
 from fluxrt.errors import BackendError, RequestError
+from fluxrt.manifest import dimension_size
 from fluxrt.prompt import PromptEncoder, load_encoder
 from fluxrt.resolve import Resolved, branches, grid_of, resolve
 from fluxrt.result import Result

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
-    from fluxrt.bundle import Bundle, Prompting
+    from fluxrt.bundle import Bundle
+    from fluxrt.manifest import Prompting
 
 
 def load_encoder(bundle: Bundle) -> PromptEncoder:

@@ -62,7 +62,8 @@ def main(argument: str) -> int:
 
 
 def _load(start: Start, control: Channel) -> Any:
-    from fluxrt.bundle import Bundle, decode_manifest
+    from fluxrt.bundle import Bundle
+    from fluxrt.manifest import decode_manifest
     from fluxrt.pipeline import Pipeline
 
     # The manifest as the command read it, so that all ranks have the same.

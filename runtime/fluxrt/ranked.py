@@ -22,9 +22,10 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 import fluxrt
-from fluxrt.bundle import Bundle, Target, dimension_size
+from fluxrt.bundle import Bundle
 from fluxrt.channel import Channel
 from fluxrt.errors import BackendError, RequestError
+from fluxrt.manifest import Target, dimension_size
 from fluxrt.prompt import load_encoder
 from fluxrt.rank import Start
 from fluxrt.resolve import resolve

@@ -13,7 +13,7 @@ import numpy as np
 from fluxrt.errors import RequestError
 
 if TYPE_CHECKING:
-    from fluxrt.bundle import Sampling
+    from fluxrt.manifest import Sampling
 
 LARGEST_SEED = 2**64 - 1
 MOST_STEPS = 100_000

@@ -11,7 +11,8 @@ from fluxrt.stepcache import decisions_for
 if TYPE_CHECKING:
     import numpy as np
 
-    from fluxrt.bundle import Bundle, Sampling, Target
+    from fluxrt.bundle import Bundle
+    from fluxrt.manifest import Sampling, Target
     from fluxrt.prompt import PromptEncoder
     from fluxrt.request import Request
 

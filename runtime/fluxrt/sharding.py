@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fluxrt.bundle import dimension_size
+from fluxrt.manifest import dimension_size
 
 if TYPE_CHECKING:
     import numpy as np
 
     from fluxrt.backends import Backend
-    from fluxrt.bundle import Sharding, Target
     from fluxrt.group import Group
+    from fluxrt.manifest import Sharding, Target
 
 
 @dataclass(frozen=True)

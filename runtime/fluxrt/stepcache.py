@@ -20,7 +20,7 @@ from fluxrt.errors import BackendError, RequestError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from fluxrt.bundle import CacheRule, StepCache
+    from fluxrt.manifest import CacheRule, StepCache
 
 
 class Decisions:

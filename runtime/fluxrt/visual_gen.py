@@ -17,7 +17,8 @@ from fluxrt.result import Result
 from fluxrt.turns import Turns
 
 if TYPE_CHECKING:
-    from fluxrt.bundle import Bundle, VisualGenTarget
+    from fluxrt.bundle import Bundle
+    from fluxrt.manifest import VisualGenTarget
     from fluxrt.request import Request
     from fluxrt.result import OnImage, OnStep
 

@@ -20,7 +20,8 @@ from campaign.mutate import of_bytes, of_graph, of_json, of_safetensors, of_text
 from fluxc.build.job import Job, check_prompts, open_job
 from fluxc.build.requests import calibration_request, trace_request
 from fluxc.recipe.load import load_recipe
-from fluxrt.bundle import MANIFEST, decode_manifest, manifest_digest, open_bundle
+from fluxrt.bundle import open_bundle
+from fluxrt.manifest import MANIFEST, decode_manifest, manifest_digest
 
 PROMPT = "a large red circle at the left on a white background"
 NANO = ROOT / "models" / "flux2-nano"

@@ -9,7 +9,8 @@ from PIL import Image
 from fluxrt.result import Result
 
 if TYPE_CHECKING:
-    from fluxrt.bundle import Bundle, Target
+    from fluxrt.bundle import Bundle
+    from fluxrt.manifest import Target
     from fluxrt.request import Request
     from fluxrt.result import OnImage, OnStep
 

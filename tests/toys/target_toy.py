@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxc.targets.onnxruntime.kind import OnnxRuntime
 from fluxc.targets.registry import register
-from fluxrt import bundle as format
+from fluxrt import manifest as format
 from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
 from fluxrt.backends.registry import Kind
 from fluxrt.backends.registry import register as register_backend

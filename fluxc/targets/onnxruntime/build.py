@@ -16,7 +16,7 @@ from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
 from fluxc.targets.onnxruntime.lower import lower
 from fluxc.targets.unused import check_unused
-from fluxrt.bundle import Graph, Port
+from fluxrt.manifest import Graph, Port
 
 COMPONENT_OF = {
     "text_encoder": "text_encoder",

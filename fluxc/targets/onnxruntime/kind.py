@@ -17,7 +17,7 @@ from fluxc.targets.onnxruntime import stage
 from fluxc.targets.onnxruntime.forms import CUDA
 from fluxc.targets.parts import Weights
 from fluxc.targets.sharding import check_sharding, needs_padding
-from fluxrt import bundle as format
+from fluxrt import manifest as format
 
 
 class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):

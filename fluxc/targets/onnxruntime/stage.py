@@ -13,7 +13,7 @@ from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxc.targets.parts import Weights, load_exports, weights_beside, write_entry
-from fluxrt import bundle as format
+from fluxrt import manifest as format
 
 if TYPE_CHECKING:
     import onnx

@@ -24,7 +24,7 @@ from fluxc.targets.tensorrt.audit import WAIVABLE, Audit, Expected, Finding, aud
 from fluxc.targets.tensorrt.builder import PlanRequest, build_plan
 from fluxc.targets.tensorrt.cut import MEMORY_A_BYTE, Component, Cut, Cutter
 from fluxc.targets.tensorrt.library import check_keeps_ranks, load_library
-from fluxrt.bundle import Engine
+from fluxrt.manifest import Engine
 
 BASE_GIB = 1.0
 """What the library itself takes while it builds."""

@@ -12,7 +12,7 @@ import onnx
 
 from fluxc.base.errors import BuildError
 from fluxrt.backends.library import make_logger
-from fluxrt.bundle import dimension_size
+from fluxrt.manifest import dimension_size
 
 Profile = Mapping[str, tuple[int, int, int]]
 

@@ -32,7 +32,7 @@ from fluxc.targets.tensorrt.audit import Expected
 from fluxc.targets.tensorrt.builder import Profile
 from fluxc.targets.tensorrt.lower import Lowered, fix_shapes, lower_tensorrt
 from fluxc.targets.tensorrt.nodes import port_dtype
-from fluxrt.bundle import Call, Plan, Port, Program
+from fluxrt.manifest import Call, Plan, Port, Program
 
 # What building a plan takes in memory, as a multiple of the weights baked into it (measured: 8.5 GB for 2.77 GB).
 MEMORY_A_BYTE = 3.2

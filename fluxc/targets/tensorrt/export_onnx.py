@@ -20,7 +20,8 @@ from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.graph import OPSET
 from fluxc.graph.values import inline, renamed
 from fluxc.targets.tensorrt.nodes import TRT_DOMAIN
-from fluxrt.bundle import Bundle, Engine, TensorRTTarget, WeightPort, dimension_size
+from fluxrt.bundle import Bundle
+from fluxrt.manifest import Engine, TensorRTTarget, WeightPort, dimension_size
 from fluxrt.weights import weights_files
 
 

@@ -17,7 +17,8 @@ from fluxc.targets.tensorrt.audit import Expected
 from fluxc.targets.tensorrt.build import build_audited, check_audits, plan_file
 from fluxc.targets.tensorrt.builder import PlanRequest
 from fluxc.targets.tensorrt.library import load_library
-from fluxrt import bundle as format
+from fluxrt import manifest as format
+from fluxrt.bundle import Bundle, open_bundle, sha256_file, verify_files
 from fluxrt.cuda import Gpu, first_gpu
 
 FindGpu = Callable[[], Gpu]
@@ -29,8 +30,8 @@ def finish_bundle(path: Path, target: str | None = None, find_gpu: FindGpu = fir
     The bundle is verified first and changes only when all plans are built and audited: plans appear by rename, the manifest
     last, with the library's version, the GPU and its driver. Raises BuildError and the errors of the runtime.
     """
-    bundle = format.open_bundle(path)
-    format.verify_files(bundle)
+    bundle = open_bundle(path)
+    verify_files(bundle)
     names = [bundle.target(target).name] if target else [t.name for t in bundle.manifest.targets]
     engines = [t for t in bundle.manifest.targets if isinstance(t, format.TensorRTTarget) and t.name in names]
     left = [t for t in engines if t.engine.unfinished]
@@ -53,9 +54,7 @@ def finish_bundle(path: Path, target: str | None = None, find_gpu: FindGpu = fir
     yield f"{path}: finished for {gpu.name} (compute capability {gpu.compute_capability}, driver {gpu.driver})"
 
 
-def _build(
-    bundle: format.Bundle, target: format.TensorRTTarget, gpu: Gpu, scratch: Path
-) -> tuple[format.Engine, list[str]]:
+def _build(bundle: Bundle, target: format.TensorRTTarget, gpu: Gpu, scratch: Path) -> tuple[format.Engine, list[str]]:
     engine = target.engine
     if gpu.compute_capability not in engine.compute_capabilities:
         raise BuildError(
@@ -89,7 +88,7 @@ def _build(
     return finished, lines
 
 
-def _allowing(bundle: format.Bundle, target: format.TensorRTTarget) -> TensorRTTarget:
+def _allowing(bundle: Bundle, target: format.TensorRTTarget) -> TensorRTTarget:
     """The recipe's own entry of `target`, as the manifest keeps it, with what it allows."""
     entries = [entry for entry in bundle.manifest.recipe["targets"] if entry["kind"] == target.kind]
     options = TARGETS[target.kind]
@@ -97,12 +96,12 @@ def _allowing(bundle: format.Bundle, target: format.TensorRTTarget) -> TensorRTT
     return next(found for found in targets if isinstance(found, TensorRTTarget) and found.name == target.name)
 
 
-def _seal(bundle: format.Bundle, finished: list[format.TensorRTTarget], scratch: Path) -> None:
+def _seal(bundle: Bundle, finished: list[format.TensorRTTarget], scratch: Path) -> None:
     """Put the plans into the bundle and, last, a manifest that names them."""
     files = dict(bundle.manifest.files)
     for path in sorted(p for p in scratch.rglob("*") if p.is_file()):
         name = path.relative_to(scratch).as_posix()
-        files[name] = format.File(path.stat().st_size, format.sha256_file(path))
+        files[name] = format.File(path.stat().st_size, sha256_file(path))
     by_name = {target.name: target for target in finished}
     targets = tuple(by_name.get(target.name, target) for target in bundle.manifest.targets)
     manifest = msgspec.structs.replace(bundle.manifest, targets=targets, files=files)

@@ -23,7 +23,7 @@ from fluxc.targets.tensorrt.library import (
     installed_version,
     load_library,
 )
-from fluxrt import bundle as format
+from fluxrt import manifest as format
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

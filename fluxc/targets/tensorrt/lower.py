@@ -21,7 +21,7 @@ from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.tensorrt.forms import BAKED, BOUND, Gemm
 from fluxc.targets.tensorrt.nodes import TRT_DOMAIN, Nodes
-from fluxrt.bundle import WeightPort, dimension_size
+from fluxrt.manifest import WeightPort, dimension_size
 
 
 @dataclass

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef
 from fluxc.graph.bind import ONNX_TYPES
-from fluxrt.bundle import WeightPort
+from fluxrt.manifest import WeightPort
 
 TRT_DOMAIN = "trt"
 PORT_DTYPES: dict[int, str] = {

@@ -7,7 +7,7 @@ from collections import Counter
 from rich.table import Table
 
 from fluxc.base.console import new_table
-from fluxrt.bundle import TensorRTTarget
+from fluxrt.manifest import TensorRTTarget
 
 
 def plan_table(target: TensorRTTarget) -> Table:

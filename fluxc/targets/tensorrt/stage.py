@@ -12,7 +12,7 @@ from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import TensorRTTarget
 from fluxc.targets.parts import Weights, load_exports, weights_beside, write_entry
 from fluxc.targets.unused import check_unused
-from fluxrt import bundle as format
+from fluxrt import manifest as format
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE
 from fluxc.quantize.component_files import quantization_config
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.sharding import undivided
-from fluxrt.bundle import StepCache
+from fluxrt.manifest import StepCache
 from fluxrt.visual_gen import PIXELS_PER_TOKEN
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from fluxc.targets.base import TargetContext, TargetKind, TargetWork
 from fluxc.targets.parts import Weights
 from fluxc.targets.visual_gen import stage
 from fluxc.targets.visual_gen.folder import SCHEMA, check_built_in, check_visual_gen, is_split
-from fluxrt import bundle as format
+from fluxrt import manifest as format
 
 
 class VisualGen(TargetKind[VisualGenTarget, format.VisualGenTarget]):

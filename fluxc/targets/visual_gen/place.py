@@ -11,7 +11,7 @@ from fluxc.base.errors import BuildError
 from fluxc.targets.parts import link_or_copy
 from fluxc.targets.visual_gen.check import faults_of
 from fluxc.targets.visual_gen.stage import LINKS
-from fluxrt.bundle import VisualGenTarget
+from fluxrt.manifest import VisualGenTarget
 
 
 def place_folder(entry: VisualGenTarget, folder: Path, staging: Path) -> None:

@@ -13,7 +13,7 @@ from fluxc.checkpoint.components import WEIGHTS_FILE, text_encoder_config
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import VisualGenTarget
 from fluxc.targets.parts import Weights, write_entry
-from fluxrt import bundle as format
+from fluxrt import manifest as format
 
 LINKS = "links.json"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fluxrt.bundle import dimension_size
 from fluxrt.errors import BundleError, RequestError
+from fluxrt.manifest import dimension_size
 from fluxrt.weights import STORED_AS, StoredTensor, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from fluxrt.bundle import Call, Engine, Plan, Port, Program, WeightPort
+    from fluxrt.manifest import Call, Engine, Plan, Port, Program, WeightPort
 
 ALIGNMENT = 256
 Sizes = dict[str, int]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from fluxrt.errors import BackendError
 
 if TYPE_CHECKING:
-    from fluxrt.bundle import Bundle, Engine, Target, TensorRTTarget
+    from fluxrt.bundle import Bundle
     from fluxrt.cuda import Gpu
+    from fluxrt.manifest import Engine, Target, TensorRTTarget
 
 EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 

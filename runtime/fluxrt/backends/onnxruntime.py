@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fluxrt.bundle import Bundle, Graph, OnnxRuntimeTarget, Sharding
+    from fluxrt.bundle import Bundle
     from fluxrt.group import Group
+    from fluxrt.manifest import Graph, OnnxRuntimeTarget, Sharding
 
 
 class OnnxRuntimeBackend:

@@ -15,7 +15,8 @@ from fluxrt.errors import BackendError
 if TYPE_CHECKING:
     import numpy as np
 
-    from fluxrt.bundle import Bundle, Graph, OnnxRuntimeTarget
+    from fluxrt.bundle import Bundle
+    from fluxrt.manifest import Graph, OnnxRuntimeTarget
 
 PROVIDER = "CUDAExecutionProvider"
 WORK = {

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
-from fluxrt.bundle import (
+from fluxrt.errors import BackendError, RequestError
+from fluxrt.manifest import (
     TARGETS,
     AnyTarget,
     OnnxRuntimeTarget,
@@ -19,7 +20,6 @@ from fluxrt.bundle import (
     VisualGenTarget,
     kind_name,
 )
-from fluxrt.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

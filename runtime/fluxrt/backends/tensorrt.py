@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fluxrt.bundle import Bundle, Program, TensorRTTarget
+    from fluxrt.bundle import Bundle
     from fluxrt.group import Group
+    from fluxrt.manifest import Program, TensorRTTarget
 
 UPLOAD_BYTES = 64 << 20
 

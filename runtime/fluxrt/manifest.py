@@ -1,0 +1,450 @@
+"""The bundle's manifest, `bundle.json`: the types of all it says, reading and writing it, and its digest.
+
+Types are checked where it is read; what its files hold is checked by fluxrt.bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from fluxrt.errors import BundleError
+
+FORMAT = "fluxc-bundle"
+FORMAT_VERSION = 6
+MANIFEST = "bundle.json"
+NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no JSON, no UTF-8, or nested too deep."""
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size in bytes and SHA-256 of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One input or output of a graph; a dimension is a number, or the name of what it counts."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+_DIMENSION = re.compile(r"(?:(\d+)\*)?([a-z_]+)(?: \+ (\d+))?")
+
+
+def dimension_size(dimension: int | str, sizes: Mapping[str, int]) -> int:
+    """A dimension of a Port as a number: it is one, or what it counts, times and plus numbers ("16*rows", "tokens + 512")."""
+    if isinstance(dimension, int):
+        return dimension
+    found = _DIMENSION.fullmatch(dimension)
+    if found is None or found[2] not in sizes:
+        raise BundleError(
+            f"the dimension {dimension!r} is not one of {', '.join(sizes)}, times or plus a number; rebuild"
+        )
+    return int(found[1] or 1) * sizes[found[2]] + int(found[3] or 0)
+
+
+class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph file and what goes in and out of it; `weights` is the file its initializers point into."""
+
+    file: str
+    weights: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+class WeightPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input of a plan that holds weights: `tensors` of the weights file, named after the call's prefix, laid end to end."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensors: tuple[str, ...]
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A TensorRT plan: code without weights, run once for every call that names it.
+
+    `file` is None until it is built, from the ONNX file `source`. `profiles` are its optimization profiles in order: what a
+    dimension counts, to its least, best and greatest value. Without any, every shape is fixed. `expected` is what the audit
+    of the built plan holds it against.
+    """
+
+    source: str
+    file: str | None
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    weights: tuple[WeightPort, ...]
+    profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    expected: dict[str, Any] = {}
+
+
+class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One run of a plan: `prefix` comes before the names of its weights' tensors, `buffers` names the buffer of a port where
+    it is not called like the port."""
+
+    plan: str
+    prefix: str = ""
+    buffers: dict[str, str] = {}
+
+
+class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a stage of an image comes to: calls in order, the weights file their tensors are in, the buffers with results."""
+
+    weights: str
+    calls: tuple[Call, ...]
+    outputs: tuple[str, ...]
+
+
+class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """TensorRT plans and the programs (text_encoder, prologue, body, epilogue, vae_decoder) that run them.
+
+    `library` is tensorrt or tensorrt_rtx, `version` the one the plans were built with, `compute_capabilities` the GPUs they
+    run on ("12.0"); `gpu` and `driver` are recorded when the plans were built on the GPU itself. `audit` says by plan what
+    was found in it.
+    """
+
+    library: str
+    version: str | None
+    compute_capabilities: tuple[str, ...]
+    plans: dict[str, Plan]
+    programs: dict[str, Program]
+    gpu: str | None = None
+    driver: str | None = None
+    audit: dict[str, Any] = {}
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The plans that are still to be built on the GPU they are for."""
+        return [name for name, plan in self.plans.items() if plan.file is None]
+
+
+class Exchange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An all-to-all: part i of the buffer `sends` goes to rank i, part i of `receives` came from it; dimension 0 counts
+    ranks."""
+
+    sends: str
+    receives: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Sharding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a target divides an image among `ranks`: every rank has `text_tokens` of the text, and an equal shard of the image.
+
+    With `padded` any number of image tokens is padded to a multiple of `ranks`. `body` is what the stage of that name
+    comes to where collectives are not part of a graph: graphs, and exchanges between them.
+    """
+
+    ranks: int
+    text_tokens: int
+    padded: bool = False
+    body: tuple[str | Exchange, ...] = ()
+
+
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+    """One way of running the bundle. Each kind has a struct of its own with what its backend needs; `kind` says which.
+
+    What is asked of a target of any kind is answered here as for one GPU that computes in the layers' formats; a kind that
+    answers otherwise has a field or a property of that name.
+    """
+
+    name: str
+
+    @property
+    def kind(self) -> str:
+        """The word for its kind, as in a recipe."""
+        return kind_name(type(self))
+
+    @property
+    def device(self) -> str:
+        """Where it runs: cpu or cuda."""
+        return "cuda"
+
+    @property
+    def activations(self) -> str:
+        """How the inputs of quantized layers are rounded: as an FP4 GPU does it (nvfp4), or not at all (none)."""
+        return "nvfp4"
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How an image is divided among several processes, one a rank."""
+        return None
+
+    @property
+    def tokens(self) -> tuple[int, int] | None:
+        """The range of image tokens any size may have, where it is not limited to the sizes listed under `sampling`."""
+        return None
+
+    @property
+    def parts(self) -> tuple[Graph | Plan, ...]:
+        """Its graphs or plans."""
+        return ()
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs, or on a CPU processes, it takes, where the target itself decides that."""
+        return self.sharding.ranks if self.sharding else 1
+
+    def runs_on(self, gpus: int) -> bool:
+        """Whether it can generate with so many GPUs, or on a CPU processes."""
+        return self.gpus == gpus
+
+    def reads(self, name: str) -> bool:
+        """Whether a graph or plan has an input of this name; a model without embedded guidance reads none, for example."""
+        return any(port.name == name for part in self.parts for port in part.inputs)
+
+    def input(self, name: str) -> Port:
+        """The first input of this name; BundleError if there is none."""
+        for part in self.parts:
+            for port in part.inputs:
+                if port.name == name:
+                    return port
+        raise BundleError(f"no graph of target {self.name!r} has an input {name!r}; rebuild the bundle")
+
+
+class OnnxRuntimeTarget(Target, frozen=True, tag="onnxruntime"):
+    """Graphs by name, for ONNX Runtime on `device`. `activations` are "none", or rounded as an FP4 GPU does it ("nvfp4").
+
+    With `sharding` several processes run it, one a rank, and what its graphs count as "tokens" are those of one rank.
+    """
+
+    activations: str
+    graphs: dict[str, Graph]
+    device: str = "cpu"
+    sharding: Sharding | None = None
+
+    @property
+    def parts(self) -> tuple[Graph | Plan, ...]:
+        """The graphs."""
+        return tuple(self.graphs.values())
+
+
+class TensorRTTarget(Target, frozen=True, tag="tensorrt"):
+    """An engine for TensorRT. `tokens` is the range any size may have, None where the sizes are those under `sampling`.
+
+    With `sharding` there is a process for each GPU, and what its plans count as "tokens" are those of one rank.
+    """
+
+    engine: Engine
+    tokens: tuple[int, int] | None = None
+    sharding: Sharding | None = None
+
+    @property
+    def parts(self) -> tuple[Graph | Plan, ...]:
+        """The plans."""
+        return tuple(self.engine.plans.values())
+
+
+class TensorRTRtxTarget(TensorRTTarget, frozen=True, tag="tensorrt_rtx"):
+    """An engine for TensorRT-RTX."""
+
+
+class VisualGenTarget(Target, frozen=True, tag="visual_gen"):
+    """A folder that TensorRT-LLM's VisualGen loads: where it is, what its settings are written for, and by number of GPUs
+    (as text) the file with them. Prompts are padded to `text_length` tokens."""
+
+    folder: str
+    schema: str
+    configs: dict[str, str]
+    text_length: int
+
+    def runs_on(self, gpus: int) -> bool:
+        """Whether there are settings for so many GPUs."""
+        return str(gpus) in self.configs
+
+
+def kind_name(struct: type[Target]) -> str:
+    """What `kind` is in an entry that `struct` is for."""
+    return str(struct.__struct_config__.tag)
+
+
+TARGETS: dict[str, type[Target]] = {
+    kind_name(struct): struct for struct in (OnnxRuntimeTarget, TensorRTRtxTarget, TensorRTTarget, VisualGenTarget)
+}
+"""The structs of manifest entries by kind; fluxrt.backends.registry adds those of further kinds."""
+
+AnyTarget = TypeVar("AnyTarget", bound=Target)
+
+
+def struct_of(kind: str, base: type[AnyTarget]) -> type[AnyTarget]:
+    """The struct of entries of `kind`, which is `base` or made from it."""
+    struct = TARGETS[kind]
+    assert issubclass(struct, base)
+    return struct
+
+
+def read_target(entry: Any) -> Target:
+    """A manifest's entry as the struct of its kind; msgspec.ValidationError says what is wrong with it.
+
+    An entry of a kind that is not known here is kept as it is: nothing runs it, and the bundle's other targets are of use.
+    """
+    head = msgspec.convert(entry, _AnyKind)
+    return msgspec.convert(entry, TARGETS.get(head.kind) or _unknown_kind(head.kind, entry))
+
+
+def _unknown_kind(kind: str, entry: dict[str, Any]) -> type[Target]:
+    """A struct for this entry; its fields have names of our own, so that none of them hides what Target answers."""
+    fields = {f"field_{at}": key for at, key in enumerate(entry) if key not in ("kind", "name")}
+    typed = [(field, Any) for field in fields]
+    try:
+        made: Any = msgspec.defstruct("UnknownTarget", typed, bases=(Target,), frozen=True, tag=kind, rename=fields)
+    except ValueError as error:
+        raise msgspec.ValidationError(str(error)) from error
+    struct: type[Target] = made
+    return struct
+
+
+class _AnyKind(msgspec.Struct):
+    """The two fields every entry has."""
+
+    kind: str
+    name: str
+
+
+class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One Linear of a component: shape [out, in], format, the rule that decided it, and its fusion group if any."""
+
+    component: str
+    name: str
+    shape: tuple[int, int]
+    format: str
+    rule: str
+    group: str | None
+    bytes_before: int
+    bytes_after: int
+
+
+class Prompting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a prompt becomes tokens: `prefix + prompt + suffix`, encoded, padded with `pad_id` to `length`."""
+
+    tokenizer: str
+    prefix: str
+    suffix: str
+    length: int
+    pad_id: int
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the step loop needs: sizes in pixels [height, width], pixels a token, channels, schedule and defaults."""
+
+    sizes: tuple[tuple[int, int], ...]
+    pixels_per_token: int
+    latent_channels: int
+    schedule: str
+    steps: int
+    guidance: float
+    cfg_batch: bool
+
+
+class CacheRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When the dynamic step cache skips, see fluxrt.stepcache.
+
+    `coefficients` of the polynomial, highest degree first; `first` and `last` steps are always computed, and no more than
+    `max_consecutive_skips` are skipped in a row. A negative value of the polynomial counts as `zero` (ours), as it is
+    (`signed`, the authors' rule) or with its sign taken off (`absolute`, VisualGen's).
+    """
+
+    coefficients: tuple[float, ...]
+    threshold: float
+    first: int = 1
+    last: int = 1
+    max_consecutive_skips: int | None = None
+    negative: Literal["zero", "signed", "absolute"] = "zero"
+
+
+class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which steps reuse the last residual: by `rule` (dynamic) or those in `schedule` (static), for `steps` steps at `size`.
+
+    `on_mismatch` is what happens to requests of another size or number of steps, which the rule decides if anything does.
+    `visual_gen` is the rule for TensorRT-LLM's VisualGen, fitted to residuals of the latents. `fit` says how well the
+    polynomials fit, and how thresholds were found.
+    """
+
+    mode: Literal["dynamic", "static"]
+    rule: CacheRule
+    schedule: tuple[int, ...]
+    steps: int
+    size: tuple[int, int]
+    on_mismatch: Literal["refuse", "warn", "allow"]
+    visual_gen: CacheRule
+    fit: dict[str, Any]
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the bundle came from. `built_at` is the one field outside the manifest's digest."""
+
+    source: str
+    checkpoint: dict[str, dict[str, str]]
+    tools: dict[str, str]
+    built_at: str
+
+
+class RecordedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An image generated at build time, and the request it answered."""
+
+    file: str
+    target: str
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    size: tuple[int, int]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything `bundle.json` says; docs/bundle-format.md explains it field by field."""
+
+    format: str
+    format_version: int
+    name: str
+    digest: str
+    family: str
+    recipe: dict[str, Any]
+    provenance: Provenance
+    components: dict[str, str]
+    precision: tuple[Layer, ...]
+    prompting: Prompting
+    sampling: Sampling
+    targets: tuple[Target, ...]
+    fidelity: dict[str, Any]
+    images: tuple[RecordedImage, ...]
+    files: dict[str, File]
+    step_cache: StepCache | None = None
+
+
+def decode_manifest(raw: bytes) -> Manifest:
+    """The manifest as a struct, its targets by their kinds; msgspec.MsgspecError says what is wrong with it."""
+    plain = msgspec.json.decode(raw)
+    entries = plain.get("targets") if isinstance(plain, dict) else None
+    if not isinstance(entries, list):
+        return msgspec.convert(plain, Manifest)
+    manifest = msgspec.convert(plain | {"targets": []}, Manifest)
+    targets = []
+    for at, entry in enumerate(entries):
+        try:
+            targets.append(read_target(entry))
+        except msgspec.ValidationError as error:
+            raise msgspec.ValidationError(f"targets[{at}]: {error}") from error
+    return msgspec.structs.replace(manifest, targets=tuple(targets))
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """SHA-256 of the manifest's canonical JSON without its own digest and without `provenance.built_at`."""
+    plain = msgspec.to_builtins(manifest)
+    plain.pop("digest")
+    plain["provenance"].pop("built_at")
+    return hashlib.sha256(msgspec.json.encode(plain, order="deterministic")).hexdigest()
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """`manifest` as readable JSON with its digest filled in."""
+    sealed = msgspec.structs.replace(manifest, digest=manifest_digest(manifest))
+    return msgspec.json.format(msgspec.json.encode(sealed, order="deterministic"), indent=1) + b"\n"
