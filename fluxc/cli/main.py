@@ -15,7 +15,7 @@ import fluxc
 from fluxc.base.errors import FluxError
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import GPUS
-from fluxrt.cli import ended_by_sigterm
+from fluxrt.signals import ended_by_sigterm
 
 BUILD_PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 

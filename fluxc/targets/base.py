@@ -1,7 +1,7 @@
 """What a kind of target is to a build: checks before any work, the graphs it starts from, the stage that makes it.
 
-A kind has a struct of options (fluxc.recipe.targets) and a struct for the manifest (fluxrt.manifest), and its class here answers
-whatever is asked of a target without a look at its kind.
+A kind has a struct of options (fluxc.recipe.targets) and a struct for the manifest (fluxrt.manifest), and its class here
+answers whatever is asked of a target without a look at its kind.
 """
 
 from __future__ import annotations

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import fluxrt
-from fluxrt.errors import FluxError, OutputError, RequestError
+from fluxrt.errors import FluxError
+from fluxrt.output import check_output, save
+from fluxrt.signals import ended_by_sigterm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from PIL.Image import Image
 
 
@@ -102,49 +100,6 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_output(path: Path) -> None:
-    """RequestError or OutputError where a PNG file cannot be written to `path`; nothing is left there."""
-    if path.suffix.lower() != ".png":
-        raise RequestError(f"--out {path}: images are written as PNG; give a name that ends in .png")
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            path.lstat()  # a name that is too long says so
-        if path.is_symlink():
-            raise RequestError(f"--out {path}: it is a link; give the file it should point to, or another name")
-        if path.is_dir():
-            raise RequestError(f"--out {path}: it is a folder; give a file name")
-        if not path.parent.is_dir():
-            raise RequestError(f"--out {path}: the folder {path.parent} does not exist; make it first")
-        partial = _partial(path)
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"--out {path}: it cannot be written: {error.strerror}; give another name or folder"
-        ) from None
-
-
-def save(image: Image, path: Path) -> None:
-    """Write `image` as PNG to `path`, which appears when it is complete; OutputError where it cannot be."""
-    encoded = io.BytesIO()
-    image.save(encoded, format="PNG")
-    partial = _partial(path)
-    try:
-        partial.write_bytes(encoded.getbuffer())
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: it cannot be written: {error.strerror}; make room or give another --out; images before it are kept"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".fluxrt-{os.getpid()}.png")
-
-
 def _say(text: str, stream: TextIO | None, end: str = "\n") -> None:
     """Print a line; who closed the stream, or filled its disk, loses the line and no image."""
     if stream is None:
@@ -162,24 +117,6 @@ def _open_standard_descriptors() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the command as an interrupt does, so that what is half written is removed and ranks are ended."""
-
-    def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _size(text: str) -> tuple[int, int]:
