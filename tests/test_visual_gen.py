@@ -511,6 +511,11 @@ def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: p
             pipeline.generate(Request([PROMPT, "red " * 40]))
         assert len(asked) == 3
     assert asked[-1] == "shutdown"
+    sampling = msgspec.structs.replace(bundle.manifest.sampling, cfg_batch=False)
+    distilled = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, sampling=sampling))
+    with VisualGenPipeline(distilled, distilled.target("visual_gen")) as pipeline:
+        (note,) = pipeline.generate(Request(PROMPT, guidance=7)).notes
+    assert note == "guidance 7 changes nothing: this model is distilled and takes none"
 
 
 def test_a_bundle_that_visual_gen_would_read_otherwise_is_not_loaded(bundle: Bundle) -> None:

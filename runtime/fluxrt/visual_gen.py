@@ -6,6 +6,7 @@ has built in, and would compute whatever it is asked for, is refused here.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError, BundleError, RequestError
 from fluxrt.prompt import PromptEncoder
+from fluxrt.resolve import grid_of, unused_guidance
 from fluxrt.result import Result
 from fluxrt.turns import Turns
 
@@ -73,6 +75,8 @@ class VisualGenPipeline:
             )
         prompting = bundle.manifest.prompting
         self._encoder = PromptEncoder(prompting, bundle.checked_file(prompting.tokenizer))
+        transformer = json.loads(bundle.checked_file(f"{target.folder}/transformer/config.json").read_bytes())
+        self._embeds_guidance = bool(transformer.get("guidance_embeds"))
         self._engine = VisualGen(model=str(bundle.root / target.folder), args=self._args)
 
     def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
@@ -94,9 +98,7 @@ class VisualGenPipeline:
                 "request, or change step_cache in the recipe and rebuild"
             )
         steps, guidance, size = request.with_defaults(sampling)
-        if size not in sampling.sizes:
-            known = ", ".join(f"{height}x{width}" for height, width in sampling.sizes)
-            raise RequestError(f"size {size[0]}x{size[1]} (height x width) was not compiled; this bundle has {known}")
+        grid_of(sampling, self.target, size)
         if sampling.cfg_batch and guidance > 1:
             raise RequestError(
                 f"guidance {guidance:g} needs the row of the empty prompt, and VisualGen computes the prompt's alone; ask for "
@@ -116,7 +118,8 @@ class VisualGenPipeline:
             if on_image:
                 on_image(number, images[-1], ())
         seconds = {"text": 0.0, "steps": time.perf_counter() - began, "decode": 0.0}
-        return Result(images, seconds, [()] * len(images))
+        unused = unused_guidance(sampling, self._embeds_guidance, request)
+        return Result(images, seconds, [()] * len(images), [unused] if unused else [])
 
     def __enter__(self) -> VisualGenPipeline:
         return self
