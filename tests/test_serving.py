@@ -164,6 +164,15 @@ def test_guidance_that_changes_nothing_is_said(bundle: Path) -> None:
 # The command line.
 
 
+def generating(bundle: Path, *arguments: str, **how: Any) -> subprocess.Popen[str]:
+    """`fluxrt generate` as a process of its own."""
+    command = [sys.executable, "-m", "fluxrt.cli", "generate", str(bundle), *arguments]
+    return subprocess.Popen(command, text=True, **how)
+
+
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+
 def generate(bundle: Path, out: Path | str, *more: str) -> int:
     return main(["generate", str(bundle), "--prompt", PROMPT, "--out", str(out), "--steps", "1", *more])
 
@@ -227,25 +236,13 @@ def test_a_disk_that_is_full_keeps_the_images_before(
 def test_a_command_that_is_ended_keeps_the_images_it_made(
     bundle: Path, tmp_path: Path, sent: signal.Signals, code: int, gpus: str
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "fluxrt.cli",
-        "generate",
-        str(bundle),
-        "--steps",
-        "150",
-        "--gpus",
-        gpus,
-        "--threads",
-        "1",
-    ]
-    process = subprocess.Popen(
-        [*command, *["--prompt", PROMPT] * 8, "--out", str(tmp_path / "a.png")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    how = ["--steps", "150", "--gpus", gpus, "--threads", "1", "--out", str(tmp_path / "a.png")]
+    process = generating(
+        bundle,
+        *how,
+        *["--prompt", PROMPT] * 8,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **PIPES,
     )
     try:
         assert process.stdout
@@ -262,30 +259,15 @@ def test_a_command_that_is_ended_keeps_the_images_it_made(
 
 
 def test_closed_standard_streams_change_nothing(bundle: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fluxrt.cli", "generate", str(bundle), "--prompt", PROMPT, "--steps", "1", "--out"]
     for name, closed in (("open", ()), ("closed", (0, 1, 2))):
-        process = subprocess.Popen(
-            [*command, str(tmp_path / f"{name}.png")], preexec_fn=lambda closed=closed: [os.close(fd) for fd in closed]
-        )
+        how = ["--prompt", PROMPT, "--steps", "1", "--out", str(tmp_path / f"{name}.png")]
+        process = generating(bundle, *how, preexec_fn=lambda closed=closed: [os.close(fd) for fd in closed])
         assert process.wait(timeout=60) == 0
     assert (tmp_path / "open.png").read_bytes() == (tmp_path / "closed.png").read_bytes()
 
 
 def test_a_reader_that_goes_away_loses_lines_and_no_image(bundle: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "fluxrt.cli",
-        "generate",
-        str(bundle),
-        "--steps",
-        "1",
-        "--out",
-        str(tmp_path / "a.png"),
-    ]
-    process = subprocess.Popen(
-        [*command, *["--prompt", PROMPT] * 3], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = generating(bundle, "--steps", "1", "--out", str(tmp_path / "a.png"), *["--prompt", PROMPT] * 3, **PIPES)
     assert process.stdout
     process.stdout.close()
     assert process.stderr

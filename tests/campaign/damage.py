@@ -21,7 +21,7 @@ from fluxc.build.job import Job, check_prompts, open_job
 from fluxc.build.requests import calibration_request, trace_request
 from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
-from fluxrt.manifest import MANIFEST, decode_manifest, manifest_digest
+from fluxrt.manifest import MANIFEST, NO_JSON, decode_manifest, manifest_digest
 
 PROMPT = "a large red circle at the left on a white background"
 NANO = ROOT / "models" / "flux2-nano"
@@ -270,7 +270,7 @@ def _sealed(manifest: bytes) -> bytes:
         plain = json.loads(manifest)
         plain["digest"] = manifest_digest(decode_manifest(manifest))
         return json.dumps(plain).encode()
-    except Exception:
+    except (*NO_JSON, TypeError, ValueError):
         return manifest
 
 

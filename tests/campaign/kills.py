@@ -28,21 +28,18 @@ def campaign(bundle: Path, work: Path, kills: int, seed: int, with_builds: bool)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     rng, tallies = random.Random(f"{seed}/kills"), []
-    for what, gpus in (("generate", "1"), ("generate, 2 processes", "2")):
-        killing = _Generation(bundle, work / f"generate-{gpus}", gpus)
+    killed: dict[str, _Generation | _Build] = {
+        "generate": _Generation(bundle, work / "generate-1", "1"),
+        "generate, 2 processes": _Generation(bundle, work / "generate-2", "2"),
+    }
+    if with_builds:
+        killed["a build"] = _Build(bundle, work / "build")
+    for what, killing in killed.items():
         for sent in SIGNALS:
             tally = Tally(f"{sent.name} in {what}")
             for number in range(kills):
                 moment = rng.uniform(0, killing.seconds)
                 tally.add(f"{tally.kind}, {number} at {moment:.3f} s (seed {seed})", killing.killed(sent, moment))
-            tallies.append(tally)
-    if with_builds:
-        building = _Build(bundle, work / "build")
-        for sent in SIGNALS:
-            tally = Tally(f"{sent.name} in a build")
-            for number in range(kills):
-                moment = rng.uniform(0, building.seconds)
-                tally.add(f"{tally.kind}, {number} at {moment:.3f} s (seed {seed})", building.killed(sent, moment))
             tallies.append(tally)
     return tallies
 
