@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has a core; threads that wait for one another would make both many times slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from fluxc.base.cache import ENVIRONMENT, USED, StageCache
+from fluxc.base.cache import ENVIRONMENT, StageCache
 from fluxc.base.progress import StageProgress
 from fluxc.build.build import build
 from fluxc.build.runner import run
@@ -32,20 +32,13 @@ from fluxc.graph.stage import ExportInputs
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.qwen3 import Qwen3
 from fluxc.recipe.load import LoadedRecipe, load_recipe
+from quick import QUICK, results_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "models" / "flux2-nano"
 RECIPE = ROOT / "recipes" / "flux2-nano.yaml"
 sys.path.insert(0, str(NANO))
 pytest.register_assert_rewrite("predicted")
-
-QUICK = (
-    "calibration.prompts=../tests/data/two-prompts.txt",
-    "fidelity.prompts=../tests/data/two-prompts.txt",
-    "sampling.steps=3",
-    "precision.transformer.scales=max",
-    "gates={}",
-)
 
 
 class RecordingProgress(StageProgress):
@@ -80,15 +73,6 @@ def exported(component: str, config: dict[str, Any], text_length: int, **how: An
     with StageCache(Path(os.environ[ENVIRONMENT]), RecordingProgress()) as cache:
         folder = run(cache, export_of(inputs))
         return {path.stem: onnx.load(path) for path in folder.glob("*.onnx")}
-
-
-def contents(bundle: Path) -> dict[str, bytes]:
-    """Every file's bytes; of the manifest, all but the time it was built."""
-    files = {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
-    manifest = json.loads(files["bundle.json"])
-    assert manifest["provenance"].pop("built_at")
-    files["bundle.json"] = json.dumps(manifest, sort_keys=True).encode()
-    return files
 
 
 def copy_checkpoint(target: Path) -> Path:
@@ -199,13 +183,6 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     copy_exports(folder, EXPORTS)
     for old in sorted(EXPORTS.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT_EXPORTS:]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def results_of(shared: Path, bundle: Path) -> list[Path]:
-    """What `bundle` was made from, in the cache of the run."""
-    notes = [json.loads(note.read_text()) for note in (shared / USED).glob("*.json")]
-    (entry,) = (note for note in notes if note["owner"] == str(bundle.resolve()))
-    return [shared / name for name in entry["results"]]
 
 
 def seed_cache(shared: Path, bundle: Path, folder: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import QUICK, RECIPE, RecordingProgress, compile_into, contents, quantized_by_modelopt, seed_cache
+from conftest import RECIPE, RecordingProgress, compile_into, quantized_by_modelopt, seed_cache
 from fluxc.base.cache import ENVIRONMENT, locked
 from fluxc.base.errors import BuildError, GateError, RecipeError
 from fluxc.build import build as build_module
@@ -34,6 +34,7 @@ from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.structs import Gates
 from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxrt.bundle import open_bundle
+from quick import QUICK, contents
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conftest import QUICK, RECIPE, RecordingProgress, compile_into, copy_checkpoint
+from conftest import RECIPE, RecordingProgress, compile_into, copy_checkpoint
 from fluxc.base import imports
 from fluxc.base.cache import KEEP_BYTES, LOCKS, Made, StageCache, UnknownDigestError
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
@@ -32,6 +32,7 @@ from fluxc.targets.base import TargetContext
 from fluxc.targets.onnxruntime.kind import OnnxRuntime
 from fluxc.targets.parts import Weights
 from fluxrt.bundle import open_bundle
+from quick import QUICK
 
 STAGES = (
     "fluxc.calibrate.modelopt_stage",

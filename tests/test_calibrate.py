@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into, results_of
+from conftest import NANO, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import CHECKPOINT_PARTS, Origin, check_origin
 from fluxc.build.measure import calibrate_to_file
@@ -39,6 +39,7 @@ from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import Calibration
 from fluxrt.bundle import open_bundle
+from quick import QUICK, results_of
 
 GENERATION = Generation((64, 64), 2, 1.5, 0, 32, (9, 18, 27))
 PROMPTS = ["a small red ring at the top on a blue background", "a large green cross at the left on a black background"]

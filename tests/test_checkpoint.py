@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into, copy_checkpoint
+from conftest import NANO, RECIPE, RecordingProgress, compile_into, copy_checkpoint
 from fluxc.base.errors import BuildError, CheckpointError, FluxError
 from fluxc.base.safetensors import read_header
 from fluxc.build.job import open_job
 from fluxc.checkpoint.exact_folder import exact_folder
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.recipe.load import load_recipe
+from quick import QUICK
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

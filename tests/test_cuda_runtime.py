@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from conftest import QUICK, compile_into, copy_checkpoint
+from conftest import compile_into, copy_checkpoint
 from fake_gpu import RTX, FakeDriver, FakeLibrary
 from fluxrt.backends.buffers import Buffer, plan_arena, plan_buffers, profile_for, resolve
 from fluxrt.backends.tensorrt import TensorRTBackend
@@ -26,6 +26,7 @@ from fluxrt.manifest import Call, Engine, Plan, Port, Program, Target, WeightPor
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from fluxrt.weights import StoredTensor, component_weights, read_weights
+from quick import QUICK
 from test_tensorrt import RTX as RTX_RECIPE
 from test_tensorrt import rtx_bundle  # noqa: F401
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from conftest import QUICK, compile_into
+from conftest import compile_into
 from fluxc.base.errors import BuildError
 from fluxc.cli.main import main
 from fluxc.fidelity.verify import verify_bundle
@@ -23,6 +23,7 @@ from fluxrt.bundle import open_bundle
 from fluxrt.cuda import Gpu
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.pipeline import Pipeline
+from quick import QUICK
 from test_tensorrt import RTX, trt
 
 GPU = Gpu("a made-up RTX PRO", "12.0", "13.0")

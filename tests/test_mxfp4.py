@@ -13,11 +13,12 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
 
 import fluxrt
-from conftest import NANO, QUICK, compile_into
+from conftest import NANO, compile_into
 from fluxc.base.errors import RecipeError
 from fluxc.build.job import open_job
 from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
+from quick import QUICK
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TARGETS = "targets=[{kind: onnxruntime}]"

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from conftest import QUICK, compile_into
+from conftest import compile_into
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
 from fluxc.recipe.load import load_recipe
@@ -28,6 +28,7 @@ from fluxrt.errors import BackendError
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from fluxrt.schedule import flow_match_sigmas
+from quick import QUICK
 from trt_reference import E2M1, E4M3, Attention, LayerNormalization, MatMul, RMSNormalization
 
 PROMPT = "a small white ring at the top on a red background"

@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from conftest import QUICK, RECIPE, RecordingProgress
+from conftest import RECIPE, RecordingProgress
 from fluxc.base.errors import BuildError
 from fluxc.base.output import check_output, check_writable, names_place
 from fluxc.build.build import build
 from fluxc.build.measure import calibrate_to_file
 from fluxc.checkpoint import template_stage
 from fluxc.recipe.load import load_recipe
+from quick import QUICK
 
 BIG = np.random.default_rng(0).integers(0, 256, 1 << 18, np.uint8)
 

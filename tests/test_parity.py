@@ -12,12 +12,13 @@ import onnxruntime
 import pytest
 import torch
 
-from conftest import QUICK, compile_into, copy_checkpoint, exported
+from conftest import compile_into, copy_checkpoint, exported
 from fluxc.fidelity.metrics import relative_error
 from fluxc.graph.bind import argument_names
 from fluxc.graph.compose import compose_body
 from fluxc.targets.onnxruntime.lower import lower
 from fluxrt.schedule import flow_match_sigmas
+from quick import QUICK
 
 
 def report(bundle: Path) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from conftest import NANO, QUICK, RECIPE, compile_into
+from conftest import NANO, RECIPE, compile_into
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.fidelity.perceptual import Judges
+from quick import QUICK
 
 SIDE = 32
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import QUICK, RECIPE, ROOT, RecordingProgress, compile_into, copy_checkpoint, quantized_by_modelopt
+from conftest import RECIPE, ROOT, RecordingProgress, compile_into, copy_checkpoint, quantized_by_modelopt
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.quantize.source import Source, read_source
 from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
+from quick import QUICK
 
 TENSORS = "diffusion_pytorch_model.safetensors"
 OUTSIDE = ("x_embedder", "context_embedder", "time_guidance_embed", "modulation", "norm_out", "proj_out")

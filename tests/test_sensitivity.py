@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import NANO, QUICK, RECIPE, RecordingProgress, compile_into
+from conftest import NANO, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import RecipeError
 from fluxc.calibrate.sensitivity import GroupCost, Simulation, choose, output_error, record_states
 from fluxc.checkpoint.reference import Generation, load_pipeline
@@ -24,6 +24,7 @@ from fluxc.quantize.source import read_source
 from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import ComponentPrecision
 from fluxrt.bundle import open_bundle
+from quick import QUICK
 
 GENERATION = Generation((64, 64), 3, 1.5, 0, 32, (9, 18, 27))
 PROMPTS = ["a small red ring at the top on a blue background", "a large green cross at the left on a black background"]

@@ -18,12 +18,13 @@ import pytest
 from PIL import Image
 
 import fluxrt
-from conftest import QUICK, compile_into
+from conftest import compile_into
 from fluxrt import RequestError
 from fluxrt.cli import main
 from fluxrt.request import Request
 from fluxrt.resolve import unused_guidance
 from fluxrt.result import Result
+from quick import QUICK
 
 PROMPT = "a large red circle at the left on a white background"
 OTHER = "a small green square at the top right on a black background"

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import fluxrt
-from conftest import NANO, RECIPE, ROOT, RecordingProgress, compile_into, contents, results_of
+from conftest import NANO, RECIPE, ROOT, RecordingProgress, compile_into
 from fluxc.base.errors import BuildError, GateError, RecipeError
 from fluxc.build.measure import merge_to_file, trace_to_file
 from fluxc.checkpoint.reference import Generation, generate, load_pipeline
@@ -33,6 +33,7 @@ from fluxrt.pipeline import Pipeline, starting_noise
 from fluxrt.request import Request
 from fluxrt.schedule import SCHEDULES
 from fluxrt.stepcache import Decisions
+from quick import contents, results_of
 
 STEPS = 12
 PROMPT = "a large red cross at the right on a blue background"

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from conftest import QUICK, compile_into
+from conftest import compile_into
 from fake_gpu import FakeDriver, FakeLibrary
 from fluxc.targets.tensorrt.export_onnx import export_onnx
 from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
@@ -22,6 +22,7 @@ from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
+from quick import QUICK
 from test_tensorrt import RTX as RTX_RECIPE
 
 PROMPT = "a small white ring at the top on a red background"

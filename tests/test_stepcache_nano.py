@@ -15,7 +15,7 @@ from fluxrt.bundle import open_bundle
 from oracle import follows
 from pictures import split_specs
 
-UNSEEN = split_specs()[1][:8]
+UNSEEN = split_specs()[1][:16]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
-from conftest import NANO, QUICK, RecordingProgress, compile_into, contents, exported, results_of
+from conftest import NANO, RecordingProgress, compile_into, exported
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.build.job import check_targets
@@ -50,6 +50,7 @@ from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from fluxrt.schedule import flow_match_sigmas
 from predicted import check_prediction
+from quick import QUICK, contents, results_of
 from test_flux2_tables import DEV
 from trt_reference import BF16, OPERATORS, Player, read_tensor, unrounded
 

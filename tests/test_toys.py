@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import fluxrt
-from conftest import QUICK, RECIPE, compile_into, copy_checkpoint
+from conftest import RECIPE, compile_into, copy_checkpoint
 from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import read_header
 from fluxc.build.job import open_job
@@ -21,6 +21,7 @@ from fluxc.formats.registry import FORMATS
 from fluxc.formats.registry import register as register_format
 from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
+from quick import QUICK
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from onnx.reference.op_run import OpRun
 from PIL import Image
 
 import fluxrt
-from conftest import NANO, QUICK, compile_into, copy_checkpoint, exported
+from conftest import NANO, compile_into, copy_checkpoint, exported
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.fidelity.metrics import psnr
 from fluxc.graph import LINEAR_DOMAIN
@@ -41,6 +41,7 @@ from fluxrt.pipeline import Pipeline
 from fluxrt.ranked import RankedPipeline, RankError
 from fluxrt.request import Request
 from fluxrt.sharding import Shard
+from quick import QUICK
 from ranks import groups, on_every_rank
 
 CONFIG: dict[str, Any] = json.loads((NANO / "transformer" / "config.json").read_text())

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import QUICK, compile_into, exported
+from conftest import compile_into, exported
 from fake_gpu import RTX as FAKE_RTX
 from fake_gpu import FakeDriver, FakeLibrary
 from fluxc.base.errors import BuildError
@@ -43,6 +43,7 @@ from fluxrt.manifest import Engine
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from predicted import check_prediction
+from quick import QUICK
 from ranks import on_every_rank
 from test_flux2_tables import DEV, KLEIN_4B
 from test_tensorrt import RTX

@@ -25,7 +25,7 @@ from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from PIL import Image
 
 import fluxrt
-from conftest import NANO, QUICK, compile_into, copy_checkpoint, quantized_by_modelopt, write_hollow
+from conftest import NANO, compile_into, copy_checkpoint, quantized_by_modelopt, write_hollow
 from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.build.job import open_job
@@ -42,6 +42,7 @@ from fluxrt.bundle import Bundle, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle
 from fluxrt.request import Request
 from fluxrt.visual_gen import VisualGenPipeline
+from quick import QUICK
 from test_flux2_tables import KLEIN_4B
 
 RECIPE = NANO.parent.parent / "recipes" / "flux2-nano.yaml"

@@ -73,9 +73,10 @@ class Workspace:
         self.pristine, self.root = pristine, root
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(pristine, root, symlinks=True)
-        self._clean = self._listing()
+        self._clean = self.listing()
 
-    def _listing(self) -> dict[str, tuple[int, int]]:
+    def listing(self) -> dict[str, tuple[int, int]]:
+        """Size and time of every file."""
         found = {}
         for path in self.root.rglob("*"):
             stat = path.lstat()
@@ -84,12 +85,8 @@ class Workspace:
 
     def differing(self, before: dict[str, tuple[int, int]]) -> list[str]:
         """Files that are other than `before`, a listing."""
-        now = self._listing()
+        now = self.listing()
         return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
-
-    def listing(self) -> dict[str, tuple[int, int]]:
-        """Size and time of every file."""
-        return self._listing()
 
     def restore(self) -> None:
         """Make it the copy that it was."""
@@ -104,7 +101,7 @@ class Workspace:
         for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
             if not (self.pristine / folder.relative_to(self.root)).is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
-        self._clean = self._listing()
+        self._clean = self.listing()
 
 
 class Canaries:

@@ -3,7 +3,6 @@ makes the same bytes."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from campaign.cases import Outcome, Tally
 from campaign.damage import PROMPT
-from campaign.part import RECIPE, SETTINGS, results_of
+from campaign.part import RECIPE, SETTINGS
+from quick import contents, results_of
 
 MARK = "FLUXC_CAMPAIGN"
 REPEATED = ("target-", "compare-", "weights-transformer-")
@@ -101,13 +101,17 @@ class _Generation:
 
 class _Build:
     def __init__(self, bundle: Path, work: Path) -> None:
-        self._work, self._warm = work, [path for path in results_of(bundle) if not path.name.startswith(REPEATED)]
-        self._expected = _contents(bundle)
+        cache = Path(os.environ["FLUXC_CACHE"])
+        self._work, self._warm = (
+            work,
+            [path for path in results_of(cache, bundle) if not path.name.startswith(REPEATED)],
+        )
+        self._expected = contents(bundle)
         self._fresh()
         began = time.monotonic()
         status = self._start().wait()
         self.seconds = time.monotonic() - began
-        if status or _contents(self._out) != self._expected:
+        if status or contents(self._out) != self._expected:
             raise SystemExit(f"an undisturbed build ended with {status}: {(work / 'said.txt').read_text()[-500:]}")
 
     @property
@@ -120,7 +124,7 @@ class _Build:
         time.sleep(moment)
         process.send_signal(sent)
         status = process.wait()
-        whole = self._out.exists() and _contents(self._out) == self._expected
+        whole = self._out.exists() and contents(self._out) == self._expected
         if self._out.exists() and not whole:
             return Outcome("exception", "a bundle that is not whole")
         litter = self._half_made()
@@ -129,7 +133,7 @@ class _Build:
                 return Outcome("litter", f"{', '.join(litter)} (exit {status})")
             return Outcome("done" if whole else "error")
         status = self._start().wait()
-        if status or _contents(self._out) != self._expected:
+        if status or contents(self._out) != self._expected:
             return Outcome("exception", f"the next build ended with {status}, or other bytes")
         if self._half_made():
             return Outcome("litter", f"after the next build: {', '.join(self._half_made())}")
@@ -156,14 +160,6 @@ class _Build:
                 stderr=said,
                 preexec_fn=_take_sigint,
             )
-
-
-def _contents(bundle: Path) -> dict[str, bytes]:
-    """Every file's bytes; of the manifest, all but the time it was built."""
-    files = {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
-    manifest = json.loads(files["bundle.json"])
-    manifest["provenance"].pop("built_at")
-    return files | {"bundle.json": json.dumps(manifest, sort_keys=True).encode()}
 
 
 def _waited_for(mark: str, seconds: float = 10.0) -> list[int]:

@@ -8,15 +8,9 @@ import os
 from pathlib import Path
 
 from campaign.cases import ROOT, Tally
+from quick import QUICK, results_of
 
-SETTINGS = (
-    "calibration.prompts=../tests/data/two-prompts.txt",
-    "fidelity.prompts=../tests/data/two-prompts.txt",
-    "sampling.steps=3",
-    "precision.transformer.scales=max",
-    "gates={}",
-    "targets=[{kind: onnxruntime}, {kind: onnxruntime, gpus: 2}]",
-)
+SETTINGS = (*QUICK, "targets=[{kind: onnxruntime}, {kind: onnxruntime, gpus: 2}]")
 RECIPE = ROOT / "recipes" / "flux2-nano.yaml"
 
 
@@ -57,14 +51,7 @@ def _build(bundle: Path) -> int:
     return 0
 
 
-def results_of(bundle: Path) -> list[Path]:
-    """What `bundle` was made from, in the stage cache."""
-    cache = Path(os.environ["FLUXC_CACHE"])
-    notes = [json.loads(note.read_text()) for note in (cache / "used").glob("*.json")]
-    (entry,) = (note for note in notes if note["owner"] == str(bundle.resolve()))
-    return [cache / name for name in entry["results"]]
-
-
 def _calibration(bundle: Path) -> Path:
-    (folder,) = (folder for folder in results_of(bundle) if folder.name.startswith("calibration-"))
+    cache = Path(os.environ["FLUXC_CACHE"])
+    (folder,) = (folder for folder in results_of(cache, bundle) if folder.name.startswith("calibration-"))
     return folder / "calibration.safetensors"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from campaign.cases import Outcome, Tally
 from campaign.damage import PROMPT
-from campaign.kills import _contents
 from campaign.part import RECIPE, SETTINGS
+from quick import contents
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 NEW_MOUNTS, PRIVATE, RECURSIVE, BIND, REMOUNT, READ_ONLY = 0x20000, 1 << 18, 1 << 14, 1 << 12, 32, 1
@@ -131,7 +131,7 @@ class _Runner:
     def __init__(self, bundle: Path, work: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
         (work / "out").mkdir(parents=True)
-        self._bundle, self._work, self._expected = bundle, work, _contents(bundle)
+        self._bundle, self._work, self._expected = bundle, work, contents(bundle)
         self.size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
         self._images: dict[str, bytes] = {}
         for gpus in ("1", "2"):
@@ -175,7 +175,7 @@ class _Runner:
         arguments = ["build", str(RECIPE), *(a for c in SETTINGS for a in ("--set", c)), "--out", str(out)]
         start = ["-c", code.format(module="fluxc.cli.main")] if code else ["-m", "fluxc"]
         outcome = self._run([sys.executable, *start, *arguments], "fluxc: ", **condition)
-        if outcome.what == "done" and (not out.exists() or _contents(out) != self._expected):
+        if outcome.what == "done" and (not out.exists() or contents(out) != self._expected):
             outcome = Outcome("exception", "another bundle, or none")
         beside = [p.name for p in (folder / ".fluxc").glob("*")] if (folder / ".fluxc").exists() else []
         rest = [name for name in beside if not name.startswith(".lock-")]
