@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import torch
 
 from conftest import compile_into, copy_checkpoint, exported
 from fluxc.fidelity.metrics import relative_error
+from fluxc.graph import OPSET, export
 from fluxc.graph.bind import argument_names
 from fluxc.graph.compose import compose_body
+from fluxc.graph.export import trace
+from fluxc.graph.modules import Signal
 from fluxc.targets.onnxruntime.lower import lower
 from fluxrt.schedule import flow_match_sigmas
 from quick import QUICK
@@ -192,3 +196,34 @@ def test_a_distilled_checkpoint_runs_one_branch_and_other_sizes_match_too(tmp_pa
     for height, width in ((32, 96), (64, 64)):
         image = pipeline.generate(fluxrt.Request("a", size=(height, width), steps=1)).images[0]
         assert image.size == (width, height)
+
+
+def test_torchs_operators_are_read_once_and_change_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    own, read = vars(ONNXRegistry)["from_torchlib"], ONNXRegistry.from_torchlib
+    opsets: list[int] = []
+
+    def counted(_: type, opset_version: int) -> Any:
+        opsets.append(opset_version)
+        return read(opset_version=opset_version)
+
+    def traced_signal() -> bytes:
+        return trace(
+            Signal(1e-6),
+            {
+                "hidden": (torch.empty(2, 7, 16, device="meta"), {1: "tokens"}),
+                "modulation_img": (torch.empty(1, 96, device="meta"), None),
+                "previous_signal": (torch.empty(1, 7, 16, device="meta"), {1: "tokens"}),
+            },
+            ("signal", "change"),
+        ).SerializeToString(deterministic=True)
+
+    monkeypatch.setattr(export, "_REGISTRIES", {})
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(counted))
+    first, second = traced_signal(), traced_signal()
+    assert opsets == [OPSET]
+    monkeypatch.undo()
+    assert vars(ONNXRegistry)["from_torchlib"] is own
+    monkeypatch.setattr(export, "_operators_read_once", contextlib.nullcontext)
+    assert first == second == traced_signal()

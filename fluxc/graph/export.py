@@ -11,7 +11,6 @@ import importlib
 import json
 import logging
 import re
-import unittest.mock
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -382,19 +381,25 @@ def _operators_read_once() -> Iterator[None]:
 
     Nothing here registers an operator, so one reading serves all graphs. A torch without this function keeps its own way.
     """
-    registry = getattr(importlib.import_module("torch.onnx._internal.exporter._registration"), "ONNXRegistry", None)
-    original = getattr(registry, "from_torchlib", None)
-    if original is None:
+    try:
+        registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+        read, own = registry.from_torchlib, vars(registry)["from_torchlib"]
+    except (ImportError, AttributeError, KeyError):
+        registry = None
+    if registry is None:
         yield
         return
 
     def from_torchlib(_: type, opset_version: int) -> Any:
         if opset_version not in _REGISTRIES:
-            _REGISTRIES[opset_version] = original(opset_version=opset_version)
+            _REGISTRIES[opset_version] = read(opset_version=opset_version)
         return _REGISTRIES[opset_version]
 
-    with unittest.mock.patch.object(registry, "from_torchlib", classmethod(from_torchlib)):
+    registry.from_torchlib = classmethod(from_torchlib)
+    try:
         yield
+    finally:
+        registry.from_torchlib = own
 
 
 @contextmanager
