@@ -19,9 +19,9 @@ import pytest
 from rich.console import Console
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Each worker has a core; threads that wait for one another would make both many times slower.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two workers on two cores: threads that wait for one another would make both many times slower. Nor can killed_in.py fork
+# with threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fluxc.base.cache import ENVIRONMENT, StageCache
 from fluxc.base.progress import StageProgress

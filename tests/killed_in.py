@@ -1,11 +1,12 @@
-"""Runs fluxc's command line in children of its own, each killed (SIGKILL) in the middle of one stage.
+"""Runs fluxc's command line in children of its own, each killed in the middle of its work.
 
-It imports once what a build needs, then reads lines of JSON from stdin, [STAGE or null, ARGUMENTS]; each runs in a forked
-child, and the exit status (minus the signal's number, where one ended it) is written to stdout as a line.
+It imports once what a build needs, then reads lines of JSON from stdin, [WHEN, ARGUMENTS]; each runs in a forked child, and
+the exit status (minus the signal's number, where one ended it) is written to stdout as a line. WHEN is null (not at all), a
+stage (SIGKILL), or [SIGNAL, SECONDS] after it was forked.
 
 A stage is killed as soon as its result folder holds a file, or at the latest when its work is done and nothing is sealed yet.
 One that traces graphs writes them last, and is killed half a second after it began. "bundle" is killed when the bundle is
-complete and not yet in its place. Without a stage nothing is killed.
+complete and not yet in its place.
 """
 
 from __future__ import annotations
@@ -71,10 +72,14 @@ def serve() -> None:
     for _ in (diffusers.Flux2KleinPipeline, diffusers.AutoencoderKLFlux2, transformers.Qwen3ForCausalLM):
         assert len(list(Path("/proc/self/task").iterdir())) == 1
     for line in sys.stdin:
+        when, arguments = json.loads(line)
         child = os.fork()
         if not child:
-            run(*json.loads(line))
+            run(when if isinstance(when, str) else None, arguments)
             raise AssertionError("main ends the process")
+        if isinstance(when, list):
+            time.sleep(when[1])
+            os.kill(child, when[0])
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

@@ -3,6 +3,7 @@ makes the same bytes."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -41,6 +42,7 @@ def campaign(bundle: Path, work: Path, kills: int, seed: int, with_builds: bool)
                 moment = rng.uniform(0, killing.seconds)
                 tally.add(f"{tally.kind}, {number} at {moment:.3f} s (seed {seed})", killing.killed(sent, moment))
             tallies.append(tally)
+        killing.close()
     return tallies
 
 
@@ -95,24 +97,40 @@ class _Generation:
                 return Outcome("exception", "the next run made other bytes")
         return Outcome("image" if made else "error")
 
+    def close(self) -> None:
+        pass
+
     def _run(self, image: Path) -> None:
         subprocess.run([*self._command, str(image)], check=True, capture_output=True, timeout=120)
 
 
 class _Build:
+    """Each a fork of a process that has imported the libraries (killed_in.py), so that a moment falls into work of fluxc."""
+
     def __init__(self, bundle: Path, work: Path) -> None:
         cache = Path(os.environ["FLUXC_CACHE"])
-        self._work, self._warm = (
-            work,
-            [path for path in results_of(cache, bundle) if not path.name.startswith(REPEATED)],
-        )
+        self._work = work
+        self._warm = [path for path in results_of(cache, bundle) if not path.name.startswith(REPEATED)]
         self._expected = contents(bundle)
+        work.mkdir()
+        self._said = work.with_suffix(".txt")
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parents[1] / "killed_in.py")],
+            env=os.environ | {"FLUXC_CACHE": str(work / "cache")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said.open("ab"),
+            text=True,
+            preexec_fn=_take_sigint,
+        )
+        self._fresh()
+        self._ends(None)
         self._fresh()
         began = time.monotonic()
-        status = self._start().wait()
+        status = self._ends(None)
         self.seconds = time.monotonic() - began
         if status or contents(self._out) != self._expected:
-            raise SystemExit(f"an undisturbed build ended with {status}: {(work / 'said.txt').read_text()[-500:]}")
+            raise SystemExit(f"an undisturbed build ended with {status}: {self._said.read_text()[-500:]}")
 
     @property
     def _out(self) -> Path:
@@ -120,10 +138,7 @@ class _Build:
 
     def killed(self, sent: signal.Signals, moment: float) -> Outcome:
         self._fresh()
-        process = self._start()
-        time.sleep(moment)
-        process.send_signal(sent)
-        status = process.wait()
+        status = self._ends([sent, moment])
         whole = self._out.exists() and contents(self._out) == self._expected
         if self._out.exists() and not whole:
             return Outcome("exception", "a bundle that is not whole")
@@ -131,8 +146,10 @@ class _Build:
         if sent != signal.SIGKILL:
             if litter:
                 return Outcome("litter", f"{', '.join(litter)} (exit {status})")
+            if not whole and status not in (128 + sent, -sent):
+                return Outcome("exception", f"exit {status}")
             return Outcome("done" if whole else "error")
-        status = self._start().wait()
+        status = self._ends(None)
         if status or contents(self._out) != self._expected:
             return Outcome("exception", f"the next build ended with {status}, or other bytes")
         if self._half_made():
@@ -144,22 +161,23 @@ class _Build:
         return sorted(path.relative_to(self._work).as_posix() for path in folders)
 
     def _fresh(self) -> None:
-        shutil.rmtree(self._work, ignore_errors=True)
+        shutil.rmtree(self._work)
         for result in self._warm:
             shutil.copytree(result, self._work / "cache" / result.name)
         self._out.parent.mkdir(parents=True)
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _ends(self, when: list[float] | None) -> int:
+        """The exit status of a build that gets the signal when[0] after when[1] seconds."""
+        assert self._server.stdin
+        assert self._server.stdout
         arguments = ["build", str(RECIPE), *(a for c in SETTINGS for a in ("--set", c)), "--out", str(self._out)]
-        environment = os.environ | {"FLUXC_CACHE": str(self._work / "cache")}
-        with (self._work / "said.txt").open("ab") as said:
-            return subprocess.Popen(
-                [sys.executable, "-m", "fluxc", *arguments],
-                env=environment,
-                stdout=said,
-                stderr=said,
-                preexec_fn=_take_sigint,
-            )
+        print(json.dumps([when, arguments]), file=self._server.stdin, flush=True)
+        return int(self._server.stdout.readline())
+
+    def close(self) -> None:
+        assert self._server.stdin
+        self._server.stdin.close()
+        self._server.wait()
 
 
 def _waited_for(mark: str, seconds: float = 10.0) -> list[int]:
