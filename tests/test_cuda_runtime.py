@@ -1,4 +1,4 @@
-"""fluxrt's GPU backend against fakes of the CUDA driver and of TensorRT (see fake_gpu.py): what it does and in which order.
+"""fluxrt's GPU backend against fakes of the CUDA driver and of TensorRT (fluxc/rehearsal): what it does and in which order.
 
 Nothing here ran on a GPU. What CUDA and TensorRT do with these calls has not been seen.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import compile_into, copy_checkpoint
-from fake_gpu import RTX, FakeDriver, FakeLibrary
+from fluxc.rehearsal.gpu import RTX, FakeDriver, FakeLibrary
 from fluxrt.backends.buffers import Buffer, plan_arena, plan_buffers, profile_for, resolve
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle

@@ -20,6 +20,7 @@ from conftest import compile_into
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
 from fluxc.recipe.load import load_recipe
+from fluxc.rehearsal.operators import E2M1, E4M3, Attention, LayerNormalization, MatMul, RMSNormalization
 from fluxc.targets.onnxruntime.build import check_loads
 from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
 from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
@@ -29,7 +30,6 @@ from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from fluxrt.schedule import flow_match_sigmas
 from quick import QUICK
-from trt_reference import E2M1, E4M3, Attention, LayerNormalization, MatMul, RMSNormalization
 
 PROMPT = "a small white ring at the top on a red background"
 CUDA = "onnxruntime-cuda"

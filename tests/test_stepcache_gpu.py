@@ -15,7 +15,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from conftest import compile_into
-from fake_gpu import FakeDriver, FakeLibrary
+from fluxc.rehearsal.gpu import FakeDriver, FakeLibrary
 from fluxc.targets.tensorrt.export_onnx import export_onnx
 from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fluxrt.backends.tensorrt import TensorRTBackend

@@ -35,6 +35,7 @@ from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.recipe.targets import Allow, TensorRTRtxTarget
+from fluxc.rehearsal.operators import BF16, OPERATORS, Player, read_tensor, unrounded
 from fluxc.targets.base import TargetContext
 from fluxc.targets.onnxruntime.lower import lower
 from fluxc.targets.tensorrt.audit import Audit, Expected, Finding, audit
@@ -52,7 +53,6 @@ from fluxrt.schedule import flow_match_sigmas
 from predicted import check_prediction
 from quick import QUICK, contents, results_of
 from test_flux2_tables import DEV
-from trt_reference import BF16, OPERATORS, Player, read_tensor, unrounded
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="the tests of this target need tensorrt-rtx-cu13, as `make test` installs it"

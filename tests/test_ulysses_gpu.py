@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 
 from conftest import compile_into, exported
-from fake_gpu import RTX as FAKE_RTX
-from fake_gpu import FakeDriver, FakeLibrary
 from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef
 from fluxc.cli.describe_bundle import print_bundle
@@ -28,6 +26,8 @@ from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.recipe.targets import TensorRTRtxTarget
+from fluxc.rehearsal.gpu import RTX as FAKE_RTX
+from fluxc.rehearsal.gpu import FakeDriver, FakeLibrary
 from fluxc.targets.tensorrt.audit import Expected, audit
 from fluxc.targets.tensorrt.build import build_engine, write_sources
 from fluxc.targets.tensorrt.cut import Component, Cutter

@@ -94,7 +94,15 @@ class RMSNormalization(OpRun):
         return ((normed.astype(x.dtype) * scale).astype(x.dtype),)
 
 
-OPERATORS = [TRT_FP4DynamicQuantize, Gemm, MatMul, DequantizeLinear, Attention, LayerNormalization, RMSNormalization]
+OPERATORS: list[type[OpRun]] = [
+    TRT_FP4DynamicQuantize,
+    Gemm,
+    MatMul,
+    DequantizeLinear,
+    Attention,
+    LayerNormalization,
+    RMSNormalization,
+]
 
 
 class Player:
@@ -117,15 +125,15 @@ class Player:
                 port.name: self._cast(self.buffers[call.buffers.get(port.name, port.name)], port.dtype)
                 for port in plan.inputs
             }
-            for port in plan.weights:
-                parts = [self._tensor(program.weights, call.prefix + tensor, port.dtype) for tensor in port.tensors]
+            for weight in plan.weights:
+                parts = [self._tensor(program.weights, call.prefix + tensor, weight.dtype) for tensor in weight.tensors]
                 whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
-                assert whole.shape == port.shape
-                feeds[port.name] = self._cast(whole, port.dtype)
+                assert whole.shape == weight.shape
+                feeds[weight.name] = self._cast(whole, weight.dtype)
             outputs = self._evaluator(call.plan, plan).run(None, feeds)
-            for port, value in zip(plan.outputs, outputs, strict=True):
-                assert value.dtype == self._dtype(port.dtype), port
-                self.buffers[call.buffers.get(port.name, port.name)] = value
+            for output, value in zip(plan.outputs, outputs, strict=True):
+                assert value.dtype == self._dtype(output.dtype), output
+                self.buffers[call.buffers.get(output.name, output.name)] = value
         return {name: np.asarray(v, np.float32) if v.dtype == BF16 else v for name, v in self.buffers.items()}
 
     def _dtype(self, name: str) -> Any:

@@ -15,13 +15,13 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from fluxc.rehearsal.operators import BF16, DTYPES, E2M1, OPERATORS
 from fluxrt.bundle import Bundle
 from fluxrt.cuda import Gpu, OutOfMemoryError
 from fluxrt.errors import BackendError
 from fluxrt.group import Group
-from fluxrt.manifest import Plan, TensorRTTarget
+from fluxrt.manifest import Plan, Port, TensorRTTarget, WeightPort
 from fluxrt.weights import size_of
-from trt_reference import BF16, DTYPES, E2M1, OPERATORS
 
 
 def all_to_all(group: Group) -> type[OpRun]:
@@ -236,7 +236,8 @@ class FakeContext:
         self._scratch = (0, 0)
         self._communicator: object = None
         plan = engine.plan
-        self._ports = {port.name: port for port in (*plan.inputs, *plan.outputs, *plan.weights)}
+        ports: tuple[Port | WeightPort, ...] = (*plan.inputs, *plan.outputs, *plan.weights)
+        self._ports = {port.name: port for port in ports}
 
     def set_communicator(self, capsule: object) -> bool:
         assert self._engine.plan.expected["collectives"]
@@ -285,13 +286,14 @@ class FakeContext:
     def _run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
         plan = self._engine.plan
         feeds = {}
-        for port in (*plan.inputs, *plan.weights):
-            shape = shapes.get(port.name, port.shape)
+        ports: tuple[Port | WeightPort, ...] = (*plan.inputs, *plan.weights)
+        for port in ports:
+            shape = tuple(int(size) for size in shapes.get(port.name, port.shape))
             data = self._driver.at(addresses[port.name], size_of(port.dtype, shape)).copy()
             if port.dtype == "float4_e2m1":
                 feeds[port.name] = np.stack([data & 15, data >> 4], axis=-1).reshape(shape).view(E2M1)
             else:
                 feeds[port.name] = data.view(DTYPES[port.dtype]).reshape(shape)
-        for port, value in zip(plan.outputs, self._engine.evaluator.run(None, feeds), strict=True):
+        for output, value in zip(plan.outputs, self._engine.evaluator.run(None, feeds), strict=True):
             raw = np.ascontiguousarray(value.view(np.uint16) if value.dtype == BF16 else value)
-            self._driver.at(addresses[port.name], raw.nbytes)[:] = raw.reshape(-1).view(np.uint8)
+            self._driver.at(addresses[output.name], raw.nbytes)[:] = raw.reshape(-1).view(np.uint8)
