@@ -1,5 +1,5 @@
 """`python -m fluxc`."""
 
-from fluxc.cli.main import main
+from fluxc.entry import main
 
 main()

@@ -388,7 +388,7 @@ def test_calibrate_killed_and_run_again_gives_the_same_bytes(
     arguments = [a for change in QUICK for a in ("--set", change)]
     (tmp_path / "killed").mkdir()
     killed = tmp_path / "killed" / "nano.safetensors"
-    command = [sys.executable, "-m", "fluxc.cli", "calibrate", str(RECIPE), *arguments, "--out", str(killed)]
+    command = [sys.executable, "-m", "fluxc", "calibrate", str(RECIPE), *arguments, "--out", str(killed)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(killed.parent.glob(".fluxc/progress/*/prompt-00000.safetensors")):
         time.sleep(0.002)

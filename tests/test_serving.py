@@ -167,7 +167,7 @@ def test_guidance_that_changes_nothing_is_said(bundle: Path) -> None:
 
 def generating(bundle: Path, *arguments: str, **how: Any) -> subprocess.Popen[str]:
     """`fluxrt generate` as a process of its own."""
-    command = [sys.executable, "-m", "fluxrt.cli", "generate", str(bundle), *arguments]
+    command = [sys.executable, "-m", "fluxrt", "generate", str(bundle), *arguments]
     return subprocess.Popen(command, text=True, **how)
 
 

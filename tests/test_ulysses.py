@@ -351,7 +351,7 @@ def test_the_command_line_generates_with_processes(bundle: Bundle, tmp_path: Pat
     written = {}
     for arguments in ((), ("--gpus", "4"), ("--target", "onnxruntime-2gpus")):
         out = tmp_path / f"{len(written)}.png"
-        command = [sys.executable, "-m", "fluxrt.cli", "generate", str(bundle.root), "--out", str(out), *arguments]
+        command = [sys.executable, "-m", "fluxrt", "generate", str(bundle.root), "--out", str(out), *arguments]
         done = subprocess.run(
             [*command, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1]],
             capture_output=True,
@@ -441,7 +441,7 @@ def started(bundle: Bundle) -> Iterator[tuple[subprocess.Popen[str], list[int]]]
 
     A command in the background of a script inherits that SIGINT is ignored, so it is set here.
     """
-    command = [sys.executable, "-m", "fluxrt.cli", "generate", str(bundle.root), "--gpus", "2", "--steps", "5000"]
+    command = [sys.executable, "-m", "fluxrt", "generate", str(bundle.root), "--gpus", "2", "--steps", "5000"]
     out = str(bundle.root.parent / "never.png")
     process = subprocess.Popen(
         [*command, "--no-step-cache", "--prompt", PROMPTS[0], "--out", out],

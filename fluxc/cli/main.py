@@ -15,7 +15,7 @@ import fluxc
 from fluxc.base.errors import FluxError
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import GPUS
-from fluxrt.signals import ended_by_sigterm
+from fluxrt.signals import ended_by_sigterm, was_interrupted
 
 BUILD_PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 
@@ -31,7 +31,9 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except FluxError as error:
             click.echo(f"fluxc: {error}", err=True)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
+        except BaseException as error:
+            if not was_interrupted(error):
+                raise
             click.echo("fluxc: interrupted; finished stages are kept, run the command again to go on", err=True)
             sys.exit(130)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 import fluxrt
 from fluxrt.errors import FluxError
 from fluxrt.output import check_output, save
-from fluxrt.signals import ended_by_sigterm
+from fluxrt.signals import ended_by_sigterm, was_interrupted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     except FluxError as error:
         _say(f"fluxrt: {error}", sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not was_interrupted(error):
+            raise
         _say("fluxrt: interrupted", sys.stderr)
         return 130
 

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+
+@contextmanager
+def a_command(name: str) -> Iterator[Callable[[], None]]:
+    """Around a whole command: until what it gives is called, and when it is done, an interrupt shows no traceback.
+
+    Before, Python still reads the program, nothing has been begun, and the process ends at once with 130; after, nothing is
+    left to be stopped. Who started the process so that interrupts are ignored, or handles them, keeps that.
+    """
+
+    def end(*_: object) -> None:
+        os.write(2, f"{name}: interrupted\n".encode())
+        os._exit(130)
+
+    def begun() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: None
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield begun
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether an interrupt is behind `error`: a library that is being loaded reports it as an error of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def _take_sigint() -> None:
 class _Generation:
     def __init__(self, bundle: Path, out: Path, gpus: str) -> None:
         arguments = ["generate", str(bundle), "--prompt", PROMPT, "--threads", "1", "--gpus", gpus, "--out"]
-        self._command = [sys.executable, "-m", "fluxrt.cli", *arguments]
+        self._command = [sys.executable, "-m", "fluxrt", *arguments]
         self._out = out
         out.mkdir()
         began = time.monotonic()
@@ -71,7 +71,7 @@ class _Generation:
             time.sleep(moment)
             process.send_signal(sent)
             try:
-                process.wait(30)
+                status = process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
                 return Outcome("hang", "30 s after the signal")
@@ -89,6 +89,8 @@ class _Generation:
             return Outcome("exception", "an image that is not whole")
         if partial and sent != signal.SIGKILL:
             return Outcome("litter", ", ".join(partial))
+        if sent != signal.SIGKILL and not made and status not in (128 + sent, -sent):
+            return Outcome("exception", f"exit {status}")
         if sent == signal.SIGKILL:
             self._run(image)
             again = image.read_bytes()

@@ -153,7 +153,7 @@ class _Runner:
             gpus,
             "--out",
         ]
-        start = ["-c", code.format(module="fluxrt.cli")] if code else ["-m", "fluxrt.cli"]
+        start = ["-c", code.format(module="fluxrt.cli")] if code else ["-m", "fluxrt"]
         outcome = self._run([sys.executable, *start, *arguments, str(folder / "image.png")], "fluxrt: ", **condition)
         files = sorted(path.name for path in folder.iterdir())
         image = (folder / "image.png").read_bytes() if "image.png" in files else None

@@ -1,5 +1,0 @@
-"""`python -m fluxc.cli`."""
-
-from fluxc.cli.main import main
-
-main()

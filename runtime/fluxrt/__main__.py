@@ -1,0 +1,7 @@
+"""`python -m fluxrt`."""
+
+import sys
+
+from fluxrt.entry import main
+
+sys.exit(main())
