@@ -285,7 +285,7 @@ def test_weights_stay_quantized_in_the_session(four_bit_bundle: Path, tmp_path: 
 
 
 def test_both_ways_of_holding_weights_compute_the_same(four_bit_bundle: Path) -> None:
-    figures = open_bundle(four_bit_bundle).manifest.fidelity["targets"]
+    figures = open_bundle(four_bit_bundle).manifest.fidelity.targets
     eight, four = figures["onnxruntime"], figures["onnxruntime-4-bit"]
     assert four["step_cosine"] == pytest.approx(eight["step_cosine"], abs=1e-5)
     assert four["image_psnr_db"] == pytest.approx(eight["image_psnr_db"], rel=1e-2)
@@ -313,7 +313,7 @@ def test_mixed_formats_build_and_generate(workshop: Path) -> None:
     assert config["quant_algo"] == "MIXED_PRECISION"
     request = fluxrt.Request("a large red circle at the left on a white background")
     for target in manifest.targets:
-        assert manifest.fidelity["targets"][target.name]["step_cosine"] > 0.9
+        assert manifest.fidelity.targets[target.name]["step_cosine"] > 0.9
         assert fluxrt.load(out, target=target.name).generate(request).images
 
 

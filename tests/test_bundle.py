@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -236,3 +237,18 @@ def test_an_image_that_is_generated_otherwise_fails_verification(quick_copy: Pat
     verify_files(open_bundle(quick_copy))
     with pytest.raises(BuildError, match="do not serve with it"):
         list(verify_bundle(quick_copy))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"ranks": [[]]}, r"Expected `object`, got `array` - at `\$.fidelity.ranks`"),
+        ({"ranks": {"x": {"ranks": 2}}}, r"missing required field `against` - at `\$.fidelity.ranks"),
+        ({"targets": {"onnxruntime": 1}}, r"Expected `object`, got `int` - at `\$.fidelity.targets"),
+        ({"step_cache": 3}, r"got `int` - at `\$.fidelity.step_cache`"),
+    ],
+)
+def test_fidelity_has_its_fields(quick_copy: Path, change: dict[str, Any], says: str) -> None:
+    edit_manifest(quick_copy, lambda m: m["fidelity"].update(change))
+    with pytest.raises(BundleError, match=says):
+        open_bundle(quick_copy)

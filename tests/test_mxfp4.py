@@ -78,8 +78,8 @@ def _upstream(model: onnx.ModelProto, output: str) -> onnx.ModelProto:
 
 
 def test_it_generates_within_the_loss_of_four_bits(bundle: Path, quick_bundle: Path) -> None:
-    figures = open_bundle(bundle).manifest.fidelity["targets"]["onnxruntime"]
-    nvfp4 = open_bundle(quick_bundle).manifest.fidelity["targets"]["onnxruntime"]
+    figures = open_bundle(bundle).manifest.fidelity.targets["onnxruntime"]
+    nvfp4 = open_bundle(quick_bundle).manifest.fidelity.targets["onnxruntime"]
     assert 0.95 < figures["step_cosine"] < nvfp4["step_cosine"]
     assert np.asarray(fluxrt.load(bundle).generate(fluxrt.Request("a small red ring", seed=3)).images[0]).std() > 10
 
@@ -89,7 +89,7 @@ def test_a_bundle_in_mxfp4_is_a_checkpoint(bundle: Path, tmp_path: Path) -> None
     again = compile_into(tmp_path / "again", *QUICK, f"model.source={bundle}", "precision.transformer={}", TARGETS)
     ours, theirs = (load_file(path / "transformer" / WEIGHTS) for path in (bundle, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert open_bundle(again).manifest.fidelity["targets"]["onnxruntime"]["step_cosine"] > 0.99999
+    assert open_bundle(again).manifest.fidelity.targets["onnxruntime"]["step_cosine"] > 0.99999
 
 
 def test_mxfp4_beside_nvfp4(workshop: Path) -> None:
@@ -100,7 +100,7 @@ def test_mxfp4_beside_nvfp4(workshop: Path) -> None:
     config = json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]
     assert config["quant_algo"] == "MIXED_PRECISION"
     assert {"MXFP4", "NVFP4"} == {entry["quant_algo"] for entry in config["quantized_layers"].values()}
-    assert all(figures["step_cosine"] > 0.9 for figures in manifest.fidelity["targets"].values())
+    assert all(figures["step_cosine"] > 0.9 for figures in manifest.fidelity.targets.values())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
 import fluxrt
 from conftest import compile_into
 from fluxrt import RequestError
+from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
+from fluxrt.bundle import open_bundle, sha256_file
 from fluxrt.cli import main
+from fluxrt.manifest import decode_manifest, encode_manifest
+from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from fluxrt.resolve import unused_guidance
 from fluxrt.result import Result
@@ -306,3 +314,51 @@ def test_what_onnxruntime_throws_is_told_as_ours(bundle: Path) -> None:
         with pytest.raises(fluxrt.BackendError, match=r"vae_decoder.onnx: ONNX Runtime failed while it ran"):
             loaded.backend.run(("vae_decoder",))
         np.testing.assert_array_equal(pixels(loaded.generate(Request(PROMPT))), expected)
+
+
+def test_a_graph_that_gives_another_shape_is_refused(bundle: Path) -> None:
+    """Its hash made right, or the manifest's shape damaged: numpy would have said it, in the middle of something else."""
+    opened = open_bundle(bundle)
+    target = opened.manifest.targets[0]
+    epilogue = target.graphs["epilogue"]
+    (port,) = (port for port in epilogue.outputs if port.name == "next_latents")
+    wrong = tuple(msgspec.structs.replace(p, shape=(1, "tokens", 8)) if p is port else p for p in epilogue.outputs)
+    graphs = target.graphs | {"epilogue": msgspec.structs.replace(epilogue, outputs=wrong)}
+    damaged = msgspec.structs.replace(target, graphs=graphs)
+    backend = OnnxRuntimeBackend(opened, damaged)
+    with (
+        Pipeline(opened, target=target.name, backend=backend) as loaded,
+        pytest.raises(
+            fluxrt.BundleError,
+            match=r"epilogue.onnx: its result 'next_latents' has shape \[1, 64, 32\], the manifest says \[1, 'tokens', 8\]",
+        ),
+    ):
+        loaded.generate(Request(PROMPT))
+
+
+def test_onnxruntime_prints_nothing_of_its_own(bundle: Path, tmp_path: Path) -> None:
+    """A graph that cannot be loaded, its hash made right: one sentence of ours on stderr, none of a logger before it."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    name = open_bundle(copy).manifest.targets[0].graphs["vae_decoder"].file
+    model = onnx.load(copy / name, load_external_data=False)
+    weight = next(w for w in model.graph.initializer if len(w.dims) == 4)
+    weight.dims[0] = 1 << 62
+    (copy / name).write_bytes(model.SerializeToString())
+    plain = json.loads((copy / "bundle.json").read_text())
+    plain["files"][name] = {"size": (copy / name).stat().st_size, "sha256": sha256_file(copy / name)}
+    (copy / "bundle.json").write_bytes(encode_manifest(decode_manifest(json.dumps(plain).encode())))
+    command = [
+        sys.executable,
+        "-m",
+        "fluxrt",
+        "generate",
+        str(copy),
+        "--prompt",
+        PROMPT,
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("fluxrt: ")
+    assert "vae_decoder.onnx: ONNX Runtime" in done.stderr

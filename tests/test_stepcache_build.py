@@ -220,7 +220,7 @@ def test_the_bundle_says_how_well_the_fit_and_the_images_are(bundle: Path) -> No
         assert {"r2", "rmse", "worst", "r2_by_branch", "coefficients"} == set(cache.fit[level])
     assert sum(found["count"] for found in cache.fit["occurrences"]) == 16 * (STEPS - 1)
     assert cache.fit["prompts"] == {"fitted": 12, "held_out": 4}
-    figures = manifest.fidelity["step_cache"]
+    figures = manifest.fidelity.step_cache
     assert figures["computed"] == STEPS - 4
     assert figures["psnr_db"] >= figures["psnr_db_p5"] >= figures["psnr_db_worst"] > 30
     report = json.loads((bundle / "report" / "step-cache.json").read_text())

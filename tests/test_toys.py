@@ -58,7 +58,7 @@ def test_a_toy_format_builds_a_bundle_that_generates(tmp_path: Path) -> None:
     assert config["config_groups"]["group_0"]["weights"] == {"dynamic": False, "num_bits": 8, "type": "int"}
     report = json.loads((out / "report" / "report.json").read_text())
     assert min(layer["snr_db"] for layer in report["layers"]) > 35
-    assert manifest.fidelity["targets"]["onnxruntime"]["step_cosine"] > 0.9999
+    assert manifest.fidelity.targets["onnxruntime"]["step_cosine"] > 0.9999
     assert np.asarray(fluxrt.load(out).generate(fluxrt.Request("a small red ring", seed=3)).images[0]).std() > 10
 
 
@@ -78,7 +78,7 @@ def test_a_toy_family_builds_a_bundle_that_generates(tmp_path: Path) -> None:
     out = compile_into(tmp_path / "toy", *QUICK, f"model.source={checkpoint}", "targets=[{kind: onnxruntime}]")
     manifest = open_bundle(out).manifest
     assert manifest.family == "ToyPipeline"
-    figures = manifest.fidelity["targets"]["onnxruntime"]
+    figures = manifest.fidelity.targets["onnxruntime"]
     # Embeddings of the toy's own layers, as diffusers takes them, and not of klein's.
     assert figures["text_error"] < 1e-3
     assert figures["step_cosine"] > 0.99
@@ -149,7 +149,7 @@ def test_a_toy_target_builds_a_bundle_that_generates(workshop: Path) -> None:
     out = compile_into(workshop / "toy-target", *QUICK, "targets=[{kind: onnxruntime}, {kind: toy, beads: 7}]")
     manifest = open_bundle(out).manifest
     assert [target.kind for target in manifest.targets] == ["onnxruntime", "toy"]
-    figures = manifest.fidelity["targets"]
+    figures = manifest.fidelity.targets
     assert figures["toy"]["step_cosine"] == figures["onnxruntime"]["step_cosine"]
     assert manifest.recipe["targets"][1]["beads"] == 7
     toy = load_recipe(RECIPE, ("targets=[{kind: toy}]",)).recipe.targets[0]

@@ -146,7 +146,7 @@ def _draft(
         prompting=prompting,
         sampling=msgspec.convert(sampling_entry(job), format.Sampling),
         targets=entries,
-        fidelity={},
+        fidelity=format.Fidelity("", {}, {}),
         images=(),
         files=bundle_writer.files_of(staging, cache),
         step_cache=results.get("step-cache"),

@@ -59,14 +59,14 @@ def place_reports(folders: list[Path], staging: Path) -> None:
             shutil.copyfile(file, staging / file.relative_to(folder))
 
 
-def fidelity_entry(figures: dict[str, Any], cached: dict[str, Any] | None) -> dict[str, Any]:
+def fidelity_entry(figures: dict[str, Any], cached: dict[str, Any] | None) -> format.Fidelity:
     """The manifest's `fidelity`: figures by target, not by prompt, and those of images with the step cache."""
     summary = {
         name: {key: value for key, value in target.items() if key != "prompts"}
         for name, target in figures["targets"].items()
     }
     entry = {"reference": figures["reference"], "targets": summary, "ranks": figures["ranks"]}
-    return entry | _cached_figures(cached)
+    return msgspec.convert(entry | _cached_figures(cached), format.Fidelity)
 
 
 def recorded(compared: Path) -> tuple[format.RecordedImage, ...]:

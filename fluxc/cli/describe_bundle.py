@@ -49,15 +49,15 @@ def print_bundle(bundle: Bundle) -> None:
         title="fidelity",
     )
     for target in manifest.targets:
-        figures = manifest.fidelity.get("targets", {}).get(target.name, {"step_cosine": "not run"})
+        figures = manifest.fidelity.targets.get(target.name, {"step_cosine": "not run"})
         keys = ("step_cosine", "image_psnr_db", "image_psnr_db_worst", "image_ssim")
-        if target.name not in manifest.fidelity.get("ranks", {}):
+        if target.name not in manifest.fidelity.ranks:
             table.add_row(target.name, *("" if figures.get(key) is None else str(figures[key]) for key in keys))
     console.print(table)
-    for name, figures in manifest.fidelity.get("ranks", {}).items():
+    for name, ranked in manifest.fidelity.ranks.items():
         console.print(
-            f"{name}: {figures['ranks']} processes generate what {figures['against']} generates in one: PSNR "
-            f"{figures['image_psnr_db']} dB mean, {figures['image_psnr_db_worst']} dB worst"
+            f"{name}: {ranked.ranks} processes generate what {ranked.against} generates in one: PSNR "
+            f"{ranked.image_psnr_db} dB mean, {ranked.image_psnr_db_worst} dB worst"
         )
     for target in manifest.targets:
         shown = KINDS[target.kind].inspect(target) if target.kind in KINDS else None
@@ -68,12 +68,10 @@ def print_bundle(bundle: Bundle) -> None:
 
         for line in step_cache_lines(manifest.step_cache):
             console.print(line)
-        cached = manifest.fidelity.get("step_cache")
+        cached = manifest.fidelity.step_cache
         if cached:
-            console.print(
-                f"against every step: PSNR {cached['psnr_db']} dB mean, {cached['psnr_db_p5']} dB 5th percentile, "
-                f"{cached['psnr_db_worst']} dB worst"
-            )
+            mean, low, worst = (cached.get(key) for key in ("psnr_db", "psnr_db_p5", "psnr_db_worst"))
+            console.print(f"against every step: PSNR {mean} dB mean, {low} dB 5th percentile, {worst} dB worst")
     size = sum(file.size for file in manifest.files.values())
     tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items())
     console.print(f"{len(manifest.files)} files, {size:,} bytes; built with {tools}")

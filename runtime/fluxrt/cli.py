@@ -95,6 +95,11 @@ def _generate(options: argparse.Namespace) -> int:
             _say(f"fluxrt: {paths[number].name}: skipped {len(skipped)} steps ({listed})", sys.stderr)
 
     pipeline = fluxrt.load(options.bundle, target=options.target, threads=options.threads, gpus=options.gpus)
+    if pipeline.target.kind == "onnxruntime":
+        import onnxruntime
+
+        # Its loggers print what it also raises, which reaches the user as a sentence of ours.
+        onnxruntime.set_default_logger_severity(4)
     with contextlib.closing(pipeline), ended_by_sigterm():
         result = pipeline.generate(request, on_step if showing else None, on_image)
     for note in (*result.notes, *pipeline.notes):

@@ -399,6 +399,24 @@ class RecordedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: tuple[int, int]
 
 
+class RankFidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Images of a target of `ranks` processes beside those of the target `against`, which runs in one."""
+
+    ranks: int
+    against: str
+    image_psnr_db: float | None
+    image_psnr_db_worst: float | None
+
+
+class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How near to `reference` each target computes, by its name; docs/bundle-format.md names the figures."""
+
+    reference: str
+    targets: dict[str, dict[str, Any]]
+    ranks: dict[str, RankFidelity]
+    step_cache: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything `bundle.json` says; docs/bundle-format.md explains it field by field."""
 
@@ -414,7 +432,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompting: Prompting
     sampling: Sampling
     targets: tuple[Target, ...]
-    fidelity: dict[str, Any]
+    fidelity: Fidelity
     images: tuple[RecordedImage, ...]
     files: dict[str, File]
     step_cache: StepCache | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fluxrt.errors import BackendError
+from fluxrt.errors import BackendError, BundleError
+from fluxrt.manifest import dimension_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
-    from fluxrt.manifest import Graph, OnnxRuntimeTarget, Sharding
+    from fluxrt.manifest import Graph, OnnxRuntimeTarget, Port, Sharding
 
 
 class OnnxRuntimeBackend:
@@ -32,10 +33,12 @@ class OnnxRuntimeBackend:
         self._last_uses: list[list[str]] = []
         self._sessions: dict[str, Any] = {}
         self._buffers: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
         self.notes: list[str] = []
 
     def prepare(self, sizes: dict[str, int]) -> None:
-        """Sessions take any size."""
+        """Sessions take any size; results are held against these."""
+        self._sizes = dict(sizes)
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Fill a buffer; the array itself is kept."""
@@ -61,6 +64,9 @@ class OnnxRuntimeBackend:
         last = self._target.sharding.body[-1] if graph == "body" and self._target.sharding else graph
         return tuple(port.name for port in self._described(str(last)).outputs)
 
+    def synchronize(self) -> None:
+        """Nothing to wait for: a session returns when it is done."""
+
     def close(self) -> None:
         """Drop sessions and buffers."""
         self._sessions.clear()
@@ -72,6 +78,8 @@ class OnnxRuntimeBackend:
         if missing:
             raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
         results = self._run(self._session(graph), described)
+        for port, result in zip(described.outputs, results, strict=True) if self._sizes else ():
+            self._check_shape(described.file, port, self._shape_of(result))
         self._buffers.update(zip((port.name for port in described.outputs), results, strict=True))
 
     def _run_sharded(self, sharding: Sharding) -> None:
@@ -118,12 +126,26 @@ class OnnxRuntimeBackend:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        # What it would print, it raises too.
+        options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self._threads:
             options.intra_op_num_threads = self._threads
         # Otherwise it prints what goes wrong and tries again.
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+
+    def _shape_of(self, result: Any) -> tuple[int, ...]:
+        shape: tuple[int, ...] = result.shape
+        return shape
+
+    def _check_shape(self, file: str, port: Port, shape: tuple[int, ...]) -> None:
+        """Refuse a result of another shape than the manifest says, for the sizes that were prepared."""
+        wanted = tuple(dimension_size(dimension, self._sizes) for dimension in port.shape)
+        if shape != wanted:
+            raise BundleError(
+                f"{self._bundle.path(file)}: its result {port.name!r} has shape {list(shape)}, the manifest says "
+                f"{list(port.shape)}; the bundle is damaged: copy it again or rebuild it"
+            )
 
     def _buffer(self, name: str) -> Any:
         if name not in self._buffers:

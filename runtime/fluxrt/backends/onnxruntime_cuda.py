@@ -71,6 +71,9 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         array: np.ndarray = value.numpy()
         return array.astype(np.float32) if array.dtype == np.float16 else array
 
+    def _shape_of(self, result: Any) -> tuple[int, ...]:
+        return tuple(result.shape())
+
     def _run(self, session: Any, described: Graph) -> list[Any]:
         binding = session.io_binding()
         for port in described.inputs:
@@ -91,7 +94,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         session = onnxruntime.InferenceSession(path, options, providers=list(self._providers))
         self._check_placement(graph, session)
