@@ -501,6 +501,35 @@ def test_a_lost_rank_ends_the_command(bundle: Bundle, sent: signal.Signals, said
     assert not (bundle.root.parent / "never.png").exists()
 
 
+HOLDS = """\
+import ctypes
+from fluxrt import sharding
+put = sharding.ShardedRank.put_shard
+def held(self, backend):
+    with self._group.together("a call of this test", {seconds}):
+        # PyDLL keeps Python's lock, so that no thread sends a sign of life.
+        ctypes.PyDLL(None).sleep(3)
+    put(self, backend)
+sharding.ShardedRank.put_shard = held
+"""
+
+
+@pytest.mark.parametrize("seconds", [60.0, 1.0])
+def test_ranks_that_announce_it_may_be_quiet(
+    bundle: Bundle, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as they said and no longer: joining a communicator stops every thread of a rank."""
+    (tmp_path / "sitecustomize.py").write_text(HOLDS.format(seconds=seconds))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("fluxrt.ranked.STALL", 1.0)
+    with fluxrt.load(bundle.root, gpus=2, threads=1) as pipeline:
+        if seconds == 1.0:
+            with pytest.raises(RankError, match=r"rank \d of 2 .* waited longer than 1 s for a call of this test"):
+                pipeline.generate(Request(PROMPTS[0], steps=1))
+        else:
+            assert pipeline.generate(Request(PROMPTS[0], steps=1)).images
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_ranks_end_with_their_command(bundle: Bundle, sent: signal.Signals) -> None:
     with started(bundle) as (process, ranks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,7 +32,7 @@ class Driver(Protocol):
     stream: int
 
     def activate(self) -> None:
-        """Make the GPU's context current to this thread; before anything else a thread asks."""
+        """Make the GPU's context current to this thread, whatever else was; before anything else a thread asks."""
         ...
 
     def memory(self) -> tuple[int, int]:
@@ -57,6 +57,26 @@ class Driver(Protocol):
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy within the GPU's memory."""
+        ...
+
+    def fill(self, address: int, nbytes: int, value: int) -> None:
+        """Set every byte to `value`."""
+        ...
+
+    def pin(self, nbytes: int) -> np.ndarray:
+        """Host memory, uint8 [nbytes], that the GPU copies from by itself; OutOfMemoryError when there is not enough."""
+        ...
+
+    def unpin(self, memory: np.ndarray) -> None:
+        """Give what `pin` gave back; nothing may be copied from it any more."""
+        ...
+
+    def mark(self) -> int:
+        """A mark in the stream, which is reached when everything asked before it is done."""
+        ...
+
+    def wait(self, mark: int) -> None:
+        """Wait until a mark is reached, and drop it."""
         ...
 
     def synchronize(self) -> None:
@@ -99,18 +119,17 @@ class CudaDriver:
                 "fewer --gpus"
             )
         self._graphs: dict[int, Any] = {}
+        self._marks: dict[int, Any] = {}
         self._device = self._call("cuDeviceGet", number)
+        self.gpu = _describe(self._api, self._device)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        self._call("cuCtxSetCurrent", self._context)
-        self._thread = threading.get_ident()
-        self.gpu = self._describe()
+        self.activate()
         self._stream = self._call("cuStreamCreate", self._api.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self.stream = int(self._stream)
 
     def activate(self) -> None:
-        if self._thread != threading.get_ident():
-            self._call("cuCtxSetCurrent", self._context)
-            self._thread = threading.get_ident()
+        # Every time: another library of this thread may have made another context current.
+        self._call("cuCtxSetCurrent", self._context)
 
     def memory(self) -> tuple[int, int]:
         free, total = self._call("cuMemGetInfo")
@@ -130,6 +149,28 @@ class CudaDriver:
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         self._call("cuMemcpyDtoDAsync", target, source, nbytes, self._stream)
+
+    def fill(self, address: int, nbytes: int, value: int) -> None:
+        self._call("cuMemsetD8Async", address, value, nbytes, self._stream)
+
+    def pin(self, nbytes: int) -> np.ndarray:
+        import numpy as np
+
+        address = int(self._call("cuMemAllocHost", nbytes))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+    def unpin(self, memory: np.ndarray) -> None:
+        self._call("cuMemFreeHost", memory.ctypes.data)
+
+    def mark(self) -> int:
+        event = self._call("cuEventCreate", self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        self._marks[int(event)] = event
+        self._call("cuEventRecord", event, self._stream)
+        return int(event)
+
+    def wait(self, mark: int) -> None:
+        self._call("cuEventSynchronize", self._marks[mark])
+        self._call("cuEventDestroy", self._marks.pop(mark))
 
     def synchronize(self) -> None:
         self._call("cuStreamSynchronize", self._stream)
@@ -162,43 +203,19 @@ class CudaDriver:
     def close(self) -> None:
         for graph in list(self._graphs):
             self.destroy(graph)
+        for mark in list(self._marks):
+            self.wait(mark)
         self._call("cuStreamDestroy", self._stream)
         self._call("cuDevicePrimaryCtxRelease", self._device)
 
-    def _describe(self) -> Gpu:
-        attribute = self._api.CUdevice_attribute
-        major, minor = (
-            self._call("cuDeviceGetAttribute", which, self._device)
-            for which in (
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
-        )
-        name = self._call("cuDeviceGetName", 128, self._device)
-        version = self._call("cuDriverGetVersion")
-        text = name.rstrip(b"\0").decode() if isinstance(name, bytes) else str(name)
-        return Gpu(text, f"{major}.{minor}", f"{version // 1000}.{version % 1000 // 10}")
-
     def _call(self, name: str, *arguments: Any) -> Any:
-        """The result of a driver function; BackendError with CUDA's own name for what went wrong."""
-        result, *values = getattr(self._api, name)(*arguments)
-        if result == self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            _, free, total = self._api.cuMemGetInfo()
-            asked = f"{arguments[0] / 2**20:,.0f} MiB asked for, " if name == "cuMemAlloc" else ""
-            raise OutOfMemoryError(f"{name}: {asked}{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free")
-        if result != self._api.CUresult.CUDA_SUCCESS:
-            _, said = self._api.cuGetErrorName(result)
-            raise BackendError(f"{name} failed: {said.decode() if isinstance(said, bytes) else said}")
-        return values[0] if len(values) == 1 else tuple(values) or None
+        return _call(self._api, name, *arguments)
 
 
 def first_gpu() -> Gpu:
-    """The GPU a CudaDriver would use; BackendError without one, saying what is missing."""
-    driver = CudaDriver()
-    try:
-        return driver.gpu
-    finally:
-        driver.close()
+    """The GPU a CudaDriver would use; BackendError without one, saying what is missing. It takes no memory there."""
+    api, _ = _driver_api()
+    return _describe(api, _call(api, "cuDeviceGet", 0))
 
 
 def count_gpus() -> int:
@@ -229,3 +246,33 @@ def _driver_api() -> tuple[Any, int]:
             "choose a target that runs on the CPU with --target"
         )
     return driver, int(count)
+
+
+def _describe(api: Any, device: Any) -> Gpu:
+    attribute = api.CUdevice_attribute
+    major, minor = (
+        _call(api, "cuDeviceGetAttribute", which, device)
+        for which in (
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    name = _call(api, "cuDeviceGetName", 128, device)
+    version = _call(api, "cuDriverGetVersion")
+    text = name.split(b"\0")[0].decode() if isinstance(name, bytes) else str(name)
+    return Gpu(text, f"{major}.{minor}", f"{version // 1000}.{version % 1000 // 10}")
+
+
+def _call(api: Any, name: str, *arguments: Any) -> Any:
+    """The result of a driver function; BackendError with CUDA's own name for what went wrong."""
+    result, *values = getattr(api, name)(*arguments)
+    if result == api.CUresult.CUDA_ERROR_OUT_OF_MEMORY and name == "cuMemAllocHost":
+        raise OutOfMemoryError(f"{name}: {arguments[0] / 2**20:,.0f} MiB of the host's memory asked for")
+    if result == api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        _, free, total = api.cuMemGetInfo()
+        asked = f"{arguments[0] / 2**20:,.0f} MiB asked for, " if name == "cuMemAlloc" else ""
+        raise OutOfMemoryError(f"{name}: {asked}{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free")
+    if result != api.CUresult.CUDA_SUCCESS:
+        _, said = api.cuGetErrorName(result)
+        raise BackendError(f"{name} failed: {said.decode() if isinstance(said, bytes) else said}")
+    return values[0] if len(values) == 1 else tuple(values) or None

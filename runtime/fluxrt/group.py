@@ -12,17 +12,20 @@ from __future__ import annotations
 import math
 import socket
 import struct
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fluxrt.errors import BackendError
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy as np
 
 TURN = struct.Struct("<QQ")
+SENTENCE = 1024
+"""Bytes of what a rank says to the others in words."""
 
 
 class PeerError(BackendError):
@@ -33,13 +36,21 @@ class Group:
     """Rank `rank` of the group. `peers` are the sockets to the others, `memory` holds ranks * 2 halves of `half` bytes.
 
     Every rank must call the same methods in the same order. A rank that others have waited for longer than `timeout` seconds
-    is a PeerError.
+    is a PeerError. `announce(what, seconds)` tells whoever watches this rank that it gives no sign of life for so long at most,
+    and with 0 seconds that this is over.
     """
 
     def __init__(
-        self, rank: int, peers: Mapping[int, socket.socket], memory: mmap.mmap, half: int, timeout: float
+        self,
+        rank: int,
+        peers: Mapping[int, socket.socket],
+        memory: mmap.mmap,
+        half: int,
+        timeout: float,
+        announce: Callable[[str, float], None] | None = None,
     ) -> None:
         self.rank, self.ranks = rank, len(peers) + 1
+        self._announce = announce
         self._peers, self._memory, self._half, self._timeout = dict(peers), memory, half, timeout
         self._turn = 0
         for peer in self._peers.values():
@@ -83,6 +94,31 @@ class Group:
         size = 4096
         filled = np.frombuffer((data or b"").ljust(size, b"\0"), np.uint8)
         return self.gather(filled)[0].tobytes()
+
+    def agree(self, why: str) -> str:
+        """The first of the ranks' sentences, with its rank, the same on all; empty when every rank gives an empty one."""
+        import numpy as np
+
+        filled = np.frombuffer(why.encode()[:SENTENCE].ljust(SENTENCE, b"\0"), np.uint8)
+        for rank, heard in enumerate(self.gather(filled)):
+            text = heard.tobytes().rstrip(b"\0").decode(errors="ignore")
+            if text:
+                return f"rank {rank}: {text}"
+        return ""
+
+    @contextmanager
+    def together(self, what: str, seconds: float) -> Iterator[None]:
+        """Around a call that returns when all ranks have made it, and lets no other thread of this process run meanwhile."""
+        import numpy as np
+
+        self._barrier(np.empty(0, np.uint8))
+        if self._announce:
+            self._announce(what, seconds)
+        try:
+            yield
+        finally:
+            if self._announce:
+                self._announce(what, 0.0)
 
     def _barrier(self, array: np.ndarray) -> None:
         """Write `array` where the other ranks find it, and wait until they have written theirs."""

@@ -100,12 +100,15 @@ class Pipeline:
             start = starting_latents(request.of_image(number), tokens, sampling.latent_channels)
             began = time.perf_counter()
             self.begin(start, found.grid, found.guidance, words)
+            self.backend.synchronize()
             encoded = time.perf_counter()
             decisions, _ = decisions_for(cache, found.steps, found.size, request.step_cache, request.threshold)
             left_out = []
             for step, skips in enumerate(self.denoise(sigmas, decisions)):
                 left_out += [step] if skips else []
                 if on_step:
+                    # A GPU is asked for steps long before it does them.
+                    self.backend.synchronize()
                     on_step(number * found.steps + step + 1, found.steps * len(found.tokens))
             skipped.append(tuple(left_out))
             final = self.latents()

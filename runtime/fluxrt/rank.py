@@ -74,7 +74,11 @@ def _load(start: Start, control: Channel) -> Any:
 
     peers = {rank: socket.socket(fileno=fd) for rank, fd in start.peers.items()}
     memory = mmap.mmap(start.memory, 2 * (len(peers) + 1) * start.half)
-    group = Group(start.rank, peers, memory, start.half, start.timeout)
+
+    def announce(what: str, seconds: float) -> None:
+        control.send({"kind": "quiet", "what": what, "seconds": seconds})
+
+    group = Group(start.rank, peers, memory, start.half, start.timeout, announce)
     return Pipeline(bundle, target=start.target, threads=start.threads, group=group)
 
 

@@ -59,13 +59,23 @@ class _Rank:
         self.number, self.process, self.channel, self.log = number, process, channel, log
         self.heard = time.monotonic()
         self._used, self._moved = -1, self.heard
+        self._quiet: tuple[str, float, float] | None = None
 
-    def is_hung(self) -> bool:
-        """Whether neither a sign of life came nor the process used the CPU for too long."""
+    def be_quiet(self, what: str, seconds: float) -> None:
+        """Expect no sign of life for so long, while it waits for `what`; with 0 seconds expect them again."""
+        self._quiet = (what, seconds, time.monotonic() + seconds) if seconds else None
+
+    def hangs(self) -> str | None:
+        """What shows that it hangs: a wait that was announced and did not end, or no sign of life and no use of the CPU."""
         now, used = time.monotonic(), _cpu_ticks(self.process.pid)
         if used != self._used:
             self._used, self._moved = used, now
-        return now - self.heard > STALL and now - self._moved > STALL
+        if self._quiet:
+            what, seconds, until = self._quiet
+            return f"waited longer than {seconds:g} s for {what}" if now > until else None
+        if now - self.heard > STALL and now - self._moved > STALL:
+            return f"gave no sign of life for {STALL:g} s"
+        return None
 
     def tail(self) -> str:
         """The end of its log."""
@@ -242,8 +252,9 @@ class RankedPipeline:
                         if on_step:
                             self._call_back(on_step, message["done"], message["total"])
                 for rank in self._ranks:
-                    if rank.is_hung():
-                        self._fail(rank, f"gave no sign of life for {STALL:g} s")
+                    hangs = rank.hangs()
+                    if hangs:
+                        self._fail(rank, hangs)
 
     def _receive(self, rank: _Rank) -> dict[str, Any]:
         try:
@@ -253,6 +264,8 @@ class RankedPipeline:
         rank.heard = time.monotonic()
         if message is None:
             self._fail(rank, None)
+        if message["kind"] == "quiet":
+            rank.be_quiet(message["what"], message["seconds"])
         if message["kind"] == "peer":
             self._fail(rank, message["text"], is_witness=True)
         if message["kind"] == "error":

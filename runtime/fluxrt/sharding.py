@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from fluxrt.group import Group
     from fluxrt.manifest import Sharding, Target
 
+FIRST_RANK = ("text_encoder", "vae_decoder")
+"""The stages that rank 0 alone runs, for all of them."""
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -41,6 +41,10 @@ class Backend(Protocol):
         """The buffers a graph leaves its results in."""
         ...
 
+    def synchronize(self) -> None:
+        """Wait until everything that was asked for is done."""
+        ...
+
     def close(self) -> None:
         """Give back whatever the backend holds."""
         ...

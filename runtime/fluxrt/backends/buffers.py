@@ -41,11 +41,14 @@ def buffer_of(call: Call, port: Port | str) -> str:
     return call.buffers.get(name, name)
 
 
-def plan_buffers(engine: Engine, sizes: Sizes) -> dict[str, Buffer]:
-    """Every buffer of every program for these sizes; BundleError when two ports want one buffer to be different tensors."""
+def plan_buffers(engine: Engine, sizes: Sizes, stages: Iterable[str] | None = None) -> dict[str, Buffer]:
+    """Every buffer of the programs of `stages`, by default of all, for these sizes.
+
+    BundleError when two ports want one buffer to be different tensors.
+    """
     buffers: dict[str, Buffer] = {}
-    for stage, program in engine.programs.items():
-        for call in program.calls:
+    for stage in engine.programs if stages is None else stages:
+        for call in engine.programs[stage].calls:
             plan = engine.plans[call.plan]
             for port in (*plan.inputs, *plan.outputs):
                 name = buffer_of(call, port)

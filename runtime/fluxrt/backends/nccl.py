@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from fluxrt.group import Group
 
 UNIQUE_ID_BYTES = 128
+CONNECTING = 120.0
+"""Seconds in which NCCL must have connected every rank's GPU."""
 
 
 class Communicator:
@@ -31,7 +33,8 @@ class Communicator:
             ) from error
         unique = core.UniqueId.from_bytes(group.broadcast(mine)[:UNIQUE_ID_BYTES])
         try:
-            self._communicator = core.Communicator.init(nranks=group.ranks, rank=group.rank, unique_id=unique)
+            with group.together("NCCL to connect the GPUs", CONNECTING):
+                self._communicator = core.Communicator.init(nranks=group.ranks, rank=group.rank, unique_id=unique)
         except Exception as error:
             raise BackendError(
                 f"rank {group.rank}: NCCL does not connect {group.ranks} GPUs: {error}; NCCL_DEBUG=INFO makes it say more"

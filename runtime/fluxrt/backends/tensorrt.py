@@ -2,14 +2,17 @@
 
 1. Everything that can be wrong with library, GPU and bundle is checked before anything is loaded.
 2. A plan is read only after its SHA-256 matched.
-3. Buffers keep their addresses for as long as the sizes stay the same, so what was captured stays valid.
-4. A sequence of graphs runs eagerly the first time (TensorRT-RTX compiles kernels then), is captured the second time, and is
-   launched from then on. What the host puts goes before the launch.
+3. Buffers and working memory keep their addresses for as long as the sizes stay the same, so what was captured stays valid.
+   Both are as large as any program of this rank needs before the first one runs.
+4. A sequence of graphs runs eagerly the first time (TensorRT-RTX compiles kernels then). The second time it runs eagerly and
+   as a CUDA graph, from the same state; if both leave the same bytes, the graph is launched from then on. What the host puts
+   goes before the launch.
+5. The ranks of a sharded target capture a sequence that holds collectives together, or none of them does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.backends.buffers import (
@@ -22,18 +25,19 @@ from fluxrt.backends.buffers import (
     plan_arena,
     plan_buffers,
     profile_for,
-    resolve,
 )
-from fluxrt.backends.kernel_cache import KernelCaches
-from fluxrt.backends.library import check_finished, check_gpu, check_version, load_library, make_logger
+from fluxrt.backends.engines import Context, Engines
+from fluxrt.backends.library import check_finished, check_gpu, check_version, load_library
 from fluxrt.backends.nccl import Communicator
 from fluxrt.backends.numbers import from_bf16, to_bf16
+from fluxrt.backends.upload import upload
 from fluxrt.cuda import CudaDriver, Driver, OutOfMemoryError
 from fluxrt.errors import BackendError, RequestError
+from fluxrt.sharding import FIRST_RANK
 from fluxrt.weights import component_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
 
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
     from fluxrt.group import Group
     from fluxrt.manifest import Program, TensorRTTarget
 
-UPLOAD_BYTES = 64 << 20
+Moves = tuple[tuple[str, str], ...]
 
 
 @dataclass
@@ -54,15 +58,25 @@ class _Loaded:
 
 @dataclass
 class _Sequence:
-    """How often a sequence of graphs was run, and its CUDA graph once it was captured."""
+    """Graphs that run one after the other, and what then moves from buffer to buffer.
 
+    `contexts` are its own, by plan and profile. It was run `runs` times on the present buffers, and is launched as `graph` once
+    it was captured; `refused` says that it cannot be.
+    """
+
+    graphs: tuple[str, ...]
+    moves: Moves
+    contexts: dict[tuple[str, int], Context] = field(default_factory=dict)
     runs: int = 0
     graph: int | None = None
     refused: bool = False
 
 
 class TensorRTBackend:
-    """One target of a bundle on one GPU. `notes` says what did not go as it should and was worked around."""
+    """One target of a bundle on one GPU. `notes` says what did not go as it should and was worked around.
+
+    With `captures` false nothing becomes a CUDA graph.
+    """
 
     def __init__(
         self,
@@ -72,6 +86,8 @@ class TensorRTBackend:
         library: Any | None = None,
         group: Group | None = None,
         communicator: Communicator | None = None,
+        *,
+        captures: bool = True,
     ) -> None:
         self._bundle, self._target, self._engine = bundle, target, target.engine
         check_finished(bundle, target)
@@ -81,32 +97,35 @@ class TensorRTBackend:
         check_gpu(bundle, target, self._driver.gpu)
         if group and communicator is None:
             communicator = Communicator(group)
-        self._communicator = communicator
+        self._group, self._communicator, self._captures = group, communicator, captures
         self.notes: list[str] = []
-        self._logger = make_logger(self._trt)
-        self._runtime = self._trt.Runtime(self._logger)
-        self._engines: dict[str, Any] = {}
-        self._contexts: dict[tuple[str, int], Any] = {}
-        self._caches = KernelCaches(self._driver.gpu, str(self._trt.__version__), self.notes)
+        ranks = (group, communicator) if group and communicator else None
+        self._engines = Engines(bundle, target, self._driver, self._trt, ranks, self.notes)
+        others = group is not None and group.rank > 0
+        self._stages = [stage for stage in self._engine.programs if not (others and stage in FIRST_RANK)]
         self._programs: dict[str, _Loaded] = {}
-        self._sequences: dict[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], _Sequence] = {}
+        self._sequences: dict[tuple[tuple[str, ...], Moves], _Sequence] = {}
         self._sizes: Sizes | None = None
         self._buffers: dict[str, Buffer] = {}
         self._addresses: dict[str, int] = {}
-        self._memory: list[int] = []
+        self._memory: dict[int, int] = {}
         self._buffer_memory = 0
         self._scratch = (0, 0)
         self._alive: list[Any] = []
         self._written: set[str] = set()
 
     def prepare(self, sizes: dict[str, int]) -> None:
-        """Allocate every buffer for these sizes; those of other sizes, and what was captured on them, are given back."""
+        """Read this rank's plans, and allocate every buffer and the working memory for these sizes.
+
+        Buffers of other sizes, and what was captured on them, are given back.
+        """
         self._driver.activate()
         if sizes == self._sizes:
             return
         check_sizes(self._engine, sizes)
-        buffers = plan_buffers(self._engine, sizes)
+        buffers = plan_buffers(self._engine, sizes, self._stages)
         self._forget()
+        self._reserve_scratch(sizes)
         offsets, end = {}, 0
         for name, buffer in buffers.items():
             offsets[name] = end
@@ -133,41 +152,48 @@ class TensorRTBackend:
 
     def get(self, name: str) -> np.ndarray:
         """A buffer's content, bf16 as fp32."""
-        import numpy as np
-
         self._driver.activate()
         buffer = self._buffer(name)
         if name not in self._written:
             raise BackendError(f"nothing has produced {name!r}")
-        data = np.empty(buffer.nbytes, np.uint8)
-        self._driver.download(self._addresses[name], data)
-        self._driver.synchronize()
-        self._alive.clear()
-        return _from_device(data, buffer)
+        return _from_device(self._read((name,))[name], buffer)
 
     def run(self, graphs: tuple[str, ...], feedback: Mapping[str, str] | None = None) -> None:
         """Run programs in order on the buffers; see Backend.run."""
         self._driver.activate()
-        moves = tuple((feedback or {}).items())
-        for graph in graphs:
-            self._load(graph)
+        key = (graphs, tuple((feedback or {}).items()))
+        sequence = self._sequences.setdefault(key, _Sequence(*key))
+        if sequence.graph is None:
+            self._load(sequence)
         self._check_written(graphs)
-        sequence = self._sequences.setdefault((graphs, moves), _Sequence())
         if sequence.graph is not None:
             self._driver.launch(sequence.graph)
-        elif sequence.runs == 0 or sequence.refused:
-            self._enqueue(graphs, moves)
+        elif sequence.runs == 0 or sequence.refused or not self._captures:
+            self._enqueue(sequence)
             if sequence.runs == 0:
-                self._driver.synchronize()
-                self._alive.clear()
-                self._caches.save()
+                self.synchronize()
+                self._engines.save_kernels()
         else:
-            self._capture(sequence, graphs, moves)
+            self._capture(sequence)
         sequence.runs += 1
 
     def outputs(self, graph: str) -> tuple[str, ...]:
         """The buffers the program `graph` leaves its results in."""
         return self._program(graph).outputs
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has done everything it was asked for."""
+        self._driver.activate()
+        self._driver.synchronize()
+        self._alive.clear()
+
+    def held(self) -> dict[str, int]:
+        """Bytes of the GPU's memory that "weights", "buffers" and "working memory" take; TensorRT's own are not among them."""
+        return {
+            "weights": sum(loaded.arena.nbytes for loaded in self._programs.values()),
+            "buffers": self._memory.get(self._buffer_memory, 0),
+            "working memory": self._scratch[1],
+        }
 
     def close(self) -> None:
         """Give back graphs, contexts, engines, weights and buffers, and the GPU itself."""
@@ -177,65 +203,110 @@ class TensorRTBackend:
             self._communicator.close()
         self._driver.close()
 
-    def _capture(self, sequence: _Sequence, graphs: tuple[str, ...], moves: tuple[tuple[str, str], ...]) -> None:
-        refusing = self._not_capturable(graphs)
-        if refusing:
-            self._refuse_capture(sequence, graphs, f"TensorRT says that {', '.join(refusing)} cannot be")
-            self._enqueue(graphs, moves)
+    def _capture(self, sequence: _Sequence) -> None:
+        """Run a sequence that has run before, eagerly and as a CUDA graph, which is kept if both leave the same bytes."""
+        refusing = self._not_capturable(sequence)
+        why = self._agree(sequence, f"TensorRT says that {', '.join(refusing)} cannot be" if refusing else "")
+        if why:
+            self._refuse(sequence, why)
             return
+        overwritten, written = self._changes(sequence)
+        results = self._results(sequence)
+        before = self._read(overwritten)
+        self._enqueue(sequence)
+        eager = self._read(results)
+        # What the eager run left in between would make up for a call of the graph that computes nothing, or with other weights.
+        for name in written:
+            self._driver.fill(self._addresses[name], self._buffers[name].nbytes, 0xFF)
+        self._write(before)
+        graph, why = self._record(sequence)
+        why = self._agree(sequence, why)
+        if graph is not None and not why:
+            self._driver.launch(graph)
+            launched = self._read(results)
+            differing = [name for name in results if eager[name].tobytes() != launched[name].tobytes()]
+            why = self._agree(sequence, f"it left another {', '.join(differing)} than eagerly" if differing else "")
+            self._write(before if why else {})
+        if not why:
+            sequence.graph = graph
+            return
+        if graph is not None:
+            self._driver.destroy(graph)
+        self._refuse(sequence, why)
+
+    def _refuse(self, sequence: _Sequence, why: str) -> None:
+        """Run a sequence eagerly, now and from now on."""
+        sequence.refused = True
+        graphs = ", ".join(sequence.graphs)
+        self.notes.append(f"{graphs}: not captured as a CUDA graph, every call is launched: {why}")
+        self._enqueue(sequence)
+
+    def _record(self, sequence: _Sequence) -> tuple[int | None, str]:
+        """A CUDA graph of a sequence, or why there is none."""
         self._driver.begin_capture()
         try:
-            self._enqueue(graphs, moves)
-            sequence.graph = self._driver.end_capture()
+            self._enqueue(sequence)
+            return self._driver.end_capture(), ""
         except OutOfMemoryError as error:
             self._driver.abandon_capture()
-            raise self._out_of_memory(f"a CUDA graph of {', '.join(graphs)}", error) from error
+            raise self._out_of_memory(f"a CUDA graph of {', '.join(sequence.graphs)}", error) from error
         except BaseException as error:
             self._driver.abandon_capture()
             # TensorRT's own errors are RuntimeErrors; an interrupt must not be taken for a refusal.
             if not isinstance(error, BackendError | RuntimeError):
                 raise
-            self._refuse_capture(sequence, graphs, str(error))
-            self._enqueue(graphs, moves)
-            return
-        self._driver.launch(sequence.graph)
+            return None, str(error) or type(error).__name__
 
-    def _not_capturable(self, graphs: tuple[str, ...]) -> list[str]:
-        """The plans of these graphs that TensorRT-RTX does not let be captured; full TensorRT has no such question."""
-        plans = dict.fromkeys(call.plan for graph in graphs for call in self._program(graph).calls)
-        contexts = {name: self._context(name) for name in plans}
+    def _agree(self, sequence: _Sequence, why: str) -> str:
+        """`why` of this rank or another, where the sequence makes ranks exchange something: NCCL wants all captured or none."""
+        plans = self._plans_of(sequence)
+        if self._group is None or not any(self._engine.plans[name].expected.get("collectives") for name in plans):
+            return why
+        return self._group.agree(why)
+
+    def _changes(self, sequence: _Sequence) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The buffers that a sequence reads and then writes, so that it cannot be repeated without them, and all it writes."""
+        read: dict[str, None] = {}
+        written: dict[str, None] = {}
+        for graph in sequence.graphs:
+            for call in self._program(graph).calls:
+                plan = self._engine.plans[call.plan]
+                read |= dict.fromkeys(name for port in plan.inputs if (name := buffer_of(call, port)) not in written)
+                written |= dict.fromkeys(buffer_of(call, port) for port in plan.outputs)
+        for source, target in sequence.moves:
+            read |= {} if source in written else {source: None}
+            written[target] = None
+        return tuple(name for name in read if name in written), tuple(written)
+
+    def _results(self, sequence: _Sequence) -> tuple[str, ...]:
+        """What a sequence is run for: its programs' results, and the buffers that some of them move to."""
+        results = [name for graph in sequence.graphs for name in self._program(graph).outputs]
+        return tuple(dict.fromkeys((*results, *(target for _, target in sequence.moves))))
+
+    def _not_capturable(self, sequence: _Sequence) -> list[str]:
+        """The plans of a sequence that TensorRT-RTX does not let be captured; full TensorRT has no such question."""
+        contexts = {name: self._context(sequence, name).handle for name in self._plans_of(sequence)}
         return [
             name
             for name, context in contexts.items()
             if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(self._driver.stream)
         ]
 
-    def _refuse_capture(self, sequence: _Sequence, graphs: tuple[str, ...], why: str) -> None:
-        sequence.refused = True
-        self.notes.append(f"{', '.join(graphs)}: not captured as a CUDA graph, every call is launched: {why}")
-
-    def _enqueue(self, graphs: tuple[str, ...], moves: tuple[tuple[str, str], ...]) -> None:
-        assert self._sizes is not None
-        for graph in graphs:
+    def _enqueue(self, sequence: _Sequence) -> None:
+        for graph in sequence.graphs:
             loaded = self._programs[graph]
             for number, call in enumerate(self._program(graph).calls):
                 plan = self._engine.plans[call.plan]
-                context = self._context(call.plan)
+                context = self._context(sequence, call.plan).handle
                 for port in (*plan.inputs, *plan.outputs):
                     self._bind(context, port.name, self._addresses[buffer_of(call, port)])
-                for port in plan.inputs:
-                    shape = resolve(port.shape, self._sizes)
-                    if plan.profiles and not context.set_input_shape(port.name, shape):
-                        raise BackendError(
-                            f"plan {call.plan} refused {port.name} as {list(shape)}: {self._logger.told()}"
-                        )
                 for weight in plan.weights:
                     self._bind(context, weight.name, loaded.address + loaded.arena.offsets[number, weight.name])
                 if not context.execute_async_v3(self._driver.stream):
                     raise BackendError(
-                        f"plan {call.plan} of {graph}, call {number}, did not run: {self._logger.told()}"
+                        f"plan {call.plan} of {graph}, call {number}, did not run: {self._engines.told()}"
                     )
-        for source, target in moves:
+        for source, target in sequence.moves:
             self._driver.copy(self._addresses[target], self._addresses[source], self._buffers[source].nbytes)
 
     def _check_written(self, graphs: tuple[str, ...]) -> None:
@@ -252,111 +323,71 @@ class TensorRTBackend:
         if not context.set_tensor_address(port, address):
             raise BackendError(f"a plan has no input or output {port!r}; the bundle is wrong, rebuild it")
 
-    def _load(self, graph: str) -> None:
-        """Bring a program's weights and engines to the GPU, once, and the contexts of the present sizes."""
-        program = self._program(graph)
+    def _load(self, sequence: _Sequence) -> None:
+        """Bring the weights of a sequence to the GPU, once, and make its contexts ready for the present sizes."""
+        programs = {graph: self._program(graph) for graph in sequence.graphs}
         if self._sizes is None:
-            raise BackendError(f"{graph}: no sizes were prepared")
-        names = list(dict.fromkeys(call.plan for call in program.calls))
-        for name in names:
-            if name not in self._engines:
-                self._engines[name] = self._deserialize(name)
-        self._reserve_scratch(names)
-        for name in names:
-            self._make_context(name)
-        if graph not in self._programs:
-            self._programs[graph] = self._upload(graph, program)
+            raise BackendError(f"{', '.join(programs)}: no sizes were prepared")
+        for name in self._plans_of(sequence):
+            profile = profile_for(name, self._engine.plans[name], self._sizes)
+            if (name, profile) not in sequence.contexts:
+                context = self._engines.make_context(name, profile)
+                context.handle.set_device_memory(*self._scratch)
+                sequence.contexts[name, profile] = context
+            self._engines.set_shapes(name, sequence.contexts[name, profile], self._sizes)
+        for graph, program in programs.items():
+            if graph not in self._programs:
+                self._programs[graph] = self._upload(graph, program)
 
-    def _deserialize(self, name: str) -> Any:
-        file = self._engine.plans[name].file
-        assert file is not None
-        engine = self._runtime.deserialize_cuda_engine(self._bundle.checked_file(file).read_bytes())
-        if engine is None:
-            raise BackendError(
-                f"{self._bundle.root / file}: {self._target.kind} {self._trt.__version__} does not load it on "
-                f"{self._driver.gpu.name}: {self._logger.told()}; rebuild the bundle for this GPU and version"
-            )
-        return engine
-
-    def _reserve_scratch(self, names: list[str]) -> None:
-        """One piece of working memory for all plans, which never run at the same time, as large as the hungriest needs."""
-        assert self._sizes is not None
-        wanted = max(
-            int(
-                self._engines[n].get_device_memory_size_for_profile_v2(
-                    profile_for(n, self._engine.plans[n], self._sizes)
-                )
-            )
-            for n in names
-        )
+    def _reserve_scratch(self, sizes: Sizes) -> None:
+        """Working memory for the hungriest plan of this rank; what was captured with other memory must be dropped before."""
+        wanted = self._engines.working_memory(self._plans_in(self._stages), sizes)
         address, size = self._scratch
-        if wanted > size:
-            self._driver.synchronize()
-            self._drop_graphs()
-            if size:
-                self._free(address)
-            self._scratch = (0, 0)
-            self._scratch = (self._allocate(wanted, "the plans' working memory"), wanted)
-            for context in self._contexts.values():
-                context.set_device_memory(*self._scratch)
-
-    def _make_context(self, name: str) -> None:
-        assert self._sizes is not None
-        profile = profile_for(name, self._engine.plans[name], self._sizes)
-        if (name, profile) in self._contexts:
+        if wanted <= size:
             return
-        engine = self._engines[name]
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if hasattr(engine, "create_runtime_config") and hasattr(self._trt, "CudaGraphStrategy"):
-            config = engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
-            # Compiled in the background, kernels for the shapes at hand would be ready only after a step was captured without.
-            eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            config.dynamic_shapes_kernel_specialization_strategy = eager
-            file = self._engine.plans[name].file
-            self._caches.attach(config, name, self._bundle.manifest.files[str(file)].sha256)
-            context = engine.create_execution_context(config)
-        else:
-            context = engine.create_execution_context(strategy)
-        if context is None:
-            raise BackendError(f"plan {name}: no execution context on {self._driver.gpu.name}: {self._logger.told()}")
-        # The profile first: how much working memory a context wants depends on it.
-        profiles = self._engine.plans[name].profiles
-        if profiles and not context.set_optimization_profile_async(profile, self._driver.stream):
-            raise BackendError(f"plan {name}: its optimization profile {profile} was refused: {self._logger.told()}")
-        if self._scratch[1]:
-            context.set_device_memory(*self._scratch)
-        if self._engine.plans[name].expected.get("collectives"):
-            self._connect(name, context)
-        self._contexts[name, profile] = context
+        if size:
+            self._scratch = (0, 0)
+            self._free(address)
+        self._scratch = (self._allocate(wanted, "the plans' working memory"), wanted)
+        for sequence in self._sequences.values():
+            for context in sequence.contexts.values():
+                context.handle.set_device_memory(*self._scratch)
 
-    def _connect(self, name: str, context: Any) -> None:
-        """Give a new context the communicator; TensorRT waits in it until every rank has done the same."""
-        if self._communicator is None or not context.set_communicator(self._communicator.capsule):
-            raise BackendError(
-                f"plan {name}: TensorRT refused the communicator, so its collectives would not run: {self._logger.told()}"
-            )
+    def _plans_of(self, sequence: _Sequence) -> list[str]:
+        return self._plans_in(sequence.graphs)
 
-    def _context(self, name: str) -> Any:
+    def _plans_in(self, stages: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(call.plan for stage in stages for call in self._program(stage).calls))
+
+    def _context(self, sequence: _Sequence, name: str) -> Context:
         assert self._sizes is not None
-        return self._contexts[name, profile_for(name, self._engine.plans[name], self._sizes)]
+        return sequence.contexts[name, profile_for(name, self._engine.plans[name], self._sizes)]
 
     def _upload(self, graph: str, program: Program) -> _Loaded:
-        import numpy as np
-
         stored = component_weights(self._bundle, program.weights)
         arena = plan_arena(program, self._engine, stored)
         if not arena.nbytes:
             return _Loaded(arena, 0)
         address = self._allocate(arena.nbytes, f"the weights of {graph}")
-        for piece in arena.pieces:
-            data = stored[piece.name].read()
-            for start in range(0, len(data), UPLOAD_BYTES):
-                part = np.ascontiguousarray(data[start : start + UPLOAD_BYTES])
-                self._driver.upload(address + piece.offset + start, part)
-                self._driver.synchronize()
+        upload(self._driver, address, arena, stored)
         return _Loaded(arena, address)
+
+    def _read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """The bytes of buffers, once the GPU has done what it was asked for."""
+        import numpy as np
+
+        found = {}
+        for name in names:
+            found[name] = np.empty(self._buffer(name).nbytes, np.uint8)
+            self._driver.download(self._addresses[name], found[name])
+        self.synchronize()
+        return found
+
+    def _write(self, content: Mapping[str, np.ndarray]) -> None:
+        """Put back what `_read` read."""
+        for name, data in content.items():
+            self._alive.append(data)
+            self._driver.upload(self._addresses[name], data)
 
     def _program(self, graph: str) -> Program:
         if graph not in self._engine.programs:
@@ -373,7 +404,7 @@ class TensorRTBackend:
             address = self._driver.allocate(nbytes)
         except OutOfMemoryError as error:
             raise self._out_of_memory(f"{what} ({nbytes / 2**20:,.0f} MiB)", error) from error
-        self._memory.append(address)
+        self._memory[address] = nbytes
         return address
 
     def _out_of_memory(self, what: str, error: OutOfMemoryError) -> OutOfMemoryError:
@@ -385,37 +416,35 @@ class TensorRTBackend:
         )
 
     def _free(self, address: int) -> None:
-        self._memory.remove(address)
+        del self._memory[address]
         self._driver.free(address)
 
     def _drop_graphs(self) -> None:
         for sequence in self._sequences.values():
             if sequence.graph is not None:
                 self._driver.destroy(sequence.graph)
-        self._sequences.clear()
+            sequence.graph, sequence.runs, sequence.refused = None, 0, False
 
     def _forget(self) -> None:
         """Give the buffers back, and the graphs that hold their addresses."""
+        self.synchronize()
+        self._drop_graphs()
         if self._buffer_memory:
-            self._driver.synchronize()
-            self._drop_graphs()
             self._free(self._buffer_memory)
         self._buffer_memory, self._sizes, self._buffers, self._addresses = 0, None, {}, {}
         self._written.clear()
 
     def _release(self) -> None:
-        self._driver.synchronize()
+        self.synchronize()
         self._drop_graphs()
-        self._contexts.clear()
-        self._caches.clear()
+        self._sequences.clear()
         self._engines.clear()
         self._programs.clear()
         for address in self._memory:
             self._driver.free(address)
-        self._memory, self._scratch, self._buffer_memory = [], (0, 0), 0
+        self._memory, self._scratch, self._buffer_memory = {}, (0, 0), 0
         self._sizes, self._buffers, self._addresses = None, {}, {}
         self._written.clear()
-        self._alive.clear()
 
 
 def _to_device(array: np.ndarray, dtype: str) -> np.ndarray:
