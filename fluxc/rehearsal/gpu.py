@@ -298,7 +298,7 @@ class FakeLibrary:
         self.compiled: set[str] = set()
         self.found: set[str] = set()
         # The VAE's is the largest by far in truth too.
-        self.scratch = {name: 4096 * (16 if "vae" in name else 1 + n) for n, name in enumerate(target.engine.plans)}
+        self.scratch = {name: 4096 * (64 if "vae" in name else 1 + n) for n, name in enumerate(target.engine.plans)}
         for name, plan in target.engine.plans.items():
             model = onnx.load(bundle.path(plan.source))
             digest = bundle.manifest.files[str(plan.file)].sha256
