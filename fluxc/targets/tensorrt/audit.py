@@ -3,7 +3,8 @@
 1. Every Linear planned nvfp4 is a GEMM of two fp4_e2m1 operands, fp8 one of two fp8_e4m3 operands; every bf16 one is there.
 2. Every fusion group is one GEMM.
 3. Every attention is one fused kernel.
-4. The plan runs on the GPUs it was asked for and on no others, and it can be captured in a CUDA graph.
+4. The plan runs on the GPUs it was asked for and on no others, it can be captured in a CUDA graph, and all the memory it works
+   in is stated: no region of it is allocated while it runs.
 5. Of bound weights, a run copies block scales and vectors only, never a quantized or a Linear's weight.
 6. Every collective is there, of the kind and among as many ranks as asked for. TensorRT has been reported to forget the number
    of ranks when a plain attention follows; such a plan loads, and its collectives do nothing.
@@ -49,7 +50,7 @@ class Finding:
 
     Kinds: `missing` (no kernel computes the layer), `format` (it runs in another one), `group` (a fusion group is several
     GEMMs), `attention` (not one fused kernel), `copy` (a run moves the whole weight); and, of the plan itself, `gpus`,
-    `capture`, `ranks`, `collective`.
+    `capture`, `allocation` (working memory that is allocated while it runs), `ranks`, `collective`.
     """
 
     kind: str
@@ -99,7 +100,14 @@ def _audit_program(program: Program, expected: Expected, compute_capabilities: t
     if set(found) != set(compute_capabilities):
         asked = ", ".join(compute_capabilities)
         faults.append(Finding("gpus", (), f"runs on {', '.join(found)}, asked for {asked}"))
-    if not program.capturable:
+    for region in program.run_time_regions:
+        text = (
+            f"allocates its memory region {region} while it runs, so its working memory is unknown and no CUDA graph can hold "
+            "it; build with a TensorRT whose builder has REQUIRE_USER_ALLOCATION (TensorRT-RTX 1.7, TensorRT 11), or for "
+            "smaller sizes"
+        )
+        faults.append(Finding("allocation", (), text))
+    if not program.capturable and not program.run_time_regions:
         faults.append(Finding("capture", (), "cannot be captured in a CUDA graph"))
     gemms: dict[str, int] = {}
     kernel_of: dict[str, Kernel] = {}

@@ -1,4 +1,8 @@
-"""Builds one plan: parse, set GPUs and profiles, serialize; every message of the library ends in an error or nowhere."""
+"""Builds one plan: parse, set GPUs and profiles, serialize; every message of the library ends in an error or nowhere.
+
+Where the builder has REQUIRE_USER_ALLOCATION it is set: without it, a plan whose tensors can grow beyond a limit of TensorRT's
+own allocates them while it runs. Such memory is not in the size that the plan states, and no CUDA graph can hold it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ import onnx
 from fluxc.base.errors import BuildError
 from fluxrt.backends.library import make_logger
 from fluxrt.manifest import dimension_size
+
+USER_ALLOCATION = "REQUIRE_USER_ALLOCATION"
+"""A builder flag of TensorRT-RTX 1.7 and TensorRT 11."""
 
 Profile = Mapping[str, tuple[int, int, int]]
 
@@ -56,6 +63,8 @@ def build_plan(trt: ModuleType, request: PlanRequest) -> bytes:
         )
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if hasattr(trt.BuilderFlag, USER_ALLOCATION):
+        config.set_flag(getattr(trt.BuilderFlag, USER_ALLOCATION))
     if hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = len(request.compute_capabilities)
         for index, capability in enumerate(request.compute_capabilities):

@@ -22,7 +22,7 @@ _UNPRINTABLE = re.compile(r"[^\t\n\x20-\x7e]+")
 _TENSOR = re.compile(r'^ +tensor=\{.*?dims=\{([^}]*)\}.*? name="([^"]*)".*? region="?([^ "]*)"? .*?type=(\w+)', re.M)
 _VIEW = re.compile(r'^ +sub_tensor=\{ base="([^"]*)".*?dims=\{([^}]*)\}.*? name="([^"]*)".*?type=(\w+)', re.M)
 _KERNEL = re.compile(r'^  (\w+)=\{ name=(?:"([^"]*)"|(\S+)) (.*?)(?=^  \w+=\{|^\}|\Z)', re.M | re.S)
-_REGION = re.compile(r"^  region = \{ name=devmem\w* size=(\d+) ", re.M)
+_REGION = re.compile(r"^  region = \{ name=(\S+) size=(\d+) .*?type=(\w+) place=(\w+) ", re.M)
 _QUOTED = re.compile(r'"([^"]*)"')
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
@@ -55,7 +55,8 @@ class Kernel:
 @dataclass(frozen=True)
 class Program:
     """What a plan runs. `accelerators` are the GPUs it was compiled for ("sm120"), `inputs` the plan's own, `ranks` how many
-    GPUs run it together, `working_bytes` the memory it wants beside inputs and outputs (0 where only a run knows)."""
+    GPUs run it together, `working_bytes` the memory it wants beside inputs and outputs, `run_time_regions` the regions of GPU
+    memory that are in it by no more than a name, because the plan allocates them while it runs."""
 
     accelerators: tuple[str, ...]
     ranks: int
@@ -64,6 +65,7 @@ class Program:
     tensors: dict[str, Tensor]
     kernels: tuple[Kernel, ...]
     working_bytes: int = 0
+    run_time_regions: tuple[str, ...] = ()
 
     @property
     def is_fragment(self) -> bool:
@@ -94,6 +96,8 @@ def read_programs(plan: bytes) -> list[Program]:
 def _program(text: str) -> Program:
     head, _, rest = text.partition("descriptors {")
     described, _, main = rest.partition("\nmain {")
+    regions = [(name, int(size), type) for name, size, type, place in _REGION.findall(head) if place == "accelerator"]
+    unallocated = tuple(name for name, _, type in regions if type not in ("user", "system"))
     accelerators = re.search(r"accelerators=\{([^}]*)\}", head)
     ranks = re.search(r"^  world_size = (\d+)$", head, re.M)
     inputs = re.search(r"^  inputs=\{([^}]*)\}", head, re.M)
@@ -106,11 +110,12 @@ def _program(text: str) -> Program:
     return Program(
         accelerators=tuple(sorted(accelerators[1].split())),
         ranks=int(ranks[1]) if ranks else 1,
-        capturable="stream_capturable=1" in head,
+        capturable="stream_capturable=1" in head and not unallocated,
         inputs=tuple(_QUOTED.findall(inputs[1])),
         tensors=tensors,
         kernels=tuple(_kernel(*found) for found in _KERNEL.findall(main) if found[0] not in ("signal", "wait")),
-        working_bytes=sum(map(int, _REGION.findall(head))),
+        working_bytes=sum(size for _, size, type in regions if type == "user"),
+        run_time_regions=unallocated,
     )
 
 
