@@ -119,18 +119,6 @@ def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         file.truncate(8 + len(encoded) + position)
 
 
-QWEN3_4B = {
-    "vocab_size": 151936,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
-QWEN3_8B = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288}
-
-
 def hollow_checkpoint(root: Path, transformer: dict[str, Any], text_encoder: dict[str, Any]) -> Path:
     """A checkpoint with these configs, as published, and flux2-nano's VAE; the large weights are holes."""
     copy_checkpoint(root)

@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from conftest import NANO, QWEN3_4B, RECIPE, hollow_checkpoint
+from conftest import NANO, RECIPE, hollow_checkpoint
 from fluxc.base.console import new_console, new_table
 from fluxc.base.progress import StageProgress
 from fluxc.cli.main import main
+from fluxc.models.published import QWEN3_4B
 from fluxc.quantize.presets import PRESETS
 from quick import QUICK
 from test_flux2_tables import KLEIN_4B

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from conftest import NANO, QWEN3_4B, QWEN3_8B, ROOT, hollow_checkpoint
+from conftest import NANO, ROOT, hollow_checkpoint
 from fluxc.cli.main import main
-from fluxc.models.published import KLEIN_4B, KLEIN_9B
+from fluxc.models.published import KLEIN_4B, KLEIN_9B, QWEN3_4B, QWEN3_8B
 from fluxc.recipe.load import load_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -62,9 +62,9 @@ def pixels_per_token(checkpoint: Checkpoint) -> int:
     return vae_of(checkpoint).pixels_per_token
 
 
-def check_sizes(checkpoint: Checkpoint, sizes: tuple[tuple[int, int], ...]) -> None:
-    """Refuse sizes that are not whole numbers of tokens."""
-    pixels = pixels_per_token(checkpoint)
+def check_sizes(vae: Flux2VAE, sizes: tuple[tuple[int, int], ...]) -> None:
+    """Refuse sizes that are not whole numbers of tokens of a model with this VAE."""
+    pixels = vae.pixels_per_token
     for height, width in sizes:
         if height < pixels or width < pixels or height % pixels or width % pixels:
             raise RecipeError(

@@ -158,12 +158,19 @@ def print_presets(loaded: LoadedRecipe) -> None:
     console.print("Use one with `precision: {transformer: {default: nvfp4, preset: NAME}}`.")
 
 
-def print_prediction(loaded: LoadedRecipe | None, model: str, gpu: Gpu, counts: tuple[int, ...], as_json: bool) -> None:
-    """Predicted time and memory of the recipe's model, or of the published `model` without one, on `counts` GPUs."""
+def print_prediction(
+    loaded: LoadedRecipe | None,
+    model: str,
+    size: tuple[int, int],
+    gpu: Gpu,
+    counts: tuple[int, ...],
+    as_json: bool,
+) -> None:
+    """Predicted time and memory of the recipe's model on `counts` GPUs, or without one of the published `model` at `size`."""
     from fluxc.predict.report import print_scaling
     from fluxc.predict.scaling import predict, published_model, recipe_model, scaling_as_json
 
-    subject = recipe_model(loaded, read_source(loaded)) if loaded else published_model(model)
+    subject = recipe_model(loaded, read_source(loaded)) if loaded else published_model(model, size)
     scaling = predict(subject, gpu, counts)
     if as_json:
         print(to_json(scaling_as_json(scaling), "prediction", indent=1))

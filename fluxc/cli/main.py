@@ -133,6 +133,16 @@ def counts_of(context: click.Context, option: click.Parameter, value: str) -> tu
     return tuple(counts)
 
 
+def size_of(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """HEIGHTxWIDTH in pixels."""
+    if value is None:
+        return None
+    height, _, width = value.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise click.BadParameter(f"{value!r} is not a size HEIGHTxWIDTH, for example 1024x1024")
+    return int(height), int(width)
+
+
 @main.command()
 @recipe_argument
 @set_option
@@ -163,6 +173,7 @@ def plan(recipe: Path, changes: tuple[str, ...], layers: bool, presets: bool, ou
 @click.option("--on", required=True, type=click.Choice(tuple(GPUS), case_sensitive=False), help="The kind of GPU.")
 @click.option("--gpus", metavar="N,...", callback=counts_of, default="1,2,4,8", show_default=True, help="How many.")
 @click.option("--model", type=click.Choice(tuple(MODELS)), help="Without RECIPE: a published model (default: dev).")
+@click.option("--size", metavar="HEIGHTxWIDTH", callback=size_of, help="Without RECIPE: pixels (default: 1024x1024).")
 @json_option
 @reports_errors
 def predict(
@@ -171,6 +182,7 @@ def predict(
     on: str,
     gpus: tuple[int, ...],
     model: str | None,
+    size: tuple[int, int] | None,
     as_json: bool,
 ) -> None:
     """Predict time and memory of RECIPE's model on GPUs that are not here, or of a published model without one."""
@@ -181,8 +193,10 @@ def predict(
         raise click.UsageError("--set goes with a RECIPE")
     if recipe and model:
         raise click.UsageError("--model goes without a RECIPE, which names its own model")
+    if recipe and size:
+        raise click.UsageError("--size goes without a RECIPE, which names its own sizes; change those with --set")
     loaded = load_recipe(recipe, changes) if recipe else None
-    print_prediction(loaded, model or "dev", GPUS[on], gpus, as_json)
+    print_prediction(loaded, model or "dev", size or (1024, 1024), GPUS[on], gpus, as_json)
 
 
 @main.command()

@@ -176,39 +176,6 @@ def compose_text_layer(pieces: dict[str, onnx.ModelProto]) -> onnx.ModelProto:
     return layer
 
 
-def attention_apart(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model`, bf16, with its attention as MatMul, Softmax and MatMul.
-
-    For heads too wide for a fused kernel: TensorRT refuses such an Attention when the number of tokens is not fixed.
-    """
-    apart = onnx.ModelProto()
-    apart.CopyFrom(model)
-    del apart.graph.node[:]
-    for node in model.graph.node:
-        if node.op_type != "Attention":
-            apart.graph.node.append(node)
-            continue
-        (query, key, value), (output,) = node.input[:3], node.output
-        if len(node.input) > 3 or any(a.name == "scale" for a in node.attribute):
-            raise BuildError(f"the attention that gives {output!r} has a mask or a scale; this torch is not supported")
-        parts: tuple[tuple[str, list[str], str, dict[str, Any]], ...] = (
-            ("Shape", [query], "width", {"start": -1}),
-            ("Cast", ["width"], "width/fp32", {"to": TensorProto.FLOAT}),
-            ("Sqrt", ["width/fp32"], "root", {}),
-            ("Cast", [query], "query/fp32", {"to": TensorProto.FLOAT}),
-            ("Div", ["query/fp32", "root"], "query/scaled", {}),
-            ("Cast", ["query/scaled"], "query", {"to": TensorProto.BFLOAT16}),
-            ("Transpose", [key], "keys", {"perm": [0, 1, 3, 2]}),
-            ("MatMul", ["query", "keys"], "scores", {}),
-            ("Softmax", ["scores"], "shares", {"axis": -1}),
-            ("MatMul", ["shares", value], "", {}),
-        )
-        for op, inputs, name, attributes in parts:
-            own = [i if i in (query, key, value) else f"{output}/{i}" for i in inputs]
-            apart.graph.node.append(helper.make_node(op, own, [f"{output}/{name}" if name else output], **attributes))
-    return apart
-
-
 def one_output_each(model: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
     """`model` as graphs of one output each, by output; a later one takes what earlier ones gave as an argument.
 

@@ -60,6 +60,20 @@ class Flux2VAE(msgspec.Struct, frozen=True):
         return int(2 ** (len(self.block_out_channels) - 1) * self.patch_size[0])
 
     @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of the decoder's blocks, the last block's, which is as large as the image, first."""
+        return self.decoder_block_out_channels or self.block_out_channels
+
+    @property
+    def values_per_latent(self) -> int:
+        """Values of the decoder's largest activation for one position of its latents.
+
+        Each block but the first works on four times the positions of the one before, whose channels it begins with.
+        """
+        widths = self.decoder_widths[::-1]
+        return max(max(widths[max(at - 1, 0)], widths[at]) * 4**at for at in range(len(widths)))
+
+    @property
     def tensors(self) -> dict[str, Shape]:
         """Every tensor of the checkpoint and its shape."""
         latents, patch = self.latent_channels, self.patch_size[0] * self.patch_size[1]
@@ -87,7 +101,7 @@ class Flux2VAE(msgspec.Struct, frozen=True):
         yield from _conv("encoder.conv_out", before, 2 * self.latent_channels)
 
     def _decoder(self) -> Iterator[tuple[str, Shape]]:
-        widths = tuple(reversed(self.decoder_block_out_channels or self.block_out_channels))
+        widths = self.decoder_widths[::-1]
         yield from _conv("decoder.conv_in", self.latent_channels, widths[0])
         before = widths[0]
         for number, width in enumerate(widths):

@@ -1,4 +1,4 @@
-"""The transformers of FLUX.2 as their config.json files describe them, for what needs shapes and no checkpoint."""
+"""The models of FLUX.2 as their config.json files describe them, for what needs shapes and no checkpoint."""
 
 from __future__ import annotations
 
@@ -29,3 +29,24 @@ DEV: dict[str, Any] = {
     "guidance_embeds": True,
 }
 MODELS = {"klein-4b": KLEIN_4B, "klein-9b": KLEIN_9B, "dev": DEV}
+
+QWEN3_4B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+QWEN3_8B: dict[str, Any] = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288}
+MISTRAL_SMALL: dict[str, Any] = {
+    **QWEN3_4B,
+    "vocab_size": 131072,
+    "hidden_size": 5120,
+    "intermediate_size": 32768,
+    "num_hidden_layers": 40,
+}
+"""Mistral-Small 3.2 in the fields of Qwen3, whose Linears it has; of Qwen3's norms it lacks those of queries and keys."""
+TEXT_ENCODERS = {"klein-4b": (QWEN3_4B, 27), "klein-9b": (QWEN3_8B, 27), "dev": (MISTRAL_SMALL, 30)}
+"""The text encoders of MODELS, and how many of their layers are used."""

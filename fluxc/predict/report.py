@@ -11,7 +11,7 @@ from rich.table import Table
 from fluxc.base.console import new_table
 from fluxc.predict.published import CALIBRATED_ON, STEPS, TEACACHE, calibrated, checked, steps_computed_with_teacache
 from fluxc.predict.rates import EXCHANGE_LATENCY, KERNEL_GAP
-from fluxc.predict.scaling import Prediction, RankMemory, Scaling, Subject
+from fluxc.predict.scaling import Prediction, RankMemory, Scaling
 from fluxc.quantize.plan import summary_by_format
 
 
@@ -34,8 +34,7 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
     if subject.skipped is None:
         console.print("How many steps the step cache skips is known once the recipe is built, so it is not counted.")
     console.print(_memory_table(scaling))
-    if subject.first_rank is None:
-        console.print("Memory is the transformer's alone; text encoder and VAE, on the first GPU, are not counted.")
+    console.print(_first_rank_sentence(scaling))
     console.print(
         "CUDA's and NCCL's own memory is not counted. Weights are the same on every rank: sharding divides activations."
     )
@@ -95,8 +94,7 @@ def _time_table(scaling: Scaling) -> Table:
 
 
 def _memory_table(scaling: Scaling) -> Table:
-    small = scaling.predictions[0].first.total < 2**30
-    unit, size = ("MiB", 2**20) if small else ("GiB", 2**30)
+    unit, size = _unit(scaling.predictions[0].first)
     table = new_table(
         "GPUs",
         "rank",
@@ -108,7 +106,7 @@ def _memory_table(scaling: Scaling) -> Table:
         title="predicted memory of each rank",
     )
     for p in scaling.predictions:
-        for rank, memory in _ranks(p, scaling.subject):
+        for rank, memory in _ranks(p):
             parts = (memory.weights, memory.working, memory.buffers, memory.total)
             share = memory.total / scaling.gpu.memory
             fits = f"{share:.1%}" if share < 1 else f"{share:.1%}: does not fit"
@@ -116,11 +114,31 @@ def _memory_table(scaling: Scaling) -> Table:
     return table
 
 
-def _ranks(prediction: Prediction, subject: Subject) -> list[tuple[str, RankMemory]]:
+def _first_rank_sentence(scaling: Scaling) -> str:
+    """What rank 0 holds for whom, and whether it would fit without the text encoder where it does not fit with it."""
+    subject, first = scaling.subject, scaling.predictions[0].first
+    unit, size = _unit(first)
+    parts = [(subject.weights, "transformer"), (subject.text_encoder, "text encoder"), (subject.vae, "VAE")]
+    held = ", ".join(f"{nbytes / size:.2f} the {name}'s" for nbytes, name in parts)
+    step = scaling.predictions[0].work.working_bytes
+    text = (
+        f"Of rank 0's weights, {held} ({unit}). All plans share the working memory of the largest: a step takes "
+        f"{step / size:.2f}, decoding the image {subject.decoder / size:.2f}."
+    )
+    if first.total > scaling.gpu.memory:
+        left = first.total - subject.text_encoder
+        fits = "fits" if left < scaling.gpu.memory else "does not fit either"
+        text += f" Without the text encoder rank 0 holds {left / size:.2f}, {left / scaling.gpu.memory:.1%}: {fits}."
+    return text
+
+
+def _unit(memory: RankMemory) -> tuple[str, int]:
+    return ("MiB", 2**20) if memory.total < 2**30 else ("GiB", 2**30)
+
+
+def _ranks(prediction: Prediction) -> list[tuple[str, RankMemory]]:
     if prediction.others is None:
         return [("0", prediction.first)]
-    if subject.first_rank is None:
-        return [("each", prediction.others)]
     others = f"1 to {prediction.gpus - 1}" if prediction.gpus > 2 else "1"
     return [("0", prediction.first), (others, prediction.others)]
 

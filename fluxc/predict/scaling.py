@@ -7,24 +7,28 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fluxc.base.errors import RecipeError
-from fluxc.checkpoint.identify import vae_of
+from fluxc.checkpoint.identify import check_sizes, vae_of
 from fluxc.models.flux2_transformer import Flux2Transformer
-from fluxc.models.published import MODELS
+from fluxc.models.flux2_vae import Flux2VAE
+from fluxc.models.published import MODELS, TEXT_ENCODERS
+from fluxc.models.qwen3 import Qwen3
 from fluxc.predict.gpus import Gpu
 from fluxc.predict.published import calibrated, checked, steps_computed_with_teacache
 from fluxc.predict.rates import StepTime, step_time
-from fluxc.predict.work import ACTIVATION, VAE_WORKING, Work, work_of
+from fluxc.predict.work import ACTIVATION, Work, decoder_working, work_of
 from fluxc.quantize.memory import weights_memory
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.source import Source
 from fluxc.quantize.source_memory import memory_by_component
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision
+from fluxc.recipe.targets import TensorRTTarget
 from fluxc.targets.base import TargetContext
+from fluxc.targets.decoder import Decoder
 from fluxc.targets.sharding import check_sharding, shards_of
 
 PRESET = "modelopt-flux2"
-SIZE, TOKENS, TEXT_TOKENS = (1024, 1024), 4096, 512
+SIZE, TEXT_TOKENS = (1024, 1024), 512
 STEPS = {"dev": 50, "klein-4b": 4, "klein-9b": 4}
 """Of the published models; klein's are those of its distilled ones."""
 
@@ -33,8 +37,8 @@ STEPS = {"dev": 50, "klein-4b": 4, "klein-9b": 4}
 class Subject:
     """What is predicted: a transformer and its plan, one size, and what else the GPU of the first rank holds.
 
-    `skipped`: steps that a step cache skips on average, None where it is not known before a build. `first_rank`: bytes of the
-    weights of text encoder and VAE, None where they are not known; `decoder`: of the VAE's working memory.
+    `weights`: bytes of the transformer's; `text_encoder` and `vae`: of theirs, on the first rank alone; `decoder`: of working
+    memory of the VAE's. `skipped`: steps that a step cache skips on average, None where it is not known before a build.
     """
 
     name: str
@@ -47,7 +51,8 @@ class Subject:
     steps: int
     weights: int
     skipped: float | None = 0.0
-    first_rank: int | None = None
+    text_encoder: int = 0
+    vae: int = 0
     decoder: int = 0
 
 
@@ -85,21 +90,47 @@ class Scaling:
     impossible: Mapping[int, str]
 
 
-def published_model(name: str) -> Subject:
-    """A published model at 1024x1024, all but modelopt's exclusion list in NVFP4, from its shapes alone."""
-    model = Flux2Transformer.read(MODELS[name])
+def published_model(name: str, size: tuple[int, int] = SIZE) -> Subject:
+    """A published model at `size` (height, width), from its shapes alone: the transformer in NVFP4 but for modelopt's exclusion
+    list, the text encoder in FP8. RecipeError for a size that is no whole number of tokens or too large to be decoded."""
+    model, vae = Flux2Transformer.read(MODELS[name]), Flux2VAE()
     plan = precision_plan("transformer", model.linears, ComponentPrecision("nvfp4", preset=PRESET))
-    weights = weights_memory(model.tensors, plan).planned
-    return Subject(f"FLUX.2 {name}", model, plan, SIZE, TOKENS, TEXT_TOKENS, 1, STEPS[name], weights)
+    config, layers = TEXT_ENCODERS[name]
+    encoder = Qwen3.read(config)
+    text_plan = precision_plan("text_encoder", encoder.linears(layers), ComponentPrecision("fp8"))
+    check_sizes(vae, (size,))
+    rows, columns = (side // vae.pixels_per_token for side in size)
+    decoder = Decoder(vae, ((rows, columns),))
+    decoder.check("--size")
+    of_decoder = {n: shape for n, shape in vae.tensors.items() if not n.startswith(("encoder.", "quant_conv."))}
+    return Subject(
+        name=f"FLUX.2 {name}",
+        transformer=model,
+        plan=plan,
+        size=size,
+        tokens=rows * columns,
+        text_tokens=TEXT_TOKENS,
+        branches=1,
+        steps=STEPS[name],
+        weights=weights_memory(model.tensors, plan).planned,
+        text_encoder=weights_memory(encoder.tensors(layers), text_plan).planned,
+        vae=weights_memory(of_decoder, []).planned,
+        decoder=decoder_working(decoder),
+    )
 
 
 def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
-    """The model of a recipe, as planned there, at its first size."""
+    """The model of a recipe, as planned there, at its first size.
+
+    An engine for a range of sizes takes the working memory of the largest whatever it decodes.
+    """
     recipe = loaded.recipe
     memory = memory_by_component(source)
-    size, tokens = next(iter(TargetContext(recipe, source).tokens.items()))
+    context = TargetContext(recipe, source)
+    size, tokens = next(iter(context.tokens.items()))
     cache = recipe.step_cache
-    decoder = VAE_WORKING * ACTIVATION * vae_of(source.checkpoint).block_out_channels[0] * size[0] * size[1]
+    ranged = any(isinstance(target, TensorRTTarget) and target.shapes == "range" for target in recipe.targets)
+    decoder = context.decoder(True) if ranged else Decoder(vae_of(source.checkpoint), context.grids[:1])
     return Subject(
         name=recipe.name,
         transformer=source.transformer,
@@ -111,8 +142,9 @@ def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
         steps=recipe.sampling.steps,
         weights=memory["transformer"].planned,
         skipped=0.0 if cache is None else cache.skip if isinstance(cache.skip, float) else None,
-        first_rank=memory["text_encoder"].planned + memory["vae"].planned,
-        decoder=int(decoder),
+        text_encoder=memory["text_encoder"].planned,
+        vae=memory["vae"].planned,
+        decoder=decoder_working(decoder),
     )
 
 
@@ -143,7 +175,8 @@ def _predict(subject: Subject, gpu: Gpu, count: int) -> Prediction:
     computed = [entry if entry.format in gpu.gemms else replace(entry, format="bf16") for entry in subject.plan]
     work = work_of(subject.transformer, computed, shards, subject.branches)
     held = rank_memory(subject, work)
-    first = RankMemory(held.weights + (subject.first_rank or 0), max(held.working, subject.decoder), held.buffers)
+    weights = held.weights + subject.text_encoder + subject.vae
+    first = RankMemory(weights, max(held.working, subject.decoder), held.buffers)
     return Prediction(count, work, step_time(work, gpu, calibrated()), first, held if count > 1 else None)
 
 

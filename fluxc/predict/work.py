@@ -16,6 +16,7 @@ from fluxc.formats.constants import BLOCK
 from fluxc.formats.registry import FORMATS
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
+from fluxc.targets.decoder import Decoder
 from fluxc.targets.sharding import Shards
 
 ACTIVATION = 2
@@ -26,8 +27,10 @@ KERNELS = {"double": 31, "single": 12}
 KERNELS_QUANTIZING = 3
 KERNELS_SHARDED = 4
 
-VAE_WORKING = 6.2
-"""Working memory of a decoder's plan, in activations of the image's pixels by the VAE's first width."""
+VAE_WORKING, VAE_WORKING_RANGE, VAE_WORKING_UNEVEN = 6.2, 7.12, 11.6
+"""Working memory of a decoder's plan for one size; of one for a range of sizes; and of either where the channels of a
+normalization's group are no power of two, which TensorRT-RTX 1.7.1 normalizes in fp32 with copies. In activations of the
+image's pixels by the width of the decoder's last block; attention never takes more, for that is what its tiles are for."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,16 @@ class Work:
     def flop(self) -> float:
         """Floating point operations a step, a multiplication and an addition being two."""
         return self.attention_flop + sum(gemm.flop * gemm.count for gemm in self.gemms)
+
+
+def decoder_working(decoder: Decoder) -> int:
+    """Bytes of working memory of the plan that decodes the largest size of `decoder`."""
+    (rows, columns), vae = decoder.largest, decoder.vae
+    width, pixels = vae.decoder_widths[0], rows * columns * vae.pixels_per_token**2
+    activations = VAE_WORKING_RANGE if decoder.between else VAE_WORKING
+    if (width // vae.norm_num_groups).bit_count() > 1:
+        activations = VAE_WORKING_UNEVEN
+    return int(activations * ACTIVATION * width * pixels)
 
 
 def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shards: Shards, branches: int) -> Work:

@@ -95,7 +95,7 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
     every_layer = as_stored(encoder_model.tensors(text_layers), quantized["text_encoder"])
     check_tensors(encoder, every_layer, ignored=("lm_head.",))
     check_tensors(checkpoint.components["vae"], vae_of(checkpoint).tensors, ignored=("bn.num_batches_tracked",))
-    check_sizes(checkpoint, recipe.sizes)
+    check_sizes(vae_of(checkpoint), recipe.sizes)
     layers: dict[str, list[Linear]] = {
         "transformer": transformer_model.linears,
         "text_encoder": encoder_model.linears(family.text_layers[-1]),

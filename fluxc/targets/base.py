@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fluxc.base.cache import Made
 from fluxc.base.progress import Report
-from fluxc.checkpoint.identify import pixels_per_token
+from fluxc.checkpoint.identify import pixels_per_token, vae_of
 from fluxc.graph.stage import ExportInputs
 from fluxc.quantize.plan import LayerPlan
 from fluxc.quantize.source import Source
 from fluxc.recipe.structs import Recipe
 from fluxc.recipe.targets import Target, kind_name
+from fluxc.targets.decoder import Decoder
 from fluxc.targets.parts import Weights
 from fluxc.targets.sharding import Shards, shards_of
 from fluxrt import manifest as format
@@ -48,6 +49,10 @@ class TargetContext:
     def tokens(self) -> dict[tuple[int, int], int]:
         """Image tokens by size (height, width)."""
         return {size: rows * columns for size, (rows, columns) in zip(self.recipe.sizes, self.grids, strict=True)}
+
+    def decoder(self, between: bool = False) -> Decoder:
+        """The VAE's decoder for the recipe's sizes, with `between` for all between them."""
+        return Decoder(vae_of(self.source.checkpoint), self.grids, between)
 
     def export(self, component: str, dtype: str = "float32", ranks: int = 1, composed: bool = False) -> ExportInputs:
         """The graphs of a component in `dtype`: whole, or those of each kind of block, for one of `ranks` ranks."""

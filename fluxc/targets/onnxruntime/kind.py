@@ -34,6 +34,7 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
                 f"{field}.device: ONNX Runtime on CUDA does not compute in {', '.join(unknown)}, as the precision plan asks; "
                 f"it computes in {CUDA}. Set precision to those, or leave `device` out to run on the CPU"
             )
+        context.decoder().check(field)
         if target.ranks > 1:
             check_sharding(
                 f"{field}.gpus",
@@ -74,6 +75,7 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
             text_length=context.recipe.text.length,
             text_layers=context.source.family.text_layers,
             step_cache=context.recipe.step_cache is not None,
+            decoder_tiles=context.decoder().tiles,
             padding=needs_padding(target.ranks, list(context.tokens.values())),
         )
         return TargetWork(inputs, stage.run)

@@ -25,7 +25,8 @@ WHOLE = ("prologue", "signal", "epilogue", "vae_decoder")
 class OnnxRuntimeInputs:
     """`exports` are neutral graphs by component: whole in fp32, or one for each kind of block for a GPU or a rank.
 
-    `config` is the transformer's. `padding`: whether some size's image tokens need padding for all ranks to hold as many.
+    `decoder_tiles` are those of queries in the VAE's attention. `padding`: whether some size's image tokens need padding for
+    all ranks to hold as many.
     """
 
     target: OnnxRuntimeTarget
@@ -37,16 +38,19 @@ class OnnxRuntimeInputs:
     text_length: int
     text_layers: tuple[int, ...]
     step_cache: bool
+    decoder_tiles: int
     padding: bool
 
 
 def run(inputs: OnnxRuntimeInputs, folder: Path, report: Report) -> None:
     """Write the graphs under COMPONENT/, and the manifest entry."""
+    from fluxc.graph.attention import attention_in_tiles
     from fluxc.targets.onnxruntime import build
 
     target, for_gpu = inputs.target, inputs.target.device == "cuda"
     exported = load_exports(inputs.exports, inputs.step_cache)
     graphs = {name: model for pieces in exported.values() for name, model in pieces.items()}
+    graphs["vae_decoder"] = attention_in_tiles(graphs["vae_decoder"], inputs.decoder_tiles)
     sharding = None
     if target.ranks > 1:
         graphs, sharding = _sharded(inputs, graphs)

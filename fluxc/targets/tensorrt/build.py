@@ -55,8 +55,12 @@ def cut_target(
     components: dict[str, Component],
     sizes: Sizes,
     text_layers: tuple[int, ...],
+    decoder_tiles: int,
 ) -> Cut:
-    """Plans and programs of `target`; `pieces` are the bf16 neutral graphs by component, the transformer's of one rank."""
+    """Plans and programs of `target`; `pieces` are the bf16 neutral graphs by component, the transformer's of one rank.
+
+    The attention of the VAE's decoder goes over `decoder_tiles` of queries.
+    """
     cutter = Cutter(sizes.requests(), target.shapes == "range", target.name, f"engines/{target.name}")
     segment_bytes = None
     if target.weights == "baked":
@@ -65,7 +69,7 @@ def cut_target(
     cutter.transformer(
         pieces["transformer"], components["transformer"], sizes.text_length // sizes.ranks, segment_bytes
     )
-    cutter.vae_decoder(pieces["vae"]["vae_decoder"], components["vae"])
+    cutter.vae_decoder(pieces["vae"]["vae_decoder"], components["vae"], decoder_tiles)
     for component in components.values():
         check_group_scales(component)
     return cutter.cut

@@ -17,10 +17,10 @@ import onnx
 
 from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef
+from fluxc.graph.attention import attention_apart, attention_in_tiles
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import (
     Composition,
-    attention_apart,
     compose_steps,
     compose_text_join,
     compose_text_layer,
@@ -132,9 +132,9 @@ class Cutter:
         calls.append(self._call("text_join", compose_text_join(pieces, len(taken)), component))
         self._program("text_encoder", component, calls, ("text",))
 
-    def vae_decoder(self, model: onnx.ModelProto, component: Component) -> None:
-        """vae_decoder: one plan."""
-        decoder = self._call("vae_decoder", attention_apart(model), component)
+    def vae_decoder(self, model: onnx.ModelProto, component: Component, tiles: int) -> None:
+        """vae_decoder: one plan, its attention over `tiles` of queries."""
+        decoder = self._call("vae_decoder", attention_apart(attention_in_tiles(model, tiles)), component)
         self._program("vae_decoder", component, [decoder], ("image",))
 
     def _program(self, stage: str, component: Component, calls: list[Call], outputs: tuple[str, ...]) -> None:

@@ -44,6 +44,7 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
             raise RecipeError(
                 f"{field}.compute_capabilities: {self.name} builds for one kind of GPU, the one it is finished on; give one"
             )
+        context.decoder(target.shapes == "range").check(field)
         if target.ranks > 1:
             length, tokens = context.recipe.text.length, context.tokens
             check_sharding(f"{field}.gpus", target.ranks, context.source.transformer, length, tokens, True)
@@ -77,6 +78,7 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
             unused=context.source.unused,
             transformer=context.source.transformer,
             grids=context.grids,
+            decoder_tiles=context.decoder(target.shapes == "range").tiles,
             cfg_batch=context.source.cfg_batch,
             text_length=context.recipe.text.length,
             text_layers=context.source.family.text_layers,

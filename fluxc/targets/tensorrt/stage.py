@@ -19,9 +19,9 @@ from fluxrt import manifest as format
 class TensorRTInputs:
     """`exports` are the graphs of each kind of block by component, the transformer's those of one rank; `config` is its own.
 
-    `grids` are token rows and columns of every size. `scalars` are the scalar scales' bytes, which decide whether a fusion
-    group can be one GEMM; `contents` the weights files, where engines hold them. `builds_here`: whether this machine builds the
-    engines, with `library`, the version of the target's library.
+    `grids` are token rows and columns of every size, `decoder_tiles` the tiles of queries in the VAE's attention. `scalars` are
+    the scalar scales' bytes, which decide whether a fusion group can be one GEMM; `contents` the weights files, where engines
+    hold them. `builds_here`: whether this machine builds the engines, with `library`, the version of the target's library.
     """
 
     target: TensorRTTarget
@@ -31,6 +31,7 @@ class TensorRTInputs:
     unused: dict[str, tuple[str, ...]]
     transformer: Flux2Transformer
     grids: tuple[tuple[int, int], ...]
+    decoder_tiles: int
     cfg_batch: bool
     text_length: int
     text_layers: tuple[int, ...]
@@ -67,7 +68,7 @@ def run(inputs: TensorRTInputs, folder: Path, report: Report) -> None:
             name: shard(blocks[name], inputs.transformer, target.ranks) for name in blocks if name.endswith("_block")
         }
         sharding = format.Sharding(target.ranks, inputs.text_length // target.ranks)
-    cut = build.cut_target(target, neutral, components, sizes, inputs.text_layers)
+    cut = build.cut_target(target, neutral, components, sizes, inputs.text_layers, inputs.decoder_tiles)
     for name, tensors in refs.items():
         rightly_unused = build.unused_scales(inputs.plans.get(name, []), cut.tensors[name])
         check_unused(
