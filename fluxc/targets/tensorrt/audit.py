@@ -103,8 +103,8 @@ def _audit_program(program: Program, expected: Expected, compute_capabilities: t
     for region in program.run_time_regions:
         text = (
             f"allocates its memory region {region} while it runs, so its working memory is unknown and no CUDA graph can hold "
-            "it; build with a TensorRT whose builder has REQUIRE_USER_ALLOCATION (TensorRT-RTX 1.7, TensorRT 11), or for "
-            "smaller sizes"
+            "it; build for smaller sizes, with shapes: profiles, or with a TensorRT whose builder has REQUIRE_USER_ALLOCATION "
+            "(TensorRT-RTX 1.7)"
         )
         faults.append(Finding("allocation", (), text))
     if not program.capturable and not program.run_time_regions:

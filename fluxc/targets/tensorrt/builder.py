@@ -19,7 +19,7 @@ from fluxrt.backends.library import make_logger
 from fluxrt.manifest import dimension_size
 
 USER_ALLOCATION = "REQUIRE_USER_ALLOCATION"
-"""A builder flag of TensorRT-RTX 1.7 and TensorRT 11."""
+"""A builder flag that TensorRT-RTX 1.7 has, and full TensorRT 10.16 has not."""
 
 Profile = Mapping[str, tuple[int, int, int]]
 
