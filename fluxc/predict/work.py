@@ -30,7 +30,8 @@ KERNELS_SHARDED = 4
 VAE_WORKING, VAE_WORKING_RANGE, VAE_WORKING_UNEVEN = 6.2, 7.12, 11.6
 """Working memory of a decoder's plan for one size; of one for a range of sizes; and of either where the channels of a
 normalization's group are no power of two, which TensorRT-RTX 1.7.1 normalizes in fp32 with copies. In activations of the
-image's pixels by the width of the decoder's last block; attention never takes more, for that is what its tiles are for."""
+image's pixels by the width of the decoder's last block. Attention takes no more, for that is what its tiles are for, but in a
+range of more than four megapixels, whose tiles are as few as divide every size."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,11 @@ def decoder_working(decoder: Decoder) -> int:
     activations = VAE_WORKING_RANGE if decoder.between else VAE_WORKING
     if (width // vae.norm_num_groups).bit_count() > 1:
         activations = VAE_WORKING_UNEVEN
-    return int(activations * ACTIVATION * width * pixels)
+    nbytes = activations * ACTIVATION * width * pixels
+    if decoder.between:
+        # A plan for a range keeps scores before and after softmax where it keeps two of the largest activations.
+        nbytes += 2 * ACTIVATION * max(0, decoder.scores - decoder.activation)
+    return int(nbytes)
 
 
 def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shards: Shards, branches: int) -> Work:
