@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import NANO, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
@@ -25,7 +26,7 @@ from fluxc.build.measure import calibrate_to_file
 from fluxc.calibrate import run
 from fluxc.calibrate.amax import input_amax, least_error, percentile
 from fluxc.calibrate.file import Records, read_calibration, write_calibration
-from fluxc.calibrate.observe import Observer
+from fluxc.calibrate.observe import Observer, add_up
 from fluxc.calibrate.placement import Placement, _available_memory, choose
 from fluxc.calibrate.records import BINS, ROWS, LayerInputs, bin_edges, merge
 from fluxc.calibrate.run import calibrate
@@ -87,6 +88,32 @@ def test_records_equal_numpys_own_counts() -> None:
     assert np.array_equal(record.histogram[: len(counts)], counts)
     assert np.array_equal(record.channel_amax, np.abs(every).max(0))
     assert all(any(np.array_equal(sample, x) for x in every) for sample in record.rows)
+
+
+class Unset(torch.nn.Linear):
+    """A Linear whose weights are not given a start, for which a GPU would be needed."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def test_watching_a_model_on_a_gpu_reads_nothing_back() -> None:
+    """Tensors without data, said to be on a GPU: an operator whose result depends on data, or a copy there, is an error."""
+    with FakeTensorMode(), torch.no_grad():
+        model = torch.nn.Sequential(Unset(32, 48, device="cuda"), Unset(48, 8, device="cuda"))
+        observer = Observer(model)
+        observer.keep_rows({0: [0.1, 0.5], 1: [0.9]})
+        for _ in range(2):
+            model(torch.empty(3, 7, 32, device="cuda"))
+        for seen in observer._seen.values():
+            assert [len(rows) for rows in seen._rows] == [2, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int64])
+def test_counts_are_those_of_bincount(dtype: torch.dtype) -> None:
+    bins = torch.randint(0, BINS, (9, 4001), generator=torch.Generator().manual_seed(0)).to(dtype).flatten()
+    assert torch.equal(add_up(bins), torch.bincount(bins, minlength=BINS))
+    assert torch.equal(add_up(bins[:0]), torch.zeros(BINS, dtype=torch.int64))
 
 
 def test_merged_records_equal_one_record_of_everything() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import NANO, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import RecipeError
-from fluxc.calibrate.sensitivity import GroupCost, Simulation, choose, output_error, record_states
+from fluxc.calibrate.sensitivity import GroupCost, Simulation, State, choose, output_error, record_states
 from fluxc.checkpoint.reference import Generation, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats import nvfp4
@@ -40,6 +41,31 @@ def test_the_choice_is_the_best_one_within_the_budget() -> None:
         chosen = choose(costs, budget)
         assert sum(costs[i].parameters for i in chosen) <= budget
         assert sum(costs[i].cost for i in chosen) == pytest.approx(best)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the numbers that are read out of tensors, each of which a GPU would be waited for."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def test_errors_of_all_states_are_read_at_the_end() -> None:
+    generator = torch.Generator().manual_seed(0)
+    velocities = [torch.randn(2, 3, generator=generator) for _ in range(5)]
+    states = [State([{"given": velocity}], velocity * 1.25) for velocity in velocities]
+
+    class Model(torch.nn.Module):
+        def forward(self, given: torch.Tensor) -> tuple[torch.Tensor]:
+            return (given,)
+
+    with CountReads() as counted:
+        error = output_error(Model(), states, 1.0)
+    assert error == pytest.approx(0.04, rel=1e-6)
+    assert counted.reads == 0
 
 
 def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:

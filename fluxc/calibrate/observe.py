@@ -52,7 +52,7 @@ class Observer:
         # A NaN keeps its sign bit.
         patterns = (x.bfloat16().view(torch.int16) & 0x7FFF) >> (7 - MANTISSA_BITS)
         totals = _Totals(
-            torch.bincount(patterns.flatten(), minlength=BINS),
+            count_patterns(patterns),
             x.abs().amax(0).float(),
         )
         self._last = (given, given._version, totals)
@@ -68,6 +68,22 @@ class Observer:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def count_patterns(patterns: torch.Tensor) -> torch.Tensor:
+    """int64 [BINS]: how often each bin's number stands in `patterns`, integers of any shape and device."""
+    flat = patterns.flatten()
+    return torch.bincount(flat, minlength=BINS) if flat.device.type == "cpu" else add_up(flat)
+
+
+def add_up(bins: torch.Tensor) -> torch.Tensor:
+    """torch.bincount(bins, minlength=BINS) of bins [n] below BINS, without reading back the largest to size the result.
+
+    On a GPU that read waits for everything asked before; on a CPU it costs nothing and bincount is the faster one.
+    """
+    counts = torch.zeros(BINS, dtype=torch.int64, device=bins.device)
+    one = torch.ones(1, dtype=torch.int64, device=bins.device)
+    return counts.index_add_(0, bins.int(), one.expand(len(bins)))
 
 
 class _Inputs:
@@ -88,7 +104,9 @@ class _Inputs:
             # torch.maximum keeps a NaN, so one that was seen once is reported.
             torch.maximum(self._totals.channel_amax, totals.channel_amax, out=self._totals.channel_amax)
         if positions:
-            self._rows.append(x[sorted({int(position * len(x)) for position in positions})].bfloat16())
+            # One by one: a list of rows would go to the GPU as a tensor, for which the stream is waited for.
+            kept = sorted({int(position * len(x)) for position in positions})
+            self._rows.append(torch.stack([x.select(0, row) for row in kept]).bfloat16())
 
     def record(self) -> LayerInputs:
         assert self._totals is not None
