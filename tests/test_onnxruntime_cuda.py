@@ -6,13 +6,15 @@ No GPU ran any of this. MatMulBlockQuantizedFp4Weight is written out here from t
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
@@ -23,8 +25,10 @@ from fluxc.recipe.load import load_recipe
 from fluxc.rehearsal.operators import E2M1, E4M3, Attention, LayerNormalization, MatMul, RMSNormalization
 from fluxc.targets.onnxruntime.build import check_loads
 from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
-from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from fluxrt.backends.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaBackend
+from fluxrt.backends.registry import make_backend
 from fluxrt.bundle import Bundle, open_bundle
+from fluxrt.cuda import Gpu
 from fluxrt.errors import BackendError
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
@@ -174,8 +178,113 @@ def test_work_that_would_fall_back_to_the_cpu_is_refused(bundle: Bundle) -> None
         pipeline.generate(Request(PROMPT, steps=1))
 
 
+class Refused(Exception):
+    """Raised in place of a session on CUDA."""
+
+
+def test_libraries_are_loaded_and_options_given_before_the_first_session(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def session(path: str, options: object, providers: object, enable_fallback: int) -> None:
+        asked.append((providers, enable_fallback))
+        raise Refused("no CUDA here")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: asked.append("libraries"))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDER])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    backend = OnnxRuntimeCudaBackend(bundle, bundle.target(CUDA))
+    with pytest.raises(BackendError, match="cannot load it: no CUDA here"):
+        backend.try_graphs(no_gpu)
+    options = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
+    assert asked == ["libraries", ([(PROVIDER, options)], 0)]
+
+
+def no_gpu() -> Gpu:
+    raise BackendError("there is none")
+
+
+class Replaced(Bundle):
+    """A bundle in which the file of one graph is another."""
+
+    def __init__(self, bundle: Bundle, name: str, path: Path) -> None:
+        super().__init__(bundle.root, bundle.manifest)
+        self.replaced = {name: path}
+
+    def checked_file(self, name: str) -> Path:
+        return self.replaced.get(name) or super().checked_file(name)
+
+
+def test_a_kernel_that_fails_when_it_computes_is_found_at_load(bundle: Bundle, tmp_path: Path) -> None:
+    """Attention of opset 23 whose mask fits no number of keys: it loads, and its kernel throws."""
+    target = bundle.target("onnxruntime")
+    entry = target.graphs["vae_decoder"]
+    heads = numpy_helper.from_array(np.array([1, 2, -1, 16]), "heads")
+    mask = numpy_helper.from_array(np.zeros((3, 5), np.float32), "mask")
+    nodes = [
+        helper.make_node("Reshape", ["latent_grid", "heads"], ["q"]),
+        helper.make_node("Attention", ["q", "q", "q", "mask"], ["image"], name="mid_block/attention"),
+    ]
+    (port,) = entry.inputs
+    given = helper.make_tensor_value_info(port.name, TensorProto.FLOAT, port.shape)
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [None] * 4)
+    graph = helper.make_graph(nodes, "g", [given], [image], [heads, mask])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11), tmp_path / "g.onnx")
+    replaced = Replaced(bundle, entry.file, tmp_path / "g.onnx")
+    backend = OnnxRuntimeCudaBackend(replaced, target, "cpu", ("CPUExecutionProvider",))
+    said = (
+        r"'vae_decoder': its node 'mid_block/attention' \(Attention\) failed in a trial run at 64x64.*another --target"
+    )
+    with pytest.raises(BackendError, match=said):
+        backend.try_graphs(no_gpu)
+
+
+def test_graphs_that_ran_before_are_not_tried_again(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target, gpu = bundle.target("onnxruntime"), Gpu("a made-up GPU", "9.0", "13.0")
+    opened: list[str] = []
+
+    class Counting(OnnxRuntimeCudaBackend):
+        def _open(self, graph: str, path: str) -> object:
+            opened.append(graph)
+            return super()._open(graph, path)
+
+    def tried(found: Gpu) -> list[str]:
+        opened.clear()
+        backend = Counting(bundle, target, "cpu", ("CPUExecutionProvider",))
+        backend.try_graphs(lambda: found)
+        with pytest.raises(BackendError, match="nothing has produced"):
+            backend.get("latents")
+        assert backend.notes == []
+        return list(opened)
+
+    assert tried(gpu) == list(target.graphs)
+    assert tried(gpu) == []
+    assert tried(replace(gpu, driver="13.1")) == list(target.graphs)
+
+
+def test_a_target_on_cuda_is_tried_when_it_is_loaded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    class Backend:
+        def __init__(self, *given: object) -> None:
+            self.given = given
+
+        def try_graphs(self) -> None:
+            tried.append(self.given)
+
+    monkeypatch.setattr("fluxrt.backends.onnxruntime_cuda.OnnxRuntimeCudaBackend", Backend)
+    make_backend(bundle, bundle.target(CUDA), None)
+    assert tried == [(bundle, bundle.target(CUDA))]
+
+
 def test_without_the_cuda_provider_the_package_is_named(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match=r"needs ONNX Runtime's CUDAExecutionProvider.*pip install onnxruntime-gpu"):
+    with pytest.raises(
+        BackendError, match=r"needs ONNX Runtime's CUDAExecutionProvider.*pip install 'onnxruntime-gpu\[cuda"
+    ):
         Pipeline(bundle, target=CUDA)
     assert Pipeline(bundle).target.name == "onnxruntime"
 

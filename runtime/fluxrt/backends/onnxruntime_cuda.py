@@ -1,24 +1,42 @@
 """Runs a bundle's graphs with ONNX Runtime's CUDA provider; what graphs leave stays on the GPU for the next one.
 
 Sessions record which provider each node was given. A node that does the work of a layer and is not on the GPU is an error: it
-would be right, and many times slower, without a word.
+would be right, and many times slower, without a word. A kernel may refuse its input only when it computes; `try_graphs` finds
+that out before the first image.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.backends.numbers import to_bf16
 from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
+from fluxrt.backends.trials import Trials
+from fluxrt.cuda import first_gpu
 from fluxrt.errors import BackendError
+from fluxrt.manifest import dimension_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from fluxrt.bundle import Bundle
+    from fluxrt.cuda import Gpu
     from fluxrt.manifest import Graph, OnnxRuntimeTarget
 
 PROVIDER = "CUDAExecutionProvider"
+INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31'"
+"""The two packages share a folder, so neither may be left; the extras are the CUDA and cuDNN libraries it loads."""
+
+OPTIONS = {
+    # Every session has an arena of its own; doubling each of them, the default, would take up to twice what graphs need.
+    # The default search times every algorithm of every convolution, each with its workspace, at every new size.
+    PROVIDER: {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
+}
 WORK = {
     "MatMul",
     "Gemm",
@@ -29,6 +47,7 @@ WORK = {
     "RMSNormalization",
 }
 ONNX_BF16 = 16
+_FAILED_NODE = re.compile(r"while running (\w+) node\. Name:'([^']*)'")
 
 
 class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
@@ -41,15 +60,70 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
 
         super().__init__(bundle, target)
         self._device, self._providers = device, providers
+        self._preloaded = _preload() if PROVIDER in providers else ""
         missing = [name for name in providers if name not in onnxruntime.get_available_providers()]
         if missing:
             raise BackendError(
                 f"target {target.name!r} needs ONNX Runtime's {missing[0]}, which the installed onnxruntime "
-                f"{onnxruntime.__version__} does not have; pip install onnxruntime-gpu in its place, or choose another --target"
+                f"{onnxruntime.__version__} does not have; {INSTALL}, or choose another --target"
             )
         self._dtypes = {
             port.name: port.dtype for graph in target.graphs.values() for port in (*graph.inputs, *graph.outputs)
         }
+
+    def try_graphs(self, find_gpu: Callable[[], Gpu] = first_gpu) -> None:
+        """Run every graph once, on zeros at the bundle's smallest size; what ran on this GPU before is not run again.
+
+        "Before" means with this GPU, driver and ONNX Runtime (trials.py); where the GPU cannot be named, every graph runs.
+        Raises BackendError naming graph and node when one fails. Buffers are afterwards as they were.
+        """
+        import onnxruntime
+
+        try:
+            trials = Trials(find_gpu(), f"onnxruntime {onnxruntime.__version__}", self.notes)
+        except BackendError:
+            trials = None
+        files = self._bundle.manifest.files
+        kept, self._buffers = self._buffers, {}
+        try:
+            for name, described in self._target.graphs.items():
+                digest = files[described.file].sha256
+                if trials is None or not trials.has_run(digest):
+                    self._try(name, described)
+                    if trials is not None:
+                        trials.remember(digest)
+        except BackendError:
+            self.close()
+            raise
+        finally:
+            self._buffers = kept
+
+    def _try(self, name: str, described: Graph) -> None:
+        import numpy as np
+        import onnxruntime
+
+        sampling = self._bundle.manifest.sampling
+        height, width = min(sampling.sizes, key=lambda size: size[0] * size[1])
+        rows, columns = height // sampling.pixels_per_token, width // sampling.pixels_per_token
+        sizes = {"branches": 1, "tokens": rows * columns, "rows": rows, "columns": columns}
+        for port in described.inputs:
+            shape = [dimension_size(dimension, sizes) for dimension in port.shape]
+            # Graphs divide by the number of columns, and a mask of zeros leaves attention nothing.
+            fill = sizes.get(port.name, 1) if port.dtype in ("int64", "bool") else 0
+            # put() makes bf16 of fp32.
+            self.put(port.name, np.full(shape, fill, "float32" if port.dtype == "bfloat16" else port.dtype))
+        session = self._session(name)
+        try:
+            self._run(session, described)
+        except BackendError as error:
+            found = _FAILED_NODE.search(str(error))
+            node = f"its node {found[2]!r} ({found[1]})" if found else "a node"
+            built = self._bundle.manifest.provenance.tools.get("onnxruntime")
+            raise BackendError(
+                f"graph {name!r}: {node} failed in a trial run at {height}x{width}: this ONNX Runtime "
+                f"({onnxruntime.__version__}) cannot compute it on this machine. Use the version the bundle was built with "
+                f"({built}), or choose another --target. {error}"
+            ) from error
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Fill a buffer; fp32 given for bf16 is rounded to nearest even. ONNX Runtime copies it to the GPU when it is read."""
@@ -84,8 +158,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BackendError(
-                f"{described.file}: ONNX Runtime failed while it ran: {error}; if memory ran out, ask for a smaller size or "
-                "guidance 1; if a library is missing, install CUDA and cuDNN as onnxruntime-gpu needs them"
+                f"{described.file}: ONNX Runtime failed while it ran: {str(error).strip()}; if memory ran out, ask for a "
+                f"smaller size or guidance 1; if a library is missing: {INSTALL}"
             ) from error
         results: list[Any] = binding.get_outputs()
         return results
@@ -96,7 +170,9 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        session = onnxruntime.InferenceSession(path, options, providers=list(self._providers))
+        providers = [(name, OPTIONS.get(name, {})) for name in self._providers]
+        # Otherwise it prints what goes wrong and goes on with the CPU.
+        session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
         self._check_placement(graph, session)
         return session
 
@@ -106,7 +182,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         if wanted not in session.get_providers():
             raise BackendError(
                 f"graph {graph!r}: ONNX Runtime could not start {wanted} and would run on {session.get_providers()[0]}; "
-                "check that CUDA and cuDNN are installed as onnxruntime-gpu needs them, or choose another --target"
+                f"its libraries of CUDA or cuDNN are missing or of another version{self._preloaded}; {INSTALL}, or choose "
+                "another --target"
             )
         for part in session.get_provider_graph_assignment_info():
             elsewhere = {node.op_type for node in part.get_nodes()} & WORK
@@ -116,3 +193,16 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
                     f"{part.ep_name}, not {wanted}; this ONNX Runtime has no kernel for them on the GPU, use the version "
                     "the bundle was built with"
                 )
+
+
+def _preload() -> str:
+    """Load the CUDA and cuDNN libraries that pip installed, which the system's search does not find; what went wrong, to
+    be put after a sentence. ONNX Runtime before 1.21 has no way to."""
+    import onnxruntime
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        if hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()
+    lines = "; ".join(line for line in said.getvalue().splitlines() if line.strip())
+    return f" ({lines})" if lines else ""

@@ -144,7 +144,9 @@ def _onnxruntime(bundle: Bundle, target: OnnxRuntimeTarget, threads: int | None,
 def _onnxruntime_cuda(bundle: Bundle, target: OnnxRuntimeTarget, threads: int | None, group: Group | None) -> Backend:
     from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
-    return OnnxRuntimeCudaBackend(bundle, target)
+    backend = OnnxRuntimeCudaBackend(bundle, target)
+    backend.try_graphs()
+    return backend
 
 
 def _tensorrt(bundle: Bundle, target: TensorRTTarget, threads: int | None, group: Group | None) -> Backend:
