@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from rich.console import Console
 from conftest import NANO, RECIPE, hollow_checkpoint
 from fluxc.base.console import new_console, new_table
 from fluxc.base.progress import StageProgress
+from fluxc.cli.describe_bundle import system_rows
 from fluxc.cli.main import main
 from fluxc.models.published import QWEN3_4B
 from fluxc.quantize.presets import PRESETS
+from fluxrt.cuda import Gpu
+from fluxrt.machine import Machine
 from quick import QUICK
 from test_flux2_tables import KLEIN_4B
 
@@ -163,6 +167,51 @@ def test_doctor_lists_what_is_there() -> None:
     assert result.exit_code == 0, result.output
     for expected in ("Python 3", "compile", "CPUExecutionProvider", "torch 2.13.0"):
         assert expected in result.output
+
+
+GPU = Gpu("RTX 5090", "12.0", "13.0")
+
+
+@pytest.mark.parametrize(
+    ("machine", "rows"),
+    [
+        (Machine(None, "no driver"), []),
+        (
+            Machine(None, driver="570.86.15"),
+            [("NVIDIA driver", "no", "driver 570.86.15 is too old for CUDA 13; install")],
+        ),
+        (
+            Machine(replace(GPU, driver="12.8")),
+            [("NVIDIA driver", "no", "supports CUDA 12.8, the libraries need CUDA 13")],
+        ),
+        (Machine(GPU, driver="580.95.05"), [("NVIDIA driver", "yes", "580.95.05, CUDA 13.0")]),
+        (
+            Machine(GPU, gpus=2),
+            [("NVIDIA driver", "yes", "CUDA 13.0"), ("GPU to GPU", "yes", "2 GPUs reach each other's")],
+        ),
+        (
+            Machine(GPU, gpus=2, apart=((0, 1),), shared_memory=64 << 20),
+            [
+                ("NVIDIA driver", "yes", ""),
+                ("GPU to GPU", "slow", "0 and 1 do not"),
+                ("/dev/shm", "no", "64 MiB, NCCL"),
+            ],
+        ),
+        (
+            Machine(GPU, gpus=2, apart=((0, 1),), shared_memory=512 << 20),
+            [
+                ("NVIDIA driver", "yes", ""),
+                ("GPU to GPU", "slow", ""),
+                ("/dev/shm", "perhaps", "--shm-size=1g or --ipc=host"),
+            ],
+        ),
+    ],
+)
+def test_doctor_names_what_the_system_lacks_first(machine: Machine, rows: list[tuple[str, str, str]]) -> None:
+    found = system_rows(machine)
+    assert [row[:2] for row in found] == [row[:2] for row in rows]
+    for (_, _, shown), (_, _, expected) in zip(found, rows, strict=True):
+        assert expected in shown
 
 
 def test_calibrate_prints_kinds_outliers_and_where_it_ran(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from fluxc.rehearsal.gpu import RTX, FakeDriver, FakeLibrary
 from fluxrt.backends.buffers import Buffer, plan_arena, plan_buffers, profile_for, resolve
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle
-from fluxrt.choose import Machine, choose
+from fluxrt.choose import Machine, choose, this_machine
 from fluxrt.cuda import CudaDriver, Gpu, OutOfMemoryError, first_gpu
 from fluxrt.errors import BackendError, BundleError, RequestError
 from fluxrt.manifest import Call, Engine, Plan, Port, Program, Target, WeightPort, read_target
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
+from fluxrt.system import installed_driver, pairs_apart
 from fluxrt.weights import StoredTensor, component_weights, read_weights
 from quick import QUICK
 from test_tensorrt import RTX as RTX_RECIPE
@@ -342,7 +343,8 @@ def test_a_plan_for_another_gpu_is_refused(bundle: Bundle) -> None:
 
 def test_another_version_of_the_library_is_refused(bundle: Bundle) -> None:
     with pytest.raises(
-        BackendError, match=r"built with tensorrt_rtx 1\.\S+, installed is 2\.0\.0; install tensorrt_rtx 1"
+        BackendError,
+        match=r"built with tensorrt_rtx 1\.\S+, installed is 2\.0\.0; pip install tensorrt-rtx-cu13==1\.\d+\.\d+\.\d+,",
     ):
         backend_of(bundle, FakeDriver(), version="2.0.0")
 
@@ -427,12 +429,57 @@ def test_the_best_target_of_bundle_and_machine_is_chosen(bundle: Bundle) -> None
     assert chosen is cpu
     assert obstacles == {"tensorrt_rtx": "no driver", "onnxruntime-nvfp4": None}
     _, obstacles = choose(with_targets(bundle, rtx, cpu), Machine(RTX))
-    assert obstacles["tensorrt_rtx"] == "tensorrt_rtx is not installed; pip install 'fluxrt[tensorrt-rtx]'"
+    exact = f"pip install 'cuda-bindings>=13' tensorrt-rtx-cu13=={version}"
+    assert obstacles["tensorrt_rtx"] == f"tensorrt_rtx is not installed; {exact}"
     newer = read_target({"kind": "newer", "name": "newer", "sharding": "unheard of"})
     _, obstacles = choose(with_targets(bundle, newer, cpu), Machine(None))
     assert obstacles["newer"] == "this fluxrt cannot run targets of kind 'newer'; install a newer one"
     with pytest.raises(BackendError, match=r"no target of this bundle runs on this machine. tensorrt_rtx: .*H100"):
         choose(with_targets(bundle, rtx), Machine(Gpu("H100", "9.0", "13"), versions={"tensorrt_rtx": version}))
+
+
+def test_a_driver_that_is_too_old_is_named_before_anything_else(bundle: Bundle) -> None:
+    """Also for a target whose library is missing: another driver may mean another machine."""
+    rtx, cpu = bundle.target("tensorrt_rtx"), bundle.target("onnxruntime-nvfp4")
+    cuda = msgspec.structs.replace(cpu, name="onnxruntime-cuda", device="cuda")
+    old = Machine(Gpu("RTX 5090", "12.0", "12.8"))
+    chosen, obstacles = choose(with_targets(bundle, rtx, cuda, cpu), old)
+    assert chosen is cpu
+    for name in ("tensorrt_rtx", "onnxruntime-cuda"):
+        assert "RTX 5090 supports CUDA 12.8, the libraries need CUDA 13; install NVIDIA's driver 580" in str(
+            obstacles[name]
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024", "535.183.01"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs)", "580.95.05"),
+        ("something else", None),
+    ],
+)
+def test_the_installed_driver_is_read(line: str, version: str | None, tmp_path: Path) -> None:
+    assert installed_driver(tmp_path) is None
+    file = tmp_path / "proc/driver/nvidia/version"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
+    assert installed_driver(tmp_path) == version
+
+
+def test_where_cuda_does_not_start_an_old_driver_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxrt.machine.installed_driver", lambda: "570.86.15")
+    found = this_machine()
+    assert found.gpu is None
+    assert found.no_gpu.startswith(
+        "NVIDIA's driver 570.86.15 is too old for CUDA 13; install NVIDIA's driver 580 or later"
+    )
+
+
+def test_pairs_of_gpus_are_apart_where_one_way_is_missing() -> None:
+    ways = {(0, 1), (1, 0), (0, 2)}
+    assert pairs_apart(3, lambda a, b: (a, b) in ways) == ((0, 2), (1, 2))
+    assert pairs_apart(1, lambda a, b: False) == ()
 
 
 def test_of_equal_targets_the_first_is_taken(nano_bundle: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -535,6 +536,20 @@ def test_a_missing_library_is_an_error_before_anything_runs(tmp_path: Path, monk
     with pytest.raises(BuildError, match=r"tensorrt-rtx-cu13 is not installed .* pip install 'fluxc\[tensorrt-rtx\]'"):
         compile_into(tmp_path / "out", *QUICK, recipe=RTX, progress=progress)
     assert progress.ran == []
+
+
+def test_both_packages_ask_for_the_same_library() -> None:
+    """Plans load in the version that built them, so what one extra builds with is what the other installs to run them."""
+    root = Path(__file__).parent.parent
+    extras = [
+        tomllib.loads((root / folder / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        for folder in ("", "runtime")
+    ]
+    for extra in ("tensorrt-rtx", "tensorrt"):
+        compiler, runtime = ({name for name in found[extra] if name.startswith("tensorrt")} for found in extras)
+        assert compiler == runtime
+    version = ".".join(trt.__version__.split(".")[:3])
+    assert f"tensorrt-rtx-cu13=={version}.*" in extras[1]["tensorrt-rtx"]
 
 
 def test_gates_that_nothing_would_be_held_to_are_refused() -> None:

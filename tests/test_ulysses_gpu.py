@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from fluxc.targets.tensorrt.cut import Component, Cutter
 from fluxc.targets.tensorrt.export_onnx import export_onnx
 from fluxc.targets.tensorrt.library import check_keeps_ranks
 from fluxrt.backends.nccl import Communicator
+from fluxrt.backends.registry import make_pipeline
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.choose import Machine, obstacle
@@ -199,6 +202,25 @@ def test_a_machine_with_too_few_gpus_is_told(bundle: Bundle) -> None:
     target = bundle.target("tensorrt_rtx-2gpus")
     machine = Machine(FAKE_RTX, versions={"tensorrt_rtx": str(target.engine.version)}, gpus=1)
     assert "sharded for 2 GPUs, this machine shows 1" in str(obstacle(bundle, target, machine))
+
+
+def test_gpus_without_a_way_between_them_are_told_before_anything_starts(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL goes through /dev/shm where there is no P2P, and a container has 64 MiB of it."""
+    target = bundle.target("tensorrt_rtx-2gpus")
+    monkeypatch.setitem(sys.modules, "nccl", ModuleType("nccl"))
+    monkeypatch.setattr(sys.modules["nccl"], "__spec__", ModuleSpec("nccl", None), raising=False)
+    machine = Machine(FAKE_RTX, versions={"tensorrt_rtx": str(target.engine.version)}, gpus=2, shared_memory=64 << 20)
+    assert obstacle(bundle, target, machine) is None
+    apart = replace(machine, apart=((0, 1),))
+    said = "GPUs 0 and 1 do not reach each other's memory (no P2P), so NCCL needs /dev/shm, which has 64 MiB here; start the "
+    assert said + "container with --shm-size=1g" in str(obstacle(bundle, target, apart))
+    assert obstacle(bundle, target, replace(apart, shared_memory=1 << 30)) is None
+    assert obstacle(bundle, target, replace(apart, gpus=3, apart=((0, 2), (1, 2)))) is None
+    monkeypatch.setattr("fluxrt.machine.this_machine", lambda: apart)
+    with pytest.raises(BackendError, match="no P2P"):
+        make_pipeline(bundle, target, None, 2)
 
 
 def test_inspect_counts_collectives_and_export_takes_another_target(

@@ -9,7 +9,9 @@ from fluxc.base.console import new_console, new_table
 from fluxc.targets.registry import KINDS
 from fluxc.targets.tensorrt.library import LIBRARIES, installed_version
 from fluxrt.bundle import Bundle
-from fluxrt.choose import choose, obstacle, this_machine
+from fluxrt.choose import Machine, choose, obstacle, this_machine
+from fluxrt.errors import BackendError
+from fluxrt.system import DOCKERS_SHM, ENOUGH_SHM, MORE_SHM, check_driver, old_driver
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -104,6 +106,8 @@ def print_doctor() -> None:
         "run onnxruntime targets": ("onnxruntime", "tokenizers", "numpy", "pillow"),
     }
     table = new_table("what", "ready", "with")
+    for row in system_rows(this_machine()):
+        table.add_row(*row)
     for purpose, packages in needs.items():
         found = {name: _version(name) for name in packages}
         missing = [name for name, version in found.items() if version is None]
@@ -130,6 +134,30 @@ def print_doctor() -> None:
     else:
         table.add_row("GPU", "no", "not needed: calibration, compiling and the onnxruntime target use the CPU")
     console.print(table)
+
+
+def system_rows(machine: Machine) -> list[tuple[str, str, str]]:
+    """What the system gives GPU targets (what, ready, with): the driver, and of several GPUs, how they reach each other."""
+    wrong = old_driver(machine.driver)
+    if machine.gpu is None:
+        return [("NVIDIA driver", "no", wrong)] if wrong else []
+    try:
+        check_driver(machine.gpu)
+    except BackendError as error:
+        rows = [("NVIDIA driver", "no", str(error))]
+    else:
+        rows = [("NVIDIA driver", "yes", f"{machine.driver or 'version unknown'}, CUDA {machine.gpu.driver}")]
+    if machine.gpus == 1:
+        return rows
+    if not machine.apart:
+        return [*rows, ("GPU to GPU", "yes", f"{machine.gpus} GPUs reach each other's memory (P2P)")]
+    pairs = ", ".join(f"{a} and {b}" for a, b in machine.apart)
+    slow = f"GPUs {pairs} do not reach each other's memory (no P2P): NCCL goes through the host's memory, many times slower"
+    rows.append(("GPU to GPU", "slow", slow))
+    if machine.shared_memory is not None and machine.shared_memory < ENOUGH_SHM:
+        ready = "no" if machine.shared_memory <= DOCKERS_SHM else "perhaps"
+        rows.append(("/dev/shm", ready, f"{machine.shared_memory >> 20} MiB, NCCL may need more; {MORE_SHM}"))
+    return rows
 
 
 def _version(package: str) -> str | None:

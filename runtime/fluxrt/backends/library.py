@@ -7,24 +7,35 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError
+from fluxrt.system import DOCKERS_SHM, MORE_SHM
 
 if TYPE_CHECKING:
     from fluxrt.bundle import Bundle
     from fluxrt.cuda import Gpu
+    from fluxrt.machine import Machine
     from fluxrt.manifest import Engine, Target, TensorRTTarget
 
-EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+PACKAGE = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 
 
 def load_library(engine: Engine) -> Any:
-    """The module that runs `engine`; BackendError names the extra to install."""
+    """The module that runs `engine`; BackendError says how to install it."""
     try:
         return importlib.import_module(engine.library)
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"this target needs {engine.library} {engine.version}, which is not installed ({error}); "
-            f"pip install 'fluxrt[{EXTRA[engine.library]}]', or choose another --target"
+            f"this target needs {engine.library} {engine.version}, which is not installed ({error}); {install(engine)}, or "
+            "choose another --target"
         ) from error
+
+
+def install(engine: Engine) -> str:
+    """The command that installs the one version of the library in which the engine's plans load, and the driver's bindings.
+
+    It names packages and not our extra, whose own pin may be of another version.
+    """
+    exact = f"=={engine.version}" if engine.version else ""
+    return f"pip install 'cuda-bindings>=13' {PACKAGE[engine.library]}{exact}"
 
 
 def check_finished(bundle: Bundle, target: TensorRTTarget) -> None:
@@ -43,7 +54,7 @@ def check_version(bundle: Bundle, target: TensorRTTarget, version: str) -> None:
     if version.split(".")[:3] != built.split(".")[:3]:
         raise BackendError(
             f"{bundle.root}: the plans of target {target.name!r} were built with {target.engine.library} {built}, installed is "
-            f"{version}; install {target.engine.library} {built}, or rebuild the bundle with {version}"
+            f"{version}; pip install {PACKAGE[target.engine.library]}=={built}, or rebuild the bundle with {version}"
         )
 
 
@@ -75,12 +86,21 @@ def make_logger(trt: Any) -> Any:
     return Logger()
 
 
-def check_gpus(target: Target, count: int) -> None:
-    """Refuse a machine with fewer GPUs than `target` is sharded for, or without NCCL."""
-    if target.gpus > count:
+def check_gpus(target: Target, machine: Machine) -> None:
+    """Refuse a machine with fewer GPUs than `target` is sharded for, without NCCL, or where NCCL would have no way from GPU to
+    GPU: where they do not reach each other it goes through /dev/shm, of which a container has next to nothing."""
+    if target.gpus > machine.gpus:
         raise BackendError(
-            f"target {target.name!r} is sharded for {target.gpus} GPUs, this machine shows {count}; check "
+            f"target {target.name!r} is sharded for {target.gpus} GPUs, this machine shows {machine.gpus}; check "
             "CUDA_VISIBLE_DEVICES, or choose another --target"
         )
-    if target.gpus > 1 and importlib.util.find_spec("nccl") is None:
+    if target.gpus == 1:
+        return
+    if importlib.util.find_spec("nccl") is None:
         raise BackendError(f"target {target.name!r} needs NCCL for its {target.gpus} GPUs; pip install 'fluxrt[nccl]'")
+    apart = [pair for pair in machine.apart if max(pair) < target.gpus]
+    if apart and machine.shared_memory is not None and machine.shared_memory <= DOCKERS_SHM:
+        raise BackendError(
+            f"target {target.name!r}: GPUs {apart[0][0]} and {apart[0][1]} do not reach each other's memory (no P2P), so NCCL "
+            f"needs /dev/shm, which has {machine.shared_memory >> 20} MiB here; {MORE_SHM}, or choose another --target"
+        )

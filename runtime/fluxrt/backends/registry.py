@@ -63,6 +63,8 @@ class AnyPipeline(Protocol):
 
 def backend_pipeline(bundle: Bundle, target: Target, threads: int | None, gpus: int | None) -> AnyPipeline:
     """The pipeline of a kind that has a backend: of a sharded target one that starts its ranks."""
+    from fluxrt.backends.library import check_gpus
+    from fluxrt.machine import this_machine
     from fluxrt.pipeline import Pipeline
     from fluxrt.ranked import RankedPipeline
 
@@ -71,6 +73,9 @@ def backend_pipeline(bundle: Bundle, target: Target, threads: int | None, gpus: 
             f"target {target.name!r} is for {target.gpus} GPUs, not {gpus}; leave gpus out, or the target"
         )
     if target.gpus > 1:
+        if target.device == "cuda":
+            # Before ranks are started, which may be minutes until one of them says so.
+            check_gpus(target, this_machine())
         return RankedPipeline(bundle, target, threads=threads)
     return Pipeline(bundle, target=target.name, threads=threads)
 
@@ -162,27 +167,33 @@ def _visual_gen(bundle: Bundle, target: VisualGenTarget, threads: int | None, gp
 
 
 def _no_cuda_provider(bundle: Bundle, target: Target, machine: Machine) -> str | None:
+    from fluxrt.backends.onnxruntime_cuda import INSTALL, PROVIDER
+    from fluxrt.system import check_driver
+
     if machine.gpu is None:
         return machine.no_gpu
-    if "CUDAExecutionProvider" not in machine.providers:
-        return "the installed onnxruntime has no CUDA provider; pip install onnxruntime-gpu in its place"
-    return None
+    try:
+        check_driver(machine.gpu)
+    except BackendError as error:
+        return str(error)
+    return None if PROVIDER in machine.providers else f"the installed onnxruntime has no CUDA provider; {INSTALL}"
 
 
 def _no_tensorrt(bundle: Bundle, target: TensorRTTarget, machine: Machine) -> str | None:
-    from fluxrt.backends.library import EXTRA, check_finished, check_gpu, check_gpus, check_version
+    from fluxrt.backends.library import check_finished, check_gpu, check_gpus, check_version, install
+    from fluxrt.system import check_driver
 
     if machine.gpu is None:
         return machine.no_gpu
     version = machine.versions.get(target.engine.library)
-    if version is None:
-        extra = EXTRA[target.engine.library]
-        return f"{target.engine.library} is not installed; pip install 'fluxrt[{extra}]'"
     try:
+        check_driver(machine.gpu)
+        if version is None:
+            return f"{target.engine.library} is not installed; {install(target.engine)}"
         check_finished(bundle, target)
         check_version(bundle, target, version)
         check_gpu(bundle, target, machine.gpu)
-        check_gpus(target, machine.gpus)
+        check_gpus(target, machine)
     except BackendError as error:
         return str(error)
     return None
