@@ -64,7 +64,10 @@ class Finding:
 @dataclass(frozen=True)
 class Audit:
     """What was found in a plan: GEMMs by format as they run, fused attentions, kernels a run, bytes of weights a run copies,
-    collectives, bytes of working memory, and in `faults` everything that is not as it must be, naming the layer."""
+    collectives, bytes of working memory, and in `faults` everything that is not as it must be, naming the layer.
+
+    `read` says where: in the plan's "program", or with the engine "inspector" (inspector.py).
+    """
 
     gemms: dict[str, int]
     attentions: int
@@ -75,6 +78,7 @@ class Audit:
     faults: tuple[Finding, ...] = field(default=())
     collectives: int = 0
     working_bytes: int = 0
+    read: str = "program"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,6 +92,11 @@ def audit(plan: bytes, expected: Expected, compute_capabilities: tuple[str, ...]
     programs = read_programs(plan)
     whole = [program for program in programs if not program.is_fragment]
     audits = [_audit_program(program, expected, compute_capabilities) for program in whole]
+    return worst_of(audits)
+
+
+def worst_of(audits: list[Audit]) -> Audit:
+    """Of the audits of a plan's profiles the worst, with the faults of all and the most working memory."""
     faults = tuple(dict.fromkeys(fault for found in audits for fault in found.faults))
     worst = max(audits, key=lambda found: (len(found.faults), found.copied_bytes))
     working = max(found.working_bytes for found in audits)

@@ -23,6 +23,7 @@ from fluxc.recipe.targets import Allow, TensorRTTarget
 from fluxc.targets.tensorrt.audit import WAIVABLE, Audit, Expected, Finding, audit
 from fluxc.targets.tensorrt.builder import PlanRequest, build_plan
 from fluxc.targets.tensorrt.cut import MEMORY_A_BYTE, Component, Cut, Cutter
+from fluxc.targets.tensorrt.inspector import inspect
 from fluxc.targets.tensorrt.library import check_keeps_ranks, load_library
 from fluxrt.manifest import Engine
 
@@ -147,14 +148,21 @@ def build_engine(target: TensorRTTarget, cut: Cut, folder: Path, report: Report 
 def build_audited(module: ModuleType, request: PlanRequest, expected: Expected, path: Path) -> Audit:
     """Build one plan into the file `path` and say what was found in it; the caller refuses faults (check_audits).
 
-    Raises BuildError for a sharded plan and a TensorRT that is known to lose its ranks.
+    A plan whose program cannot be read is loaded on the GPU here and inspected. Raises BuildError for a sharded plan and a
+    TensorRT that is known to lose its ranks, and for a plan that can be neither read nor inspected.
     """
     if expected.collectives:
         check_keeps_ranks(module)
     built = build_plan(module, request)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(built)
-    return audit(built, expected, request.compute_capabilities)
+    try:
+        return audit(built, expected, request.compute_capabilities)
+    except BuildError as unread:
+        try:
+            return inspect(module, built, expected, request.compute_capabilities)
+        except BuildError as error:
+            raise BuildError(f"plan {request.name}: {unread}; nor can it be inspected: {error}") from error
 
 
 def plan_file(target: str, plan: str) -> str:

@@ -25,6 +25,7 @@ def plan_table(target: TensorRTTarget) -> Table:
         "kernels",
         "weights copied a run",
         "working memory",
+        "read from",
         "allowed faults",
         title=title,
     )
@@ -41,6 +42,7 @@ def plan_table(target: TensorRTTarget) -> Table:
             found["kernels"],
             f"{found['copied_bytes']:,} bytes",
             f"{found.get('working_bytes', 0):,} bytes",
+            found.get("read", "program"),
             "; ".join(f"{', '.join(fault['layers'])}: {fault['text']}" for fault in found["faults"]),
         )
         table.add_row(plan, str(runs[plan]), gemms, *map(str, figures))
