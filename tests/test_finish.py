@@ -7,22 +7,40 @@ for it, and the GPU is made up; so the plans and their audit are real, the libra
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import msgspec
+import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
+from onnx.reference import ReferenceEvaluator
 
 from conftest import compile_into
 from fluxc.base.errors import BuildError
 from fluxc.cli.main import main
 from fluxc.fidelity.verify import verify_bundle
+from fluxc.rehearsal.gpu import FakeDriver, FakeLibrary
+from fluxc.rehearsal.operators import DTYPES, E2M1, OPERATORS
 from fluxc.targets.tensorrt import finish, library
+from fluxc.targets.tensorrt.audit import Audit, Expected, Finding
+from fluxc.targets.tensorrt.build import build_audited
+from fluxc.targets.tensorrt.builder import PlanRequest
 from fluxc.targets.tensorrt.finish import finish_bundle
-from fluxrt.bundle import open_bundle
+from fluxc.targets.tensorrt.timing import LooseFiles, time_program
+from fluxc.targets.tensorrt.trial import Place, try_forms
+from fluxc.targets.tensorrt.weight_forms import Baked, bake
+from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.cuda import Gpu
 from fluxrt.errors import BackendError, BundleError
+from fluxrt.manifest import TensorRTTarget, dimension_size
 from fluxrt.pipeline import Pipeline
+from fluxrt.weights import component_weights
 from quick import QUICK
 from test_tensorrt import RTX, trt
 
@@ -65,7 +83,9 @@ def test_without_the_gpu_the_bundle_says_what_is_left(bundle: Path) -> None:
 def test_finish_builds_audits_and_records_where(bundle: Path) -> None:
     before = open_bundle(bundle).manifest
     lines = list(finish_bundle(bundle, find_gpu=lambda: GPU))
-    assert len(lines) == 17 + 1
+    assert len(lines) == 1 + 17 + 1
+    form = "double: weights as inputs are FP4 GEMMs and stay inputs (so are they inside a plan); not timed: no NVIDIA driver"
+    assert lines[0].startswith(f"target tensorrt: {form}")
     assert lines[-1].endswith("finished for a made-up RTX PRO (compute capability 12.0, driver 13.0)")
     opened = open_bundle(bundle)
     engine = opened.target("tensorrt").engine
@@ -73,11 +93,128 @@ def test_finish_builds_audits_and_records_where(bundle: Path) -> None:
     assert engine.unfinished == []
     assert (engine.version, engine.gpu, engine.driver) == (trt.__version__, GPU.name, GPU.driver)
     assert engine.audit["double"]["gemms"] == {"nvfp4": 8}
+    assert engine.audit["double"]["weights"].startswith(form)
+    assert {found["read"] for found in engine.audit.values()} == {"program"}
+    assert form.partition(";")[0] in " ".join(CliRunner().invoke(main, ["inspect", str(bundle)]).output.split())
     assert all(found["compute_capabilities"] == ["12.0"] for found in engine.audit.values())
     assert opened.manifest.digest != before.digest
     assert next(iter(verify_bundle(bundle, "onnxruntime-nvfp4"))).endswith("match their SHA-256")
     assert [p.name for p in bundle.parent.iterdir()] == [bundle.name]
     assert list(finish_bundle(bundle, find_gpu=lambda: GPU)) == [f"{bundle}: nothing is left to build"]
+
+
+def no_inputs_are_fused(module: ModuleType, request: PlanRequest, expected: Expected, path: Path) -> Audit:
+    """A TensorRT that does not multiply in FP4 where weights are inputs."""
+    found = build_audited(module, request, expected, path)
+    if not expected.matrices or "nvfp4" not in expected.gemms.values():
+        return found
+    fault = Finding("format", tuple(expected.gemms)[:1], "planned nvfp4, runs as bf16 (gemm)")
+    return replace(found, faults=(fault,))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_where_inputs_are_no_fp4_gemms_every_block_gets_its_weights_inside(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fluxc.targets.tensorrt.trial.build_audited", no_inputs_are_fused)
+    monkeypatch.setattr("fluxc.targets.tensorrt.finish.build_audited", no_inputs_are_fused)
+    before = open_bundle(bundle).target("tensorrt").engine
+    lines = list(finish_bundle(bundle, find_gpu=lambda: GPU))
+    assert "double: weights are FP4 GEMMs only inside a plan, so every block gets one" in lines[0]
+    assert "planned nvfp4, runs as bf16 (gemm)" in lines[0]
+    opened = open_bundle(bundle)
+    engine = opened.target("tensorrt").engine
+    assert [call.plan for call in engine.programs["body"].calls] == [
+        "double.0", "double.1", "single.0", "single.1", "single.2", "single.3", "single.4", "single.5", "residual",
+    ]  # fmt: skip
+    assert engine.unfinished == []
+    assert "double" not in engine.plans
+    assert engine.audit["double.1"]["gemms"]["nvfp4"] >= 8
+    assert "only inside a plan" in engine.audit["double.0"]["weights"]
+    assert next(iter(verify_bundle(bundle, "onnxruntime-nvfp4"))).endswith("match their SHA-256")
+    # The graph beside the weights is the block's own, and computes what the graph with inputs computes.
+    plan, made = engine.plans["double.1"], before.plans["double"]
+    assert (plan.source, plan.weights) == ("transformer/tensorrt-double.1.onnx", ())
+    stored = component_weights(opened, engine.programs["body"].weights)
+    rng = np.random.default_rng(0)
+    sizes = {"branches": 1, "tokens": 64}
+    feeds = {
+        port.name: rng.standard_normal([dimension_size(d, sizes) for d in port.shape]).astype(DTYPES[port.dtype])
+        for port in plan.inputs
+    }
+    weights = {}
+    for port in made.weights:
+        data = np.concatenate([stored[f"transformer_blocks.1.{name}"].read() for name in port.tensors])
+        if port.dtype == "float4_e2m1":
+            weights[port.name] = np.stack([data & 15, data >> 4], -1).reshape(port.shape).view(E2M1)
+        else:
+            weights[port.name] = data.view(DTYPES[port.dtype]).reshape(port.shape)
+    (inside,) = ReferenceEvaluator(onnx.load(opened.path(plan.source)), new_ops=OPERATORS).run(None, feeds)
+    (inputs,) = ReferenceEvaluator(onnx.load(opened.path(made.source)), new_ops=OPERATORS).run(None, feeds | weights)
+    np.testing.assert_array_equal(inside.view(np.uint16), inputs.view(np.uint16))
+    assert np.isfinite(inside.astype(np.float32)).all()
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_where_neither_form_is_an_fp4_gemm_the_fault_is_the_error(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(module: ModuleType, request: PlanRequest, expected: Expected, path: Path) -> Audit:
+        if not expected.matrices and "nvfp4" in expected.gemms.values():
+            raise BuildError("no kernel for it")
+        return no_inputs_are_fused(module, request, expected, path)
+
+    monkeypatch.setattr("fluxc.targets.tensorrt.trial.build_audited", refused)
+    monkeypatch.setattr("fluxc.targets.tensorrt.finish.build_audited", refused)
+    manifest = (bundle / "bundle.json").read_bytes()
+    with pytest.raises(BuildError, match=r"plan double: .*: planned nvfp4, runs as bf16"):
+        list(finish_bundle(bundle, find_gpu=lambda: GPU))
+    assert (bundle / "bundle.json").read_bytes() == manifest
+    assert [p.name for p in bundle.parent.iterdir()] == [bundle.name]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_both_forms_are_timed_where_a_gpu_can_be_opened(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the fakes: a run is what ONNX's reference evaluator makes of the graph, so the times mean nothing."""
+    opened: list[FakeDriver] = []
+
+    def open_driver() -> FakeDriver:
+        opened.append(FakeDriver(GPU))
+        return opened[-1]
+
+    def on_fakes(
+        made: Bundle, target: TensorRTTarget, program: str, sizes: dict[str, int], driver: Any, _: Any
+    ) -> float:
+        ((name, plan),) = target.engine.plans.items()
+        files = {plan.file: made.path(plan.file)}
+        if not plan.weights:
+            files["inside.onnx"] = tmp_path / "inside.onnx"
+            weights = component_weights(made, target.engine.programs[program].weights)
+            block = Baked(before.plans[name], "transformer_blocks.0.", "")
+            onnx.save(bake(onnx.load(made.path(plan.source)), block, weights), files["inside.onnx"])
+            plan = msgspec.structs.replace(plan, source="inside.onnx")
+        loose = LooseFiles(made.root, files, open_bundle(bundle))
+        engine = msgspec.structs.replace(target.engine, plans={name: plan})
+        target = msgspec.structs.replace(target, engine=engine)
+        return time_program(loose, target, program, sizes, driver, FakeLibrary(loose, target, driver))
+
+    before = open_bundle(bundle).target("tensorrt").engine
+    monkeypatch.setattr("fluxc.targets.tensorrt.timing.RUNS", 2)
+    monkeypatch.setattr("fluxc.targets.tensorrt.trial.time_program", on_fakes)
+    entry = open_bundle(bundle).target("tensorrt")
+    folder = tmp_path / "plans"
+    folder.mkdir()
+    place = Place(trt, GPU, open_driver, folder)
+    name, choice = try_forms(open_bundle(bundle), entry, place)
+    assert (name, choice.form) == ("double", "inputs")
+    assert re.search(r"; a run takes \d+\.\d{3} ms with weights as inputs, \d+\.\d{3} ms with them inside$", choice.why)
+    assert len(opened) == 2
+    for driver in opened:
+        assert driver.closed
+        assert "launch" in driver.log
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.usefixtures("stand_in")

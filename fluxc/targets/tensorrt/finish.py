@@ -1,4 +1,7 @@
-"""`fluxc finish`: builds the plans that need the GPU they run on, audits them, and seals the bundle again."""
+"""`fluxc finish`: builds the plans that need the GPU they run on, audits them, and seals the bundle again.
+
+Which of two forms of FP4 weights this TensorRT multiplies is found out first, on one block (weight_forms.py).
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,24 @@ from fluxc.targets.tensorrt.audit import Expected
 from fluxc.targets.tensorrt.build import build_audited, check_audits, plan_file
 from fluxc.targets.tensorrt.builder import PlanRequest
 from fluxc.targets.tensorrt.library import load_library
+from fluxc.targets.tensorrt.trial import OpenDriver, Place, try_forms
+from fluxc.targets.tensorrt.weight_forms import Baked, bake, with_weights_inside
 from fluxrt import manifest as format
 from fluxrt.bundle import Bundle, open_bundle, sha256_file, verify_files
-from fluxrt.cuda import Gpu, first_gpu
+from fluxrt.cuda import CudaDriver, Gpu, first_gpu
+from fluxrt.weights import component_weights
 
 FindGpu = Callable[[], Gpu]
 
 
-def finish_bundle(path: Path, target: str | None = None, find_gpu: FindGpu = first_gpu) -> Iterator[str]:
+def finish_bundle(
+    path: Path, target: str | None = None, find_gpu: FindGpu = first_gpu, open_driver: OpenDriver = CudaDriver
+) -> Iterator[str]:
     """Build what is left of `target`, or of every target; yields a line for each plan and one at the end.
 
-    The bundle is verified first and changes only when all plans are built and audited: plans appear by rename, the manifest
-    last, with the library's version, the GPU and its driver. Raises BuildError and the errors of the runtime.
+    `open_driver` opens the GPU to time a block on it; where it cannot, nothing is timed and the line says why. The bundle is
+    verified first and changes only when all plans are built and audited: plans appear by rename, the manifest last, with the
+    library's version, the GPU and its driver. Raises BuildError and the errors of the runtime.
     """
     bundle = open_bundle(path)
     verify_files(bundle)
@@ -47,14 +56,16 @@ def finish_bundle(path: Path, target: str | None = None, find_gpu: FindGpu = fir
         # Beside the bundle, so that a rename suffices, and not in it, where a foreign file would be one error more.
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".finish-", dir=path.resolve().parent)))
         for entry in left:
-            engine, lines = _build(bundle, entry, gpu, scratch)
+            engine, lines = _build(bundle, entry, gpu, scratch, open_driver)
             finished.append(msgspec.structs.replace(entry, engine=engine))
             yield from lines
         _seal(bundle, finished, scratch)
     yield f"{path}: finished for {gpu.name} (compute capability {gpu.compute_capability}, driver {gpu.driver})"
 
 
-def _build(bundle: Bundle, target: format.TensorRTTarget, gpu: Gpu, scratch: Path) -> tuple[format.Engine, list[str]]:
+def _build(
+    bundle: Bundle, target: format.TensorRTTarget, gpu: Gpu, scratch: Path, open_driver: OpenDriver
+) -> tuple[format.Engine, list[str]]:
     engine = target.engine
     if gpu.compute_capability not in engine.compute_capabilities:
         raise BuildError(
@@ -63,19 +74,30 @@ def _build(bundle: Bundle, target: format.TensorRTTarget, gpu: Gpu, scratch: Pat
             "under the target's compute_capabilities and build again"
         )
     module = load_library(target.kind)
-    plans, audits, lines = dict(engine.plans), {}, []
+    lines: list[str] = []
+    inside: dict[str, Baked] = {}
+    tried = try_forms(bundle, target, Place(module, gpu, open_driver, scratch))
+    if tried is not None:
+        lines.append(f"target {target.name}: {tried[1].why}")
+        if tried[1].form == "inside":
+            engine, inside = with_weights_inside(engine, target.name)
+    plans, audits = dict(engine.plans), {}
     for name in engine.unfinished:
         plan = engine.plans[name]
-        source = bundle.checked_file(plan.source)
-        model = onnx.load(source, load_external_data=False)
-        baked = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
-        request = PlanRequest(name, model, (gpu.compute_capability,), plan.profiles, source if baked else None)
+        if name in inside:
+            request = _with_weights(bundle, name, plan, inside[name], gpu, scratch)
+        else:
+            request = _request(bundle, name, plan, gpu)
         file = plan_file(target.name, name)
         audits[name] = build_audited(module, request, msgspec.convert(plan.expected, Expected), scratch / file)
         plans[name] = msgspec.structs.replace(plan, file=file)
         nbytes = (scratch / file).stat().st_size
         lines.append(f"target {target.name}: {name}, {nbytes:,} bytes, {audits[name].kernels} kernels")
     check_audits(_allowing(bundle, target), audits)
+    found = {name: audit.as_json() for name, audit in audits.items()}
+    if tried is not None:
+        name, choice = tried
+        found[name if name in found else f"{name}.0"]["weights"] = choice.why
     finished = msgspec.structs.replace(
         engine,
         version=str(module.__version__),
@@ -83,9 +105,26 @@ def _build(bundle: Bundle, target: format.TensorRTTarget, gpu: Gpu, scratch: Pat
         plans=plans,
         gpu=gpu.name,
         driver=gpu.driver,
-        audit={**engine.audit, **{name: found.as_json() for name, found in audits.items()}},
+        audit={**engine.audit, **found},
     )
     return finished, lines
+
+
+def _request(bundle: Bundle, name: str, plan: format.Plan, gpu: Gpu) -> PlanRequest:
+    source = bundle.checked_file(plan.source)
+    model = onnx.load(source, load_external_data=False)
+    baked = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
+    return PlanRequest(name, model, (gpu.compute_capability,), plan.profiles, source if baked else None)
+
+
+def _with_weights(bundle: Bundle, name: str, plan: format.Plan, made: Baked, gpu: Gpu, scratch: Path) -> PlanRequest:
+    """Of a plan that gets its weights inside; its graph is written to its place, whose weights lie in the bundle's files."""
+    model = onnx.load(bundle.checked_file(made.plan.source))
+    stored = component_weights(bundle, made.weights)
+    source = scratch / plan.source
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_bytes(bake(model, made, stored, inline=False).SerializeToString(deterministic=True))
+    return PlanRequest(name, bake(model, made, stored), (gpu.compute_capability,), plan.profiles)
 
 
 def _allowing(bundle: Bundle, target: format.TensorRTTarget) -> TensorRTTarget:

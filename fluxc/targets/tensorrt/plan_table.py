@@ -16,6 +16,7 @@ def plan_table(target: TensorRTTarget) -> Table:
     built = f"{engine.library} {engine.version}" if engine.version else f"to be built by {engine.library} on the GPU"
     title = f"{target.name}: {built}, compute capability {', '.join(engine.compute_capabilities)}"
     title += f", finished on {engine.gpu} (driver {engine.driver})" if engine.gpu else ""
+    title += "".join(f"; {found['weights']}" for found in engine.audit.values() if "weights" in found)
     table = new_table(
         "plan",
         "runs",
