@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 import numpy as np
@@ -28,6 +30,7 @@ from fluxc.build.job import check_targets
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_steps
+from fluxc.graph.export import trace_transformer
 from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
@@ -536,6 +539,41 @@ def test_a_missing_library_is_an_error_before_anything_runs(tmp_path: Path, monk
     with pytest.raises(BuildError, match=r"tensorrt-rtx-cu13 is not installed .* pip install 'fluxc\[tensorrt-rtx\]'"):
         compile_into(tmp_path / "out", *QUICK, recipe=RTX, progress=progress)
     assert progress.ran == []
+
+
+@pytest.fixture(scope="module")
+def gpu_step() -> ModuleType:
+    """benchmarks/gpu_step.py, which imports what lies beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module("gpu_step")
+
+
+@pytest.fixture(scope="module")
+def tiny_pieces(gpu_step: ModuleType) -> dict[str, bytes]:
+    pieces = trace_transformer(gpu_step.TINY, 32, False, torch.bfloat16)
+    return {name: piece.SerializeToString() for name, piece in pieces.items()}
+
+
+@pytest.mark.parametrize("name", ["tensorrt-rtx", "tensorrt-baked"])
+def test_the_benchmark_of_a_step_runs_on_the_fakes(
+    name: str,
+    gpu_step: ModuleType,
+    tiny_pieces: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What --dry-run does: plans of the benchmark's own shapes, built, audited, and run through fluxrt's backend."""
+    pieces = {piece: onnx.load_from_string(raw) for piece, raw in tiny_pieces.items()}
+    monkeypatch.setattr("fluxc.graph.export.trace_transformer", lambda *given: pieces)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    running = gpu_step.tensorrt_step(gpu_step.TINY, 64, 32, tmp_path / "scratch", name, dry_run=True)
+    for _ in range(3):
+        running.step()
+        running.wait()
+    free, total = running.memory()
+    assert 0 < total - free < 1 << 30
+    assert (running.format, running.notes) == ("NVFP4", [])
 
 
 def test_both_packages_ask_for_the_same_library() -> None:

@@ -118,12 +118,15 @@ def write_sources(cut: Cut, folder: Path) -> None:
         path.write_bytes(plan.model.SerializeToString(deterministic=True))
 
 
-def build_engine(target: TensorRTTarget, cut: Cut, folder: Path, report: Report | None = None) -> Engine:
+def build_engine(
+    target: TensorRTTarget, cut: Cut, folder: Path, report: Report | None = None, module: ModuleType | None = None
+) -> Engine:
     """Build and audit every plan below `folder`, where the graphs and, for baked plans, the weights lie; its manifest entry.
 
-    Raises BuildError naming plan and layer of every fault that the target's `allow` does not cover.
+    `module` stands in for the target's own library. Raises BuildError naming plan and layer of every fault that the target's
+    `allow` does not cover.
     """
-    module = load_library(target.kind)
+    module = module or load_library(target.kind)
     audits: dict[str, Audit] = {}
     entries = {}
     for number, (name, plan) in enumerate(cut.plans.items()):
