@@ -264,6 +264,8 @@ def test_graphs_that_ran_before_are_not_tried_again(
     assert tried(gpu) == list(target.graphs)
     assert tried(gpu) == []
     assert tried(replace(gpu, driver="13.1")) == list(target.graphs)
+    with pytest.raises(BackendError, match=r"supports CUDA 12\.8, the libraries need CUDA 13"):
+        tried(replace(gpu, driver="12.8"))
 
 
 def test_a_target_on_cuda_is_tried_when_it_is_loaded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

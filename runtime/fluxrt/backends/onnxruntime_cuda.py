@@ -18,6 +18,7 @@ from fluxrt.backends.trials import Trials
 from fluxrt.cuda import first_gpu
 from fluxrt.errors import BackendError
 from fluxrt.manifest import dimension_size
+from fluxrt.system import check_driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,14 +76,17 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         """Run every graph once, on zeros at the bundle's smallest size; what ran on this GPU before is not run again.
 
         "Before" means with this GPU, driver and ONNX Runtime (trials.py); where the GPU cannot be named, every graph runs.
-        Raises BackendError naming graph and node when one fails. Buffers are afterwards as they were.
+        Raises BackendError for a driver that is too old, and naming graph and node when one fails. Buffers are afterwards as
+        they were.
         """
         import onnxruntime
 
-        try:
-            trials = Trials(find_gpu(), f"onnxruntime {onnxruntime.__version__}", self.notes)
-        except BackendError:
-            trials = None
+        gpu = None
+        with contextlib.suppress(BackendError):
+            gpu = find_gpu()
+        if gpu is not None:
+            check_driver(gpu)
+        trials = Trials(gpu, f"onnxruntime {onnxruntime.__version__}", self.notes) if gpu else None
         files = self._bundle.manifest.files
         kept, self._buffers = self._buffers, {}
         try:
