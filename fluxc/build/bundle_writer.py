@@ -17,6 +17,7 @@ from fluxc.base.cache import SEAL, StageCache, beside
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import check_finite
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.fidelity.on_target import digest_without_entries
 from fluxc.quantize.component_files import write_small_files
 from fluxc.quantize.source import Source
 from fluxc.recipe.load import LoadedRecipe
@@ -117,12 +118,14 @@ def files_of(root: Path, cache: StageCache) -> dict[str, format.File]:
 
 
 def is_current(out: Path, manifest: format.Manifest, cache: StageCache) -> bool:
-    """Whether the bundle at `out` is already what this build makes, and undamaged."""
+    """Whether the bundle at `out` is already what this build makes, and undamaged; it keeps what was added of GPUs."""
     try:
         existing = open_bundle(out).manifest
     except BundleError:
         return False
-    return existing.digest == format.manifest_digest(manifest) and files_of(out, cache) == existing.files
+    return (
+        digest_without_entries(existing) == format.manifest_digest(manifest) and files_of(out, cache) == existing.files
+    )
 
 
 def finish(staging: Path, out: Path, manifest: format.Manifest, cache: StageCache) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 
 from fluxc.base.console import new_console, new_table
+from fluxc.fidelity.on_target import digest_without_entries, entries_of
+from fluxc.gpu_check.evidence import evidence_lines
 from fluxc.targets.registry import KINDS
 from fluxc.targets.tensorrt.library import LIBRARIES, installed_version
 from fluxrt.bundle import Bundle
 from fluxrt.choose import Machine, choose, obstacle, this_machine
 from fluxrt.errors import BackendError
+from fluxrt.manifest import Manifest
 from fluxrt.system import DOCKERS_SHM, ENOUGH_SHM, MORE_SHM, check_driver, old_driver
 
 
@@ -65,18 +69,26 @@ def print_bundle(bundle: Bundle) -> None:
         shown = KINDS[target.kind].inspect(target) if target.kind in KINDS else None
         if shown:
             console.print(shown)
-    if manifest.step_cache:
-        from fluxc.stepcache.summary import step_cache_lines
-
-        for line in step_cache_lines(manifest.step_cache):
-            console.print(line)
-        cached = manifest.fidelity.step_cache
-        if cached:
-            mean, low, worst = (cached.get(key) for key in ("psnr_db", "psnr_db_p5", "psnr_db_worst"))
-            console.print(f"against every step: PSNR {mean} dB mean, {low} dB 5th percentile, {worst} dB worst")
+    for line in _cache_lines(manifest):
+        console.print(line)
+    for line in evidence_lines(entries_of(manifest), digest_without_entries(manifest)):
+        console.print(line)
     size = sum(file.size for file in manifest.files.values())
     tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items())
     console.print(f"{len(manifest.files)} files, {size:,} bytes; built with {tools}")
+
+
+def _cache_lines(manifest: Manifest) -> Iterator[str]:
+    """What there is to say of the step cache."""
+    if not manifest.step_cache:
+        return
+    from fluxc.stepcache.summary import step_cache_lines
+
+    yield from step_cache_lines(manifest.step_cache)
+    cached = manifest.fidelity.step_cache
+    if cached:
+        mean, low, worst = (cached.get(key) for key in ("psnr_db", "psnr_db_p5", "psnr_db_worst"))
+        yield f"against every step: PSNR {mean} dB mean, {low} dB 5th percentile, {worst} dB worst"
 
 
 def print_targets(bundle: Bundle) -> None:

@@ -119,6 +119,11 @@ class RankedPipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def processes(self) -> list[int]:
+        """The ids of the ranks' processes, in order; none once they are ended."""
+        return [rank.process.pid for rank in self._ranks]
+
     def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
         """One image a prompt, as Pipeline does; RankError, naming the rank, where one fails.
 

@@ -204,6 +204,12 @@ def _copies(program: Program, expected: Expected) -> Iterable[tuple[Kernel, str,
             yield kernel, weight_of[base], written.nbytes
 
 
+def copying_kernels(plan: bytes, expected: Expected) -> set[str]:
+    """Names of the kernels of `plan` that do nothing but write a weight to another place; BuildError if it cannot be read."""
+    programs = [program for program in read_programs(plan) if not program.is_fragment]
+    return {kernel.name for program in programs for kernel, _, _ in _copies(program, expected)}
+
+
 def _read_outside(program: Program, expected: Expected) -> Iterable[tuple[Kernel, str]]:
     """(kernel, weight) of every kernel but a GEMM that reads quantized values of a Linear, alone or with something else."""
     weight_of = {f"{name}.1": name for name in expected.matrices}

@@ -1,0 +1,153 @@
+"""`fluxc add-evidence`: what a GPU check found becomes part of the bundle it ran.
+
+1. The file must be whole (its seal), of a GPU (no rehearsal), and about this very bundle: the digest the bundle has without
+   evidence, and the SHA-256 of every graph, plan and weights file.
+2. Of the same GPU with the same driver and libraries there is one entry, the last one added.
+3. New files of the report have names of their own, the manifest comes last by rename, and only then do older ones go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fluxc.base.errors import BuildError
+from fluxc.base.output import check_writable, names_place
+from fluxc.fidelity.on_target import FILES, digest_without_entries, entries_of, with_entries
+from fluxc.gpu_check.page import render
+from fluxc.gpu_check.record import Record, read_record
+from fluxc.gpu_check.subject import file_hashes
+from fluxrt.bundle import Bundle, open_bundle, sha256_file
+from fluxrt.manifest import MANIFEST, File, encode_manifest
+
+RAN, FAILED, MATCHED = "ran on the target", "failed on the target", "matched on the target"
+"""Tiers: images came out as the CPU's did; they did not, or crashed; and beyond the first, every stage did too."""
+NAME_DIGITS = 16
+
+
+def add_evidence(path: Path, file: Path) -> str:
+    """Put the figures of the GPU check `file` into the bundle at `path`; what was done, in a sentence.
+
+    Raises BuildError naming what is wrong with the file, or the hash that differs, and the errors of opening a bundle. The
+    bundle is the old one or the new one, whatever happens.
+    """
+    record = read_record(file)
+    if record.rehearsal:
+        raise BuildError(
+            f"{file}: a rehearsal on a made-up GPU, of which no figure means anything; run gpu-check on a GPU"
+        )
+    bundle = open_bundle(path)
+    check_same(bundle, record, file)
+    if not any(name.startswith("images:") and found.status != "skipped" for name, found in record.checks.items()):
+        raise BuildError(
+            f"{file}: no target of the bundle ran there, so there is nothing to add; see what it says of targets"
+        )
+    check_writable(path)
+    check_writable(path.resolve().parent)
+    entries = [entry for entry in entries_of(bundle.manifest) if not _same_machine(entry, record)]
+    entries = sorted(
+        [*entries, entry_of(record)], key=lambda entry: (entry["device"]["gpus"][0]["name"], entry["seal"])
+    )
+    with names_place("add-evidence", path):
+        _seal(bundle, entries, file)
+    tiers = ", ".join(f"{name} {tier}" for name, tier in entry_of(record)["tiers"].items())
+    return f"{path}: {record.ran.device['gpus'][0]['name']}: {tiers or 'no target ran'}; {len(entries)} GPUs in all"
+
+
+def check_same(bundle: Bundle, record: Record, file: Path) -> None:
+    """Refuse a record of another bundle; BuildError names the first hash that differs."""
+    ours, theirs = file_hashes(bundle), record.ran.files
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            raise BuildError(
+                f"{file}: made with another bundle: {name} has SHA-256 {_short(theirs.get(name))} there and "
+                f"{_short(ours.get(name))} in {bundle.root}; run gpu-check with this bundle"
+            )
+    digest = digest_without_entries(bundle.manifest)
+    if digest != record.ran.bundle:
+        raise BuildError(
+            f"{file}: made with another bundle: its digest without evidence is {_short(record.ran.bundle)}, that of "
+            f"{bundle.root} is {_short(digest)} (other recipe, prompts or report; the files that run are equal); run gpu-check "
+            "with this bundle"
+        )
+
+
+def entry_of(record: Record) -> dict[str, Any]:
+    """The manifest's entry: tiers by target, what ran on what, and outcome and figures of every check but its images."""
+    return {
+        "tiers": tiers_of(record),
+        "seal": record.seal,
+        "bundle": record.ran.bundle,
+        "device": record.ran.device,
+        "versions": record.ran.versions,
+        "checks": {
+            name: {"status": found.status, "why": found.why, "figures": found.figures}
+            for name, found in record.checks.items()
+        },
+    }
+
+
+def tiers_of(record: Record) -> dict[str, str]:
+    """By target that was tried on the GPU: whether it ran, and whether every stage was as on a CPU."""
+    tiers = {}
+    for name, found in record.checks.items():
+        kind, _, target = name.partition(":")
+        if kind not in ("images", "ranks") or found.status == "skipped":
+            continue
+        if found.status != "passed":
+            tiers[target] = FAILED
+        else:
+            stages = record.checks.get(f"stages:{target}")
+            tiers[target] = MATCHED if stages and stages.status == "passed" else RAN
+    return tiers
+
+
+def _same_machine(entry: dict[str, Any], record: Record) -> bool:
+    return bool(entry["device"] == record.ran.device and entry["versions"] == record.ran.versions)
+
+
+def _short(digest: str | None) -> str:
+    return digest[:16] if digest else "nothing"
+
+
+def _seal(bundle: Bundle, entries: list[dict[str, Any]], file: Path) -> None:
+    """Put the report's files and then the manifest into the bundle, and take those away that it no longer names."""
+    with tempfile.TemporaryDirectory(prefix=".evidence-", dir=bundle.root.resolve().parent) as name:
+        scratch = Path(name)
+        (scratch / FILES).parent.mkdir(parents=True)
+        for entry in entries:
+            record = f"{FILES}{entry['seal'][:NAME_DIGITS]}.json"
+            kept = bundle.root / record
+            (scratch / record).write_bytes(kept.read_bytes() if record in bundle.manifest.files else file.read_bytes())
+        together = hashlib.sha256("".join(entry["seal"] for entry in entries).encode()).hexdigest()[:NAME_DIGITS]
+        records = [read_record(path) for path in sorted(scratch.rglob("*.json"))]
+        (scratch / f"{FILES}{together}.html").write_text(render(records, {}, pictures=False), encoding="utf-8")
+        files = {
+            path.relative_to(scratch).as_posix(): File(path.stat().st_size, sha256_file(path))
+            for path in sorted((scratch / FILES).parent.iterdir())
+        }
+        manifest = with_entries(bundle.manifest, entries, files)
+        sealed = scratch / MANIFEST
+        sealed.write_bytes(encode_manifest(manifest))
+        for added in files:
+            if added not in bundle.manifest.files:
+                (scratch / added).replace(bundle.root / added)
+        sealed.replace(bundle.root / MANIFEST)
+    for old in (bundle.root / FILES).parent.glob(f"{Path(FILES).name}*"):
+        if old.relative_to(bundle.root).as_posix() not in files:
+            old.unlink()
+
+
+def evidence_lines(entries: list[dict[str, Any]], digest: str) -> list[str]:
+    """What `fluxc inspect` says of the entries of a bundle whose digest without them is `digest`."""
+    lines = []
+    for entry in entries:
+        gpu = entry["device"]["gpus"][0]
+        earlier = "" if entry["bundle"] == digest else " (before the bundle was finished)"
+        for target, tier in entry["tiers"].items():
+            step = entry["checks"].get(f"steps:{target}", {}).get("figures", {}).get("step")
+            timed = f"; a step {step['p50_ms']} ms (p50), {step['p99_ms']} ms (p99) of {step['count']}" if step else ""
+            lines.append(f"{target}: {tier}: {gpu['name']}, driver {entry['device']['driver']}{timed}{earlier}")
+    return lines
