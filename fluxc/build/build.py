@@ -110,6 +110,7 @@ def _make_bundle(
         bundle_writer.leave_weights(weights, out, cache)
         cache.progress.cached(f"bundle {out.name}")
         return
+    bundle_writer.tell_lost_evidence(out, cache)
     bundle_writer.finish(staging, out, manifest, cache)
     bundle_writer.leave_weights(weights, out, cache)
 

@@ -17,7 +17,7 @@ from fluxc.base.cache import SEAL, StageCache, beside
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import check_finite
 from fluxc.checkpoint.components import WEIGHTS_FILE
-from fluxc.fidelity.on_target import digest_without_entries
+from fluxc.fidelity.on_target import digest_without_entries, entries_of
 from fluxc.quantize.component_files import write_small_files
 from fluxc.quantize.source import Source
 from fluxc.recipe.load import LoadedRecipe
@@ -126,6 +126,19 @@ def is_current(out: Path, manifest: format.Manifest, cache: StageCache) -> bool:
     return (
         digest_without_entries(existing) == format.manifest_digest(manifest) and files_of(out, cache) == existing.files
     )
+
+
+def tell_lost_evidence(out: Path, cache: StageCache) -> None:
+    """Say that what GPUs did with the bundle at `out` goes with it: the one that replaces it is another."""
+    try:
+        entries = entries_of(open_bundle(out).manifest)
+    except BundleError:
+        return
+    if entries:
+        cache.progress.say(
+            f"{out}: what {len(entries)} GPUs did was about the bundle that is now replaced, and is not taken over; run "
+            "`fluxc gpu-check` again"
+        )
 
 
 def finish(staging: Path, out: Path, manifest: format.Manifest, cache: StageCache) -> None:

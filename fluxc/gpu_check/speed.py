@@ -34,7 +34,7 @@ def check_steps(subject: Subject) -> Found:
     request, amount, sampling = recorded[0], subject.amount, bundle.manifest.sampling
     with subject.load() as loaded:
         pipeline = loaded.pipeline
-        for _ in range(3):
+        for _ in range(subject.amount.warm):
             result = pipeline.generate(request_of(request))
         grid = pipeline.grid(request.size)
         tokens = grid[0] * grid[1]

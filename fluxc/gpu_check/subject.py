@@ -24,10 +24,14 @@ IMAGES = 3
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is measured: steps that are timed, repetitions of text encoding and decoding, runs of a block, and the models
-    whose blocks are timed, with their image and text tokens."""
+    """How much is measured.
+
+    Steps that are timed, images that go before them, repetitions of text encoding and decoding, runs of a block, and the models
+    whose blocks are timed, with their image and text tokens.
+    """
 
     steps: int = 200
+    warm: int = 3
     phases: int = 20
     runs: int = 100
     models: tuple[str, ...] = ("klein-4b", "klein-9b", "dev")
@@ -35,7 +39,7 @@ class Amount:
     text_tokens: int = 512
 
 
-REHEARSED = Amount(steps=3, phases=1, runs=2, models=("tiny",), tokens=64, text_tokens=32)
+REHEARSED = Amount(steps=3, warm=1, phases=1, runs=2, models=("tiny",), tokens=64, text_tokens=32)
 
 
 @dataclass(frozen=True)
