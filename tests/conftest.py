@@ -133,7 +133,10 @@ def hollow_checkpoint(root: Path, transformer: dict[str, Any], text_encoder: dic
 
 
 # The long files first, so that both processes end together, and in an order in which neither waits for the other's bundle.
-FIRST = "build ulysses_gpu tensorrt ulysses stepcache_nano sensitivity oracle calibrate quantized_source cuda_runtime parity"
+FIRST = (
+    "build ulysses_gpu tensorrt ulysses stepcache_nano sensitivity oracle calibrate quantized_source cuda_runtime gpu_check "
+    "parity"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
