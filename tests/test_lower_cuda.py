@@ -28,10 +28,10 @@ from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.recipe.structs import ComponentPrecision
+from fluxc.rehearsal.onnxruntime import MatMulBlockQuantizedFp4Weight
 from fluxc.rehearsal.operators import DequantizeLinear, MatMul
 from fluxc.targets.onnxruntime.cuda_kernels import TABLE_OPSET, check_kernels
 from fluxc.targets.onnxruntime.lower import lower
-from test_onnxruntime_cuda import MatMulBlockQuantizedFp4Weight
 
 ROWS, COLUMNS, RANK = 48, 64, 4
 BF16, FP16 = TensorProto.BFLOAT16, TensorProto.FLOAT16

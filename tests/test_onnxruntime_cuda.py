@@ -1,6 +1,6 @@
 """ONNX Runtime on CUDA: its graphs through ONNX's reference evaluator, its backend on the provider there is.
 
-No GPU ran any of this. MatMulBlockQuantizedFp4Weight is written out here from the operator's schema.
+No GPU ran any of this. MatMulBlockQuantizedFp4Weight is written out from the operator's schema (fluxc/rehearsal).
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 
 from conftest import compile_into
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
+from fluxc.gpu_check import images
+from fluxc.gpu_check.checks import bounds_of, checks_for
+from fluxc.gpu_check.machine import look
+from fluxc.gpu_check.memory import check_memory
+from fluxc.gpu_check.speed import check_steps
+from fluxc.gpu_check.stages import check_stages
+from fluxc.gpu_check.subject import REHEARSED, Subject, recorded_images
 from fluxc.recipe.load import load_recipe
-from fluxc.rehearsal.operators import E2M1, E4M3, Attention, LayerNormalization, MatMul, RMSNormalization
+from fluxc.rehearsal.onnxruntime import OPERATORS
+from fluxc.rehearsal.place import MadeUpPlace
 from fluxc.targets.onnxruntime.build import check_loads
 from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
 from fluxrt.backends.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaBackend
@@ -40,19 +47,6 @@ CUDA = "onnxruntime-cuda"
 HALF = "onnxruntime-cuda-float16"
 
 
-class MatMulBlockQuantizedFp4Weight(OpRun):
-    """e2m1(B) * weight_scale_2 * e4m3(weight_scale), rounded to the type of A, then A B^T."""
-
-    op_domain = "com.microsoft"
-
-    def _run(self, a, b, weight_scale, weight_scale_2, input_scale=None, bias=None, block_size=None):
-        assert b.dtype == weight_scale.dtype == np.uint8
-        values = np.stack([b & 15, b >> 4], axis=-1).reshape(len(b), -1).view(E2M1).astype(np.float32)
-        scales = np.repeat(weight_scale.view(E4M3).astype(np.float32), block_size, axis=1)
-        weight = (values * weight_scale_2 * scales).astype(a.dtype)
-        return ((a.astype(np.float32) @ weight.astype(np.float32).T).astype(a.dtype),)
-
-
 @pytest.fixture(scope="module")
 def bundle(workshop: Path) -> Bundle:
     fp8 = 'precision.transformer.rules=[{match: "*.ff_context.*", format: fp8}]'
@@ -64,9 +58,8 @@ def bundle(workshop: Path) -> Bundle:
 
 
 def evaluators(bundle: Bundle, target: str) -> dict[str, ReferenceEvaluator]:
-    operators = [MatMulBlockQuantizedFp4Weight, MatMul, Attention, LayerNormalization, RMSNormalization]
     return {
-        name: ReferenceEvaluator(onnx.load(bundle.path(graph.file)), new_ops=operators)
+        name: ReferenceEvaluator(onnx.load(bundle.path(graph.file)), new_ops=OPERATORS)
         for name, graph in bundle.target(target).graphs.items()
     }
 
@@ -104,6 +97,39 @@ def test_the_graphs_compute_what_the_cpu_target_computes(bundle: Bundle, target:
         latents = cpu.backend.get("latents")
     (image,) = graphs["vae_decoder"].run(None, {"latent_grid": latents.reshape(1, *grid, -1)})
     assert psnr(image[0], cpu.decode(latents, grid)[0]) > 90
+
+
+def checked(bundle: Bundle, tmp_path: Path, target: str) -> Subject:
+    folders = [str(tmp_path / name) for name in ("kernels", "pictures", "cache")]
+    settings = {"bounds": bounds_of(bundle, bundle.target(target)), "step_cosine": 0.98, "image_psnr_db": 30}
+    return Subject(MadeUpPlace(), str(bundle.root), target, REHEARSED, *folders, settings)
+
+
+def test_gpu_check_rehearses_these_targets(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images, stages, memory and times; of bf16 ONNX Runtime gives neither text nor prologue, which is said."""
+    monkeypatch.setattr(images, "recorded_images", lambda *given: recorded_images(*given)[:1] * 3)
+    subject = checked(bundle, tmp_path, CUDA)
+    found = images.check_images(subject)
+    assert found.faults == []
+    assert min(row["psnr_db"] for row in found.figures["images"]) > 35
+    found = check_stages(subject)
+    assert found.faults == []
+    assert found.figures["text_error"] is None
+    assert found.figures["not_compared"][0].startswith(
+        "text: 'text' is bf16, which ONNX Runtime does not give to numpy"
+    )
+    assert check_memory(subject).figures["held_bytes"] == {}
+    assert check_steps(subject).figures["decode"]["count"] == REHEARSED.phases
+    machine = look(MadeUpPlace(), str(bundle.root))
+    names = [check.name for check in checks_for(bundle, machine, REHEARSED, True) if check.target == CUDA]
+    assert names == [f"{name}:{CUDA}" for name in ("images", "stages", "memory", "steps", "start")]
+
+
+def test_gpu_check_compares_every_stage_in_fp16(bundle: Bundle, tmp_path: Path) -> None:
+    found = check_stages(checked(bundle, tmp_path, HALF))
+    assert (found.faults, found.figures["not_compared"]) == ([], [])
+    assert min(found.figures["step_cosine"]) > 0.999
+    assert 0 < found.figures["text_error"] < 5e-3
 
 
 def test_nvfp4_weights_stay_in_four_bits(bundle: Bundle) -> None:

@@ -43,7 +43,11 @@ def look(place: Place, bundle: str) -> Machine:
     opened = open_bundle(bundle)
     device = place.describe()
     machine = place.machine(opened)
-    obstacles = {target.name: obstacle(opened, target, machine) for target in opened.manifest.targets}
+    obstacles: dict[str, str | None] = {}
+    for target in opened.manifest.targets:
+        reason = obstacle(opened, target, machine)
+        # Where the bundle lies here is of no use elsewhere.
+        obstacles[target.name] = reason and reason.replace(str(opened.root), opened.manifest.name)
     return Machine(device, library_versions(), obstacles)
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxc.rehearsal.gpu import RTX, FakeDriver, FakeLibrary
+from fluxc.rehearsal.onnxruntime import MadeUpCudaBackend
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle
 from fluxrt.cuda import Gpu
 from fluxrt.machine import Machine
-from fluxrt.manifest import Target, TensorRTTarget
+from fluxrt.manifest import OnnxRuntimeTarget, Target, TensorRTTarget
 
 if TYPE_CHECKING:
+    from fluxrt.backends import Backend
     from fluxrt.ranked import RankedPipeline
 
 GPUS = 2
@@ -21,7 +23,7 @@ GPUS = 2
 
 @dataclass(frozen=True)
 class MadeUpPlace:
-    """Two GPUs called `gpu`. TensorRT's engines are evaluated, ranks are processes on the CPU."""
+    """Two GPUs called `gpu`. What TensorRT and ONNX Runtime would run is evaluated, ranks are processes on the CPU."""
 
     gpu: Gpu = RTX
     is_rehearsal: bool = True
@@ -36,10 +38,13 @@ class MadeUpPlace:
         return {"gpus": [gpu] * GPUS, "peers": [[True] * GPUS] * GPUS, "driver": "none", "cuda": self.gpu.driver}
 
     def machine(self, bundle: Bundle) -> Machine:
-        """A machine that has the TensorRT library of the version every target wants; NCCL and ONNX Runtime on CUDA are not
+        """A machine that has ONNX Runtime on CUDA and the TensorRT library of the version every target wants; NCCL is not
         made up."""
         wanted = [target.engine for target in bundle.manifest.targets if isinstance(target, TensorRTTarget)]
-        return Machine(self.gpu, versions={engine.library: str(engine.version) for engine in wanted}, gpus=GPUS)
+        versions = {engine.library: str(engine.version) for engine in wanted}
+        return Machine(
+            self.gpu, versions=versions, providers=("CUDAExecutionProvider", "CPUExecutionProvider"), gpus=GPUS
+        )
 
     def driver(self) -> FakeDriver:
         return FakeDriver(self.gpu)
@@ -48,7 +53,9 @@ class MadeUpPlace:
         assert isinstance(target, TensorRTTarget)
         return FakeLibrary(bundle, target, driver)
 
-    def backend(self, bundle: Bundle, target: Target, driver: Any, captures: bool) -> TensorRTBackend:
+    def backend(self, bundle: Bundle, target: Target, driver: Any, captures: bool) -> Backend:
+        if isinstance(target, OnnxRuntimeTarget):
+            return MadeUpCudaBackend(bundle, target)
         assert isinstance(target, TensorRTTarget)
         return TensorRTBackend(bundle, target, driver, FakeLibrary(bundle, target, driver), captures=captures)
 
