@@ -26,11 +26,12 @@ from fluxc.cli.main import main
 from fluxc.gpu_check import images as images_module
 from fluxc.gpu_check import machine as machine_module
 from fluxc.gpu_check import runner
+from fluxc.gpu_check.blocks import check_block_plans
 from fluxc.gpu_check.checks import Check, bounds_of, checks_for
 from fluxc.gpu_check.child import Ended, Found
 from fluxc.gpu_check.copies import profiled
 from fluxc.gpu_check.images import check_graphs, check_images, read_image
-from fluxc.gpu_check.machine import Machine, check_machine
+from fluxc.gpu_check.machine import Inventory, check_machine
 from fluxc.gpu_check.memory import check_memory
 from fluxc.gpu_check.place import GpuPlace
 from fluxc.gpu_check.ranks import check_kill, check_ranks
@@ -47,7 +48,7 @@ from fluxrt.errors import BackendError, BundleError
 from test_serving import bundle as sharded_bundle  # noqa: F401
 from test_tensorrt import rtx_bundle  # noqa: F401
 
-MACHINE = Machine(MadeUpPlace().describe(), {}, {"onnxruntime": None, "onnxruntime-2gpus": None})
+MACHINE = Inventory(MadeUpPlace().describe(), {}, {"onnxruntime": None, "onnxruntime-2gpus": None})
 OF_RTX = [f"{name}:tensorrt_rtx" for name in ("images", "graphs", "stages", "memory", "steps", "start", "copies")]
 
 
@@ -303,6 +304,27 @@ def test_working_memory_beyond_the_audits_is_a_fault(bundle: Path, tmp_path: Pat
     assert ["the prediction of memory is wrong" in fault for fault in found.faults] == [True]
 
 
+@dataclass(frozen=True)
+class Building(MadeUpPlace):
+    """Plans are built and audited by the library itself, which needs no GPU for it; what runs them is made up."""
+
+    def build(self, request: Any, expected: Any, path: Path) -> dict[str, Any]:
+        return GpuPlace().build(request, expected, path)
+
+
+def test_plans_of_blocks_are_built_for_this_gpu_and_audited(bundle: Path, tmp_path: Path, shared_cache: Path) -> None:
+    for capability, chosen in (("12.0", "nvfp4"), ("8.9", "fp8"), ("8.0", "bf16")):
+        settings = {"model": "tiny", "capability": capability, "format": chosen}
+        subject = replace(subject_of(bundle, tmp_path, Building(), **settings), cache=str(shared_cache))
+        found = check_block_plans(subject)
+        assert found.faults == []
+        assert found.figures["double"]["gemms"] == {chosen: 8}
+        assert found.figures["single"]["gemms"] == {chosen: 2}
+        # Block scales, and the norms' vectors.
+        assert (found.figures["double"]["copied_bytes"] > 1024) == (chosen == "nvfp4")
+        assert found.figures["double"]["profiler"] == "says nothing"
+
+
 def test_stages_beyond_rounding_are_faults(bundle: Path) -> None:
     opened = open_bundle(bundle)
     bounds = bounds_of(opened, opened.target("tensorrt_rtx"))
@@ -323,7 +345,7 @@ def test_targets_that_do_not_fit_are_named(bundle: Path) -> None:
     reason = "the plans are for compute capability 12.0, this GPU is a H100 with 9.0"
     obstacles = {target.name: reason for target in opened.manifest.targets}
     device["gpus"] = [{**device["gpus"][0], "compute_capability": "9.0"}]
-    checks = checks_for(opened, Machine(device, {}, obstacles), REHEARSED, False)
+    checks = checks_for(opened, Inventory(device, {}, obstacles), REHEARSED, False)
     named = {check.name: check.skipped for check in checks}
     assert named["target:tensorrt_rtx"] == reason
     assert next(check for check in checks if check.name == "block-plans:tiny").settings["format"] == "fp8"

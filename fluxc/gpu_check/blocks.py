@@ -16,8 +16,9 @@ import numpy as np
 
 from fluxc.base.numbers import significant
 from fluxc.gpu_check.child import Found
+from fluxc.gpu_check.copies import profiled
 from fluxc.gpu_check.place import builder_for
-from fluxc.gpu_check.plan_runner import running, timed
+from fluxc.gpu_check.plan_runner import COPY_BYTES, copy_rate, running, timed
 from fluxc.gpu_check.subject import Amount, Subject
 from fluxc.models.published import KLEIN_4B, MODELS
 from fluxrt import manifest as format
@@ -68,11 +69,22 @@ def check_block_plans(subject: Subject) -> Found:
         target = format.struct_of(kind, format.TensorRTTarget)(kind, engine)
         driver = subject.place.driver()
         module = subject.place.library(_Folder(folder, files), target, driver)
-        figures: dict[str, Any] = {"format": chosen, "tokens": amount.tokens, "text_tokens": amount.text_tokens}
+        rate = copy_rate(driver, amount.runs, COPY_BYTES if library else 1 << 20)
+        figures: dict[str, Any] = {
+            "format": chosen,
+            "copy_bytes_per_s": rate,
+            "tokens": amount.tokens,
+            "text_tokens": amount.text_tokens,
+        }
         faults = []
         for name, entry in entries.items():
             with running(driver, module, name, entry, (folder / str(entry.file)).read_bytes(), sizes) as runner:
-                figures[name] = timed(driver, runner, amount.runs) | {"gemms": audits[name].get("gemms", {})}
+                figures[name] = timed(driver, runner, amount.runs)
+                kernels = runner.kernels()
+            copied = int(audits[name].get("copied_bytes", 0))
+            figures[name] |= {"gemms": audits[name].get("gemms", {}), "copied_bytes": copied}
+            figures[name]["copies_at_least_ms"] = significant(1e3 * copied / rate)
+            figures[name] |= profiled(kernels, (folder / str(entry.file)).read_bytes(), plans[name].expected)
             faults += [f"{name}: {fault['text']}" for fault in audits[name].get("faults", ())]
         driver.close()
     return Found(figures, faults)

@@ -13,7 +13,7 @@ from fluxc.gpu_check.blocks import check_block_plans, check_block_torch
 from fluxc.gpu_check.child import Found
 from fluxc.gpu_check.copies import check_copies
 from fluxc.gpu_check.images import check_graphs, check_images
-from fluxc.gpu_check.machine import Machine, check_bundle, check_machine
+from fluxc.gpu_check.machine import Inventory, check_bundle, check_machine
 from fluxc.gpu_check.memory import check_memory
 from fluxc.gpu_check.ranks import check_kill, check_ranks
 from fluxc.gpu_check.speed import check_start, check_steps
@@ -68,7 +68,7 @@ OF_RANKS: tuple[tuple[str, str, str, Callable[[Subject], Found], float], ...] = 
 NO_FP4_BEFORE = 9
 
 
-def checks_for(bundle: Bundle, machine: Machine, amount: Amount, rehearses_ranks: bool) -> list[Check]:
+def checks_for(bundle: Bundle, inventory: Inventory, amount: Amount, rehearses_ranks: bool) -> list[Check]:
     """Every check in the order in which they run: what is here, each target that fits, several GPUs, blocks of large models.
 
     With `rehearses_ranks` targets that are sharded for CPU processes count as sharded for GPUs.
@@ -82,12 +82,12 @@ def checks_for(bundle: Bundle, machine: Machine, amount: Amount, rehearses_ranks
         if target.gpus > 1 and (target.device == "cuda" or rehearses_ranks):
             sharded.append(target)
         elif target.device == "cuda":
-            checks += _of_target(bundle, machine, target)
+            checks += _of_target(bundle, inventory, target)
     for target in sharded:
-        reason = machine.obstacles[target.name]
+        reason = inventory.obstacles[target.name]
         for name, shows, needs, work, limit in OF_RANKS:
             checks.append(Check(f"{name}:{target.name}", shows, needs, work, limit, target.name, skipped=reason or ""))
-    capability = machine.device["gpus"][0]["compute_capability"]
+    capability = inventory.device["gpus"][0]["compute_capability"]
     formats = [name for name in ("nvfp4", "fp8") if name in FORMATS_OF.get(capability, ())]
     chosen = {"capability": capability, "format": formats[0] if formats else "bf16"}
     for model in amount.models:
@@ -115,11 +115,11 @@ def bounds_of(bundle: Bundle, target: Target) -> dict[str, float]:
     return {figure: bound.error for figure, bound in stage_bounds(options, "float32", plans).items()}
 
 
-def _of_target(bundle: Bundle, machine: Machine, target: Target) -> list[Check]:
-    reason = machine.obstacles[target.name]
+def _of_target(bundle: Bundle, inventory: Inventory, target: Target) -> list[Check]:
+    reason = inventory.obstacles[target.name]
     if isinstance(target, VisualGenTarget):
         reason = reason or "gpu-check has no checks of TensorRT-LLM; docs/visual-gen.md says how to serve it"
-    capability = machine.device["gpus"][0]["compute_capability"]
+    capability = inventory.device["gpus"][0]["compute_capability"]
     has_fp4 = any(layer.format == "nvfp4" for layer in bundle.manifest.precision)
     if isinstance(target, OnnxRuntimeTarget) and has_fp4 and int(capability.partition(".")[0]) < NO_FP4_BEFORE:
         reason = reason or (

@@ -30,7 +30,7 @@ LIBRARIES = (
 
 
 @dataclass(frozen=True)
-class Machine:
+class Inventory:
     """The GPUs (see Place.describe), versions of what is installed, and by target what stands in its way, None if nothing."""
 
     device: dict[str, Any]
@@ -38,7 +38,7 @@ class Machine:
     obstacles: dict[str, str | None]
 
 
-def look(place: Place, bundle: str) -> Machine:
+def look(place: Place, bundle: str) -> Inventory:
     """What is here; BackendError without a GPU."""
     opened = open_bundle(bundle)
     device = place.describe()
@@ -48,7 +48,7 @@ def look(place: Place, bundle: str) -> Machine:
         reason = obstacle(opened, target, machine)
         # Where the bundle lies here is of no use elsewhere.
         obstacles[target.name] = reason and reason.replace(str(opened.root), opened.manifest.name)
-    return Machine(device, library_versions(), obstacles)
+    return Inventory(device, library_versions(), obstacles)
 
 
 def library_versions() -> dict[str, str]:

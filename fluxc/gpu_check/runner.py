@@ -18,7 +18,7 @@ from fluxc.base.output import check_output
 from fluxc.fidelity.on_target import digest_without_entries
 from fluxc.gpu_check.checks import Check, checks_for
 from fluxc.gpu_check.child import Ended, Found, run_limited
-from fluxc.gpu_check.machine import Machine, look
+from fluxc.gpu_check.machine import Inventory, look
 from fluxc.gpu_check.page import write_page
 from fluxc.gpu_check.place import Place
 from fluxc.gpu_check.record import Outcome, Ran, Record, new_record, read_record, write_record
@@ -39,16 +39,16 @@ def gpu_check(path: Path, out: Path, place: Place, amount: Amount, again: tuple[
     """
     bundle = open_bundle(path)
     check_output(out, "a file of gpu-check")
-    machine = _look(place, path)
+    inventory = _look(place, path)
     ran = Ran(
         bundle.manifest.name,
         digest_without_entries(bundle.manifest),
         file_hashes(bundle),
-        machine.device,
-        machine.versions,
+        inventory.device,
+        inventory.versions,
     )
     record = new_record(ran, place.is_rehearsal)
-    checks = checks_for(bundle, machine, amount, place.is_rehearsal)
+    checks = checks_for(bundle, inventory, amount, place.is_rehearsal)
     known = _kept(out, record)
     if known and not known.checks:
         yield f"{out}: driver, libraries or fluxc are others than those of its checks, which are all repeated"
@@ -61,7 +61,7 @@ def gpu_check(path: Path, out: Path, place: Place, amount: Amount, again: tuple[
         and check.name not in repeated
         and not _is_skip(known.checks[check.name])
     }
-    yield f"{bundle.manifest.name} on {_device_line(machine)}: {len(checks)} checks, {len(kept)} of them known"
+    yield f"{bundle.manifest.name} on {_device_line(inventory)}: {len(checks)} checks, {len(kept)} of them known"
     with tempfile.TemporaryDirectory(prefix="fluxc-gpu-check-") as kernels:
         for check in checks:
             if check.name in kept:
@@ -95,13 +95,13 @@ def summary(record: Record) -> str:
     return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses)))
 
 
-def _look(place: Place, path: Path) -> Machine:
+def _look(place: Place, path: Path) -> Inventory:
     """What is here, found in a process of its own, so that this one never touches a GPU."""
     ended = run_limited(look, (place, str(path)), LOOK_LIMIT)
     if ended.how != "returned":
         raise BuildError(f"gpu-check needs a GPU: {ended.why}. {DRY_RUN}" + (f"\n{ended.log}" if ended.log else ""))
-    machine: Machine = ended.value
-    return machine
+    inventory: Inventory = ended.value
+    return inventory
 
 
 def _kept(out: Path, record: Record) -> Record | None:
@@ -184,6 +184,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _device_line(machine: Machine) -> str:
-    gpus = [gpu["name"] for gpu in machine.device["gpus"]]
-    return f"{len(gpus)} x {gpus[0]}, driver {machine.device['driver']}, CUDA {machine.device['cuda']}"
+def _device_line(inventory: Inventory) -> str:
+    gpus = [gpu["name"] for gpu in inventory.device["gpus"]]
+    return f"{len(gpus)} x {gpus[0]}, driver {inventory.device['driver']}, CUDA {inventory.device['cuda']}"
