@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -99,9 +100,19 @@ def _how_it_ended(code: int | None) -> str:
     return f"its process ended with exit code {code} and no result"
 
 
+def _end_with(parent: int, own_group: bool) -> None:
+    """A process whose parent is gone ends with all that it started, whatever it is doing: it would hold the GPU."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    if own_group:
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
 def _child(send: Connection, log: str, work: Callable[..., Any], arguments: tuple[Any, ...], own_group: bool) -> None:
     if own_group:
         os.setsid()
+    threading.Thread(target=_end_with, args=(os.getppid(), own_group), daemon=True).start()
     # What libraries print, also from C++ and while they abort.
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
