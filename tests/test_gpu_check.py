@@ -34,6 +34,7 @@ from fluxc.gpu_check.images import check_graphs, check_images, read_image
 from fluxc.gpu_check.machine import Inventory, check_machine
 from fluxc.gpu_check.memory import check_memory
 from fluxc.gpu_check.place import GpuPlace
+from fluxc.gpu_check.plan_runner import PlanRunner, running, timed
 from fluxc.gpu_check.ranks import check_kill, check_ranks
 from fluxc.gpu_check.record import read_record, write_record
 from fluxc.gpu_check.runner import gpu_check, outcome_of, page_of
@@ -44,7 +45,7 @@ from fluxc.rehearsal.place import MadeUpPlace
 from fluxc.targets.tensorrt.audit import Expected
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import open_bundle
-from fluxrt.errors import BackendError, BundleError
+from fluxrt.errors import BackendError, BundleError, RequestError
 from test_serving import bundle as sharded_bundle  # noqa: F401
 from test_tensorrt import rtx_bundle  # noqa: F401
 
@@ -423,3 +424,30 @@ def test_figures_that_json_has_not_fail_a_check() -> None:
     assert outcome.status == "failed"
     assert outcome.why == "a.b[1] came to inf; c came to inf"
     assert outcome.figures == {"a": {"b": [1.0, None]}, "c": None}
+
+
+def test_a_plan_runner_gives_everything_back_and_says_what_is_refused(bundle: Path) -> None:
+    """Eager, captured and profiled runs, each in a context of its own; a profiler that reports is read."""
+    opened = open_bundle(bundle)
+    target = opened.target("tensorrt_rtx")
+    plan = target.engine.plans["single"]
+    data = opened.path(str(plan.file)).read_bytes()
+    sizes = {"branches": 2, "tokens": 64, "rows": 8, "columns": 8}
+    driver = FakeDriver()
+    library: Any = FakeLibrary(opened, target, driver)
+    library.IProfiler = type("IProfiler", (), {"__init__": lambda self: None})
+    with running(driver, library, "single", plan, data, sizes) as runner:
+        assert timed(driver, runner, 1)["graph_ms"] > 0
+        assert runner.kernels() == {}
+        contexts = list(runner._contexts.values())
+        assert len(contexts) == 3
+        contexts[2].profiler.report_layer_time("a kernel", 0.5)
+        contexts[2].profiler.report_layer_time("a kernel", 0.25)
+        assert contexts[2].profiler.found == {"a kernel": 0.75}
+    driver.close()
+    library.not_capturable.add("single")
+    with running(driver, library, "single", plan, data, sizes) as runner:
+        found = timed(driver, runner, 1)
+    assert (found["graph_ms"], found["not_captured"]) == (None, "TensorRT says that single cannot be captured")
+    with pytest.raises(RequestError, match="branches 9, tokens 65 was not compiled"):
+        PlanRunner(driver, library, "single", plan, data, {**sizes, "branches": 9, "tokens": 65})

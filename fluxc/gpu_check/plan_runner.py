@@ -43,41 +43,35 @@ class PlanRunner:
         self._logger = make_logger(library)
         self._runtime = library.Runtime(self._logger)
         driver.activate()
-        engine = self._runtime.deserialize_cuda_engine(data)
-        if engine is None:
-            raise BackendError(f"plan {name}: it does not load on {driver.gpu.name}: {self._logger.told()}")
-        self._engine = engine
-        self._context = self._made(self._make_context())
-        profile = profile_for(name, plan, sizes)
-        if plan.profiles:
-            self._expect(self._context.set_optimization_profile_async(profile, driver.stream), f"profile {profile}")
-        wanted = max(256, int(engine.get_device_memory_size_for_profile_v2(profile)))
-        self._context.set_device_memory(self._allocate(wanted), wanted)
+        self._engine = self._runtime.deserialize_cuda_engine(data)
+        self._expect(self._engine is not None, f"to load it on {driver.gpu.name}")
+        self._profile = profile_for(name, plan, sizes) if plan.profiles else None
+        wanted = int(self._engine.get_device_memory_size_for_profile_v2(self._profile or 0))
+        self._scratch = (self._allocate(wanted), wanted)
         rng = np.random.default_rng(0)
+        inputs = {port.name: resolve(port.shape, sizes) for port in plan.inputs}
+        self._shapes = inputs if plan.profiles else {}
+        self._addresses = {}
         for port in plan.inputs:
-            shape = resolve(port.shape, sizes)
-            if plan.profiles:
-                self._expect(self._context.set_input_shape(port.name, shape), f"{port.name} as {list(shape)}")
-            self._bind(port.name, _values(rng, port.dtype, size_of(port.dtype, shape)))
+            self._addresses[port.name] = self._filled(rng, port.dtype, size_of(port.dtype, inputs[port.name]))
         for weight in plan.weights:
-            self._bind(weight.name, _values(rng, weight.dtype, size_of(weight.dtype, weight.shape)))
+            self._addresses[weight.name] = self._filled(rng, weight.dtype, size_of(weight.dtype, weight.shape))
         for port in plan.outputs:
-            address = self._allocate(size_of(port.dtype, resolve(port.shape, sizes)))
-            self._expect(self._context.set_tensor_address(port.name, address), port.name)
+            self._addresses[port.name] = self._allocate(size_of(port.dtype, resolve(port.shape, sizes)))
+        self._contexts = {"eager": self._ready_context()}
 
     def enqueue(self) -> None:
         """Ask for one run."""
-        self._expect(self._context.execute_async_v3(self._driver.stream), "a run")
+        self._run(self._contexts["eager"])
 
     def capture(self) -> str | None:
         """Capture one run as a CUDA graph, which `launch` launches; why TensorRT does not let it be, else None."""
-        if hasattr(self._context, "is_stream_capturable") and not self._context.is_stream_capturable(
-            self._driver.stream
-        ):
+        context = self._contexts["captured"] = self._ready_context()
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(self._driver.stream):
             return f"TensorRT says that {self._name} cannot be captured"
         self._driver.begin_capture()
         try:
-            self.enqueue()
+            self._run(context)
             self._graph = self._driver.end_capture()
         except (BackendError, RuntimeError) as error:
             self._driver.abandon_capture()
@@ -103,20 +97,37 @@ class PlanRunner:
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 self.found[layer_name] = self.found.get(layer_name, 0.0) + ms
 
-        profiler = Profiler()
-        self._context.profiler = profiler
-        self.enqueue()
+        context = self._contexts["profiled"] = self._ready_context()
+        profiler = context.profiler = Profiler()
+        self._run(context)
         self._driver.synchronize()
-        return profiler.found
+        return dict(profiler.found)
 
     def close(self) -> None:
-        """Give back the graph, the context and the memory."""
+        """Give back the graph, the contexts and the memory."""
         self._driver.synchronize()
         if self._graph is not None:
             self._driver.destroy(self._graph)
-        self._context = self._engine = self._runtime = None
+        self._contexts.clear()
+        self._engine = self._runtime = None
         for address in self._memory:
             self._driver.free(address)
+
+    def _ready_context(self) -> Any:
+        """A context of its own for each use, bound, that has run once: TensorRT-RTX compiles kernels then."""
+        context = self._make_context()
+        self._expect(context is not None, "an execution context")
+        if self._profile is not None:
+            chosen = context.set_optimization_profile_async(self._profile, self._driver.stream)
+            self._expect(chosen, f"optimization profile {self._profile}")
+        context.set_device_memory(*self._scratch)
+        for port, shape in self._shapes.items():
+            self._expect(context.set_input_shape(port, shape), f"{port} as {list(shape)}")
+        for port, address in self._addresses.items():
+            self._expect(context.set_tensor_address(port, address), f"an address of {port}")
+        self._run(context)
+        self._driver.synchronize()
+        return context
 
     def _make_context(self) -> Any:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -129,18 +140,18 @@ class PlanRunner:
         config.dynamic_shapes_kernel_specialization_strategy = eager
         return self._engine.create_execution_context(config)
 
-    def _made(self, context: Any) -> Any:
-        self._expect(context is not None, "an execution context")
-        return context
+    def _run(self, context: Any) -> None:
+        self._expect(context.execute_async_v3(self._driver.stream), "to run")
 
-    def _bind(self, port: str, data: np.ndarray) -> None:
+    def _filled(self, rng: np.random.Generator, dtype: str, nbytes: int) -> int:
+        data = _values(rng, dtype, nbytes)
         address = self._allocate(data.nbytes)
         self._driver.upload(address, data)
         self._driver.synchronize()
-        self._expect(self._context.set_tensor_address(port, address), port)
+        return address
 
     def _allocate(self, nbytes: int) -> int:
-        self._memory.append(self._driver.allocate(max(nbytes, 1)))
+        self._memory.append(self._driver.allocate(max(nbytes, 256)))
         return self._memory[-1]
 
     def _expect(self, done: bool, what: str) -> None:
@@ -160,7 +171,6 @@ def running(*arguments: Any) -> Iterator[PlanRunner]:
 
 def timed(driver: Driver, runner: PlanRunner, runs: int) -> dict[str, Any]:
     """Milliseconds of a run, from the time of `runs` that follow one another: each call by itself, and as a CUDA graph."""
-    runner.enqueue()
     figures: dict[str, Any] = {"eager_ms": _mean_ms(driver, runner.enqueue, runs)}
     refused = runner.capture()
     if refused:
