@@ -60,7 +60,7 @@ def test_figures_go_into_manifest_and_report(quick_copy: Path, tmp_path: Path) -
     result = CliRunner().invoke(main, ["add-evidence", str(quick_copy), str(file)])
     assert result.exit_code == 0, result.output
     assert (
-        "a GPU: onnxruntime matched on the target, onnxruntime-nvfp4 failed on the target; 1 GPUs in all"
+        "a GPU: onnxruntime matched on the target, onnxruntime-nvfp4 failed on the target; entries of 1 machines in all"
         in result.output
     )
     opened = open_bundle(quick_copy)
@@ -70,12 +70,12 @@ def test_figures_go_into_manifest_and_report(quick_copy: Path, tmp_path: Path) -
     assert after.digest != before.digest
     assert digest_without_entries(after) == before.digest
     (entry,) = entries_of(after)
-    assert entry["tiers"] == {
+    assert entry.tiers == {
         "onnxruntime": "matched on the target",
         "onnxruntime-nvfp4": "failed on the target",
     }
-    assert entry["checks"]["steps:onnxruntime"]["figures"] == STEP
-    assert entry["bundle"] == before.digest
+    assert entry.checks["steps:onnxruntime"].figures == STEP
+    assert entry.bundle == before.digest
     added = sorted(name for name in after.files if name.startswith(FILES))
     assert sorted(Path(name).suffix for name in added) == [".html", ".json"]
     page = next(name for name in added if name.endswith(".html"))
@@ -100,7 +100,7 @@ def test_the_same_file_again_changes_nothing_and_another_gpu_adds_an_entry(quick
     assert contents(quick_copy) == once
     add_evidence(quick_copy, second)
     both = contents(quick_copy)
-    assert [e["device"]["gpus"][0]["name"] for e in entries_of(open_bundle(quick_copy).manifest)] == ["A GPU", "B GPU"]
+    assert [e.gpu for e in entries_of(open_bundle(quick_copy).manifest)] == ["A GPU", "B GPU"]
     assert sum(name.startswith(FILES) for name in both) == 3
     add_evidence(quick_copy, first)
     assert contents(quick_copy) == both
@@ -110,7 +110,7 @@ def test_the_same_file_again_changes_nothing_and_another_gpu_adds_an_entry(quick
     write_record(first, msgspec.structs.replace(record, checks=more))
     add_evidence(quick_copy, first)
     entries = entries_of(open_bundle(quick_copy).manifest)
-    assert ["copies:onnxruntime" in entry["checks"] for entry in entries] == [False, True]
+    assert ["copies:onnxruntime" in entry.checks for entry in entries] == [False, True]
     verify_files(open_bundle(quick_copy))
 
 
@@ -180,7 +180,7 @@ def test_a_build_that_changes_nothing_keeps_the_evidence_and_another_says_that_i
     progress = RecordingProgress()
     compile_into(quick_copy, *QUICK, "gates={layer_snr_db: 1}", progress=progress)
     assert any("what 1 GPUs did was about the bundle that is now replaced" in said for said in progress.said)
-    assert entries_of(open_bundle(quick_copy).manifest) == []
+    assert entries_of(open_bundle(quick_copy).manifest) == ()
 
 
 def test_a_bundle_without_evidence_says_nothing_of_it(quick_bundle: Path) -> None:

@@ -205,12 +205,11 @@ def test_a_file_about_something_else_is_not_overwritten(
 
 
 class ForgetfulDriver(FakeDriver):
-    """Its graphs do all that was recorded but the last action."""
+    """Its graphs do all that was recorded when they are first launched, and less every time after."""
 
-    def end_capture(self) -> int:
-        graph = super().end_capture()
+    def launch(self, graph: int) -> None:
+        super().launch(graph)
         self.graphs[graph] = self.graphs[graph][:-1]
-        return graph
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ class Hungry(MadeUpPlace):
 
     def backend(self, bundle: Any, target: Any, driver: Any, captures: bool) -> TensorRTBackend:
         library = FakeLibrary(bundle, target, driver)
-        library.scratch = 48 << 20
+        library.scratch = dict.fromkeys(library.scratch, 48 << 20)
         return TensorRTBackend(bundle, target, driver, library, captures=captures)
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from fluxc.base.errors import BuildError
 from fluxc.base.output import check_writable, names_place
@@ -20,7 +21,7 @@ from fluxc.gpu_check.page import render
 from fluxc.gpu_check.record import Record, read_record
 from fluxc.gpu_check.subject import file_hashes
 from fluxrt.bundle import Bundle, open_bundle, sha256_file
-from fluxrt.manifest import MANIFEST, File, encode_manifest
+from fluxrt.manifest import MANIFEST, CheckFound, Device, File, OnTarget, encode_manifest
 
 RAN, FAILED, MATCHED = "ran on the target", "failed on the target", "matched on the target"
 """Tiers: images came out as the CPU's did; they did not, or crashed; and beyond the first, every stage did too."""
@@ -46,14 +47,13 @@ def add_evidence(path: Path, file: Path) -> str:
         )
     check_writable(path)
     check_writable(path.resolve().parent)
-    entries = [entry for entry in entries_of(bundle.manifest) if not _same_machine(entry, record)]
-    entries = sorted(
-        [*entries, entry_of(record)], key=lambda entry: (entry["device"]["gpus"][0]["name"], entry["seal"])
-    )
+    added = entry_of(record, file)
+    kept = [entry for entry in entries_of(bundle.manifest) if not _same_machine(entry, added)]
+    entries = tuple(sorted([*kept, added], key=lambda entry: (entry.gpu, entry.seal)))
     with names_place("add-evidence", path):
         _seal(bundle, entries, file)
-    tiers = ", ".join(f"{name} {tier}" for name, tier in entry_of(record)["tiers"].items())
-    return f"{path}: {record.ran.device['gpus'][0]['name']}: {tiers or 'no target ran'}; {len(entries)} GPUs in all"
+    tiers = ", ".join(f"{name} {tier}" for name, tier in added.tiers.items())
+    return f"{path}: {added.gpu}: {tiers}; entries of {len(entries)} machines in all"
 
 
 def check_same(bundle: Bundle, record: Record, file: Path) -> None:
@@ -74,19 +74,14 @@ def check_same(bundle: Bundle, record: Record, file: Path) -> None:
         )
 
 
-def entry_of(record: Record) -> dict[str, Any]:
-    """The manifest's entry: tiers by target, what ran on what, and outcome and figures of every check but its images."""
-    return {
-        "tiers": tiers_of(record),
-        "seal": record.seal,
-        "bundle": record.ran.bundle,
-        "device": record.ran.device,
-        "versions": record.ran.versions,
-        "checks": {
-            name: {"status": found.status, "why": found.why, "figures": found.figures}
-            for name, found in record.checks.items()
-        },
-    }
+def entry_of(record: Record, file: Path) -> OnTarget:
+    """The manifest's entry: tiers by target, what ran on what, and outcome and figures of every check."""
+    checks = {name: CheckFound(found.status, found.why, found.figures) for name, found in record.checks.items()}
+    try:
+        device = msgspec.convert(record.ran.device, Device)
+    except msgspec.ValidationError as error:
+        raise BuildError(f"{file}: damaged: device: {error}; run gpu-check again") from None
+    return OnTarget(tiers_of(record), record.seal, record.ran.bundle, device, record.ran.versions, checks)
 
 
 def tiers_of(record: Record) -> dict[str, str]:
@@ -104,24 +99,24 @@ def tiers_of(record: Record) -> dict[str, str]:
     return tiers
 
 
-def _same_machine(entry: dict[str, Any], record: Record) -> bool:
-    return bool(entry["device"] == record.ran.device and entry["versions"] == record.ran.versions)
+def _same_machine(one: OnTarget, other: OnTarget) -> bool:
+    return (one.device, one.versions) == (other.device, other.versions)
 
 
 def _short(digest: str | None) -> str:
     return digest[:16] if digest else "nothing"
 
 
-def _seal(bundle: Bundle, entries: list[dict[str, Any]], file: Path) -> None:
+def _seal(bundle: Bundle, entries: tuple[OnTarget, ...], file: Path) -> None:
     """Put the report's files and then the manifest into the bundle, and take those away that it no longer names."""
     with tempfile.TemporaryDirectory(prefix=".evidence-", dir=bundle.root.resolve().parent) as name:
         scratch = Path(name)
         (scratch / FILES).parent.mkdir(parents=True)
         for entry in entries:
-            record = f"{FILES}{entry['seal'][:NAME_DIGITS]}.json"
+            record = f"{FILES}{entry.seal[:NAME_DIGITS]}.json"
             kept = bundle.root / record
             (scratch / record).write_bytes(kept.read_bytes() if record in bundle.manifest.files else file.read_bytes())
-        together = hashlib.sha256("".join(entry["seal"] for entry in entries).encode()).hexdigest()[:NAME_DIGITS]
+        together = hashlib.sha256("".join(entry.seal for entry in entries).encode()).hexdigest()[:NAME_DIGITS]
         records = [read_record(path) for path in sorted(scratch.rglob("*.json"))]
         (scratch / f"{FILES}{together}.html").write_text(render(records, {}, pictures=False), encoding="utf-8")
         files = {
@@ -140,14 +135,16 @@ def _seal(bundle: Bundle, entries: list[dict[str, Any]], file: Path) -> None:
             old.unlink()
 
 
-def evidence_lines(entries: list[dict[str, Any]], digest: str) -> list[str]:
+def evidence_lines(entries: tuple[OnTarget, ...], digest: str) -> list[str]:
     """What `fluxc inspect` says of the entries of a bundle whose digest without them is `digest`."""
     lines = []
     for entry in entries:
-        gpu = entry["device"]["gpus"][0]
-        earlier = "" if entry["bundle"] == digest else " (before the bundle was finished)"
-        for target, tier in entry["tiers"].items():
-            step = entry["checks"].get(f"steps:{target}", {}).get("figures", {}).get("step")
-            timed = f"; a step {step['p50_ms']} ms (p50), {step['p99_ms']} ms (p99) of {step['count']}" if step else ""
-            lines.append(f"{target}: {tier}: {gpu['name']}, driver {entry['device']['driver']}{timed}{earlier}")
+        earlier = "" if entry.bundle == digest else " (before the bundle was finished)"
+        for target, tier in entry.tiers.items():
+            steps = entry.checks.get(f"steps:{target}")
+            step = steps.figures.get("step") if steps else None
+            timed = ""
+            if isinstance(step, dict):
+                timed = f"; a step {step.get('p50_ms')} ms (p50), {step.get('p99_ms')} ms (p99) of {step.get('count')}"
+            lines.append(f"{target}: {tier}: {entry.gpu}, driver {entry.device.driver}{timed}{earlier}")
     return lines

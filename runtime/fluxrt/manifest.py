@@ -408,6 +408,51 @@ class RankFidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image_psnr_db_worst: float | None
 
 
+class DeviceGpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One GPU of a machine; `id` is made from its UUID."""
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
+    id: str
+
+
+class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The GPUs of a machine in order, [from][to] which can read each other's memory, and the driver with the CUDA it has."""
+
+    gpus: tuple[DeviceGpu, ...]
+    peers: tuple[tuple[bool, ...], ...]
+    driver: str
+    cuda: str
+
+
+class CheckFound(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a check of `fluxc gpu-check` ended, why it did not pass, and what it measured."""
+
+    status: str
+    why: str
+    figures: dict[str, Any]
+
+
+class OnTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one machine's GPUs did with the bundle whose digest, without such entries, was `bundle`: tiers by target.
+
+    `seal` is that of the file of `fluxc gpu-check`, which the report holds; `versions` are those of the libraries.
+    """
+
+    tiers: dict[str, str]
+    seal: str
+    bundle: str
+    device: Device
+    versions: dict[str, str]
+    checks: dict[str, CheckFound]
+
+    @property
+    def gpu(self) -> str:
+        """The name of its first GPU."""
+        return self.device.gpus[0].name if self.device.gpus else "no GPU"
+
+
 class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How near to `reference` each target computes, by its name; docs/bundle-format.md names the figures."""
 
@@ -415,6 +460,7 @@ class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     targets: dict[str, dict[str, Any]]
     ranks: dict[str, RankFidelity]
     step_cache: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    on_target: tuple[OnTarget, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
