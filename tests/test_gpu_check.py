@@ -354,7 +354,7 @@ def test_targets_that_do_not_fit_are_named(bundle: Path) -> None:
 def test_little_shared_memory_is_named_before_ranks_hang(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine_module, "shared_memory_bytes", lambda: 64 << 20)
+    monkeypatch.setattr(machine_module, "shared_memory", lambda: 64 << 20)
     subject = subject_of(bundle, tmp_path, MadeUpPlace())
     assert check_machine(subject).faults == []
     described = {**MadeUpPlace().describe(), "peers": [[True, False], [False, True]]}

@@ -7,13 +7,12 @@ from importlib import metadata
 from typing import Any
 
 from fluxc.gpu_check.child import Found
-from fluxc.gpu_check.place import Place, shared_memory_bytes
+from fluxc.gpu_check.place import Place
 from fluxc.gpu_check.subject import Subject
 from fluxrt.bundle import open_bundle, verify_files
 from fluxrt.choose import obstacle
+from fluxrt.system import ENOUGH_SHM, MORE_SHM, shared_memory
 
-LEAST_SHARED_MEMORY = 512 << 20
-"""Bytes of /dev/shm that several GPUs need which cannot read each other's memory; containers have 64 MB unless told."""
 LIBRARIES = (
     "tensorrt-rtx-cu13",
     "tensorrt-cu13",
@@ -67,14 +66,14 @@ def library_versions() -> dict[str, str]:
 def check_machine(subject: Subject) -> Found:
     """GPUs, driver, CUDA, libraries, P2P and /dev/shm; a fault where ranks would fail for want of either."""
     device = subject.place.describe()
-    shared = shared_memory_bytes()
+    shared = shared_memory()
     figures = {**device, "shared_memory_bytes": shared, "libraries": library_versions()}
     reach = all(all(row) for row in device["peers"])
     faults = []
-    if len(device["gpus"]) > 1 and not reach and (shared or 0) < LEAST_SHARED_MEMORY:
+    if len(device["gpus"]) > 1 and not reach and (shared or 0) < ENOUGH_SHM:
         faults.append(
             f"GPUs cannot read each other's memory and /dev/shm has {(shared or 0) >> 20} MiB, less than the "
-            f"{LEAST_SHARED_MEMORY >> 20} MiB that NCCL then wants; start the container with --shm-size=1g"
+            f"{ENOUGH_SHM >> 20} MiB that NCCL then wants; {MORE_SHM}"
         )
     return Found(figures, faults)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -68,7 +67,11 @@ class GpuPlace:
 
     def describe(self) -> dict[str, Any]:
         from fluxrt.cuda import count_gpus, first_gpu
+        from fluxrt.system import installed_driver, old_driver
 
+        version = installed_driver()
+        if old := old_driver(version):
+            raise BackendError(old)
         count, first = count_gpus(), first_gpu()
         from cuda.bindings import driver
 
@@ -98,7 +101,7 @@ class GpuPlace:
         peers = [
             [one == other or bool(call("cuDeviceCanAccessPeer", one, other)) for other in devices] for one in devices
         ]
-        return {"gpus": gpus, "peers": peers, "driver": _driver_version(), "cuda": first.driver}
+        return {"gpus": gpus, "peers": peers, "driver": version or "unknown", "cuda": first.driver}
 
     def machine(self, bundle: Bundle) -> Machine:
         from fluxrt.machine import this_machine
@@ -141,20 +144,3 @@ def builder_for(capability: str) -> Library | None:
 
     able = [library for library in LIBRARIES.values() if capability in library.compute_capabilities]
     return next((library for library in able if installed_version(library.kind)), None)
-
-
-def shared_memory_bytes() -> int | None:
-    """The size of /dev/shm, which NCCL exchanges data through where GPUs cannot reach one another; None without one."""
-    if not Path("/dev/shm").is_dir():
-        return None
-    found = os.statvfs("/dev/shm")
-    return found.f_blocks * found.f_frsize
-
-
-def _driver_version() -> str:
-    """The version of the kernel's driver ("580.95.05"), "unknown" where the system does not say."""
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
-    except OSError:
-        return "unknown"
-    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
