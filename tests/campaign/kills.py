@@ -21,6 +21,8 @@ from quick import contents, results_of
 MARK = "FLUXC_CAMPAIGN"
 REPEATED = ("target-", "compare-", "weights-transformer-")
 """Results that a killed build makes anew; the rest it finds."""
+STARTING = 0.1
+"""Seconds in which Python itself starts: what an interrupt does there is its own."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -89,7 +91,7 @@ class _Generation:
             return Outcome("exception", "an image that is not whole")
         if partial and sent != signal.SIGKILL:
             return Outcome("litter", ", ".join(partial))
-        if sent != signal.SIGKILL and not made and status not in (128 + sent, -sent):
+        if sent != signal.SIGKILL and not made and status not in (128 + sent, -sent) and moment > STARTING:
             return Outcome("exception", f"exit {status}")
         if sent == signal.SIGKILL:
             self._run(image)
