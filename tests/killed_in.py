@@ -51,15 +51,17 @@ def watched(stage: str, run: Callable[..., Path]) -> Callable[..., Path]:
 
 def run(stage: str | None, arguments: list[str]) -> None:
     """The command, in this process."""
-    from fluxc.base.cache import StageCache
-    from fluxc.build import bundle_writer
-    from fluxc.cli.main import main
+    from fluxc.entry import main
 
     # The parent's stdout is the protocol's.
     os.dup2(2, 1)
     if stage == "bundle":
+        from fluxc.build import bundle_writer
+
         bundle_writer.finish = kill
     elif stage:
+        from fluxc.base.cache import StageCache
+
         StageCache.run = watched(stage, StageCache.run)  # type: ignore[method-assign]
     main(arguments)
 

@@ -22,6 +22,10 @@ sys.meta_path.insert(0, Finder)
 """
 INTERRUPTED = "os.kill(os.getpid(), signal.SIGINT)"
 BURIED = "raise ImportError('initialization failed') from KeyboardInterrupt()"
+TERMINATED = """try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except BaseException as error:
+                raise ImportError('initialization failed') from error"""
 RUN = "from {command}.entry import main\nsys.exit(main(sys.argv[1:]))\n"
 
 
@@ -49,6 +53,10 @@ def test_while_a_command_reads_a_library(nano_bundle: Path, tmp_path: Path) -> N
     for then in (INTERRUPTED, BURIED):
         code = HIT.format(module="onnxruntime", then=then) + RUN.format(command="fluxrt")
         assert ended(code, *arguments) == (130, "fluxrt: interrupted\n")
+    code = HIT.format(module="onnxruntime", then=TERMINATED) + RUN.format(command="fluxrt")
+    assert ended(code, *arguments) == (143, "")
+    code = HIT.format(module="ruamel.yaml", then=TERMINATED) + RUN.format(command="fluxc")
+    assert ended(code, "plan", str(RECIPE)) == (143, "")
     code = HIT.format(module="ruamel.yaml", then=BURIED) + RUN.format(command="fluxc")
     status, said = ended(code, "plan", str(RECIPE))
     assert (status, said.count("\n")) == (130, 1)

@@ -15,7 +15,7 @@ import fluxc
 from fluxc.base.errors import BuildError, FluxError
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import GPUS
-from fluxrt.signals import ended_by_sigterm, was_interrupted
+from fluxrt.signals import INTERRUPTED, ended_by_signal, ended_by_sigterm
 
 BUILD_PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 NANO_GPU = Path("artifacts/flux2-nano-gpu")
@@ -29,14 +29,16 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with ended_by_sigterm():
                 command(*args, **kwargs)
-        except FluxError as error:
-            click.echo(f"fluxc: {error}", err=True)
-            sys.exit(error.exit_code)
         except BaseException as error:
-            if not was_interrupted(error):
+            code = ended_by_signal(error)
+            if code == INTERRUPTED:
+                click.echo("fluxc: interrupted; finished stages are kept, run the command again to go on", err=True)
+            if code is None and isinstance(error, FluxError):
+                click.echo(f"fluxc: {error}", err=True)
+                code = error.exit_code
+            if code is None:
                 raise
-            click.echo("fluxc: interrupted; finished stages are kept, run the command again to go on", err=True)
-            sys.exit(130)
+            sys.exit(code)
 
     return run
 

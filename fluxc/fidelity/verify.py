@@ -45,15 +45,7 @@ def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
             yield f"target {entry.name}: no image was recorded"
             continue
         with contextlib.closing(fluxrt.load(path, target=entry.name)) as pipeline:
-            request = Request(
-                recorded.prompt,
-                seed=recorded.seed,
-                steps=recorded.steps,
-                guidance=recorded.guidance,
-                size=recorded.size,
-                step_cache=False,
-            )
-            result = pipeline.generate(request)
+            result = pipeline.generate(request_of(recorded))
         with Image.open(bundle.path(recorded.file)) as image:
             expected = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
         agreement = psnr(np.asarray(result.images[0], dtype=np.float64) / 255, expected)
@@ -75,3 +67,15 @@ def _recorded(bundle: Bundle, target: Target) -> tuple[RecordedImage | None, flo
             if image.target in names:
                 return image, least
     return None, 0.0
+
+
+def request_of(recorded: RecordedImage) -> Request:
+    """The request an image was recorded for, every step computed."""
+    return Request(
+        recorded.prompt,
+        seed=recorded.seed,
+        steps=recorded.steps,
+        guidance=recorded.guidance,
+        size=recorded.size,
+        step_cache=False,
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fluxc.fidelity.verify import request_of
 from fluxc.gpu_check.child import Found
-from fluxc.gpu_check.subject import Subject, recorded_images, request_of
+from fluxc.gpu_check.subject import Subject, recorded_images
 from fluxrt.manifest import TensorRTTarget
 
 SLACK = 1.05

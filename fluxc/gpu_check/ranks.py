@@ -11,10 +11,10 @@ import numpy as np
 
 from fluxc.base.numbers import significant
 from fluxc.fidelity.metrics import psnr
-from fluxc.fidelity.verify import LEAST_PSNR_DB_OF_ANOTHER
+from fluxc.fidelity.verify import LEAST_PSNR_DB_OF_ANOTHER, request_of
 from fluxc.gpu_check.child import Found
 from fluxc.gpu_check.images import NOT_RECORDED, read_image
-from fluxc.gpu_check.subject import Subject, recorded_images, request_of
+from fluxc.gpu_check.subject import Subject, recorded_images
 from fluxrt.errors import BackendError
 from fluxrt.ranked import RankedPipeline, RankError
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import significant
+from fluxc.fidelity.verify import request_of
 from fluxc.gpu_check.child import Found, run_limited
-from fluxc.gpu_check.subject import Loaded, Subject, recorded_images, request_of
+from fluxc.gpu_check.subject import Loaded, Subject, recorded_images
 from fluxrt.pipeline import starting_noise
 from fluxrt.schedule import SCHEDULES
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from fluxc.gpu_check.place import Place
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.manifest import RecordedImage, Target
-from fluxrt.request import Request
 
 if TYPE_CHECKING:
     from fluxrt.cuda import Driver
@@ -105,18 +104,6 @@ def recorded_images(bundle: Bundle, target: Target) -> list[RecordedImage]:
     if not recorded:
         return []
     return [recorded[0], recorded[min(1, len(recorded) - 1)], recorded[0]][:IMAGES]
-
-
-def request_of(recorded: RecordedImage) -> Request:
-    """The request an image was recorded for, every step computed."""
-    return Request(
-        recorded.prompt,
-        seed=recorded.seed,
-        steps=recorded.steps,
-        guidance=recorded.guidance,
-        size=recorded.size,
-        step_cache=False,
-    )
 
 
 def file_hashes(bundle: Bundle) -> dict[str, str]:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, TextIO
 import fluxrt
 from fluxrt.errors import FluxError
 from fluxrt.output import check_output, save
-from fluxrt.signals import ended_by_sigterm, was_interrupted
+from fluxrt.signals import INTERRUPTED, ended_by_signal, ended_by_sigterm
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from fluxrt.backends.registry import AnyPipeline
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,14 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except FluxError as error:
-        _say(f"fluxrt: {error}", sys.stderr)
-        return error.exit_code
     except BaseException as error:
-        if not was_interrupted(error):
+        code = ended_by_signal(error)
+        if code == INTERRUPTED:
+            _say("fluxrt: interrupted", sys.stderr)
+        if code is None and isinstance(error, FluxError):
+            _say(f"fluxrt: {error}", sys.stderr)
+            code = error.exit_code
+        if code is None:
             raise
-        _say("fluxrt: interrupted", sys.stderr)
-        return 130
+        return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,17 +98,21 @@ def _generate(options: argparse.Namespace) -> int:
             listed = ", ".join(str(step) for step in skipped)
             _say(f"fluxrt: {paths[number].name}: skipped {len(skipped)} steps ({listed})", sys.stderr)
 
+    with ended_by_sigterm(), _loaded(options) as pipeline:
+        result = pipeline.generate(request, on_step if showing else None, on_image)
+    for note in (*result.notes, *pipeline.notes):
+        _say(f"fluxrt: {note}", sys.stderr)
+    return 0
+
+
+def _loaded(options: argparse.Namespace) -> AnyPipeline:
     pipeline = fluxrt.load(options.bundle, target=options.target, threads=options.threads, gpus=options.gpus)
     if pipeline.target.kind == "onnxruntime":
         import onnxruntime
 
         # Its loggers print what it also raises, which reaches the user as a sentence of ours.
         onnxruntime.set_default_logger_severity(4)
-    with contextlib.closing(pipeline), ended_by_sigterm():
-        result = pipeline.generate(request, on_step if showing else None, on_image)
-    for note in (*result.notes, *pipeline.notes):
-        _say(f"fluxrt: {note}", sys.stderr)
-    return 0
+    return pipeline
 
 
 def _say(text: str, stream: TextIO | None, end: str = "\n") -> None:

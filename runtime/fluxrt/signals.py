@@ -21,7 +21,7 @@ def a_command(name: str) -> Iterator[Callable[[], None]]:
 
     def end(*_: object) -> None:
         os.write(2, f"{name}: interrupted\n".encode())
-        os._exit(130)
+        os._exit(INTERRUPTED)
 
     def begun() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,11 +36,24 @@ def a_command(name: str) -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def was_interrupted(error: BaseException | None) -> bool:
-    """Whether an interrupt is behind `error`: a library that is being loaded reports it as an error of its own."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+INTERRUPTED = 128 + signal.SIGINT
+
+
+class Terminated(SystemExit):
+    """SIGTERM came."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+def ended_by_signal(error: BaseException | None) -> int | None:
+    """The exit code if an interrupt or SIGTERM is behind `error`, else None: a library that is being loaded makes an error of
+    its own out of either."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 128 + signal.SIGTERM
         error = error.__cause__ or error.__context__
-    return error is not None
+    return None
 
 
 @contextmanager
@@ -48,7 +61,7 @@ def ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends the command as an interrupt does, so that what is half written is removed and ranks are ended."""
 
     def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+        raise Terminated
 
     try:
         before = signal.signal(signal.SIGTERM, end)
