@@ -204,6 +204,7 @@ def test_four_megapixels_on_32_gb_are_told(model: str, fits: bool, without_text_
     assert (sum(one["first_rank_bytes"].values()) < 32e9) == fits
     text = " ".join(predicted(*arguments).output.split())
     assert ("does not fit" in text) != fits
+    assert "e+" not in text
     assert without_text_encoder in text
     assert ("Without the text encoder" in text) != fits
 

@@ -85,8 +85,8 @@ def _time_table(scaling: Scaling) -> Table:
         faster = fewest.time.seconds / p.time.seconds
         table.add_row(
             str(p.gpus),
-            *(f"{1e3 * seconds:.3g}" for seconds in (p.time.seconds, *parts)),
-            *(f"{count * p.time.seconds:.3g}" for _, count in steps),
+            *(_figure(1e3 * seconds) for seconds in (p.time.seconds, *parts)),
+            *(_figure(count * p.time.seconds) for _, count in steps),
             f"{faster:.2f}x",
             f"{faster * fewest.gpus / p.gpus:.0%}",
         )
@@ -158,7 +158,7 @@ def _points_table() -> Table:
         table.add_row(
             c.point.what,
             f"{c.point.published:g}{unit}{c.point.unit}",
-            f"{c.predicted:.3g}{unit}{c.point.unit}",
+            f"{_figure(c.predicted)}{unit}{c.point.unit}",
             f"{c.error:+.0%}",
             f"{c.error_without:+.0%}",
             c.point.source,
@@ -177,3 +177,8 @@ def _assumptions(scaling: Scaling) -> str:
         f"all-to-all and {1e6 * KERNEL_GAP:.0f} us a kernel besides; skipped steps take no time; text encoding and VAE are not "
         "in it. No published figure is of this compiler's plans."
     )
+
+
+def _figure(value: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{float(f'{value:.3g}'):,g}"
