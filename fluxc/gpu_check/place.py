@@ -92,7 +92,7 @@ class GpuPlace:
             name = call("cuDeviceGetName", 128, device)
             gpus.append(
                 {
-                    "name": name.rstrip(b"\0").decode() if isinstance(name, bytes) else str(name),
+                    "name": name.split(b"\0")[0].decode() if isinstance(name, bytes) else str(name),
                     "compute_capability": ".".join(str(call("cuDeviceGetAttribute", c, device)) for c in capability),
                     "memory_bytes": int(call("cuDeviceTotalMem", device)),
                     "id": hashlib.sha256(bytes(call("cuDeviceGetUuid", device).bytes)).hexdigest()[:12],
