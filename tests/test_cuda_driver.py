@@ -166,9 +166,7 @@ class Api(ModuleType):
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Api:
     made = Api()
-    package = ModuleType("cuda.bindings")
-    package.driver = made  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cuda.bindings", package)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=made))
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", made)
     return made
 

@@ -87,11 +87,11 @@ class PlanRunner:
         """Milliseconds of one run by kernel, as the library's profiler says; empty where it has none or says nothing."""
         if not hasattr(self._trt, "IProfiler"):
             return {}
-        trt = self._trt
+        base: Any = self._trt.IProfiler
 
-        class Profiler(trt.IProfiler):  # type: ignore[name-defined]
+        class Profiler(base):
             def __init__(self) -> None:
-                trt.IProfiler.__init__(self)
+                base.__init__(self)
                 self.found: dict[str, float] = {}
 
             def report_layer_time(self, layer_name: str, ms: float) -> None:

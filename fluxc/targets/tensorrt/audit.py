@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -103,6 +103,60 @@ def worst_of(audits: list[Audit]) -> Audit:
     return replace(worst, faults=faults, working_bytes=working)
 
 
+@dataclass(frozen=True)
+class Runs:
+    """What runs an ONNX node in a plan: itself, the format it multiplies in, and what it is in words."""
+
+    by: Hashable
+    format: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """GEMMs by format, fused attentions, their share of what was planned, and the faults."""
+
+    gemms: dict[str, int]
+    fused: int
+    share: float
+    faults: tuple[Finding, ...]
+
+
+def compare(
+    expected: Expected, noun: str, runs: Callable[[str], Runs | None], is_fused: Callable[[str], bool]
+) -> Compared:
+    """GEMMs, their groups and attentions of a plan against `expected`; `noun` is what it consists of, kernels or layers."""
+    faults: list[Finding] = []
+    gemms: dict[str, int] = {}
+    by: dict[str, Hashable] = {}
+    for name, format in expected.gemms.items():
+        found = runs(name)
+        if found is None:
+            faults.append(Finding("missing", (name,), f"no {noun} of the plan computes it"))
+            continue
+        by[name] = found.by
+        gemms[found.format] = gemms.get(found.format, 0) + 1
+        if format in OPERAND and found.format != format:
+            faults.append(Finding("format", (name,), f"planned {format}, runs as {found.format} ({found.kind})"))
+    for group in expected.groups:
+        count = len({by[name] for name in group if name in by})
+        if count > 1:
+            faults.append(Finding("group", group, f"{count} GEMMs instead of one"))
+    apart = [name for name in expected.attentions if not is_fused(name)]
+    faults += [Finding("attention", (name,), "attention is not one fused kernel") for name in apart]
+    fused = len(expected.attentions) - len(apart)
+    wanted = len(expected.gemms) + len(expected.attentions)
+    good = sum(gemms.values()) + fused - sum(1 for finding in faults if finding.kind == "format")
+    share = round(good / wanted, 4) if wanted else 1.0
+    return Compared(dict(sorted(gemms.items())), fused, share, tuple(faults))
+
+
+def moved_weight(by: str, weight: str) -> Finding:
+    """That `by`, a kernel or layer, copies a whole weight."""
+    layer = weight.partition("+")[0].removesuffix(".weight")
+    return Finding("copy", (layer,), f"{by} moves the whole weight {weight} at every run")
+
+
 def _audit_program(program: Program, expected: Expected, compute_capabilities: tuple[str, ...]) -> Audit:
     faults: list[Finding] = []
     found = tuple(_capability(name) for name in program.accelerators)
@@ -118,41 +172,27 @@ def _audit_program(program: Program, expected: Expected, compute_capabilities: t
         faults.append(Finding("allocation", (), text))
     if not program.capturable and not program.run_time_regions:
         faults.append(Finding("capture", (), "cannot be captured in a CUDA graph"))
-    gemms: dict[str, int] = {}
-    kernel_of: dict[str, Kernel] = {}
-    for name, format in expected.gemms.items():
+
+    def runs(name: str) -> Runs | None:
         kernel = _gemm_of(program, name)
-        if kernel is None:
-            faults.append(Finding("missing", (name,), "no kernel of the plan computes it"))
-            continue
-        kernel_of[name] = kernel
-        runs_as = _format_of(program, kernel)
-        gemms[runs_as] = gemms.get(runs_as, 0) + 1
-        if format in OPERAND and runs_as != format:
-            faults.append(Finding("format", (name,), f"planned {format}, runs as {runs_as} ({kernel.kind})"))
-    for group in expected.groups:
-        kernels = {kernel_of[name] for name in group if name in kernel_of}
-        if len(kernels) > 1:
-            faults.append(Finding("group", group, f"{len(kernels)} GEMMs instead of one"))
-    fused = 0
-    for name in expected.attentions:
-        fused += (is_one := any("mha" in k.name and name in k.layers for k in program.kernels))
-        if not is_one:
-            faults.append(Finding("attention", (name,), "attention is not one fused kernel"))
+        return None if kernel is None else Runs(kernel, _format_of(program, kernel), kernel.kind)
+
+    def is_fused(name: str) -> bool:
+        return any("mha" in kernel.name and name in kernel.layers for kernel in program.kernels)
+
+    compared = compare(expected, "kernel", runs, is_fused)
+    faults += compared.faults
     copies = list(_copies(program, expected))
     moved = [(kernel, weight) for kernel, weight, _ in copies if weight in expected.matrices]
     for kernel, weight in dict.fromkeys([*moved, *_read_outside(program, expected)]):
-        layer = weight.partition("+")[0].removesuffix(".weight")
-        faults.append(Finding("copy", (layer,), f"{kernel.name} moves the whole weight {weight} at every run"))
+        faults.append(moved_weight(kernel.name, weight))
     collectives = [kernel for kernel in program.kernels if kernel.kind.startswith("comm_")]
     faults += _collective_faults(program.ranks, collectives, expected)
-    wanted = len(expected.gemms) + len(expected.attentions)
-    good = sum(gemms.values()) + fused - sum(1 for finding in faults if finding.kind == "format")
     return Audit(
-        gemms=dict(sorted(gemms.items())),
-        attentions=fused,
+        gemms=compared.gemms,
+        attentions=compared.fused,
         kernels=len(program.kernels),
-        fused_share=round(good / wanted, 4) if wanted else 1.0,
+        fused_share=compared.share,
         copied_bytes=sum(nbytes for _, _, nbytes in copies),
         compute_capabilities=found,
         faults=tuple(faults),

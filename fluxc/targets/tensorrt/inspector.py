@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from fluxc.base.errors import BuildError
-from fluxc.targets.tensorrt.audit import Audit, Expected, Finding, worst_of
+from fluxc.targets.tensorrt.audit import Audit, Expected, Runs, compare, moved_weight, worst_of
 from fluxrt.backends.library import make_logger
 
 BITS = {"fp4": 4, "fp8": 8, "int8": 8, "bool": 8, "bf16": 16, "half": 16, "float": 32, "int32": 32, "int64": 64}
@@ -149,45 +149,26 @@ def _tensor(said: Mapping[str, Any]) -> Tensor:
 
 
 def _audit_profile(layers: list[Layer], expected: Expected, compute_capabilities: tuple[str, ...]) -> Audit:
-    faults: list[Finding] = []
-    gemms: dict[str, int] = {}
-    layer_of: dict[str, Layer] = {}
-    for name, format in expected.gemms.items():
+    def runs(name: str) -> Runs | None:
         layer = _layer_of(layers, name)
         if layer is None:
-            faults.append(Finding("missing", (name,), "no layer of the plan computes it"))
-            continue
-        layer_of[name] = layer
-        runs_as = _format_of(layer, bound=bool(expected.matrices))
-        gemms[runs_as] = gemms.get(runs_as, 0) + 1
-        if format in OPERAND and runs_as != format:
-            faults.append(
-                Finding("format", (name,), f"planned {format}, runs as {runs_as} ({layer.type} {layer.tactic})")
-            )
-    for group in expected.groups:
-        found = {layer_of[name] for name in group if name in layer_of}
-        if len(found) > 1:
-            faults.append(Finding("group", group, f"{len(found)} GEMMs instead of one"))
-    fused = 0
-    for name in expected.attentions:
-        fused += (is_one := any(layer.is_attention and name in layer.nodes for layer in layers))
-        if not is_one:
-            faults.append(Finding("attention", (name,), "attention is not one fused kernel"))
+            return None
+        return Runs(layer, _format_of(layer, bound=bool(expected.matrices)), f"{layer.type} {layer.tactic}")
+
+    def is_fused(name: str) -> bool:
+        return any(layer.is_attention and name in layer.nodes for layer in layers)
+
+    compared = compare(expected, "layer", runs, is_fused)
     copies = list(_copies(layers, expected))
-    for layer, weight, _ in copies:
-        if weight in expected.matrices:
-            name = weight.partition("+")[0].removesuffix(".weight")
-            faults.append(Finding("copy", (name,), f"{layer.name} moves the whole weight {weight} at every run"))
-    wanted = len(expected.gemms) + len(expected.attentions)
-    good = sum(gemms.values()) + fused - sum(1 for finding in faults if finding.kind == "format")
+    moved = [moved_weight(layer.name, weight) for layer, weight, _ in copies if weight in expected.matrices]
     return Audit(
-        gemms=dict(sorted(gemms.items())),
-        attentions=fused,
+        gemms=compared.gemms,
+        attentions=compared.fused,
         kernels=len(layers),
-        fused_share=round(good / wanted, 4) if wanted else 1.0,
+        fused_share=compared.share,
         copied_bytes=sum(nbytes for _, _, nbytes in copies),
         compute_capabilities=compute_capabilities,
-        faults=tuple(dict.fromkeys(faults)),
+        faults=tuple(dict.fromkeys((*compared.faults, *moved))),
         read="inspector",
     )
 

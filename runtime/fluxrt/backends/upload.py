@@ -10,8 +10,8 @@ from fluxrt.errors import BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from io import FileIO
     from pathlib import Path
-    from typing import BinaryIO
 
     import numpy as np
 
@@ -76,7 +76,7 @@ class _Files:
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self._open: dict[Path, BinaryIO] = {}
+        self._open: dict[Path, FileIO] = {}
 
     def read(self, path: Path, offset: int, into: np.ndarray) -> None:
         if path not in self._open:
@@ -84,7 +84,7 @@ class _Files:
         file, left = self._open[path], into.data
         file.seek(offset)
         while left:
-            count = file.readinto(left)  # type: ignore[attr-defined]
+            count = file.readinto(left)
             if not count:
                 raise BundleError(f"{path}: ends before its tensors do; copy the bundle again or rebuild it")
             left = left[count:]
