@@ -1,0 +1,88 @@
+"""Commands that tell what a recipe would come to, and write nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fluxc.cli.options import json_option, recipe_argument, reports_errors, set_option
+from fluxc.models.published import MODELS
+from fluxc.predict.gpus import GPUS
+
+
+@click.command()
+@recipe_argument
+@set_option
+@click.option("--layers/--no-layers", default=True, help="List every layer, or the summary alone.")
+@click.option("--presets", is_flag=True, help="Compare the presets on this checkpoint instead.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The bundle folder a build would write (default: artifacts/NAME)."
+)
+@json_option
+@reports_errors
+def plan(recipe: Path, changes: tuple[str, ...], layers: bool, presets: bool, out: Path | None, as_json: bool) -> None:
+    """Show what building RECIPE would do: precision of every layer and why, sizes, memory, targets, stages. Writes nothing."""
+    from fluxc.cli.describe import print_plan, print_plan_json, print_presets
+    from fluxc.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, changes)
+    if as_json:
+        print_plan_json(loaded, presets)
+    elif presets:
+        print_presets(loaded)
+    else:
+        print_plan(loaded, layers, out or Path("artifacts") / loaded.recipe.name)
+
+
+def counts_of(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+    """Numbers of GPUs, separated by commas, in rising order."""
+    try:
+        counts = sorted({int(word) for word in value.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise click.BadParameter(f"{value!r} is not a list of numbers of GPUs, for example 1,2,4,8")
+    return tuple(counts)
+
+
+def size_of(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """HEIGHTxWIDTH in pixels."""
+    if value is None:
+        return None
+    height, _, width = value.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise click.BadParameter(f"{value!r} is not a size HEIGHTxWIDTH, for example 1024x1024")
+    return int(height), int(width)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@set_option
+@click.option("--on", required=True, type=click.Choice(tuple(GPUS), case_sensitive=False), help="The kind of GPU.")
+@click.option("--gpus", metavar="N,...", callback=counts_of, default="1,2,4,8", show_default=True, help="How many.")
+@click.option("--model", type=click.Choice(tuple(MODELS)), help="Without RECIPE: a published model (default: dev).")
+@click.option("--size", metavar="HEIGHTxWIDTH", callback=size_of, help="Without RECIPE: pixels (default: 1024x1024).")
+@json_option
+@reports_errors
+def predict(
+    recipe: Path | None,
+    changes: tuple[str, ...],
+    on: str,
+    gpus: tuple[int, ...],
+    model: str | None,
+    size: tuple[int, int] | None,
+    as_json: bool,
+) -> None:
+    """Predict time and memory of RECIPE's model on GPUs that are not here, or of a published model without one."""
+    from fluxc.cli.describe import print_prediction
+    from fluxc.recipe.load import load_recipe
+
+    if recipe is None and changes:
+        raise click.UsageError("--set goes with a RECIPE")
+    if recipe and model:
+        raise click.UsageError("--model goes without a RECIPE, which names its own model")
+    if recipe and size:
+        raise click.UsageError("--size goes without a RECIPE, which names its own sizes; change those with --set")
+    loaded = load_recipe(recipe, changes) if recipe else None
+    print_prediction(loaded, model or "dev", size or (1024, 1024), GPUS[on], gpus, as_json)
