@@ -81,7 +81,7 @@ class CommandLine(click.Group):
             try:
                 with ended_by_sigterm():
                     self._complete(tool)
-                    with self.make_context(tool, arguments or ["--help"], obj=logs) as context:
+                    with self.make_context(tool, list(arguments) or ["--help"], obj=logs) as context:
                         self.invoke(context)
                 return 0
             except click.exceptions.Exit as done:
