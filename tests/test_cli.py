@@ -13,8 +13,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from conftest import NANO, RECIPE, hollow_checkpoint
-from fluxc.base.console import new_console, new_table
-from fluxc.base.progress import StageProgress
+from fluxc.base.console import new_table
 from fluxc.cli.describe_bundle import system_rows
 from fluxc.cli.main import main
 from fluxc.models.published import QWEN3_4B
@@ -271,17 +270,6 @@ def test_no_text_is_cut_on_a_narrow_terminal() -> None:
     output = shown.file.getvalue()
     assert "[bold]" in output
     assert "".join(line[4:].strip("│ ") for line in output.splitlines() if "│" in line).endswith(pattern)
-
-
-def test_titles_and_findings_are_printed_as_they_are() -> None:
-    console = new_console()
-    console.file, console._force_terminal = io.StringIO(), True
-    progress = StageProgress(console)
-    with progress.stage("build [/]? :smile:") as report:
-        report(1, 2, "[qkv]")
-    progress.cached("build [/]")
-    assert "build [/]? :smile:" in console.file.getvalue()
-    assert "cached build [/]" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(
