@@ -354,7 +354,8 @@ def test_a_missed_gate_names_the_worst_steps_images_and_layers() -> None:
         check_gates(Gates(layer_snr_db=21, step_cosine=0.98, image_psnr_db=40), layers, figures)
     assert str(raised.value) == (
         "gates: 6 layers under layer_snr_db 21: layer5 15.00 dB, layer4 16.00 dB, layer3 17.00 dB, layer2 18.00 dB, "
-        "and 2 more; target onnxruntime: step_cosine 0.95 under 0.98 (2 steps: step 3 0.95 for 'a dot', step 2 0.96 for 'a ring'); "
+        "and 2 more; "
+        "target onnxruntime: step_cosine 0.95 under 0.98 (2 steps: step 3 0.95 for 'a dot', step 2 0.96 for 'a ring'); "
         "target onnxruntime: image_psnr_db 37.0 under 40 (1 of 2 images: 33.0 dB for 'a ring'). No bundle was written; "
         "keep the layers that lose most in higher precision (precision.transformer.exclude, or a rule with format: fp8), or "
         "let `exclude: auto` choose them; or, if this loss is acceptable, lower gates.layer_snr_db, gates.step_cosine, "
