@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fluxc.cli.options import PLACE, RECIPE, json_option, recipe_argument, set_option, verb
+from fluxc.cli.options import PLACE, RECIPE, SOURCE, json_option, recipe_argument, set_option, verb
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import GPUS
 
@@ -63,7 +63,7 @@ def size_of(context: click.Context, option: click.Parameter, value: str | None) 
     arguments={"RECIPE": f"{RECIPE['RECIPE']}; without it, a published model"},
     example="fluxc predict --on rtx-5090 --model klein-4b --size 1024x1024",
 )
-@click.argument("recipe", type=PLACE, required=False)
+@click.argument("recipe", type=SOURCE, required=False)
 @set_option
 @click.option("--on", required=True, type=click.Choice(tuple(GPUS), case_sensitive=False), help="The kind of GPU.")
 @click.option("--gpus", metavar="N,...", callback=counts_of, default="1,2,4,8", help="How many.")

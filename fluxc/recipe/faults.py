@@ -60,18 +60,24 @@ class Places(msgspec.Struct, frozen=True):
         """The fault after its place, for a report of its own."""
         change, line = self.change_of(fault.field), self.line_of(fault.field)
         if change:
-            return f"--set {change}: {fault.text}"
+            return f"--set {told(change)}: {fault.text}"
         return f"{self.file}{f', line {line}' if line else ''}: {fault.text}"
 
     def entry(self, fault: Fault) -> str:
         """The fault after its place, for a list that names the file itself."""
         change, line = self.change_of(fault.field), self.line_of(fault.field)
-        place = f"--set {change}: " if change else f"line {line}: " if line else ""
+        place = f"--set {told(change)}: " if change else f"line {line}: " if line else ""
         return f"{place}{fault.text}"
 
     def _is_field(self, name: str) -> bool:
         top = re.split(r"[.\[]", name, maxsplit=1)[0]
         return bool(top) and (top in self.lines or any(is_within(name, changed) for changed, _ in self.changes))
+
+
+def told(change: str, most: int = 100) -> str:
+    """A change as it was typed, in one line of at most so many characters."""
+    line = " ".join(change.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def is_within(field: str, outer: str) -> bool:

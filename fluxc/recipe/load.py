@@ -14,7 +14,7 @@ from fluxc.base.errors import RecipeError
 from fluxc.recipe.checks import faults_between
 from fluxc.recipe.conform import Conform
 from fluxc.recipe.document import is_control, read_document
-from fluxc.recipe.faults import Places, raise_faults
+from fluxc.recipe.faults import Places, raise_faults, told
 from fluxc.recipe.structs import Recipe
 from fluxc.recipe.targets import TARGETS
 
@@ -137,23 +137,23 @@ def _apply_change(data: dict[str, Any], change: str) -> str:
     """Write the value of `change` into `data`; the field it names."""
     where, equals, value = change.partition("=")
     if not equals or not where or not all(where.split(".")):
-        raise RecipeError(f"--set {change}: write it as field.sub_field=value")
+        raise RecipeError(f"--set {told(change)}: write it as field.sub_field=value")
     if "[" in where:
         field = where.partition("[")[0]
         raise RecipeError(
-            f"--set {change}: an entry of a list cannot be changed by itself; give the whole list, --set '{field}=[...]'"
+            f"--set {told(change)}: an entry of a list cannot be changed by itself; give the whole list, --set '{field}=[...]'"
         )
     try:
         parsed = read_document(value, where)
     except ValueError as error:
         said = re.sub(r" \(line 1, column \d+\)$", "", str(error))
-        raise RecipeError(f"--set {change}: {said}") from error
+        raise RecipeError(f"--set {told(change)}: {said}") from error
     *parents, last = where.split(".")
     for parent in parents:
         if data.get(parent) is None:
             data[parent] = {}
         data = data[parent]
         if not isinstance(data, dict):
-            raise RecipeError(f"--set {change}: {parent!r} is not a mapping, so it has no fields to set")
+            raise RecipeError(f"--set {told(change)}: {parent!r} is not a mapping, so it has no fields to set")
     data[last] = parsed
     return where

@@ -78,7 +78,6 @@ class CommandLine(click.Group):
         tool = str(self.name)
         _open_standard_descriptors()
         arguments = list(sys.argv[1:] if args is None else args)
-        is_empty = not arguments
         with Logs(tool) as logs:
             try:
                 with ended_by_sigterm():
@@ -87,7 +86,7 @@ class CommandLine(click.Group):
                         self.invoke(context)
                 return 0
             except click.exceptions.Exit as done:
-                return 2 if is_empty else done.exit_code
+                return done.exit_code if arguments else 2
             except BaseException as error:
                 return self._ended(error, logs)
 
