@@ -82,9 +82,9 @@ def layers_chart(report: Report) -> Chart | None:
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.axes
-        for at, layer in enumerate(shown):
-            assert layer.snr_db is not None
-            (bar,) = axes.barh(at, layer.snr_db, 0.72, color=COLOURS[format_colour(layer.format)])
+        colours = [COLOURS[format_colour(layer.format)] for layer in shown]
+        bars = axes.barh(range(len(shown)), [layer.snr_db for layer in shown], 0.72, color=colours)
+        for bar, layer in zip(bars, shown, strict=True):
             output = "" if layer.output_snr_db is None else f"; output {layer.output_snr_db} dB"
             canvas.title(bar, f"{layer.name}: {layer.format}, weight {layer.snr_db} dB{output}; {layer.rule}")
         known = [(layer.output_snr_db, at) for at, layer in enumerate(shown) if layer.output_snr_db is not None]
