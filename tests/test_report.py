@@ -241,7 +241,7 @@ def test_report_prints_the_place_and_makes_the_page_again(quick_bundle: Path, tm
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        ([], 2, "Missing argument"),
+        ([], 2, "missing argument"),
         (["a", "b", "c"], 2, "3 bundles were given; one is shown, or two are compared"),
         (["nowhere"], 1, "no such bundle folder"),
         (["BUNDLE", "nowhere"], 1, "no such bundle folder"),

@@ -7,27 +7,31 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluxc.cli.options import json_option, reports_errors
+from fluxc.cli.options import PLACE, json_option, verb
 
 if TYPE_CHECKING:
     from fluxc.report.compare import Comparison
 
 
-@click.command()
-@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE [BUNDLE]", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Write the page to this file (.html).")
+BUNDLES = {"BUNDLES": "a bundle to show, or two to compare; the report of a failed build (NAME-failed) will do for one"}
+
+
+@verb(
+    short_help="Show where a bundle's report is, or compare two bundles.",
+    arguments=BUNDLES,
+    example=(
+        "fluxc report artifacts/flux2-nano-nvfp4 --out report.html\n"
+        "fluxc report artifacts/one artifacts/other --out both.html"
+    ),
+)
+@click.argument("bundles", nargs=-1, required=True, type=PLACE)
+@click.option("--out", type=PLACE, help="Write the page to this file.")
 @json_option
-@reports_errors
 def report(bundles: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Show where BUNDLE's report is, or compare two bundles: recipes, formats, sizes and figures.
+    """Show a bundle's verdict and where its report is, or compare two bundles: recipes, formats, sizes and figures.
 
     With --out the page is made again from the bundle as it is now: with engines that `finish` built since, and with what
-    `add-evidence` added. A folder that a failed build left (NAME-failed) will do for a bundle.
-
-    \b
-    fluxc report artifacts/flux2-nano-nvfp4
-    fluxc report artifacts/flux2-nano-nvfp4 --out for-my-boss.html
-    fluxc report artifacts/one artifacts/other --out both.html
+    `add-evidence` added.
     """
     if len(bundles) > 2:
         raise click.UsageError(f"{len(bundles)} bundles were given; one is shown, or two are compared")
