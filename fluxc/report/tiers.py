@@ -44,7 +44,7 @@ def _tiers(target: Target, ran: Mapping[str, bool], entries: tuple[OnTarget, ...
         built=_built(target),
         audited=_audited(target),
         ran="yes" if here else "no",
-        matched="yes" if ran.get(target.name) else "no",
+        matched=_yes(ran.get(target.name, False) or MATCHED in on_target),
         on_target=_yes(here) if on_cpu else _on_target(on_target),
         missing="" if here and on_cpu else _missing(target, here, on_target),
     )
