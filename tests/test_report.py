@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import ROOT, compile_into
+from fluxc.base.cache import source_digest
 from fluxc.base.errors import BuildError, GateError
 from fluxc.cli.main import main
 from fluxc.fidelity.gates import STAGES, Bound, check_gates, check_stages
@@ -326,6 +327,15 @@ def test_charts_are_the_same_bytes_in_the_pages_own_colours(report: Report) -> N
         assert "var(--c1)" in svg
         assert svg.count("<title>") == min(charts.MOST_LAYERS, sum(x.snr_db is not None for x in report.layers))
     assert "SNR, dB" in first.wide
+
+
+def test_the_digest_of_a_package_is_of_its_styles_and_scripts_too(tmp_path: Path) -> None:
+    (tmp_path / "page.py").touch()
+    seen = {source_digest(tmp_path)}
+    for name in ("page.css", "page.js", "page.html.j2"):
+        (tmp_path / name).write_text("x")
+        seen.add(source_digest(tmp_path))
+    assert len(seen) == 4
 
 
 def test_names_from_a_recipe_stay_text(report: Report, quick_bundle: Path, tmp_path: Path) -> None:
