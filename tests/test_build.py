@@ -406,7 +406,7 @@ def test_a_target_that_computes_nan_is_named() -> None:
 def test_a_prompt_too_long_to_compile_is_named_not_cut(tmp_path: Path, field: str) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n" + "a red circle " * 20 + "\n")
-    with pytest.raises(RecipeError, match=rf"{field}\.prompts: the prompt 'a red circle a red .*compiled for 32"):
+    with pytest.raises(RecipeError, match=rf"{field}\.prompts: the prompt 'a red circle a red .*text\.length is 32"):
         compile_into(tmp_path / "out", *QUICK, f"{field}.prompts={prompts}")
 
 

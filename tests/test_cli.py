@@ -317,9 +317,9 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_missing_checkpoint_exits_with_1(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_exits_with_2(tmp_path: Path) -> None:
     result = invoke("build", RECIPE, "--set", f"model.source={tmp_path / 'none'}", "--out", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "no such folder" in result.output
     assert not (tmp_path / "out").exists()
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import msgspec
 
-from fluxc.base.cache import StageCache, cache_root, locked
-from fluxc.base.errors import BuildError
-from fluxc.base.output import check_output, names_place
+from fluxc.base.cache import StageCache, locked
+from fluxc.base.output import names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build import bundle_writer
-from fluxc.build.job import Job, check_machine, check_prompts, check_workshop, hash_checkpoint, open_job, prompting_of
-from fluxc.build.runner import Results, run_steps
+from fluxc.build.job import Job, hash_checkpoint, template_of
+from fluxc.build.preflight import preflight
+from fluxc.build.runner import Results, run, run_steps
 from fluxc.build.stages import DRAFT, comparing, layers_of, provenance_tools, sampling_entry, steps
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.fidelity.gates import check_gates, check_stages, stage_bounds
@@ -34,16 +34,12 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
     when complete, in place of an older one. Raises the errors of the stages, and GateError when the result misses the recipe's
     gates.
     """
-    check_output(out, "a bundle", is_folder=True)
-    if out.exists() and not (out / format.MANIFEST).is_file():
-        raise BuildError(f"{out}: exists and is not a bundle; give another --out, or move it away")
-    check_workshop(out)
-    job = open_job(loaded, cache_root(out))
-    check_machine(loaded)
+    ready = preflight(loaded, out)
+    ready.check_machine()
+    job = ready.job
     _say_where_kernels_are(progress)
     with names_place("build", out), locked(out) as workshop, StageCache(job.root, progress) as cache:
-        prompting = prompting_of(cache, job)
-        check_prompts(job, prompting)
+        prompting = job.prompting(run(cache, template_of(job, cache.file_digest)))
         hash_checkpoint(cache, job)
         results = Results()
         run_steps(cache, steps(job, until), results, until)

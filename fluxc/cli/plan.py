@@ -27,12 +27,13 @@ def plan(recipe: Path, changes: tuple[str, ...], layers: bool, presets: bool, ou
     from fluxc.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, changes)
+    folder = out or Path("artifacts") / loaded.recipe.name
     if as_json:
-        print_plan_json(loaded, presets)
+        print_plan_json(loaded, presets, folder)
     elif presets:
-        print_presets(loaded)
+        print_presets(loaded, folder)
     else:
-        print_plan(loaded, layers, out or Path("artifacts") / loaded.recipe.name)
+        print_plan(loaded, layers, folder)
 
 
 def counts_of(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
