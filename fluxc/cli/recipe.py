@@ -8,7 +8,6 @@ import click
 
 from fluxc.cli.options import reports_errors
 from fluxc.predict.gpus import GPUS
-from fluxc.targets.sharding import MOST_GPUS
 
 
 @click.command()
@@ -23,7 +22,7 @@ from fluxc.targets.sharding import MOST_GPUS
 )
 @click.option(
     "--gpus",
-    type=click.IntRange(1, MOST_GPUS),
+    type=click.IntRange(1),
     default=1,
     show_default=True,
     help="Also for so many GPUs together (on the CPU: processes).",
