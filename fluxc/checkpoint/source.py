@@ -178,15 +178,21 @@ def _expanded(source: str) -> Path:
     try:
         return Path(source).expanduser()
     except RuntimeError as error:
-        raise CheckpointError(f"{source}: {error}; write the whole path") from error
+        raise RecipeError(f"model.source: {source}: {error}; write the whole path") from error
+
+
+def check_source(source: str, folder: Path) -> None:
+    """Refuse a source that is neither a folder nor a hub id by its form; RecipeError. Nothing is fetched."""
+    local = folder / _expanded(source)
+    if not local.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise RecipeError(f"model.source: {local}: no such folder; give a diffusers folder, or a hub id (owner/name)")
 
 
 def _resolve(source: str, revision: str | None, folder: Path) -> Path:
+    check_source(source, folder)
     local = folder / _expanded(source)
     if local.is_dir():
         return local.resolve()
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise RecipeError(f"model.source: {local}: no such folder; give a diffusers folder, or a hub id (owner/name)")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
