@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fluxc
 from fluxc.base.errors import CheckpointError, RecipeError, nearest
-from fluxc.base.output import names_place
+from fluxc.base.output import check_output, names_place
 from fluxc.build.starter_text import recipe_text
 from fluxc.checkpoint.identify import family_of, text_encoder_of, transformer_of, vae_of
 from fluxc.checkpoint.source import Checkpoint, open_checkpoint
@@ -28,6 +28,8 @@ CPU = "cpu"
 NANO = "flux2-nano"
 NANO_SHAPE = (2, 6, 4)
 """Double and single blocks and heads of flux2-nano, by which a copy of it is recognized."""
+LONGEST_MODEL = 1000
+"""Characters of what names a model."""
 DEV = ("dev", "flux2-dev", "flux.2-dev")
 
 
@@ -74,10 +76,12 @@ class Written:
 def write_start(model: str | None, on: str, gpus: int, out: Path | None) -> Written:
     """Write a recipe for `model` on the GPU `on` (a name of `predict --on`, or cpu), its prompt files and the schema.
 
-    RecipeError for a model that there is not, a number of GPUs that cannot share it, and for what would be overwritten.
+    RecipeError for a model that there is not, a number of GPUs that cannot share it, and for what would be overwritten;
+    BuildError for a place that cannot be written to.
     """
     base = (out or Path()).absolute().parent if out else Path.cwd()
-    start = find_start(model or NANO, base)
+    model = NANO if model is None else model
+    start = find_start(model, base)
     tokens = math.prod(side // start.pixels_per_token for side in start.size)
     if gpus > 1:
         check_sharding("--gpus", gpus, start.transformer, start.text_length, {start.size: tokens}, on != CPU)
@@ -87,7 +91,8 @@ def write_start(model: str | None, on: str, gpus: int, out: Path | None) -> Writ
     files = {recipe.parent / "prompts" / file: _prompts(file) for file in prompts} | {
         recipe.parent / SCHEMA: schema_text()
     }
-    if recipe.exists() or recipe.is_symlink():
+    check_output(recipe, "a recipe")
+    if recipe.exists():
         raise RecipeError(f"{recipe}: exists already, and is not overwritten; give another --out, or move it away")
     for path, text in files.items():
         if path.exists() and path.name != SCHEMA and _content(path) != text:
@@ -97,7 +102,7 @@ def write_start(model: str | None, on: str, gpus: int, out: Path | None) -> Writ
     files = {path: text for path, text in files.items() if not path.exists()}
     with names_place("init", recipe):
         try:
-            for path, text in {**files, recipe: recipe_text(start, model or NANO, name, on, gpus)}.items():
+            for path, text in {**files, recipe: recipe_text(start, model, name, on, gpus)}.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
         except (FileExistsError, NotADirectoryError, FileNotFoundError, IsADirectoryError) as error:
@@ -107,26 +112,36 @@ def write_start(model: str | None, on: str, gpus: int, out: Path | None) -> Writ
 
 def find_start(model: str, base: Path) -> Start:
     """The start of a published model, flux2-nano, a local folder, or a hub id; a local path is written relative to `base`."""
-    known = _known()
-    for start in known.values():
+    can = f"{', '.join(_names())}, a diffusers folder or a hub id (owner/name)"
+    if not model.strip() or not model.isprintable() or len(model) > LONGEST_MODEL:
+        raise RecipeError(f"MODEL: {model[:40]!r} names no model; it can be {can}")
+    for start in _known().values():
         if model.casefold() in (start.name, start.name.removeprefix("flux2-"), start.source.casefold()):
             return start
-    last = model.casefold().rpartition("/")[2]
-    if last in DEV and not Path(model).is_dir():
+    folder = _folder(model)
+    if folder is not None:
+        return _local(folder, base)
+    if model == NANO:
+        return _nano(base)
+    if model.casefold().rpartition("/")[2] in DEV:
         raise RecipeError(
             f"{model}: FLUX.2 dev is not compiled yet, since its text encoder (Mistral) is not supported; `fluxc predict "
-            f"--model dev --on GPU` predicts its speed. init takes {', '.join(_names())}, a diffusers folder or a hub id"
+            f"--model dev --on GPU` predicts its speed. init takes {can}"
         )
-    if model == NANO and not Path(model).is_dir():
-        return _nano(base)
-    if Path(model).expanduser().is_dir():
-        return _local(Path(model).expanduser(), base)
-    if Path(model).suffix in (".yaml", ".yml"):
+    if model.endswith((".yaml", ".yml")):
         raise RecipeError(f"{model}: names a recipe, and init starts from a model; `fluxc plan {model}` shows a recipe")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
         return _on_hub(model)
-    can = f"{', '.join(_names())}, a diffusers folder or a hub id (owner/name)"
     raise RecipeError(f"{model}: no such folder or model{nearest(model, _names()) or '.'} It can be {can}")
+
+
+def _folder(model: str) -> Path | None:
+    """The folder that `model` names, if it names one."""
+    try:
+        folder = Path(model).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):
+        return None
 
 
 def _names() -> list[str]:

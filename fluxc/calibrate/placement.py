@@ -48,7 +48,10 @@ def choose(weights: dict[str, int], gpu_free: int | None, host_free: int) -> Pla
 def check_device(device: str) -> None:
     """Refuse cuda (BuildError) where torch sees no GPU; `device` is auto, cpu or cuda."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise BuildError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or install torch for CUDA")
+        raise BuildError(
+            "--device cuda: torch sees no CUDA GPU here; use --device cpu, or install the torch that has "
+            "this driver's CUDA (pytorch.org/get-started)"
+        )
 
 
 def find_placement(checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.bfloat16) -> Placement:

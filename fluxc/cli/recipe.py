@@ -6,36 +6,37 @@ from pathlib import Path
 
 import click
 
-from fluxc.cli.options import reports_errors
+from fluxc.cli.options import PLACE, verb
 from fluxc.predict.gpus import GPUS
 
 
-@click.command()
+@verb(
+    short_help="Write a recipe to start from.",
+    arguments={
+        "MODEL": "klein-4b, klein-9b, flux2-nano (the small model of the repository; what is taken without MODEL), a diffusers "
+        "folder, or a hub id"
+    },
+    example="fluxc init klein-4b --for rtx-5090",
+)
 @click.argument("model", required=False)
 @click.option(
     "--for",
     "on",
     type=click.Choice(("cpu", *GPUS), case_sensitive=False),
     default="cpu",
-    show_default=True,
     help="What the bundle is to run on.",
 )
 @click.option(
     "--gpus",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
     help="Also for so many GPUs together (on the CPU: processes).",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="The recipe to write (default: NAME.yaml here).")
-@reports_errors
+@click.option("--out", type=PLACE, help="The recipe to write.", show_default="NAME.yaml")
 def init(model: str | None, on: str, gpus: int, out: Path | None) -> None:
     """Write a commented recipe for MODEL, with prompt files, and say what to do next.
 
-    MODEL is klein-4b, klein-9b, flux2-nano (the small model of the repository, the default), a diffusers folder, or a hub id.
     Nothing is overwritten.
-
-    Example: fluxc init klein-4b --for rtx-5090
     """
     from fluxc.build.starter import next_steps, write_start
 
@@ -45,13 +46,9 @@ def init(model: str | None, on: str, gpus: int, out: Path | None) -> None:
         click.echo(line)
 
 
-@click.command()
-@reports_errors
+@verb(short_help="Print the JSON schema of a recipe.", example="fluxc schema > recipe.schema.json")
 def schema() -> None:
-    """Print the JSON schema of a recipe, for editors and other tools.
-
-    Example: fluxc schema > recipe.schema.json
-    """
+    """Print the JSON schema of a recipe, for editors and other tools."""
     from fluxc.recipe.schema import schema_text
 
     click.echo(schema_text(), nl=False)

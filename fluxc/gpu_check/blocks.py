@@ -98,7 +98,9 @@ def check_block_torch(subject: Subject) -> Found:
 
     rehearsal = subject.place.is_rehearsal
     if not rehearsal and not torch.cuda.is_available():
-        return Found(skipped=f"torch {torch.__version__} has no CUDA here; install the build for this driver's CUDA")
+        return Found(
+            skipped=f"torch {torch.__version__} has no CUDA here; install the one that has this driver's (pytorch.org)"
+        )
     device = "cpu" if rehearsal else "cuda"
     blocks = _torch_blocks(SHAPES[subject.settings["model"]], subject.amount, device)
     figures: dict[str, Any] = {"torch": str(torch.__version__)}
@@ -117,7 +119,6 @@ def _cut(config: dict[str, Any], amount: Amount, chosen: str, cache: Path) -> tu
     import onnx
 
     from fluxc.base.cache import StageCache
-    from fluxc.base.console import new_console
     from fluxc.base.progress import StageProgress
     from fluxc.base.safetensors import TensorRef
     from fluxc.build import runner
@@ -137,7 +138,7 @@ def _cut(config: dict[str, Any], amount: Amount, chosen: str, cache: Path) -> tu
     stored = {
         name: TensorRef(name, "BF16", size, Path(), 0, 2 * int(np.prod(size))) for name, size in shape.tensors.items()
     }
-    with StageCache(cache, StageProgress(new_console(stderr=True))) as stages:
+    with StageCache(cache, StageProgress()) as stages:
         folder = runner.run(
             stages, export_of(ExportInputs("transformer", config, amount.text_tokens, dtype="bfloat16"))
         )
