@@ -16,6 +16,7 @@ from fluxc.base.output import check_output, names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build import bundle_writer
 from fluxc.build.job import Job, check_machine, check_prompts, check_workshop, hash_checkpoint, open_job, prompting_of
+from fluxc.build.readme import place_readme
 from fluxc.build.runner import Results, run_steps
 from fluxc.build.stages import DRAFT, comparing, layers_of, provenance_tools, sampling_entry, steps
 from fluxc.checkpoint.components import WEIGHTS_FILE
@@ -104,8 +105,9 @@ def _make_bundle(
         manifest,
         fidelity=bundle_writer.fidelity_entry(figures, cached),
         images=bundle_writer.recorded(folders[0]),
-        files=bundle_writer.files_of(staging, cache),
     )
+    place_readme(job.source(results).checkpoint.root, manifest, staging)
+    manifest = msgspec.structs.replace(manifest, files=bundle_writer.files_of(staging, cache))
     if bundle_writer.is_current(out, manifest, cache):
         bundle_writer.leave_weights(weights, out, cache)
         cache.progress.cached(f"bundle {out.name}")
