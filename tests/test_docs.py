@@ -20,7 +20,9 @@ PAGES = sorted(
     )
     or path == REPOSITORY / "artifacts/README.md"
 )
-WIDTH = 132
+WIDTH = 120
+GENERATED = ("docs/recipe.md",)
+"""Made of the recipe's structs."""
 NOT_OURS = ("No matching distribution found", "fluxc: command not found", "fluxc needs Python 3.11")
 """Messages that pip, the shell and make give."""
 
@@ -63,6 +65,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_lines_wrap(page: Path) -> None:
     """At most WIDTH characters, tables and code excepted."""
+    if name(page) in GENERATED:
+        pytest.skip("generated")
     assert [number for number, line in prose(page) if len(line) > WIDTH and not line.lstrip().startswith("|")] == []
 
 
