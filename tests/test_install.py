@@ -137,6 +137,7 @@ def test_how_to_update_depends_on_where_it_came_from(
 ) -> None:
     with_installers(monkeypatch, pip=True, uv=False)
     with_source(monkeypatch, entry)
+    monkeypatch.setattr(module, "_checkout", lambda distribution: None)
     assert source_of("fluxrt") == source
     assert update("fluxrt").startswith(clause)
 
@@ -147,9 +148,13 @@ def test_a_package_on_the_path_alone_is_a_checkout(monkeypatch: pytest.MonkeyPat
     def missing(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(metadata, "distribution", missing)
-    assert source_of("fluxrt") == Source("checkout", str(REPOSITORY / "runtime"))
-    assert source_of("fluxc") == Source("checkout", str(REPOSITORY))
+    class WithoutAddress:
+        read_text = staticmethod(lambda name: None)
+
+    for find in (lambda name: WithoutAddress, missing):
+        monkeypatch.setattr(metadata, "distribution", find)
+        assert source_of("fluxrt") == Source("checkout", str(REPOSITORY / "runtime"))
+        assert source_of("fluxc") == Source("checkout", str(REPOSITORY))
 
 
 def test_the_tool_that_a_hint_names_takes_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ It leaves fluxc and fluxrt themselves as they are, however they were installed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -57,6 +58,12 @@ def install_instead(removed: Iterable[str], *requirements: str) -> str:
     return f"{_installer('uninstall')} {shlex.join(removed)} && {install(*requirements)}"
 
 
+def install_elsewhere(*requirements: str, instead: Iterable[str] = ()) -> str:
+    """The command that installs `requirements` on a machine that is not this one, `instead` of packages that cannot stay."""
+    removed = f"python -m pip uninstall -y {shlex.join(instead)} && " if instead else ""
+    return f"{removed}python -m pip install {shlex.join(requirements)}"
+
+
 def update(distribution: str) -> str:
     """What to do for a newer `distribution`, as a clause that starts with a verb; it depends on where it was installed from."""
     source = source_of(distribution)
@@ -76,13 +83,12 @@ def source_of(distribution: str) -> Source:
     """Where `distribution` was installed from, as its installer wrote down (direct_url.json, PEP 610)."""
     from importlib import metadata
 
-    try:
+    text = None
+    with contextlib.suppress(metadata.PackageNotFoundError):
         text = metadata.distribution(distribution).read_text("direct_url.json")
-    except metadata.PackageNotFoundError:
+    if text is None:
         root = _checkout(distribution)
         return Source("checkout", str(root)) if root else Source("index", None)
-    if text is None:
-        return Source("index", None)
     entry = json.loads(text)
     url = urlsplit(entry["url"])
     place = unquote(url.path) if url.scheme == "file" else entry["url"]
