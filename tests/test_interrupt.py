@@ -40,7 +40,7 @@ def _take_sigint() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), [("fluxc", "click"), ("fluxc", "fluxc.base.errors"), ("fluxrt", "argparse")]
+    ("command", "module"), [("fluxc", "click"), ("fluxc", "fluxc.base.errors"), ("fluxrt", "click")]
 )
 def test_while_the_program_is_read(command: str, module: str) -> None:
     code = HIT.format(module=module, then=INTERRUPTED) + RUN.format(command=command)

@@ -149,8 +149,10 @@ def test_a_bundle_opened_by_a_relative_path_is_found_from_another_folder(
 
 
 def test_a_number_of_threads_or_gpus_that_is_none_is_refused(bundle: Path) -> None:
-    for given in ({"threads": 0}, {"threads": -1}, {"gpus": 0}, {"threads": 1.5}):
-        with pytest.raises(RequestError, match=r"must be a whole number of at least 1, got"):
+    for given in ({"threads": 0}, {"threads": -1}, {"gpus": 0}, {"threads": 1.5}, {"gpus": True}):
+        with pytest.raises(
+            RequestError, match=r"(threads|gpus) must be (at least 1 and at most 1024|a whole number), got"
+        ):
             fluxrt.load(bundle, **given)
 
 

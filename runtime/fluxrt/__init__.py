@@ -39,13 +39,13 @@ def load(
     graph of one rank uses (all cores by default, divided among ranks).
     Raises BundleError for a damaged bundle or a target it does not have, RequestError for a target with other `gpus`.
     """
-    for name, given in (("threads", threads), ("gpus", gpus)):
-        if given is not None and (not isinstance(given, int) or given < 1):
-            raise RequestError(f"{name} must be a whole number of at least 1, got {given!r}")
     from fluxrt.backends.registry import make_pipeline
     from fluxrt.bundle import open_bundle
+    from fluxrt.checks import check_gpus, check_threads
     from fluxrt.choose import choose
 
+    threads = None if threads is None else check_threads(threads)
+    gpus = None if gpus is None else check_gpus(gpus)
     bundle = open_bundle(path)
     chosen = choose(bundle, gpus=gpus or 1)[0] if target is None else bundle.target(target)
     return make_pipeline(bundle, chosen, threads, gpus)
