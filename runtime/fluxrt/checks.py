@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 from numbers import Real
 from typing import Any
@@ -64,6 +65,25 @@ def check_size(given: Any) -> tuple[int, int]:
         raise RequestError(f"size must be (height, width) in pixels, got {shown(given)}")
     height, width = (whole("size", side) for side in given)
     return height, width
+
+
+def check_name(field: str, given: Any) -> str:
+    """The name of a target."""
+    if not isinstance(given, str):
+        raise RequestError(f"{field} must be the name of a target, got {shown(given)}")
+    return str(given)
+
+
+def check_path(given: Any) -> str:
+    """The path of a bundle."""
+    try:
+        path = os.fspath(given)
+    except TypeError:
+        raise RequestError(f"the bundle must be given as a path, got {shown(given)}") from None
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
+        raise RequestError(f"the bundle must be given as a path, got {shown(text)}")
+    return text
 
 
 def whole(field: str, given: Any) -> int:

@@ -12,13 +12,18 @@ import click
 import fluxrt
 from fluxrt.commands import CommandLine, logging_options
 from fluxrt.log import write
-from fluxrt.output import check_output, save
-from fluxrt.parameters import GPUS, GUIDANCE, SEED, SIZE, STEPS, THREADS, THRESHOLD
+from fluxrt.memory import resident
+from fluxrt.output import check_outputs, save
+from fluxrt.parameters import GPUS, GUIDANCE, PATH, SEED, SIZE, STEPS, THREADS, THRESHOLD
+from fluxrt.progress import Progress, shown_time
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fluxrt.backends.registry import AnyPipeline
+    from fluxrt.log import Logs
+    from fluxrt.request import Request
+    from fluxrt.result import Result
 
 LOG = logging.getLogger("fluxrt")
 
@@ -43,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="PNG file; with several prompts, a number is added to its name. Each is written as soon as its image is made.",
 )
 @click.option("--seed", type=SEED, default=0, help="Starting noise; image i uses SEED + i.")
@@ -51,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
 @click.option("--guidance", type=GUIDANCE, help="Guidance scale.", show_default="the bundle's")
 @click.option("--size", type=SIZE, help="One of the sizes that were compiled.", show_default="the bundle's first")
 @click.option("--target", help="Which of the bundle's targets to run.", show_default="the best that this machine runs")
+@click.option(
+    "--require",
+    metavar="TARGET|gpu",
+    help="Fail where this target, or any target on a GPU, does not run; otherwise the next best one serves.",
+)
 @click.option("--no-step-cache", is_flag=True, help="Compute every step.")
 @click.option(
     "--threshold", type=THRESHOLD, help="Let the step cache's rule decide with this threshold; larger skips more."
@@ -62,38 +72,68 @@ def main(arguments: list[str] | None = None) -> int:
     show_default="1",
 )
 @click.option("--threads", type=THREADS, help="CPU threads of each rank.", show_default="all cores, divided")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the images' paths.")
 @logging_options
-def generate(bundle: str, prompts: tuple[str, ...], out: Path, **options: Any) -> None:
-    """Generate an image for each prompt."""
+@click.pass_obj
+def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as_json: bool, **options: Any) -> None:
+    """Generate an image for each prompt.
+
+    Prints the path of each image on stdout when it is written; everything else goes to stderr.
+    """
     request = fluxrt.Request(
         list(prompts),
         step_cache=False if options["no_step_cache"] else None,
         **{name: options[name] for name in ("seed", "steps", "guidance", "size", "threshold")},
     )
-    several = len(prompts) > 1
-    paths = [out.with_stem(f"{out.stem}-{number}") if several else out for number in range(len(prompts))]
-    for path in paths:
-        check_output(path)
-    showing = sys.stderr is not None and sys.stderr.isatty()
+    paths = check_outputs(out, len(prompts))
+    with Progress(logs, len(paths)) as progress, _loaded(bundle, options) as pipeline:
 
-    def on_step(done: int, total: int) -> None:
-        write(f"\rstep {done}/{total}", sys.stderr, end="" if done < total else "\n")
+        def on_image(number: int, image: Image, skipped: tuple[int, ...]) -> None:
+            save(image, paths[number])
+            progress.on_image(paths[number].name, skipped)
+            if not as_json:
+                progress.print(str(paths[number]))
+            if skipped:
+                listed = ", ".join(str(step) for step in skipped)
+                LOG.info("%s: skipped %d steps (%s)", paths[number].name, len(skipped), listed)
 
-    def on_image(number: int, image: Image, skipped: tuple[int, ...]) -> None:
-        save(image, paths[number])
-        write(str(paths[number]), sys.stdout)
-        if skipped:
-            listed = ", ".join(str(step) for step in skipped)
-            LOG.info("%s: skipped %d steps (%s)", paths[number].name, len(skipped), listed)
-
-    with _loaded(bundle, options) as pipeline:
-        result = pipeline.generate(request, on_step if showing else None, on_image)
-    for note in (*result.notes, *pipeline.notes):
+        progress.processes = list(getattr(pipeline, "processes", []))
+        progress.loaded()
+        load_seconds = progress.seconds
+        result = pipeline.generate(request, progress.on_step, on_image)
+        result.notes.extend(note for note in pipeline.notes if note not in result.notes)
+    for note in result.notes:
         LOG.info("%s", note)
+    took = {"load": load_seconds, **result.seconds}
+    parts = ", ".join(f"{what} {shown_time(seconds)}" for what, seconds in took.items())
+    memory = max(progress.most_memory, resident())
+    images = "1 image" if len(paths) == 1 else f"{len(paths)} images"
+    LOG.info("%s in %s: %s; %.1f GiB of memory", images, shown_time(progress.seconds), parts, memory / 2**30)
+    if as_json:
+        write(_as_json(request, result, paths, took, memory), sys.stdout)
+
+
+def _as_json(request: Request, result: Result, paths: list[Path], seconds: dict[str, float], memory: int) -> str:
+    """What was generated; docs/serving.md lists the fields."""
+    import json
+
+    images = [
+        {"path": str(path), "seed": seed, "size": [image.height, image.width], "skipped_steps": list(skipped)}
+        for path, seed, image, skipped in zip(paths, request.seeds, result.images, result.skipped, strict=True)
+    ]
+    plain = {
+        "target": result.target,
+        "images": images,
+        "seconds": {what: round(took, 4) for what, took in seconds.items()},
+        "memory_bytes": memory,
+        "notes": result.notes,
+    }
+    return json.dumps(plain)
 
 
 def _loaded(bundle: str, options: dict[str, Any]) -> AnyPipeline:
-    pipeline = fluxrt.load(bundle, target=options["target"], threads=options["threads"], gpus=options["gpus"])
+    asked = {name: options[name] for name in ("target", "threads", "gpus", "require")}
+    pipeline = fluxrt.load(bundle, **asked)
     if pipeline.target.kind == "onnxruntime":
         import onnxruntime
 

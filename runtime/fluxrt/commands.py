@@ -21,6 +21,7 @@ import click
 
 from fluxrt.errors import FluxError
 from fluxrt.log import Logs, printable, silence
+from fluxrt.parameters import PathText
 from fluxrt.signals import INTERRUPTED, ended_by_signal, ended_by_sigterm
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class CommandLine(click.Group):
         tool = str(self.name)
         _open_standard_descriptors()
         arguments = list(sys.argv[1:] if args is None else args)
+        is_empty = not arguments
         with Logs(tool) as logs:
             try:
                 with ended_by_sigterm():
@@ -85,7 +87,7 @@ class CommandLine(click.Group):
                         self.invoke(context)
                 return 0
             except click.exceptions.Exit as done:
-                return done.exit_code if arguments else 2
+                return 2 if is_empty else done.exit_code
             except BaseException as error:
                 return self._ended(error, logs)
 
@@ -181,7 +183,7 @@ _LOGGING_OPTIONS = (
     ),
     click.option(
         "--log-file",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=PathText(dir_okay=False),
         expose_value=False,
         callback=_log_to,
         help="Add everything that is said, with its time, to this file too.",

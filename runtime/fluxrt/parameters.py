@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,6 +45,20 @@ class Size(Checked):
         return self.name
 
 
+class PathText(click.Path):
+    """A path as pathlib's Path; what cannot be one is refused here, what is there is for the command to look at."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(path_type=Path, **more)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; click's usage error for an empty one, or one with a null byte."""
+        if isinstance(value, str) and (not value or "\0" in value):
+            self.fail(f"{checks.shown(value)} is not a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = PathText()
 SEED = Checked("seed", partial(checks.read_whole, "seed"), checks.check_seed)
 STEPS = Checked("number", partial(checks.read_whole, "steps"), checks.check_steps)
 THREADS = Checked("number", partial(checks.read_whole, "threads"), checks.check_threads)

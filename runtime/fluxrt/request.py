@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -99,6 +100,13 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.msgpack.encode(self, enc_hook=_encode_array)
 
 
+def check_request(given: Any) -> Request:
+    """`given`, which must be a Request."""
+    if not isinstance(given, Request):
+        raise RequestError(f"generate takes a fluxrt.Request, got {checks.shown(given)}")
+    return given
+
+
 def decode_request(data: bytes) -> Request:
     """The request that `encode` made `data` of."""
     return msgspec.msgpack.decode(data, type=Request, dec_hook=_decode_array)
@@ -124,6 +132,13 @@ def _text(given: Any) -> str:
             f"the prompt {given[:48]!a} is not valid Unicode at character {error.start}: half of a surrogate pair, or "
             "bytes of another encoding; give it as UTF-8"
         ) from None
+    if not given.strip():
+        raise RequestError("the prompt is empty; say what the image should show")
+    for at, character in enumerate(given):
+        if unicodedata.category(character) == "Cc" and not character.isspace():
+            raise RequestError(
+                f"the prompt {given[:48]!a} holds the control character {character!a} at character {at}; leave it out"
+            )
     return str(given)
 
 
