@@ -15,7 +15,7 @@ from rich.console import Console
 from conftest import NANO, RECIPE, hollow_checkpoint
 from fluxc.base.console import new_console, new_table
 from fluxc.base.progress import StageProgress
-from fluxc.cli.describe_bundle import system_rows
+from fluxc.cli.doctor import Check, machine_checks, system_checks
 from fluxc.cli.main import main
 from fluxc.models.published import QWEN3_4B
 from fluxc.quantize.presets import PRESETS
@@ -165,7 +165,7 @@ def test_verify_fails_with_one_paragraph_and_exit_code_1(quick_copy: Path) -> No
 def test_doctor_lists_what_is_there() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0, result.output
-    for expected in ("Python 3", "compile", "CPUExecutionProvider", "torch 2.13.0"):
+    for expected in ("Python", "compile", "onnxruntime 1.", "torch 2.13.0"):
         assert expected in result.output
 
 
@@ -208,10 +208,38 @@ GPU = Gpu("RTX 5090", "12.0", "13.0")
     ],
 )
 def test_doctor_names_what_the_system_lacks_first(machine: Machine, rows: list[tuple[str, str, str]]) -> None:
-    found = system_rows(machine)
-    assert [row[:2] for row in found] == [row[:2] for row in rows]
-    for (_, _, shown), (_, _, expected) in zip(found, rows, strict=True):
-        assert expected in shown
+    found = system_checks(machine)
+    assert [(check.what, check.ready) for check in found] == [row[:2] for row in rows]
+    for check, (_, _, expected) in zip(found, rows, strict=True):
+        assert expected in f"{check.detail} {check.do}"
+
+
+def asks(checks: list[Check]) -> str:
+    return " ".join(f"{check.what} {check.do}" for check in checks if check.do)
+
+
+def test_doctor_asks_for_nothing_of_cuda_on_a_machine_without_an_nvidia_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxc.cli.doctor.installed_version", lambda kind: None)
+    checks = machine_checks(Machine(None, "no NVIDIA GPU"), has_gpu=False)
+    assert [check.ready for check in checks if check.what == "NVIDIA GPU"] == ["not needed"]
+    asked = asks(checks)
+    # TensorRT-RTX builds for other machines' GPUs, so it is the one that is offered.
+    assert "tensorrt-rtx-cu13" in asked
+    assert not any(name in asked for name in ("cuda-bindings", "onnxruntime-gpu", "tensorrt-cu13", "pytorch.org"))
+
+
+def test_doctor_says_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxc.cli.doctor.installed_version", lambda kind: None)
+    monkeypatch.setattr("fluxc.cli.doctor._version", lambda name: None if name in ("cuda-bindings", "onnx") else "1")
+    checks = {check.what: check for check in machine_checks(Machine(None, "cuda-bindings"), has_gpu=True)}
+    for what, command in (
+        ("compile", "install 'onnx>=1."),
+        ("run GPU targets", "install 'cuda-bindings>=13'"),
+        ("run onnxruntime targets on the GPU", "install 'onnxruntime-gpu[cuda,cudnn]>=1."),
+        ("build tensorrt targets", "install 'tensorrt-cu13>=11"),
+    ):
+        assert checks[what].ready == "no"
+        assert command in str(checks[what].do)
 
 
 def test_calibrate_prints_kinds_outliers_and_where_it_ran(tmp_path: Path) -> None:

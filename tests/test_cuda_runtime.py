@@ -22,10 +22,11 @@ from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.choose import Machine, choose, this_machine
 from fluxrt.cuda import CudaDriver, Gpu, OutOfMemoryError, first_gpu
 from fluxrt.errors import BackendError, BundleError, RequestError
+from fluxrt.install import update
 from fluxrt.manifest import Call, Engine, Plan, Port, Program, Target, WeightPort, read_target
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
-from fluxrt.system import installed_driver, pairs_apart
+from fluxrt.system import has_nvidia_gpu, installed_driver, pairs_apart
 from fluxrt.weights import StoredTensor, component_weights, read_weights
 from quick import QUICK
 from test_tensorrt import RTX as RTX_RECIPE
@@ -344,7 +345,7 @@ def test_a_plan_for_another_gpu_is_refused(bundle: Bundle) -> None:
 def test_another_version_of_the_library_is_refused(bundle: Bundle) -> None:
     with pytest.raises(
         BackendError,
-        match=r"built with tensorrt_rtx 1\.\S+, installed is 2\.0\.0; pip install tensorrt-rtx-cu13==1\.\d+\.\d+\.\d+,",
+        match=r"built with tensorrt_rtx 1\.\S+, installed is 2\.0\.0; run `.* install tensorrt-rtx-cu13==1\.\d+\.\d+\.\d+`,",
     ):
         backend_of(bundle, FakeDriver(), version="2.0.0")
 
@@ -366,8 +367,35 @@ def test_without_a_driver_the_way_out_is_named() -> None:
 
 def test_without_cuda_bindings_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(BackendError, match=r"pip install 'fluxrt\[cuda\]'"):
+    monkeypatch.setattr("fluxrt.cuda.has_nvidia_gpu", lambda: True)
+    with pytest.raises(BackendError, match=r"not installed .*; run `.* install 'cuda-bindings>=13'`, or choose"):
         first_gpu()
+
+
+def test_without_an_nvidia_gpu_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr("fluxrt.cuda.has_nvidia_gpu", lambda: False)
+    with pytest.raises(BackendError, match=r"^no NVIDIA GPU was found on this machine") as raised:
+        first_gpu()
+    assert "install" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, False),
+        ({"proc/driver/nvidia/version": "NVRM"}, True),
+        ({"dev/dxg": ""}, True),
+        ({"sys/bus/pci/devices/0/vendor": "0x10de\n", "sys/bus/pci/devices/0/class": "0x030200\n"}, True),
+        ({"sys/bus/pci/devices/0/vendor": "0x10de\n", "sys/bus/pci/devices/0/class": "0x020000\n"}, False),
+        ({"sys/bus/pci/devices/0/vendor": "0x8086\n", "sys/bus/pci/devices/0/class": "0x030000\n"}, False),
+    ],
+)
+def test_an_nvidia_gpu_is_seen_without_its_driver(files: dict[str, str], found: bool, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert has_nvidia_gpu(tmp_path) is found
 
 
 @pytest.mark.parametrize("capacity", [1000, 500_000, 1_500_000])
@@ -429,11 +457,12 @@ def test_the_best_target_of_bundle_and_machine_is_chosen(bundle: Bundle) -> None
     assert chosen is cpu
     assert obstacles == {"tensorrt_rtx": "no driver", "onnxruntime-nvfp4": None}
     _, obstacles = choose(with_targets(bundle, rtx, cpu), Machine(RTX))
-    exact = f"pip install 'cuda-bindings>=13' tensorrt-rtx-cu13=={version}"
-    assert obstacles["tensorrt_rtx"] == f"tensorrt_rtx is not installed; {exact}"
+    exact = f"pip install 'cuda-bindings>=13' tensorrt-rtx-cu13=={version}`"
+    assert str(obstacles["tensorrt_rtx"]).startswith("tensorrt_rtx is not installed; run `")
+    assert str(obstacles["tensorrt_rtx"]).endswith(exact)
     newer = read_target({"kind": "newer", "name": "newer", "sharding": "unheard of"})
     _, obstacles = choose(with_targets(bundle, newer, cpu), Machine(None))
-    assert obstacles["newer"] == "this fluxrt cannot run targets of kind 'newer'; install a newer one"
+    assert obstacles["newer"] == f"this fluxrt cannot run targets of kind 'newer'; {update('fluxrt')}"
     with pytest.raises(BackendError, match=r"no target of this bundle runs on this machine. tensorrt_rtx: .*H100"):
         choose(with_targets(bundle, rtx), Machine(Gpu("H100", "9.0", "13"), versions={"tensorrt_rtx": version}))
 

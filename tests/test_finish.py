@@ -238,7 +238,7 @@ def test_an_altered_graph_is_not_built(bundle: Path) -> None:
 
 
 def test_without_the_library_the_extra_is_named(bundle: Path) -> None:
-    with pytest.raises(BuildError, match=r"tensorrt-cu13 is not installed here .* pip install 'fluxc\[tensorrt\]'"):
+    with pytest.raises(BuildError, match=r"tensorrt-cu13 is not installed here .* run `.* install 'tensorrt-cu13>=11"):
         list(finish_bundle(bundle, find_gpu=lambda: GPU))
 
 

@@ -311,7 +311,8 @@ def test_a_target_on_cuda_is_tried_when_it_is_loaded(bundle: Bundle, monkeypatch
 
 def test_without_the_cuda_provider_the_package_is_named(bundle: Bundle) -> None:
     with pytest.raises(
-        BackendError, match=r"needs ONNX Runtime's CUDAExecutionProvider.*pip install 'onnxruntime-gpu\[cuda"
+        BackendError,
+        match=r"needs ONNX Runtime's CUDAExecutionProvider.*pip uninstall -y onnxruntime .* 'onnxruntime-gpu\[cuda",
     ):
         Pipeline(bundle, target=CUDA)
     assert Pipeline(bundle).target.name == "onnxruntime"

@@ -242,5 +242,5 @@ def test_inspect_counts_collectives_and_export_takes_another_target(
 
 def test_nccl_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nccl", None)
-    with pytest.raises(BackendError, match=r"pip install 'fluxrt\[nccl\]'"):
+    with pytest.raises(BackendError, match=r"run `.* install 'nccl4py\[cu13\]"):
         on_every_rank(2, lambda group: Communicator(group))

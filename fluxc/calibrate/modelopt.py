@@ -16,6 +16,7 @@ from fluxc.base.errors import BuildError, RecipeError
 from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.quantize.plan import LayerPlan
+from fluxrt.install import install_extra
 
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 FP8 = {"num_bits": (4, 3), "axis": None}
@@ -25,11 +26,13 @@ ALGORITHMS: dict[str, Any] = {"max": "max", "awq_lite": "awq_lite", "svdquant": 
 
 def check_available() -> None:
     """Raise BuildError unless modelopt is installed and torch sees a CUDA GPU; CPU builds need neither."""
-    lacking = [] if importlib.util.find_spec("modelopt") else ["nvidia-modelopt (`pip install 'fluxc[modelopt]'`)"]
+    lacking = (
+        [] if importlib.util.find_spec("modelopt") else [f"nvidia-modelopt (`{install_extra('fluxc', 'modelopt')}`)"]
+    )
     lacking += [] if torch.cuda.is_available() else ["a CUDA GPU that torch sees"]
     if lacking:
         raise BuildError(
-            f"calibration.engine: modelopt needs {' and '.join(lacking)}; its extra is `pip install 'fluxc[modelopt]'`. "
+            f"calibration.engine: modelopt needs {' and '.join(lacking)}. "
             "Without them, leave `engine` out: fluxc calibrates on any machine"
         )
 

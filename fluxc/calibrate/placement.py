@@ -51,7 +51,10 @@ def find_placement(checkpoint: Checkpoint, device: str, dtype: torch.dtype = tor
     BuildError if cuda is asked for and not there.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise BuildError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or install torch for CUDA")
+        raise BuildError(
+            "--device cuda: torch sees no CUDA GPU here; use --device cpu, or install the torch that has "
+            "this driver's CUDA (pytorch.org/get-started)"
+        )
     gpu = torch.cuda.mem_get_info()[0] if device != "cpu" and torch.cuda.is_available() else None
     weights = {
         name: weights_bytes(part) * dtype.itemsize // torch.bfloat16.itemsize

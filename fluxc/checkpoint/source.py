@@ -11,6 +11,7 @@ from fluxc.base.errors import CheckpointError
 from fluxc.base.json_object import read_json
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.checkpoint.weight_files import WeightFiles, find_weights, has_variant
+from fluxrt.install import install_named
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 QUANTIZATION = "quantization_config"
@@ -188,7 +189,8 @@ def _resolve(source: str, revision: str | None, folder: Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
         raise CheckpointError(
-            f"{source}: reading from the hub needs huggingface_hub; install it or give a local folder"
+            f"{source}: reading from the hub needs huggingface_hub; run `{install_named('fluxc', ['huggingface-hub'])}`, or "
+            "give a local folder"
         ) from error
     patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
     try:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
-from importlib import metadata
 
 from fluxc.base.console import new_console, new_table
+from fluxc.cli.doctor import machine_checks, target_checks
 from fluxc.fidelity.on_target import digest_without_entries, entries_of
 from fluxc.gpu_check.evidence import evidence_lines
 from fluxc.targets.registry import KINDS
-from fluxc.targets.tensorrt.library import LIBRARIES, installed_version
 from fluxrt.bundle import Bundle
-from fluxrt.choose import Machine, choose, obstacle, this_machine
-from fluxrt.errors import BackendError
 from fluxrt.manifest import Manifest
-from fluxrt.system import DOCKERS_SHM, ENOUGH_SHM, MORE_SHM, check_driver, old_driver
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -93,91 +88,22 @@ def _cache_lines(manifest: Manifest) -> Iterator[str]:
 
 def print_targets(bundle: Bundle) -> None:
     """Which of a bundle's targets this machine runs, which it would choose, and what stands in the others' way."""
-    machine = this_machine()
-    obstacles = {target.name: obstacle(bundle, target, machine) for target in bundle.manifest.targets}
-    able = [target for target in bundle.manifest.targets if obstacles[target.name] is None and target.gpus == 1]
-    chosen = choose(bundle, machine)[0].name if able else None
-    table = new_table(
-        "target",
-        "runs here",
-        "why",
-        title=f"targets of {bundle.manifest.name}",
-    )
-    for name, reason in obstacles.items():
-        ready = "chosen" if name == chosen else "yes"
-        table.add_row(name, "no" if reason else ready, reason or "")
+    table = new_table("target", "runs here", "why", title=f"targets of {bundle.manifest.name}")
+    for check in target_checks(bundle):
+        table.add_row(check.what, check.ready, check.detail)
     new_console().print(table)
 
 
 def print_doctor() -> None:
-    """What this machine can build and run, and what to install for what it cannot."""
-    console = new_console()
-    console.print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    needs: dict[str, tuple[str, ...]] = {
-        "compile": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors"),
-        "run onnxruntime targets": ("onnxruntime", "tokenizers", "numpy", "pillow"),
-    }
-    table = new_table("what", "ready", "with")
-    for row in system_rows(this_machine()):
-        table.add_row(*row)
-    for purpose, packages in needs.items():
-        found = {name: _version(name) for name in packages}
-        missing = [name for name, version in found.items() if version is None]
-        ready = "no" if missing else "yes"
-        detail = f"missing: {', '.join(missing)}; pip install fluxc" if missing else _listed(found)
-        table.add_row(purpose, ready, detail)
-    for library in LIBRARIES.values():
-        version = installed_version(library.kind)
-        builds = "builds plans without a GPU" if library.builds_without_gpu else "builds plans on the GPU they are for"
-        how = version or f"not installed; pip install 'fluxc[{library.extra}]'"
-        table.add_row(f"build {library.kind} targets", "yes" if version else "no", f"{builds}; {how}")
-    import onnxruntime
-    import torch
-
-    from fluxc.formats.kernel_cache import kernel_folder
-
-    folder, notice = kernel_folder()
-    table.add_row("compiled kernels", "yes" if folder else "no", notice or f"kept in {folder}")
-    providers = ", ".join(onnxruntime.get_available_providers())
-    table.add_row("ONNX Runtime providers", "", providers)
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        table.add_row("GPU", "yes", f"{torch.cuda.get_device_name()}, SM{major}{minor}; calibration runs on it")
-    else:
-        table.add_row("GPU", "no", "not needed: calibration, compiling and the onnxruntime target use the CPU")
+    """What this machine can build and run, and what to do for what it cannot."""
+    checks = machine_checks()
+    console, table = new_console(), new_table("what", "ready", "with")
+    for check in checks:
+        table.add_row(check.what, check.ready, check.detail)
     console.print(table)
-
-
-def system_rows(machine: Machine) -> list[tuple[str, str, str]]:
-    """What the system gives GPU targets (what, ready, with): the driver, and of several GPUs, how they reach each other."""
-    wrong = old_driver(machine.driver)
-    if machine.gpu is None:
-        return [("NVIDIA driver", "no", wrong)] if wrong else []
-    try:
-        check_driver(machine.gpu)
-    except BackendError as error:
-        rows = [("NVIDIA driver", "no", str(error))]
-    else:
-        rows = [("NVIDIA driver", "yes", f"{machine.driver or 'version unknown'}, CUDA {machine.gpu.driver}")]
-    if machine.gpus == 1:
-        return rows
-    if not machine.apart:
-        return [*rows, ("GPU to GPU", "yes", f"{machine.gpus} GPUs reach each other's memory (P2P)")]
-    pairs = ", ".join(f"{a} and {b}" for a, b in machine.apart)
-    slow = f"GPUs {pairs} do not reach each other's memory (no P2P): NCCL goes through the host's memory, many times slower"
-    rows.append(("GPU to GPU", "slow", slow))
-    if machine.shared_memory is not None and machine.shared_memory < ENOUGH_SHM:
-        ready = "no" if machine.shared_memory <= DOCKERS_SHM else "perhaps"
-        rows.append(("/dev/shm", ready, f"{machine.shared_memory >> 20} MiB, NCCL may need more; {MORE_SHM}"))
-    return rows
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _listed(versions: dict[str, str | None]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+    steps = [check for check in checks if check.do]
+    if steps:
+        console.print("To make the rest ready, where you need it:")
+    for check in steps:
+        # A command on a line of its own, never wrapped: it is there to be copied.
+        console.print(f"  {check.what}:\n    {check.do}", soft_wrap=True)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fluxc.base.errors import BuildError
+from fluxrt.install import install_extra
 
 
 class Judges:
@@ -46,7 +47,7 @@ def _load_lpips(weights: Path) -> Any:
     try:
         import lpips
     except ImportError as error:
-        raise BuildError(f"fidelity.lpips: {error}; pip install 'fluxc[metrics]'") from error
+        raise BuildError(f"fidelity.lpips: {error}; run `{install_extra('fluxc', 'metrics')}`") from error
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)

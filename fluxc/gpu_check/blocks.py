@@ -98,7 +98,9 @@ def check_block_torch(subject: Subject) -> Found:
 
     rehearsal = subject.place.is_rehearsal
     if not rehearsal and not torch.cuda.is_available():
-        return Found(skipped=f"torch {torch.__version__} has no CUDA here; install the build for this driver's CUDA")
+        return Found(
+            skipped=f"torch {torch.__version__} has no CUDA here; install the one that has this driver's (pytorch.org)"
+        )
     device = "cpu" if rehearsal else "cuda"
     blocks = _torch_blocks(SHAPES[subject.settings["model"]], subject.amount, device)
     figures: dict[str, Any] = {"torch": str(torch.__version__)}

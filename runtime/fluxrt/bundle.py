@@ -15,6 +15,7 @@ from stat import S_ISREG
 import msgspec
 
 from fluxrt.errors import BundleError, RequestError
+from fluxrt.install import update
 from fluxrt.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -153,11 +154,10 @@ def _check_format(path: Path, raw: bytes) -> None:
     if head.format != FORMAT:
         raise BundleError(f"{path}: its format is {head.format!r}, not {FORMAT!r}; this is not a fluxc bundle")
     if head.format_version != FORMAT_VERSION:
-        older = "build the bundle again from its recipe, or install the fluxrt that came with the fluxc that built it"
-        newer = "install the fluxrt that comes with the fluxc that built it"
+        older = "build the bundle again from its recipe, or take the fluxrt that came with the fluxc that built it"
         raise BundleError(
             f"{path}: it has bundle format {head.format_version}, this fluxrt reads format {FORMAT_VERSION}; "
-            f"{older if head.format_version < FORMAT_VERSION else newer}"
+            f"{older if head.format_version < FORMAT_VERSION else update('fluxrt')}"
         )
 
 

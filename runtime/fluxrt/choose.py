@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fluxrt.backends.registry import find_kind
 from fluxrt.errors import BackendError, RequestError
+from fluxrt.install import update
 from fluxrt.machine import Machine, this_machine
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def obstacle(bundle: Bundle, target: Target, machine: Machine) -> str | None:
     """Why `target` does not run on `machine`, in one sentence or two; None if it does."""
     kind = find_kind(target)
     if kind is None:
-        return f"this fluxrt cannot run targets of kind {target.kind!r}; install a newer one"
+        return f"this fluxrt cannot run targets of kind {target.kind!r}; {update('fluxrt')}"
     return kind.obstacle(bundle, target, machine)
 
 

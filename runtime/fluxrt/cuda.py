@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluxrt.errors import BackendError
+from fluxrt.install import install_extra
+from fluxrt.system import has_nvidia_gpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -228,9 +230,14 @@ def _driver_api() -> tuple[Any, int]:
     try:
         from cuda.bindings import driver
     except ImportError as error:
+        if not has_nvidia_gpu():
+            raise BackendError(
+                "no NVIDIA GPU was found on this machine (neither a driver nor a device); choose a target that runs on the CPU "
+                "with --target"
+            ) from error
         raise BackendError(
-            f"GPU targets need cuda-bindings, which is not installed ({error}); pip install 'fluxrt[cuda]', or choose a target "
-            "that runs on the CPU with --target"
+            f"GPU targets need cuda-bindings, which is not installed ({error}); run `{install_extra('fluxrt', 'cuda')}`, or "
+            "choose a target that runs on the CPU with --target"
         ) from error
     try:
         (result,) = driver.cuInit(0)

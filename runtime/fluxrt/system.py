@@ -26,6 +26,9 @@ NEWER_DRIVER = (
     f"install NVIDIA's driver {DRIVER} or later on the host; on data-centre GPUs the package cuda-compat-13-0 in the container "
     "does too"
 )
+NVIDIA_PCI = "0x10de"
+DISPLAY_PCI = "0x03"
+"""The PCI class of display controllers; a data-centre GPU is a 3D controller, which is one of them."""
 DOCKERS_SHM = 64 << 20
 """What a container's /dev/shm has unless it is given more: too little for NCCL's buffers where GPUs do not reach each other."""
 ENOUGH_SHM = 1 << 30
@@ -39,6 +42,24 @@ def installed_driver(system: Path = Path("/")) -> str | None:
     except OSError:
         return None
     return found[1] if found else None
+
+
+def has_nvidia_gpu(system: Path = Path("/")) -> bool:
+    """Whether an NVIDIA GPU or its driver shows itself: the kernel driver, its devices, WSL's, or a display or 3D controller of
+    NVIDIA's on the PCI bus, which a container without GPUs still sees."""
+    if any((system / path).exists() for path in ("proc/driver/nvidia/version", "dev/nvidiactl", "dev/dxg")):
+        return True
+    return any(
+        _read(device / "vendor") == NVIDIA_PCI and _read(device / "class").startswith(DISPLAY_PCI)
+        for device in (system / "sys/bus/pci/devices").glob("*")
+    )
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> int | None:

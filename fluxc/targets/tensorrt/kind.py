@@ -20,6 +20,7 @@ from fluxc.targets.tensorrt.library import (
     LIBRARIES,
     check_capabilities,
     gpu_here,
+    how_to_install,
     installed_version,
     load_library,
 )
@@ -125,7 +126,7 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
         shapes = "an optimization profile a size" if target.shapes == "profiles" else "one profile for all sizes"
         version = installed_version(self.name)
         if self._library.builds_without_gpu:
-            where = f"needs {self.name} here: pip install 'fluxc[{self._library.extra}]'"
+            where = f"needs {self.name} here: `{how_to_install(self._library)}`"
             where = f"built and audited on this machine ({self.name} {version})" if version else where
         elif version and gpu_here(target.compute_capabilities):
             where = f"built and audited on this machine's GPU ({self.name} {version})"

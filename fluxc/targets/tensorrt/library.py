@@ -73,8 +73,15 @@ def load_library(kind: str) -> ModuleType:
         return importlib.import_module(kind)
     except ImportError as error:
         raise BuildError(
-            f"target {kind}: {library.package} is not installed here ({error}); pip install 'fluxc[{library.extra}]'"
+            f"target {kind}: {library.package} is not installed here ({error}); run `{how_to_install(library)}`"
         ) from error
+
+
+def how_to_install(library: Library) -> str:
+    """The command that installs `library` where fluxc runs."""
+    from fluxrt.install import install_extra
+
+    return install_extra("fluxc", library.extra)
 
 
 def installed_version(kind: str) -> str | None:

@@ -7,6 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError
+from fluxrt.install import extra_requirements, install, install_extra
 from fluxrt.system import DOCKERS_SHM, MORE_SHM
 
 if TYPE_CHECKING:
@@ -24,18 +25,19 @@ def load_library(engine: Engine) -> Any:
         return importlib.import_module(engine.library)
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"this target needs {engine.library} {engine.version}, which is not installed ({error}); {install(engine)}, or "
-            "choose another --target"
+            f"this target needs {engine.library} {engine.version}, which is not installed ({error}); "
+            f"{how_to_install(engine)}, or choose another --target"
         ) from error
 
 
-def install(engine: Engine) -> str:
-    """The command that installs the one version of the library in which the engine's plans load, and the driver's bindings.
+def how_to_install(engine: Engine) -> str:
+    """What to do for the one version of the library in which the engine's plans load, and the driver's bindings, as a clause
+    that starts with a verb.
 
-    It names packages and not our extra, whose own pin may be of another version.
+    Our extra's own pin may be of another version.
     """
     exact = f"=={engine.version}" if engine.version else ""
-    return f"pip install 'cuda-bindings>=13' {PACKAGE[engine.library]}{exact}"
+    return f"run `{install(*extra_requirements('fluxrt', 'cuda'), PACKAGE[engine.library] + exact)}`"
 
 
 def check_finished(bundle: Bundle, target: TensorRTTarget) -> None:
@@ -54,7 +56,7 @@ def check_version(bundle: Bundle, target: TensorRTTarget, version: str) -> None:
     if version.split(".")[:3] != built.split(".")[:3]:
         raise BackendError(
             f"{bundle.root}: the plans of target {target.name!r} were built with {target.engine.library} {built}, installed is "
-            f"{version}; pip install {PACKAGE[target.engine.library]}=={built}, or rebuild the bundle with {version}"
+            f"{version}; run `{install(f'{PACKAGE[target.engine.library]}=={built}')}`, or rebuild the bundle with {version}"
         )
 
 
@@ -97,7 +99,9 @@ def check_gpus(target: Target, machine: Machine) -> None:
     if target.gpus == 1:
         return
     if importlib.util.find_spec("nccl") is None:
-        raise BackendError(f"target {target.name!r} needs NCCL for its {target.gpus} GPUs; pip install 'fluxrt[nccl]'")
+        raise BackendError(
+            f"target {target.name!r} needs NCCL for its {target.gpus} GPUs; run `{install_extra('fluxrt', 'nccl')}`"
+        )
     apart = [pair for pair in machine.apart if max(pair) < target.gpus]
     if apart and machine.shared_memory is not None and machine.shared_memory <= DOCKERS_SHM:
         raise BackendError(

@@ -6,6 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError
+from fluxrt.install import install_extra
 
 if TYPE_CHECKING:
     from fluxrt.group import Group
@@ -29,7 +30,7 @@ class Communicator:
             mine = bytes(core.get_unique_id()) if group.rank == 0 else None
         except Exception as error:
             raise BackendError(
-                f"a sharded target needs NCCL, which cannot be used here ({error}); pip install 'fluxrt[nccl]'"
+                f"a sharded target needs NCCL, which cannot be used here ({error}); run `{install_extra('fluxrt', 'nccl')}`"
             ) from error
         unique = core.UniqueId.from_bytes(group.broadcast(mine)[:UNIQUE_ID_BYTES])
         try:

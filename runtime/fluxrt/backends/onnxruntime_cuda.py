@@ -17,6 +17,7 @@ from fluxrt.backends.onnxruntime import OnnxRuntimeBackend, session_options
 from fluxrt.backends.trials import Trials
 from fluxrt.cuda import first_gpu
 from fluxrt.errors import BackendError
+from fluxrt.install import extra_requirements, install_instead
 from fluxrt.manifest import dimension_size
 from fluxrt.system import check_driver
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from fluxrt.manifest import Graph, OnnxRuntimeTarget
 
 PROVIDER = "CUDAExecutionProvider"
-INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31'"
-"""The two packages share a folder, so neither may be left; the extras are the CUDA and cuDNN libraries it loads."""
 
 OPTIONS = {
     # Every session has an arena of its own; doubling each of them, the default, would take up to twice what graphs need.
@@ -51,6 +50,16 @@ ONNX_BF16 = 16
 _FAILED_NODE = re.compile(r"while running (\w+) node\. Name:'([^']*)'")
 
 
+def how_to_install() -> str:
+    """What to do for ONNX Runtime with CUDA, as a clause that starts with a verb.
+
+    The plain package and this one share a folder, so neither may be left. The extra's own extras are the CUDA and cuDNN
+    libraries that it loads.
+    """
+    packages = extra_requirements("fluxrt", "onnxruntime-gpu")
+    return f"run `{install_instead(('onnxruntime', 'onnxruntime-gpu'), *packages)}`"
+
+
 class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     """Buffers are OrtValues, on the GPU once a graph wrote them. `device` and `providers` are others in tests alone."""
 
@@ -66,7 +75,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         if missing:
             raise BackendError(
                 f"target {target.name!r} needs ONNX Runtime's {missing[0]}, which the installed onnxruntime "
-                f"{onnxruntime.__version__} does not have; {INSTALL}, or choose another --target"
+                f"{onnxruntime.__version__} does not have; {how_to_install()}, or choose another --target"
             )
         self._dtypes = {
             port.name: port.dtype for graph in target.graphs.values() for port in (*graph.inputs, *graph.outputs)
@@ -163,7 +172,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BackendError(
                 f"{described.file}: ONNX Runtime failed while it ran: {str(error).strip()}; if memory ran out, ask for a "
-                f"smaller size or guidance 1; if a library is missing: {INSTALL}"
+                f"smaller size or guidance 1; if a library is missing: {how_to_install()}"
             ) from error
         results: list[Any] = binding.get_outputs()
         return results
@@ -185,8 +194,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         if wanted not in session.get_providers():
             raise BackendError(
                 f"graph {graph!r}: ONNX Runtime could not start {wanted} and would run on {session.get_providers()[0]}; "
-                f"its libraries of CUDA or cuDNN are missing or of another version{self._preloaded}; {INSTALL}, or choose "
-                "another --target"
+                f"its libraries of CUDA or cuDNN are missing or of another version{self._preloaded}; {how_to_install()}, or "
+                "choose another --target"
             )
         for part in session.get_provider_graph_assignment_info():
             elsewhere = {node.op_type for node in part.get_nodes()} & WORK

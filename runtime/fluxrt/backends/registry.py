@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
 from fluxrt.errors import BackendError, RequestError
+from fluxrt.install import update
 from fluxrt.manifest import (
     TARGETS,
     AnyTarget,
@@ -132,7 +133,7 @@ def make_pipeline(bundle: Bundle, target: Target, threads: int | None, gpus: int
 def _unknown(bundle: Bundle, target: Target) -> BackendError:
     return BackendError(
         f"{bundle.root}: target {target.name!r} is of kind {target.kind!r}, which this fluxrt cannot run; "
-        "choose another target of the bundle or install a newer fluxrt"
+        f"choose another target of the bundle, or {update('fluxrt')}"
     )
 
 
@@ -167,7 +168,7 @@ def _visual_gen(bundle: Bundle, target: VisualGenTarget, threads: int | None, gp
 
 
 def _no_cuda_provider(bundle: Bundle, target: Target, machine: Machine) -> str | None:
-    from fluxrt.backends.onnxruntime_cuda import INSTALL, PROVIDER
+    from fluxrt.backends.onnxruntime_cuda import PROVIDER, how_to_install
     from fluxrt.system import check_driver
 
     if machine.gpu is None:
@@ -176,11 +177,13 @@ def _no_cuda_provider(bundle: Bundle, target: Target, machine: Machine) -> str |
         check_driver(machine.gpu)
     except BackendError as error:
         return str(error)
-    return None if PROVIDER in machine.providers else f"the installed onnxruntime has no CUDA provider; {INSTALL}"
+    return (
+        None if PROVIDER in machine.providers else f"the installed onnxruntime has no CUDA provider; {how_to_install()}"
+    )
 
 
 def _no_tensorrt(bundle: Bundle, target: TensorRTTarget, machine: Machine) -> str | None:
-    from fluxrt.backends.library import check_finished, check_gpu, check_gpus, check_version, install
+    from fluxrt.backends.library import check_finished, check_gpu, check_gpus, check_version, how_to_install
     from fluxrt.system import check_driver
 
     if machine.gpu is None:
@@ -189,7 +192,7 @@ def _no_tensorrt(bundle: Bundle, target: TensorRTTarget, machine: Machine) -> st
     try:
         check_driver(machine.gpu)
         if version is None:
-            return f"{target.engine.library} is not installed; {install(target.engine)}"
+            return f"{target.engine.library} is not installed; {how_to_install(target.engine)}"
         check_finished(bundle, target)
         check_version(bundle, target, version)
         check_gpu(bundle, target, machine.gpu)
@@ -202,9 +205,11 @@ def _no_tensorrt(bundle: Bundle, target: TensorRTTarget, machine: Machine) -> st
 def _no_visual_gen(bundle: Bundle, target: VisualGenTarget, machine: Machine) -> str | None:
     from fluxrt.visual_gen import how_to_serve, is_installed
 
+    if machine.gpu is None:
+        return machine.no_gpu
     if not is_installed():
         return f"needs tensorrt-llm, which is not installed; where it is: {how_to_serve(bundle, target)}"
-    return machine.no_gpu if machine.gpu is None else None
+    return None
 
 
 BUILT_IN: tuple[Kind[Any], ...] = (
