@@ -78,16 +78,15 @@ class CommandLine(click.Group):
         tool = str(self.name)
         _open_standard_descriptors()
         arguments = list(sys.argv[1:] if args is None else args)
-        is_empty = not arguments
         with Logs(tool) as logs:
             try:
                 with ended_by_sigterm():
                     self._complete(tool)
-                    with self.make_context(tool, arguments or ["--help"], obj=logs) as context:
+                    with self.make_context(tool, list(arguments) or ["--help"], obj=logs) as context:
                         self.invoke(context)
                 return 0
             except click.exceptions.Exit as done:
-                return 2 if is_empty else done.exit_code
+                return done.exit_code if arguments else 2
             except BaseException as error:
                 return self._ended(error, logs)
 
