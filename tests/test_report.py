@@ -30,11 +30,21 @@ from fluxc.report import charts, pictures
 from fluxc.report.bundles import report_of
 from fluxc.report.compare import compare
 from fluxc.report.page import IMAGES, psnr_words, render
-from fluxc.report.structs import PAGE, REPORT_JSON, LayerFigures, Report, encode_report, json_schema, read_report
+from fluxc.report.structs import (
+    PAGE,
+    REPORT_JSON,
+    LayerFigures,
+    Report,
+    StepCacheFigures,
+    Verdict,
+    encode_report,
+    json_schema,
+    read_report,
+)
 from fluxc.report.tiers import never_run, tiers_of
 from fluxc.report.verdict import verdict
 from fluxrt.bundle import open_bundle
-from fluxrt.manifest import Engine, OnnxRuntimeTarget, Plan, TensorRTRtxTarget
+from fluxrt.manifest import CacheRule, Engine, OnnxRuntimeTarget, Plan, TensorRTRtxTarget
 from quick import QUICK
 
 SCHEMA = ROOT / "docs" / "report.schema.json"
@@ -361,6 +371,27 @@ def test_layers_without_figures_are_told_apart(report: Report, quick_bundle: Pat
     assert "This build quantized no layer." in text
     for name, words in (("kept", "kept"), ("exact", "no error"), ("theirs", "quantized in the checkpoint")):
         assert words in text[text.index(f"transformer: {name}") :][:200]
+
+
+def test_a_page_of_what_ran_nowhere_says_what_was_not_measured(report: Report, quick_bundle: Path) -> None:
+    quality = {"coefficients": [1.0, 0.0], "r2": 0.9, "r2_by_branch": [0.9], "rmse": 0.1, "worst": 0.2}
+    skips = {"dynamic": {"fitted": 2.0, "held_out": 1.9}, "visual_gen": {"held_out": 1.5}}
+    fit = {
+        "degree": 1,
+        "kind": "plain",
+        "prompts": {"fitted": 6, "held_out": 2},
+        "range": [0.1, 0.2],
+        "occurrences": [],
+    }
+    fit |= {"residual": quality, "latent": quality, "skipped": skips}
+    rule = CacheRule((1.0, 0.0), 0.5)
+    cache = StepCacheFigures(mode="dynamic", steps=9, size=(64, 64), schedule=(), rule=rule, visual_gen=rule, fit=fit)
+    gone = Verdict(passed=True, gates=())
+    nowhere = msgspec.structs.replace(report, targets={}, prediction=None, step_cache=cache, verdict=gone)
+    text = Page(render(nowhere, quick_bundle / IMAGES)).text
+    for said in ("what it costs was not measured", "can share the model", "has no gates", "reference"):
+        assert said in text
+    assert "Is it still good?" not in text
 
 
 def test_large_images_are_shrunk_and_small_ones_kept_exactly(report: Report, tmp_path: Path) -> None:
