@@ -323,6 +323,44 @@ def test_a_missed_gate_fails_naming_figures_and_writes_no_bundle(workshop: Path)
         compile_into(out, *QUICK[:-1], "gates={layer_snr_db: 90, step_cosine: 0.999999}")
     assert raised.value.exit_code == 1
     assert not out.exists()
+    kept = workshop / "gated-failed" / "report"
+    assert str(raised.value).endswith(
+        f"lower gates.layer_snr_db, gates.step_cosine; what was measured: {kept}/index.html"
+    )
+    assert "step 3 0." in str(raised.value)
+    assert {"index.html", "report.json", "images"} <= {path.name for path in kept.iterdir()}
+    compile_into(out, *QUICK)
+    assert not kept.parent.exists(), "the next build that succeeds removes it"
+
+
+def test_a_report_of_a_missed_gate_takes_nobody_elses_place(workshop: Path) -> None:
+    mine = workshop / "mine-failed"
+    mine.mkdir()
+    (mine / "notes").write_text("mine")
+    with pytest.raises(GateError, match=r"what was measured: .*/fidelity-[0-9a-f]+/report/index\.html$") as raised:
+        compile_into(workshop / "mine", *QUICK[:-1], "gates={step_cosine: 0.999999}")
+    assert Path(str(raised.value).rpartition(": ")[2]).is_file()
+    assert [path.name for path in mine.iterdir()] == ["notes"]
+
+
+def test_a_missed_gate_names_the_worst_steps_images_and_layers() -> None:
+    prompts = [
+        {"prompt": "a dot", "step_cosine": [0.999, 0.97, 0.95], "image_psnr_db": 41.0},
+        {"prompt": "a ring", "step_cosine": [0.999, 0.96, 0.99], "image_psnr_db": 33.0},
+    ]
+    figures = {"onnxruntime": {"step_cosine": 0.95, "image_psnr_db": 37.0, "prompts": prompts}}
+    layers = {f"layer{number}": 20.0 - number for number in range(6)} | {"good": 30.0}
+    with pytest.raises(GateError) as raised:
+        check_gates(Gates(layer_snr_db=21, step_cosine=0.98, image_psnr_db=40), layers, figures)
+    assert str(raised.value) == (
+        "gates: 6 layers under layer_snr_db 21: layer5 15.00 dB, layer4 16.00 dB, layer3 17.00 dB, layer2 18.00 dB, "
+        "and 2 more; "
+        "target onnxruntime: step_cosine 0.95 under 0.98 (2 steps: step 3 0.95 for 'a dot', step 2 0.96 for 'a ring'); "
+        "target onnxruntime: image_psnr_db 37.0 under 40 (1 of 2 images: 33.0 dB for 'a ring'). No bundle was written; "
+        "keep the layers that lose most in higher precision (precision.transformer.exclude, or a rule with format: fp8), or "
+        "let `exclude: auto` choose them; or, if this loss is acceptable, lower gates.layer_snr_db, gates.step_cosine, "
+        "gates.image_psnr_db"
+    )
 
 
 def test_a_figure_that_is_nan_misses_its_gate() -> None:
@@ -406,7 +444,7 @@ def test_a_target_that_computes_nan_is_named() -> None:
 def test_a_prompt_too_long_to_compile_is_named_not_cut(tmp_path: Path, field: str) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n" + "a red circle " * 20 + "\n")
-    with pytest.raises(RecipeError, match=rf"{field}\.prompts: the prompt 'a red circle a red .*compiled for 32"):
+    with pytest.raises(RecipeError, match=rf"{field}\.prompts: the prompt 'a red circle a red .*text\.length is 32"):
         compile_into(tmp_path / "out", *QUICK, f"{field}.prompts={prompts}")
 
 

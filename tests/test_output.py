@@ -19,7 +19,7 @@ from fluxc.base.errors import BuildError
 from fluxc.base.output import check_output, check_writable, names_place
 from fluxc.build.build import build
 from fluxc.build.measure import calibrate_to_file
-from fluxc.checkpoint import template_stage
+from fluxc.graph import stage as export_stage
 from fluxc.recipe.load import load_recipe
 from quick import QUICK
 
@@ -97,9 +97,9 @@ def test_a_disk_that_fills_up_in_a_stage_ends_the_build_with_its_place(
         (folder / "half").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    run.__module__ = template_stage.__name__
-    monkeypatch.setattr(template_stage, "run", run)
-    with pytest.raises(BuildError, match=r"^render chat template: .*\.fluxc: No space left on device; free some space"):
+    run.__module__ = export_stage.__name__
+    monkeypatch.setattr(export_stage, "run", run)
+    with pytest.raises(BuildError, match=r"^trace vae: .*\.fluxc: No space left on device; free some space"):
         build(load_recipe(RECIPE, QUICK), tmp_path / "out", RecordingProgress())
     assert [path.name for path in tmp_path.iterdir()] == [".fluxc"]
     assert list(tmp_path.rglob("half")) == []

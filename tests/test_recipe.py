@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import NANO, RECIPE, ROOT
-from fluxc.base.errors import CheckpointError, RecipeError
+from fluxc.base.errors import RecipeError
 from fluxc.build.bundle_writer import resolved_recipe
 from fluxc.build.job import open_job
 from fluxc.recipe.document import read_document
@@ -35,12 +35,12 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
         ("targets=[{kind: onnxruntime, activation: none}]", r"'targets\[0\]\.activation'; did you mean 'activations'"),
         (
             "precision.transformer.rules=[{mtch: a, format: fp8}]",
-            r"'precision\.transformer\.rules\.mtch'; did you mean 'match'",
+            r"'precision\.transformer\.rules\[0\]\.mtch'; did you mean 'match'",
         ),
-        ("sampling.steps=many", r"Expected `int`, got `str` - at `sampling\.steps`"),
+        ("sampling.steps=many", r"sampling\.steps: must be a whole number, got 'many'; for example 4$"),
         ("sampling.steps=0", r"sampling\.steps: must be at least 1"),
         ("sizes=[]", r"sizes: give at least one"),
-        ("sizes=[[64]]", r"at `sizes\[0\]`"),
+        ("sizes=[[64]]", r"sizes\[0\]: must be a list of 2 whole numbers, got 1 of them"),
         ("calibration.size=[32, 32]", r"calibration\.size: \[32, 32\] is not one of sizes"),
         ("targets=[]", r"targets: give at least one"),
         ("targets=[{kind: onnxruntime}, {kind: onnxruntime}]", r"targets: 'onnxruntime' appears twice"),
@@ -60,17 +60,20 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
         ),
         (
             "targets=[{kind: tensorrt, memory_gib: much}]",
-            r"Expected `float`, got `str` - at `targets\[0\]\.memory_gib`",
+            r"targets\[0\]\.memory_gib: must be a number, got 'much'",
         ),
         (
             "targets=[{kind: tensorrt, compute_capabilities: []}]",
-            r"compute_capabilities: give at least one, or leave it",
+            r"compute_capabilities: give at least one; for example",
         ),
-        ("targets=[{kind: tensorrt, allow: [{layr: a}]}]", r"'targets\[0\]\.allow\.layr'; did you mean 'layer'"),
+        ("targets=[{kind: tensorrt, allow: [{layr: a}]}]", r"'targets\[0\]\.allow\[0\]\.layr'; did you mean 'layer'"),
         ("targets=[{gpus: 2}]", r"targets\[0\]\.kind: say what kind of target it is\. It can be onnxruntime, "),
-        ("targets=[{kind: [a]}]", r"targets\[0\]\.kind: \['a'\] is not possible\. It can be onnxruntime, "),
-        ("targets=[onnxruntime]", r"Expected `object`, got `str` - at `targets\[0\]`"),
-        ("targets=onnxruntime", r"Expected `array`, got `str` - at `targets`"),
+        ("targets=[{kind: [a]}]", r"targets\[0\]\.kind: \[a\] is not possible\. It can be onnxruntime, "),
+        (
+            "targets=[onnxruntime]",
+            r"targets\[0\]: must be a mapping of fields, got 'onnxruntime'; for example \[\{kind: onnxruntime\}\]",
+        ),
+        ("targets=onnxruntime", r"targets: must be a list of mappings of fields, got 'onnxruntime'"),
         ("nonsense", r"write it as field\.sub_field=value"),
         ("name.first=a", r"'name' is not a mapping"),
     ],
@@ -108,7 +111,9 @@ def test_a_format_or_preset_that_there_is_not_is_named_before_any_work(change: s
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("name: a\n")
-    with pytest.raises(RecipeError, match="missing required field `model`"):
+    with pytest.raises(
+        RecipeError, match=r"\n  model: is missing, and required: the checkpoint; for example \{source: "
+    ):
         load_recipe(path)
 
 
@@ -134,24 +139,24 @@ def test_a_file_that_is_not_yaml_or_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("sampling.guidance=.nan", r"sampling\.guidance: must be a finite number, got \.nan \(line 1"),
+        ("sampling.guidance=.nan", r"sampling\.guidance: must be a finite number, got \.nan$"),
         ("sampling={guidance: .inf}", r"sampling\.guidance: must be a finite number"),
         ("sampling.guidance=-1", r"sampling\.guidance: must be at least 0"),
         ("sampling.guidance=1e999", r"sampling\.guidance: must be a finite number"),
         ("calibration.guidance=1e9", r"calibration\.guidance: must be at least 0 and at most 1000"),
         ("calibration.seed=-1", r"calibration\.seed: must be at least 0"),
-        ("fidelity.seed=-5", r"fidelity\.seed: must be at least 0 and less than 2\^64"),
+        ("fidelity.seed=-5", r"fidelity\.seed: must be at least 0, got -5"),
         (f"fidelity.seed={1 << 64}", r"fidelity\.seed: 18446744073709551616 has more than 64 bits"),
         ("sampling.steps=100000", r"sampling\.steps: must be at least 1 and at most 1000"),
-        ("sizes=[[64, -64]]", r"sizes: \[64, -64\] is not possible"),
-        ("sizes=[[1048576, 64]]", r"sizes: .* from 1 to 16384 pixels"),
+        ("sizes=[[64, -64]]", r"sizes\[0\]\[1\]: must be at least 1 and at most 16384, got -64"),
+        ("sizes=[[1048576, 64]]", r"sizes\[0\]\[0\]: must be at least 1 and at most 16384, got 1048576"),
         ("text.length=1000000", r"text\.length: must be at least 1 and at most"),
-        ("weights.shard_gib=1e-12", r"weights\.shard_gib: must be positive, 2\^-20"),
-        ("gates.step_cosine=1.5", r"gates\.step_cosine: is at most 1"),
-        ("gates.image_psnr_db=200", r"gates\.image_psnr_db: is at most 120"),
+        ("weights.shard_gib=1e-12", r"weights\.shard_gib: must be at least 9\.53674e-07, got 1e-12"),
+        ("gates.step_cosine=1.5", r"gates\.step_cosine: must be at least -1 and at most 1, got 1\.5"),
+        ("gates.image_psnr_db=200", r"gates\.image_psnr_db: must be at most 120, got 200"),
         ("step_cache={max_error: .inf}", r"step_cache\.max_error: must be a finite number"),
         ("step_cache={min_r2: 2}", r"step_cache\.min_r2: must be at most 1"),
-        (f"name={'a' * 300}", r"name: 'a+' becomes a folder name; use at most 200"),
+        (f"name={'a' * 300}", r"name: 'a+'\.\.\. becomes a folder name; use at most 200"),
         (f"calibration.prompts={'a' * 300}", r"calibration\.prompts: no file has so long a name"),
         ("model.source=''", r"model\.source: is empty"),
         ('model.source="a\\0b"', r"model\.source: 'a\\x00b' holds a control character"),
@@ -231,7 +236,9 @@ def test_a_document_that_could_mean_something_else_is_refused_where_it_stands(te
 def test_steps_written_as_a_time_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(re.sub(r"steps: \d+", "steps: 1:30", RECIPE.read_text(), count=1))
-    with pytest.raises(RecipeError, match=r"Expected `int.*`, got `str` - at `.*steps`"):
+    with pytest.raises(
+        RecipeError, match=r"recipe\.yaml, line \d+: sampling\.steps: must be a whole number, got '1:30'"
+    ):
         load_recipe(path)
 
 
@@ -293,7 +300,7 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("field", ["calibration.file", "step_cache.trace"])
 def test_given_measurements_are_read_before_the_checkpoint(field: str, tmp_path: Path) -> None:
     changes = ("sampling.steps=20", "step_cache={skip: auto}", f"{field}={tmp_path / 'none'}", "model.source=./none")
-    with pytest.raises(CheckpointError, match=r"none: there is no such (calibration|trace) file"):
+    with pytest.raises(RecipeError, match=r"none: there is no such (calibration|trace) file"):
         open_job(load_recipe(RECIPE, changes), tmp_path)
 
 

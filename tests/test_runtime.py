@@ -16,7 +16,7 @@ from PIL import Image
 
 import fluxrt
 from conftest import ROOT
-from fluxrt import BundleError, RequestError
+from fluxrt import RequestError
 from fluxrt.cli import main
 from fluxrt.request import Request
 
@@ -101,7 +101,7 @@ def test_wrong_requests_are_refused(pipeline: fluxrt.Pipeline, quick_bundle: Pat
         pipeline.generate(Request([PROMPT, PROMPT], seed=[1]))
     with pytest.raises(RequestError, match="at least 1 and at most 100000, got 0"):
         pipeline.generate(Request(PROMPT, steps=0))
-    with pytest.raises(BundleError, match="no target 'tpu' in this bundle; it has: onnxruntime, onnxruntime-nvfp4"):
+    with pytest.raises(RequestError, match="no target 'tpu' in this bundle; it has: onnxruntime, onnxruntime-nvfp4"):
         fluxrt.load(quick_bundle, target="tpu")
 
 
@@ -148,7 +148,7 @@ def test_generate_writes_png_files(quick_bundle: Path, tmp_path: Path, capsys: p
 def test_generate_refuses_in_one_paragraph_with_exit_code_2(
     quick_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
 ) -> None:
-    arguments = ["generate", str(quick_bundle), "--prompt", PROMPT, "--out", str(tmp_path / "a.png"), *extra]
+    arguments = ["generate", str(quick_bundle), "-q", "--prompt", PROMPT, "--out", str(tmp_path / "a.png"), *extra]
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error

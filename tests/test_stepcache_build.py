@@ -318,7 +318,9 @@ def test_parts_of_a_trace_merge_into_the_whole(trace: Path, made: Path, tmp_path
     built = compile_into(made / "given", *CHANGES, f"step_cache={CACHE}, trace: {tmp_path / 'whole'}}}", progress=given)
     assert "trace steps" not in given.ran + given.found
     assert open_bundle(built).manifest.step_cache.fit["prompts"]["fitted"] == 12
-    with pytest.raises(BuildError, match=r"whole: made with other steps \(12 there, 14 in the recipe\)"):
+    with pytest.raises(
+        RecipeError, match=r"step_cache\.trace: .*whole: made with other steps \(12 there, 14 in the recipe\)"
+    ):
         compile_into(
             made / "wrong", *CHANGES, "sampling.steps=14", f"step_cache={CACHE}, trace: {tmp_path / 'whole'}}}"
         )
@@ -339,10 +341,13 @@ def test_a_trace_that_saw_no_number_is_refused(trace: Path, tmp_path: Path) -> N
         (("step_cache={skip: 0}",), r"step_cache\.skip: must be more than 0, got 0"),
         (("step_cache={skip: 11}",), r"step_cache\.skip: 11 of 12 steps cannot be skipped; at most 8 can"),
         (("step_cache={skip: offen}",), r"step_cache\.skip: 'offen' is not possible"),
-        (("step_cache={degree: 6}",), r"step_cache\.degree: must be 1 to 5, got 6"),
-        (("step_cache={max_consecutive_skips: 7}",), r"step_cache\.max_consecutive_skips: at most 6"),
+        (("step_cache={degree: 6}",), r"step_cache\.degree: must be at least 1 and at most 5, got 6"),
+        (
+            ("step_cache={max_consecutive_skips: 7}",),
+            r"step_cache\.max_consecutive_skips: must be at least 1 and at most 6, got 7",
+        ),
         (("step_cache={first: 0}",), r"step_cache\.first: must be at least 1"),
-        (("step_cache={frontier: [0]}",), r"step_cache\.frontier: lists numbers of skipped steps"),
+        (("step_cache={frontier: [0]}",), r"step_cache\.frontier\[0\]: must be at least 1, got 0"),
         (("step_cache={tresh: 1}",), r"unknown field 'step_cache\.tresh'"),
         (("step_cache={}", "sampling.steps=4"), r"step_cache: 4 steps are too few to skip any \(at least 10\)"),
         (("gates={step_cache_psnr_db: 30}",), r"gates\.step_cache_psnr_db: there is no step_cache in this recipe"),

@@ -19,6 +19,7 @@ from fluxc.families.registry import FAMILIES
 from fluxc.families.registry import register as register_family
 from fluxc.formats.registry import FORMATS
 from fluxc.formats.registry import register as register_format
+from fluxc.recipe import fields
 from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
 from quick import QUICK
@@ -39,7 +40,7 @@ def toy_format() -> Iterator[None]:
 
     register_format(INT8_ROWS)
     yield
-    del FORMATS[INT8_ROWS.name]
+    del FORMATS[INT8_ROWS.name], fields.FORMATS[INT8_ROWS.name]
 
 
 @pytest.mark.usefixtures("toy_format")

@@ -405,7 +405,7 @@ def test_beside_an_fp8_text_encoder_the_folder_has_its_own_in_bf16(workshop: Pat
     [
         (['precision.transformer.rules=[{match: "*.ff_context.*", format: fp8}]'], "one quantized format and bf16"),
         (["targets=[{kind: visual_gen, gpus: 3}]"], "3 GPUs cannot share the 4 attention heads"),
-        (["targets=[{kind: visual_gen, gpus: []}]"], "must be at least 1"),
+        (["targets=[{kind: visual_gen, gpus: []}]"], "give at least one"),
         (["targets=[{kind: visual_gen, activations: nvfp4}]"], "has no such option"),
         (["targets=[{kind: onnxruntime, gpus: [1, 2]}]"], "takes one number"),
     ],

@@ -1,17 +1,13 @@
-"""Progress on the terminal: a line a stage with a bar while it works; nothing when stderr is not a terminal."""
+"""What work tells of itself: stages, how far each is, and findings. Nothing is shown here; `shown.py` does that.
+
+Every stage imports this module, so it changes rarely: its code is part of every stage's key in the cache.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
-
-from fluxc.base.console import new_console
 
 
 class Report(Protocol):
@@ -20,39 +16,32 @@ class Report(Protocol):
     def __call__(self, done: int, total: int, detail: str = "") -> None: ...
 
 
-class StageProgress:
-    """Shows stages as they run."""
+def of_prompts(report: Report | None, number: int, prompts: int, steps: int) -> Callable[[int], None]:
+    """What reports that so many steps of prompt `number` are done, where there are `prompts` prompts of `steps` steps."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or new_console(stderr=True)
+    def on_step(done: int) -> None:
+        if report:
+            report(number * steps + done, prompts * steps, f"{number + done // steps}/{prompts} prompts")
+
+    return on_step
+
+
+class StageProgress:
+    """Takes what a command tells, and shows nothing of it."""
+
+    def expect(self, stages: int) -> None:
+        """So many stages are to come, cached ones included, with those that were."""
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Report]:
-        """Show `title` while the body runs; the body may call the yielded `report(done, total)`."""
-        if not self._console.is_terminal:
-            yield lambda done, total, detail="": None
-            return
-        began = time.perf_counter()
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
-            console=self._console,
-            transient=True,
-        ) as progress:
-            task = progress.add_task(title, total=None, detail="")
-            yield lambda done, total, detail="": progress.update(task, completed=done, total=total, detail=detail)
-        took = f"{time.perf_counter() - began:.1f} s"
-        self._console.print(Text.assemble(("done", "green"), f"   {title}  ", (took, "dim")))
-
-    def say(self, line: str) -> None:
-        """Print a finding that must be seen, terminal or not."""
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        """The stage `title` runs while the body does, which may call the yielded `report(done, total)`."""
+        yield lambda done, total, detail="": None
 
     def cached(self, title: str) -> None:
-        """Say that a stage's result was already there."""
-        if self._console.is_terminal:
-            self._console.print(Text(f"cached {title}", "dim"))
+        """The result of the stage `title` was already there."""
+
+    def say(self, line: str) -> None:
+        """A finding that must be seen."""
+
+    def explain(self, line: str) -> None:
+        """What only those want to see who look into the work."""

@@ -10,14 +10,15 @@ from typing import Any
 
 import msgspec
 
-from fluxc.base.cache import StageCache, cache_root, locked
-from fluxc.base.errors import BuildError
-from fluxc.base.output import check_output, names_place
+from fluxc.base.cache import StageCache, locked
+from fluxc.base.errors import GateError
+from fluxc.base.output import names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build import bundle_writer
-from fluxc.build.job import Job, check_machine, check_prompts, check_workshop, hash_checkpoint, open_job, prompting_of
+from fluxc.build.job import Job, hash_checkpoint, template_of
+from fluxc.build.preflight import preflight
 from fluxc.build.readme import place_readme
-from fluxc.build.runner import Results, run_steps
+from fluxc.build.runner import Results, count_steps, run, run_steps, up_to
 from fluxc.build.stages import DRAFT, comparing, layers_of, provenance_tools, sampling_entry, steps
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.fidelity.gates import check_gates, check_stages, stage_bounds
@@ -27,31 +28,30 @@ from fluxc.targets.parts import Weights
 from fluxrt import manifest as format
 from fluxrt.bundle import Bundle
 
+WRITE_BUNDLE = "write bundle"
+
 
 def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str | None = None) -> Path | None:
     """Compile `loaded` into the bundle folder `out` and return it; with `until`, stop after that part and return None.
 
     Results of stages are kept beside `out` in `.fluxc/`, or in the folder that FLUXC_CACHE names. The bundle appears by rename
     when complete, in place of an older one. Raises the errors of the stages, and GateError when the result misses the recipe's
-    gates.
+    gates: the report is then kept in `failed_folder(out)`, until a build of `out` succeeds.
     """
-    check_output(out, "a bundle", is_folder=True)
-    if out.exists() and not (out / format.MANIFEST).is_file():
-        raise BuildError(f"{out}: exists and is not a bundle; give another --out, or move it away")
-    check_workshop(out)
-    job = open_job(loaded, cache_root(out))
-    check_machine(loaded)
+    ready = preflight(loaded, out)
+    ready.check_machine()
+    job = ready.job
     _say_where_kernels_are(progress)
     with names_place("build", out), locked(out) as workshop, StageCache(job.root, progress) as cache:
-        prompting = prompting_of(cache, job)
-        check_prompts(job, prompting)
+        progress.expect(_count_stages(job, until))
+        prompting = job.prompting(run(cache, template_of(job, cache.file_digest)))
         hash_checkpoint(cache, job)
         results = Results()
         run_steps(cache, steps(job, until), results, until)
         if results.get("step-cache"):
             for line in step_cache_lines(results["step-cache"]):
                 progress.say(line)
-        if until in (None, "fidelity", "bundle"):
+        if _compares(until):
             staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=workshop))
             try:
                 _make_bundle(cache, job, prompting, results, staging, out, until == "fidelity")
@@ -63,6 +63,21 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
         cache.remember(str(out.resolve()))
         cache.prune()
     return out
+
+
+def failed_folder(out: Path) -> Path:
+    """Where the report of a build of `out` is kept whose result missed its gates."""
+    return out.with_name(f"{out.name}-failed")
+
+
+def _compares(until: str | None) -> bool:
+    return until in (None, "fidelity", "bundle")
+
+
+def _count_stages(job: Job, until: str | None) -> int:
+    """How many stages a build shows: the chat template, the checkpoint's hashes, its steps, and the bundle."""
+    listed = up_to(steps(job, until), until) + (list(comparing(job)) if _compares(until) else [])
+    return 2 + count_steps(listed) + (until in (None, "bundle"))
 
 
 def _say_where_kernels_are(progress: StageProgress) -> None:
@@ -96,8 +111,13 @@ def _make_bundle(
     snr = {layer["name"]: layer["snr_db"] for layer in layers_of(results) if layer["snr_db"] is not None}
     plans = job.source(results).plans
     bounds = {target.name: stage_bounds(target, recipe.fidelity.reference, plans) for target in recipe.targets}
-    check_stages(figures["targets"], bounds)
-    check_gates(recipe.gates, snr, figures["targets"], cached)
+    try:
+        check_stages(figures["targets"], bounds)
+        check_gates(recipe.gates, snr, figures["targets"], cached)
+    except GateError as error:
+        page = bundle_writer.keep_failed(folders, staging, failed_folder(out))
+        raise GateError(f"{error}; what was measured: {page}") from None
+    bundle_writer.drop_failed(failed_folder(out))
     if compare_only:
         return
     bundle_writer.place_reports(folders, staging)
@@ -110,11 +130,12 @@ def _make_bundle(
     manifest = msgspec.structs.replace(manifest, files=bundle_writer.files_of(staging, cache))
     if bundle_writer.is_current(out, manifest, cache):
         bundle_writer.leave_weights(weights, out, cache)
-        cache.progress.cached(f"bundle {out.name}")
+        cache.progress.cached(WRITE_BUNDLE)
         return
-    bundle_writer.tell_lost_evidence(out, cache)
-    bundle_writer.finish(staging, out, manifest, cache)
-    bundle_writer.leave_weights(weights, out, cache)
+    with cache.progress.stage(WRITE_BUNDLE):
+        bundle_writer.tell_lost_evidence(out, cache)
+        bundle_writer.finish(staging, out, manifest, cache)
+        bundle_writer.leave_weights(weights, out, cache)
 
 
 def _draft(

@@ -60,6 +60,31 @@ def place_reports(folders: list[Path], staging: Path) -> None:
             shutil.copyfile(file, staging / file.relative_to(folder))
 
 
+def keep_failed(folders: list[Path], staging: Path, failed: Path) -> Path:
+    """Put the report of results that no bundle is made of into the folder `failed`, in place of an earlier one; its page.
+
+    Where something else has that name, it stays, and the report is that of the stage's result in the cache.
+    """
+    page = Path("report") / "index.html"
+    made = staging / "failed"
+    place_reports(folders, made)
+    made.chmod(0o755)
+    if not drop_failed(failed):
+        return folders[0] / page
+    made.replace(failed)
+    return failed / page
+
+
+def drop_failed(failed: Path) -> bool:
+    """Remove what `keep_failed` left in `failed`; False where something else has that name, which stays."""
+    if not (failed.exists() or failed.is_symlink()):
+        return True
+    if failed.is_symlink() or not failed.is_dir() or [path.name for path in failed.iterdir()] != ["report"]:
+        return False
+    shutil.rmtree(failed)
+    return True
+
+
 def fidelity_entry(figures: dict[str, Any], cached: dict[str, Any] | None) -> format.Fidelity:
     """The manifest's `fidelity`: figures by target, not by prompt, and those of images with the step cache."""
     summary = {

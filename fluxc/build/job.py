@@ -1,19 +1,15 @@
-"""A build before its first stage: recipe and checkpoint, with everything refused that can be refused from them."""
+"""What a build is made from: recipe and checkpoint, with everything refused that can be refused from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluxc.base.cache import PROGRESS, StageCache, beside, cache_root, locked
-from fluxc.base.errors import BuildError, RecipeError
+from fluxc.base.cache import PROGRESS, StageCache
+from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import Origin, check_origin, check_request
-from fluxc.base.output import check_writable, names_place
-from fluxc.base.progress import StageProgress
-from fluxc.build import runner
 from fluxc.build.requests import calibration_request, held_out_prompts, judges_of, trace_request
 from fluxc.build.runner import NotBuiltError, Results, Stage
 from fluxc.calibrate.file import read_calibration
@@ -24,11 +20,11 @@ from fluxc.families.prompting import check_tokenizer
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import to_quantize
 from fluxc.quantize.source import Source, read_source, with_auto
+from fluxc.recipe.faults import Collected
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.stepcache.file import check_complete, read_trace
 from fluxc.targets.base import TargetContext
 from fluxc.targets.registry import kind_of
-from fluxrt.errors import RequestError
 from fluxrt.manifest import Prompting
 
 
@@ -74,6 +70,10 @@ class Job:
         """Where unfinished work of that name is kept."""
         return Aside(self.root / PROGRESS / name)
 
+    def prompting(self, rendered: dict[str, Any]) -> Prompting:
+        """The manifest's `prompting`, of the chat template as the template stage rendered it."""
+        return Prompting(tokenizer="tokenizer/tokenizer.json", length=self.loaded.recipe.text.length, **rendered)
+
     def rows(self, guidance: float) -> int:
         """Rows of a CFG batch at this guidance: conditional and unconditional, or one."""
         return 2 if self.original.cfg_batch and guidance > 1.0 else 1
@@ -101,95 +101,105 @@ def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
     read, nothing else, and the recipe's own files before a checkpoint that may have to be fetched. A job that only `measures`
     needs no measurements.
 
-    Raises RecipeError, CheckpointError or BuildError for what no build of it could do.
+    Raises RecipeError with all that no build of it could do, or CheckpointError.
     """
-    recipe = loaded.recipe
-    calibration_request(loaded)
+    recipe, collected = loaded.recipe, Collected(loaded.places)
+    held_out: list[str] = []
+    calibration = trace = None
+    with collected.collecting():
+        calibration_request(loaded)
+        if not measures:
+            calibration = _given_calibration(loaded)
+    with collected.collecting():
+        held_out = held_out_prompts(loaded)
     if recipe.step_cache:
-        trace_request(loaded)
-    held_out = held_out_prompts(loaded)
-    judges_of(loaded)
-    given = (None, None) if measures else (_given_calibration(loaded), _given_trace(loaded))
-    job = Job(loaded, read_source(loaded), root, None, held_out, *given)
+        with collected.collecting():
+            trace_request(loaded)
+            if not measures:
+                trace = _given_trace(loaded)
+    with collected.collecting():
+        judges_of(loaded)
+    collected.raise_all()
+    job = Job(loaded, read_source(loaded), root, None, held_out, calibration, trace)
     check_tokenizer(job.original.checkpoint.components["tokenizer"].folder)
-    check_targets(TargetContext(recipe, job.original))
-    if recipe.calibration.engine == "modelopt" and job.original.quantized["transformer"]:
-        raise RecipeError(
-            "calibration.engine: the checkpoint is quantized already; leave `engine` out, or use the original"
-        )
-    if recipe.calibration.engine == "modelopt":
-        from fluxc.calibrate.modelopt import check_formats
-
-        check_formats(job.original.plans["transformer"])
+    with collected.collecting():
+        check_targets(TargetContext(recipe, job.original))
+    with collected.collecting():
+        _check_engine(job)
+    if calibration:
+        with collected.collecting():
+            _check_layers(calibration.path, job.original)
+    collected.raise_all()
     return job
 
 
-def check_machine(loaded: LoadedRecipe) -> None:
-    """Refuse what this machine lacks for a build, before anything long runs: libraries of targets, modelopt and its GPU, and
-    networks that judge images."""
-    for target in loaded.recipe.targets:
-        kind_of(target.kind).check_library()
-    if loaded.recipe.calibration.engine == "modelopt":
-        from fluxc.calibrate.modelopt import check_available
+def _check_engine(job: Job) -> None:
+    """Refuse modelopt for a checkpoint that is quantized, or for formats that it does not have."""
+    if job.loaded.recipe.calibration.engine != "modelopt":
+        return
+    if job.original.quantized["transformer"]:
+        raise RecipeError(
+            "calibration.engine: the checkpoint is quantized already; leave `engine` out, or use the original"
+        )
+    from fluxc.calibrate.modelopt import check_formats
 
-        check_available()
-    judges = judges_of(loaded)
-    if judges:
-        from fluxc.fidelity.perceptual import Judges
-
-        lpips, clip = judges.get("lpips"), judges.get("image_text")
-        Judges(lpips[0] if lpips else None, clip[0].parent if clip else None)
-
-
-def check_workshop(out: Path) -> None:
-    """Refuse an output beside which, or a cache in which, nothing can be written."""
-    for folder in (beside(out), cache_root(out)):
-        check_writable(folder)
+    check_formats(job.original.plans["transformer"])
 
 
 def check_targets(context: TargetContext) -> None:
     """Refuse targets that cannot be made for this recipe and checkpoint, and gates that nothing would be held to."""
-    recipe = context.recipe
+    recipe, collected = context.recipe, Collected()
     for at, target in enumerate(recipe.targets):
-        kind_of(target.kind).check(f"targets[{at}]", target, context)
+        with collected.collecting():
+            kind_of(target.kind).check(f"targets[{at}]", target, context)
     gates = recipe.gates
     measured = ("step_cosine", "image_psnr_db", "step_cache_psnr_db")
     gated = [name for name in measured if getattr(gates, name) is not None]
-    if gated and not any(target.runs_here for target in recipe.targets):
-        raise RecipeError(
-            f"gates.{gated[0]}: no target of this recipe runs on the machine that builds, so nothing would be held to it; add "
-            "{kind: onnxruntime, activations: nvfp4}, which rounds as an FP4 GPU does, or leave the gate out"
-        )
+    with collected.collecting():
+        if gated and not any(target.runs_here for target in recipe.targets):
+            raise RecipeError(
+                f"gates.{gated[0]}: no target of this recipe runs on the machine that builds, so nothing would be held to it; "
+                "add {kind: onnxruntime, activations: nvfp4}, which rounds as an FP4 GPU does, or leave the gate out"
+            )
+    collected.raise_all()
 
 
-def prompting_of(cache: StageCache, job: Job) -> Prompting:
-    """The manifest's `prompting`: the chat template rendered around a prompt, the length, the pad token."""
+def template_of(job: Job, digest: Callable[[Path], str]) -> Stage[Any, dict[str, Any]]:
+    """The stage that renders the chat template; `digest` gives hashes of the tokenizer's files."""
     checkpoint = job.original.checkpoint
     component = checkpoint.components["tokenizer"]
-    hashes = {file.name: cache.file_digest(file) for file in small_files(component)}
+    hashes = {file.name: digest(file) for file in small_files(component)}
     files = CheckpointFiles(checkpoint, {"tokenizer": hashes}, ("tokenizer",))
     inputs = template_stage.TemplateInputs(files, component.class_name, job.original.family.template_options)
-    stage: Stage[Any, dict[str, Any]] = Stage(
-        "template", "render chat template", inputs, template_stage.run, template_stage.load
-    )
-    rendered = runner.run(cache, stage)
-    return Prompting(tokenizer="tokenizer/tokenizer.json", length=job.loaded.recipe.text.length, **rendered)
+    return Stage("template", "render chat template", inputs, template_stage.run, template_stage.load)
 
 
 def check_prompts(job: Job, prompting: Prompting) -> None:
     """Refuse prompts of the recipe that are longer than the compiled text; diffusers would cut them without a word."""
-    from fluxrt.prompt import PromptEncoder
+    from tokenizers import Tokenizer
 
-    loaded = job.loaded
-    encoder = PromptEncoder(prompting, job.original.checkpoint.components["tokenizer"].folder / "tokenizer.json")
+    loaded, length = job.loaded, job.loaded.recipe.text.length
+    tokenizer = Tokenizer.from_file(str(job.original.checkpoint.components["tokenizer"].folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+    def tokens(prompt: str) -> int:
+        return len(tokenizer.encode(prompting.prefix + prompt + prompting.suffix).ids)
+
+    collected = Collected()
     for name in ("calibration", "fidelity", "step_cache"):
         file = getattr(getattr(loaded.recipe, name), "prompts", None)
         if file is None:
             continue
-        try:
-            encoder.encode(loaded.prompts(f"{name}.prompts", file))
-        except RequestError as error:
-            raise RecipeError(f"{name}.prompts: {error}") from error
+        count, prompt = max((tokens(prompt), prompt) for prompt in loaded.prompts(f"{name}.prompts", file))
+        with collected.collecting():
+            if count > length:
+                shown = prompt if len(prompt) <= 48 else f"{prompt[:47]}…"
+                raise RecipeError(
+                    f"{name}.prompts: the prompt {shown!r} is {count} tokens long with its chat template ({tokens('')} "
+                    f"tokens), and text.length is {length}; shorten it, or set text.length to at least {count}"
+                )
+    collected.raise_all()
 
 
 def hash_checkpoint(cache: StageCache, job: Job) -> None:
@@ -198,23 +208,8 @@ def hash_checkpoint(cache: StageCache, job: Job) -> None:
         job.digests = checkpoint_digests(job.original.checkpoint, cache.file_digest, report)
     if job.calibration:
         check_origin(job.calibration, job.files.digests, calibration_request(job.loaded))
-        _check_layers(job.calibration.path, job.original)
     if job.trace:
         check_origin(job.trace, job.files.digests, trace_request(job.loaded))
-
-
-@contextmanager
-def measuring(loaded: LoadedRecipe, out: Path, progress: StageProgress) -> Iterator[tuple[StageCache, Job]]:
-    """The cache and the job for a command that measures the checkpoint into the file `out`; prompts are checked first."""
-    check_workshop(out)
-    job = open_job(loaded, cache_root(out), measures=True)
-    with names_place("measure", out), locked(out), StageCache(job.root, progress) as cache:
-        check_prompts(job, prompting_of(cache, job))
-        with progress.stage("hash checkpoint") as report:
-            job.digests = checkpoint_digests(job.original.checkpoint, cache.file_digest, report)
-        yield cache, job
-        cache.remember(str(out.resolve()))
-        cache.prune()
 
 
 def _given_calibration(loaded: LoadedRecipe) -> Given | None:
@@ -222,8 +217,11 @@ def _given_calibration(loaded: LoadedRecipe) -> Given | None:
     name = loaded.recipe.calibration.file
     if name is None:
         return None
-    file = read_calibration(loaded.path("calibration.file", name))
-    check_request(file, calibration_request(loaded))
+    try:
+        file = read_calibration(loaded.path("calibration.file", name))
+        check_request(file, calibration_request(loaded))
+    except (BuildError, CheckpointError) as error:
+        raise RecipeError(f"calibration.file: {error}") from error
     return Given(file.path, file.origin)
 
 
@@ -236,18 +234,21 @@ def _check_layers(path: Path, source: Source) -> None:
             if FORMATS[entry.format].calibrated and (
                 record is None or len(record.channel_amax) != entry.layer.in_features
             ):
-                raise BuildError(
-                    f"{path}: it lacks the inputs of {component} layer {entry.layer.name!r}, which is to be {entry.format}; "
-                    "measure again with this version, or leave calibration.file out"
+                raise RecipeError(
+                    f"calibration.file: {path}: it lacks the inputs of {component} layer {entry.layer.name!r}, which is to be "
+                    f"{entry.format}; measure again with this version, or leave calibration.file out"
                 )
 
 
 def _given_trace(loaded: LoadedRecipe) -> Given | None:
-    """The trace file that the recipe names, after checking what it was asked and that it is complete; None if it names none."""
+    """The trace file that the recipe names, after checking what it was asked and that it is complete; None without one."""
     settings = loaded.recipe.step_cache
     if settings is None or settings.trace is None:
         return None
-    file = read_trace(loaded.path("step_cache.trace", settings.trace))
-    check_request(file, trace_request(loaded))
-    check_complete(file)
+    try:
+        file = read_trace(loaded.path("step_cache.trace", settings.trace))
+        check_request(file, trace_request(loaded))
+        check_complete(file)
+    except (BuildError, CheckpointError) as error:
+        raise RecipeError(f"step_cache.trace: {error}") from error
     return Given(file.path, file.origin)

@@ -7,7 +7,7 @@ from pathlib import Path
 from fluxc.base.errors import BuildError, FluxError, RecipeError
 from fluxc.base.output import check_output, names_place
 from fluxc.base.progress import StageProgress
-from fluxc.build.job import measuring
+from fluxc.build.preflight import measuring
 from fluxc.build.requests import trace_request
 from fluxc.build.stages import calibration_inputs, step_trace_inputs
 from fluxc.calibrate.file import CalibrationFile, read_calibration

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -102,6 +103,7 @@ def run(cache: StageCache, stage: Stage[Inputs, Result]) -> Result:
     folder = folder_of(cache, stage, digest)
     with names_place(stage.title, cache.root):
         made = cache.run(folder, stage.title, work)
+    cache.progress.explain(f"{stage.title}: {made}")
     return stage.load(made)
 
 
@@ -155,11 +157,28 @@ class Step:
 
 def run_steps(cache: StageCache, steps: Iterable[Step], results: Results, until: str | None = None) -> None:
     """Run `steps` in order, with `until` up to the last of that part, adding to `results`."""
-    listed = list(steps)
-    last = max((at for at, step in enumerate(listed) if step.part == until), default=len(listed) - 1)
-    for step in listed[: last + 1]:
+    for step in up_to(steps, until):
         stage = step.make(results)
         results.add(step.name, None if stage is None else run(cache, stage))
+
+
+def up_to(steps: Iterable[Step], until: str | None) -> list[Step]:
+    """`steps` up to the last of the part `until`; all of them where it is None or names none of theirs."""
+    listed = list(steps)
+    last = max((at for at, step in enumerate(listed) if step.part == until), default=len(listed) - 1)
+    return listed[: last + 1]
+
+
+def count_steps(steps: Iterable[Step]) -> int:
+    """How many of `steps` have something to do, as far as that is known before any of them was run."""
+    results, count = Results(), 0
+    for step in steps:
+        with suppress(NotBuiltError):
+            if step.make(results) is None:
+                results.add(step.name, None)
+                continue
+        count += 1
+    return count
 
 
 def plan_steps(cache: StageCache, steps: Iterable[Step]) -> list[tuple[Step, str]]:

@@ -215,9 +215,12 @@ def _fit(job: Job, results: Results) -> Stage[Any, StepCache]:
 
 def _cost_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs | None:
     """What `exclude: auto` measures; None where it does not, or nothing would be quantized."""
-    recipe, calibration = job.loaded.recipe, _calibration(job, results)
+    recipe = job.loaded.recipe
     precision = recipe.precision.transformer
-    if precision.exclude != "auto" or calibration is None:
+    if precision.exclude != "auto":
+        return None
+    calibration = _calibration(job, results)
+    if calibration is None:
         return None
     request = calibration_request(job.loaded)
     return sensitivity_stage.CostInputs(

@@ -7,7 +7,7 @@ from typing import Any
 
 from fluxc.base.errors import BuildError, FluxError
 from fluxc.base.measured import Origin
-from fluxc.base.progress import Report
+from fluxc.base.progress import Report, of_prompts
 from fluxc.calibrate.file import Records, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer
 from fluxc.calibrate.placement import Placement, place
@@ -40,21 +40,21 @@ def calibrate(
     pipeline: Any = None
     observers: dict[str, Observer] = {}
     for number, prompt in enumerate(prompts):
+        on_step = of_prompts(on_progress, number, len(prompts), generation.steps)
         if not _is_of(kept[number], origin):
             if pipeline is None:
                 pipeline = place(checkpoint, placement)
                 observers = {name: Observer(getattr(pipeline, name)) for name in OBSERVED}
             for name, observer in observers.items():
                 observer.keep_rows(sample_points(number, len(prompts), calls[name]))
-            image = generate(pipeline, checkpoint, prompt, generation.of_prompt(number))
+            image = generate(pipeline, checkpoint, prompt, generation.of_prompt(number), on_step=on_step)
             if image.max() == image.min():
                 raise BuildError(
                     f"calibration: the model generates one flat colour for {prompt!r}; "
                     "the checkpoint is damaged, or guidance and steps do not suit it"
                 )
             write_calibration(kept[number], origin, {name: observer.take() for name, observer in observers.items()})
-        if on_progress:
-            on_progress(number + 1, len(prompts), f"{number + 1}/{len(prompts)} prompts")
+        on_step(generation.steps)
     records: Records = {name: {} for name in OBSERVED}
     for path in kept:
         of_prompt = read_calibration(path).records

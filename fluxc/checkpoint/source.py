@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fluxc.base.errors import CheckpointError
+from fluxc.base.errors import CheckpointError, RecipeError
 from fluxc.base.json_object import read_json
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.checkpoint.weight_files import WeightFiles, find_weights, has_variant
@@ -116,12 +116,16 @@ class Checkpoint:
 def open_checkpoint(source: str, revision: str | None, folder: Path, variant: str | None = None) -> Checkpoint:
     """Open `source`: a folder (relative to `folder`) or, failing that, a hub id, whose files are fetched or found in cache.
 
-    `variant` is a word in the names of weights files, such as fp16. Raises CheckpointError naming what is missing.
+    `variant` is a word in the names of weights files, such as fp16. Raises CheckpointError naming
+    what is missing, RecipeError where `source` is no checkpoint at all.
     """
     root = _resolve(source, revision, folder)
     index_path = root / "model_index.json"
     if not index_path.is_file():
-        raise CheckpointError(f"{root}: there is no model_index.json, so this is not a diffusers checkpoint")
+        raise RecipeError(
+            f"model.source: {root}: there is no model_index.json, so this is not a diffusers checkpoint; give its folder, or a "
+            "hub id (owner/name)"
+        )
     index = read_json(index_path)
     components = {}
     for name in COMPONENTS:
@@ -183,7 +187,7 @@ def _resolve(source: str, revision: str | None, folder: Path) -> Path:
     if local.is_dir():
         return local.resolve()
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise CheckpointError(f"{local}: no such folder; model.source is a diffusers folder or a hub id (owner/name)")
+        raise RecipeError(f"model.source: {local}: no such folder; give a diffusers folder, or a hub id (owner/name)")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError

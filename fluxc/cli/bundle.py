@@ -2,54 +2,100 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from fluxc.cli.options import bundle_argument, reports_errors
+from fluxc.cli.options import (
+    BUNDLE,
+    PLACE,
+    SOURCE,
+    bundle_argument,
+    json_option,
+    shows_progress,
+    threads_option,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from fluxc.base.shown import ShownProgress
 
 
-@click.command()
+@verb(
+    short_help="Show what a bundle holds.",
+    arguments=BUNDLE,
+    example="fluxc inspect artifacts/flux2-nano-nvfp4 --json",
+)
 @bundle_argument
-@reports_errors
-def inspect(bundle: Path) -> None:
-    """Show what BUNDLE holds, from its manifest."""
-    from fluxc.cli.describe_bundle import print_bundle
+@json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what BUNDLE holds, from its manifest; files are not read."""
     from fluxrt.bundle import open_bundle
 
-    print_bundle(open_bundle(bundle))
+    opened = open_bundle(bundle)
+    if as_json:
+        from fluxc.cli.as_json import bundle_fields
+
+        click.echo(json.dumps(bundle_fields(opened), indent=1))
+        return
+    from fluxc.cli.describe_bundle import print_bundle
+
+    print_bundle(opened)
 
 
-@click.command()
+@verb(
+    short_help="Check a bundle's files, and generate a recorded image again.",
+    arguments=BUNDLE,
+    example="fluxc verify artifacts/flux2-nano-nvfp4 --target onnxruntime",
+)
 @bundle_argument
-@click.option("--target", help="Generate with this target alone (default: with every one).")
-@reports_errors
-def verify(bundle: Path, target: str | None) -> None:
+@click.option("--target", help="Generate with this target alone.", show_default="every one that runs here")
+@json_option
+@threads_option
+@shows_progress
+def verify(bundle: Path, target: str | None, as_json: bool, progress: ShownProgress) -> None:
     """Check every file's size and SHA-256, then generate a recorded image again and compare."""
-    from fluxc.fidelity.verify import verify_bundle
+    from fluxc.fidelity.verify import verified
 
-    for line in verify_bundle(bundle, target):
-        click.echo(line)
+    checks = []
+    for check in verified(bundle, target, progress):
+        checks.append(asdict(check))
+        if not as_json:
+            click.echo(check.line)
+    if as_json:
+        click.echo(json.dumps({"checks": checks}, indent=1))
 
 
-@click.command()
+@verb(
+    short_help="Build the plans of a bundle that need this machine's GPU.",
+    arguments=BUNDLE,
+    example="fluxc finish artifacts/flux2-dev-b200",
+)
 @bundle_argument
-@click.option("--target", help="Build this target's plans alone (default: all that are left).")
-@reports_errors
-def finish(bundle: Path, target: str | None) -> None:
+@click.option("--target", help="Build this target's plans alone.", show_default="all that are left")
+@threads_option
+@shows_progress
+def finish(bundle: Path, target: str | None, progress: ShownProgress) -> None:
     """Build the plans of BUNDLE that need this machine's GPU, audit them, and seal the bundle again."""
     from fluxc.targets.tensorrt.finish import finish_bundle
 
-    for line in finish_bundle(bundle, target):
+    for line in finish_bundle(bundle, target, progress=progress):
         click.echo(line)
 
 
-@click.command("export-onnx")
+@verb(
+    "export-onnx",
+    short_help="Write a bundle's stages as ONNX graphs for trtexec and Triton.",
+    arguments=BUNDLE,
+    example="fluxc export-onnx artifacts/flux2-nano-rtx --out onnx",
+)
 @bundle_argument
 @click.option("--for", "consumer", type=click.Choice(("tensorrt",)), default="tensorrt", help="Whose operators to use.")
-@click.option("--target", help="Which TensorRT target's graphs (default: the first).")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write; it must not exist.")
-@reports_errors
+@click.option("--target", help="Which TensorRT target's graphs.", show_default="the first")
+@click.option("--out", type=PLACE, required=True, help="The folder to write; it must not exist.")
 def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path) -> None:
     """Write BUNDLE's stages as whole ONNX graphs with their weights, for trtexec and Triton; print the commands."""
     from fluxc.targets.tensorrt.export_onnx import export_onnx as run
@@ -59,15 +105,26 @@ def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path) -> N
         click.echo(command)
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@reports_errors
-def doctor(bundle: Path | None) -> None:
+@verb(
+    short_help="Show what this machine can build and run, and what is missing.",
+    arguments={"BUNDLE": f"{BUNDLE['BUNDLE']}; with it, which of its targets run here"},
+    example="fluxc doctor artifacts/flux2-nano-nvfp4",
+)
+@click.argument("bundle", type=SOURCE, required=False)
+@json_option
+def doctor(bundle: Path | None, as_json: bool) -> None:
     """Show what this machine can build and run, and what to install for the rest; of BUNDLE, which target it would choose."""
     from fluxc.cli.describe_bundle import print_doctor, print_targets
     from fluxrt.bundle import open_bundle
 
     opened = open_bundle(bundle) if bundle else None
+    if as_json:
+        from fluxc.cli.doctor import machine_checks, target_checks
+
+        checks = {"machine": machine_checks(), **({"targets": target_checks(opened)} if opened else {})}
+        shown = {name: [asdict(check) for check in found] for name, found in checks.items()}
+        click.echo(json.dumps(shown, indent=1))
+        return
     print_doctor()
     if opened:
         print_targets(opened)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
-from fluxc.base.cache import cache_root
 from fluxc.base.console import new_console, new_table
 from fluxc.base.numbers import as_json as to_json
-from fluxc.build.job import Job, open_job
+from fluxc.build.job import Job
+from fluxc.build.preflight import preflight
 from fluxc.build.stages import planned_stages
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.cli.fitted import Column, fitted_table
 from fluxc.cli.plan_report import (
     lacking,
     memory_by_component,
@@ -33,16 +35,18 @@ from fluxc.targets.registry import kind_of
 
 def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
     """The precision of every layer with the rule that decided it, sizes before and after, what each target will do, and which
-    stages a build into `out` would run."""
-    job = open_job(loaded, cache_root(out))
+    stages a build into `out` would run. Raises what a build would raise before its first stage, what this machine lacks after
+    the tables."""
+    ready = preflight(loaded, out)
+    job = ready.job
     source, context = job.original, TargetContext(loaded.recipe, job.original)
     console = new_console()
     recipe = loaded.recipe
     console.print(f"{recipe.name}: {source.checkpoint.pipeline_class} from {recipe.model.source}")
     for component, plan in source.plans.items():
         if every_layer:
-            console.print(_layer_table(component, plan))
-        console.print(_format_table(component, plan))
+            console.print(_layer_table(console, component, plan))
+        console.print(_format_table(console, component, plan))
         if widened_groups(plan):
             console.print(_widened_table(plan))
         for sentence in lacking(loaded, component, plan):
@@ -72,6 +76,7 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
     if recipe.step_cache:
         console.print(_cache_sentence(loaded))
     console.print(_stage_table(job))
+    ready.check_machine()
 
 
 def _stage_table(job: Job) -> Table:
@@ -115,15 +120,17 @@ def _auto_sentence(budget: Budget | None) -> str:
     return f"exclude: auto chooses during the build, from measurements, {limit} to stay bf16; the tables show none kept"
 
 
-def print_plan_json(loaded: LoadedRecipe, presets: bool) -> None:
-    """The plan, or the comparison of presets, as one JSON document."""
-    source = read_source(loaded)
-    print(to_json(presets_as_json(source) if presets else plan_as_json(loaded, source), "plan", indent=1))
+def print_plan_json(loaded: LoadedRecipe, presets: bool, out: Path) -> None:
+    """The plan, or the comparison of presets, as one JSON document; errors as of print_plan."""
+    ready = preflight(loaded, out)
+    source = ready.job.original
+    print(to_json(presets_as_json(source) if presets else plan_as_json(ready), "plan", indent=1))
+    ready.check_machine()
 
 
-def print_presets(loaded: LoadedRecipe) -> None:
+def print_presets(loaded: LoadedRecipe, out: Path) -> None:
     """What every preset would keep of this checkpoint, beside what the recipe keeps."""
-    source = read_source(loaded)
+    source = preflight(loaded, out).job.original
     console = new_console()
     figures = preset_figures(source)
     console.print(f"{loaded.recipe.name}: {source.checkpoint.pipeline_class} from {loaded.recipe.model.source}")
@@ -181,18 +188,21 @@ def print_prediction(
             console.print(_auto_sentence(loaded.recipe.precision.transformer.budget))
 
 
-def _layer_table(component: str, plan: list[LayerPlan]) -> Table:
+LAYER_COLUMNS = (
+    Column("layer", whole=True),
+    Column("out x in", 3),
+    Column("format", whole=True),
+    Column("decided by"),
+    Column("share", 1),
+    Column("bytes before", 4),
+    Column("bytes after", 2),
+)
+"""Of the table of layers. A narrow terminal keeps what was decided, of which layers and why; sizes go first."""
+
+
+def _layer_table(console: Console, component: str, plan: list[LayerPlan]) -> Table:
     """Layers of the same kind, format and rule in one row, with their block numbers as ranges."""
-    table = new_table(
-        "layer",
-        "out x in",
-        "format",
-        "decided by",
-        "share",
-        "bytes before",
-        "bytes after",
-        title=component,
-    )
+    table = []
     total = sum(entry.parameters for entry in plan)
     rows: dict[tuple[str, str, str, str], list[LayerPlan]] = {}
     for entry in plan:
@@ -203,8 +213,8 @@ def _layer_table(component: str, plan: list[LayerPlan]) -> Table:
         name = _numbered(kind, [entry.layer.name for entry in entries])
         before, after = sum(e.source_bytes for e in entries), sum(e.bytes_after for e in entries)
         share = sum(e.parameters for e in entries) / total
-        table.add_row(name, shape, format, rule, f"{share:.2%}", f"{before:,}", f"{after:,}")
-    return table
+        table.append((name, shape, format, rule, f"{share:.2%}", f"{before:,}", f"{after:,}"))
+    return fitted_table(console, LAYER_COLUMNS, table, component)
 
 
 def _kind(name: str) -> str:
@@ -229,22 +239,27 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def _format_table(component: str, plan: list[LayerPlan]) -> Table:
-    table = new_table(
-        "format",
-        "layers",
-        "parameters",
-        "share",
-        "bytes before",
-        "bytes after",
-        title=f"{component} Linears",
-    )
+FORMAT_COLUMNS = (
+    Column("format", whole=True),
+    Column("layers"),
+    Column("parameters", 2),
+    Column("share"),
+    Column("bytes before", 1),
+    Column("bytes after"),
+)
+
+
+def _format_table(console: Console, component: str, plan: list[LayerPlan]) -> Table:
+    """Layers, parameters and bytes of each format."""
     total = sum(entry.parameters for entry in plan)
-    for format, (layers, parameters, before, after) in sorted(summary_by_format(plan).items()):
-        table.add_row(format, str(layers), f"{parameters:,}", f"{parameters / total:.2%}", f"{before:,}", f"{after:,}")
+    rows = [
+        (format, str(layers), f"{parameters:,}", f"{parameters / total:.2%}", f"{before:,}", f"{after:,}")
+        for format, (layers, parameters, before, after) in sorted(summary_by_format(plan).items())
+    ]
     before, after = sum(entry.source_bytes for entry in plan), sum(entry.bytes_after for entry in plan)
-    table.add_row("all", str(len(plan)), f"{total:,}", "100%", f"{before:,}", f"{after:,} ({after / before - 1:+.0%})")
-    return table
+    change = f"{after:,} ({after / before - 1:+.0%})"
+    rows.append(("all", str(len(plan)), f"{total:,}", "100%", f"{before:,}", change))
+    return fitted_table(console, FORMAT_COLUMNS, rows, f"{component} Linears")
 
 
 def _widened_table(plan: list[LayerPlan]) -> Table:

@@ -9,9 +9,14 @@ from fluxc.cli.build import build, calibrate, merge_traces, trace
 from fluxc.cli.bundle import doctor, export_onnx, finish, inspect, verify
 from fluxc.cli.gpu import add_evidence, gpu_check
 from fluxc.cli.plan import plan, predict
+from fluxrt.commands import CommandLine
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "fluxc",
+    cls=CommandLine,
+    on_interrupt="interrupted; finished stages are kept, run the command again to go on",
+)
 @click.version_option(fluxc.__version__, prog_name="fluxc")
 def main() -> None:
     """Compile FLUX.2 checkpoints into bundles that a thin runtime generates with."""

@@ -1,42 +1,119 @@
-"""What the commands share: arguments, options, and how errors end them."""
+"""What the commands share: arguments, options, how they show progress, and what their help says.
+
+How a command ends (errors, exit codes, interrupts) is `fluxrt.commands`, which both tools share.
+"""
 
 from __future__ import annotations
 
+import errno
+import logging
 import sys
-from collections.abc import Callable
-from functools import wraps
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 import click
 
-from fluxc.base.errors import FluxError
-from fluxrt.signals import INTERRUPTED, ended_by_signal, ended_by_sigterm
+from fluxc.base.libraries import quiet_libraries
+from fluxc.base.threads import computing_with, cores
+from fluxrt.checks import shown
+from fluxrt.commands import Verb, logging_options
+from fluxrt.log import Logs
+from fluxrt.parameters import THREADS, PathText
+
+if TYPE_CHECKING:
+    from fluxc.base.shown import ShownProgress
+
+LOG = logging.getLogger("fluxc")
+RECIPE = {"RECIPE": "the YAML file that says what to compile, for whom, and how good it must be (docs/recipe.md)"}
+BUNDLE = {"BUNDLE": "the folder of a bundle, as `fluxc build` writes it"}
+
+verb = partial(click.command, cls=Verb)
+"""A command, with `arguments` (what each is), an `example`, and a `short_help` for the list of commands."""
 
 
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a FluxError into one paragraph on stderr and its exit code; SIGTERM removes what is half written."""
+class Place(PathText):
+    """A path where something is written. Control characters, which would break every line that names it, are refused."""
 
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; click's usage error for what is refused."""
+        if any(category(character) == "Cc" for character in str(value)):
+            self.fail(f"{shown(str(value))} is not a path: it holds control characters", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Source(Place):
+    """A path of something that is read."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; refused is what cannot be the name of anything."""
+        path = super().convert(value, param, ctx)
         try:
-            with ended_by_sigterm():
-                command(*args, **kwargs)
-        except BaseException as error:
-            code = ended_by_signal(error)
-            if code == INTERRUPTED:
-                click.echo("fluxc: interrupted; finished stages are kept, run the command again to go on", err=True)
-            if code is None and isinstance(error, FluxError):
-                click.echo(f"fluxc: {error}", err=True)
-                code = error.exit_code
-            if code is None:
-                raise
-            sys.exit(code)
+            path.lstat()
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                self.fail(f"{shown(str(value))}: {error.strerror}", param, ctx)
+        return path
+
+
+PLACE, SOURCE = Place(), Source()
+recipe_argument = click.argument("recipe", type=SOURCE)
+bundle_argument = click.argument("bundle", type=SOURCE)
+set_option = click.option(
+    "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a recipe field; may be repeated."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts (fields: docs/cli.md).")
+
+
+def shows_progress(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command -q, -v, --log-file and --log-format, and a `progress` that shows its stages."""
+
+    @logging_options
+    @click.pass_obj
+    @wraps(command)
+    def run(logs: Logs, *arguments: Any, **options: Any) -> None:
+        with _progress(logs) as progress:
+            command(*arguments, progress=progress, **options)
 
     return run
 
 
-recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
-set_option = click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a recipe field.")
-bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+@contextmanager
+def _progress(logs: Logs) -> Iterator[ShownProgress]:
+    """A bar on a terminal, unless quiet or in JSON; lines elsewhere. Libraries are quiet unless -v asks for all."""
+    from fluxc.base.shown import ShownProgress
+
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    with ExitStack() as stack:
+        if logs.threshold >= logging.INFO:
+            stack.enter_context(quiet_libraries())
+        if not is_terminal or logs.as_json or logs.threshold > logging.INFO:
+            yield ShownProgress(LOG)
+            return
+        from fluxc.base.console import new_console
+        from fluxc.base.terminal import bar_on, print_line
+
+        console = new_console(stderr=True)
+        stack.callback(setattr, logs, "write", logs.write)
+        logs.write = partial(print_line, console)
+        yield ShownProgress(LOG, bar_on(console))
+
+
+def _compute_with(context: click.Context, _: click.Parameter, threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads > cores():
+        LOG.warning("--threads %d: this machine has %d cores; more threads than cores only wait", threads, cores())
+    context.with_resource(computing_with(threads))
+
+
+threads_option = click.option(
+    "--threads",
+    type=THREADS,
+    callback=_compute_with,
+    expose_value=False,
+    help="CPU threads to compute with; weights, graphs and engines do not depend on it.",
+    show_default="all cores",
+)

@@ -6,33 +6,35 @@ from pathlib import Path
 
 import click
 
-from fluxc.cli.options import json_option, recipe_argument, reports_errors, set_option
+from fluxc.cli.options import PLACE, RECIPE, SOURCE, json_option, recipe_argument, set_option, verb
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import GPUS
 
 
-@click.command()
+@verb(
+    short_help="Show what building a recipe would do; writes nothing.",
+    arguments=RECIPE,
+    example="fluxc plan recipes/flux2-nano.yaml --set precision.transformer.preset=nvidia-blog",
+)
 @recipe_argument
 @set_option
 @click.option("--layers/--no-layers", default=True, help="List every layer, or the summary alone.")
 @click.option("--presets", is_flag=True, help="Compare the presets on this checkpoint instead.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="The bundle folder a build would write (default: artifacts/NAME)."
-)
+@click.option("--out", type=PLACE, help="The bundle folder a build would write.", show_default="artifacts/NAME")
 @json_option
-@reports_errors
 def plan(recipe: Path, changes: tuple[str, ...], layers: bool, presets: bool, out: Path | None, as_json: bool) -> None:
     """Show what building RECIPE would do: precision of every layer and why, sizes, memory, targets, stages. Writes nothing."""
     from fluxc.cli.describe import print_plan, print_plan_json, print_presets
     from fluxc.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, changes)
+    folder = out or Path("artifacts") / loaded.recipe.name
     if as_json:
-        print_plan_json(loaded, presets)
+        print_plan_json(loaded, presets, folder)
     elif presets:
-        print_presets(loaded)
+        print_presets(loaded, folder)
     else:
-        print_plan(loaded, layers, out or Path("artifacts") / loaded.recipe.name)
+        print_plan(loaded, layers, folder)
 
 
 def counts_of(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
@@ -56,15 +58,22 @@ def size_of(context: click.Context, option: click.Parameter, value: str | None) 
     return int(height), int(width)
 
 
-@click.command()
-@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@verb(
+    short_help="Predict time and memory on GPUs that are not here.",
+    arguments={"RECIPE": f"{RECIPE['RECIPE']}; without it, a published model"},
+    example="fluxc predict --on rtx-5090 --model klein-4b --size 1024x1024",
+)
+@click.argument("recipe", type=SOURCE, required=False)
 @set_option
 @click.option("--on", required=True, type=click.Choice(tuple(GPUS), case_sensitive=False), help="The kind of GPU.")
-@click.option("--gpus", metavar="N,...", callback=counts_of, default="1,2,4,8", show_default=True, help="How many.")
-@click.option("--model", type=click.Choice(tuple(MODELS)), help="Without RECIPE: a published model (default: dev).")
-@click.option("--size", metavar="HEIGHTxWIDTH", callback=size_of, help="Without RECIPE: pixels (default: 1024x1024).")
+@click.option("--gpus", metavar="N,...", callback=counts_of, default="1,2,4,8", help="How many.")
+@click.option(
+    "--model", type=click.Choice(tuple(MODELS)), help="Without RECIPE: a published model.", show_default="dev"
+)
+@click.option(
+    "--size", metavar="HEIGHTxWIDTH", callback=size_of, help="Without RECIPE: pixels.", show_default="1024x1024"
+)
 @json_option
-@reports_errors
 def predict(
     recipe: Path | None,
     changes: tuple[str, ...],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fluxc.build.preflight import Preflight
+from fluxc.build.stages import planned_stages
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import LayerPlan, precision_plan, summary_by_format
 from fluxc.quantize.presets import PRESETS, Preset, absent_parts
@@ -61,9 +63,9 @@ def lacking(loaded: LoadedRecipe, component: str, plan: list[LayerPlan]) -> list
     ]
 
 
-def plan_as_json(loaded: LoadedRecipe, source: Source) -> dict[str, Any]:
-    """The plan for scripts; `precision` has the fields that bundle.json gives every layer."""
-    recipe = loaded.recipe
+def plan_as_json(ready: Preflight) -> dict[str, Any]:
+    """The plan for scripts, field by field in docs/recipe.md; `precision` has the fields that bundle.json gives every layer."""
+    recipe, source = ready.job.loaded.recipe, ready.job.original
     context = TargetContext(recipe, source)
     return {
         "name": recipe.name,
@@ -83,6 +85,17 @@ def plan_as_json(loaded: LoadedRecipe, source: Source) -> dict[str, Any]:
             for target in recipe.targets
             if target.ranks > 1
         },
+        "sampling": {
+            "sizes": [list(size) for size in recipe.sizes],
+            "text_length": recipe.text.length,
+            "steps": recipe.sampling.steps,
+            "guidance": recipe.sampling.guidance,
+            "passes": ready.job.rows(recipe.sampling.guidance),
+        },
+        "stages": [
+            {"name": step.name, "part": step.part, "result": found} for step, found in planned_stages(ready.job)
+        ],
+        "lacking_here": list(ready.lacking.texts),
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import significant
+from fluxc.base.threads import chosen_threads
 from fluxc.fidelity.metrics import cosine, psnr, relative_error, ssim
 from fluxc.fidelity.trace import Trace
 from fluxrt.backends import run
@@ -48,7 +49,7 @@ def compare_target(
     Every stage gets diffusers' own input: tokens, embeddings, the latents of each step, the final latents. Only `image` is
     end to end. Figures are the worst over prompts (and steps); `image_psnr_db` and `image_ssim` also as means.
     """
-    pipeline = Pipeline(bundle, target=target)
+    pipeline = Pipeline(bundle, target=target, threads=chosen_threads())
     grid = pipeline.grid(size)
     rows: list[dict[str, Any]] = []
     images = []
@@ -110,7 +111,8 @@ def compare_ranks(
     Raises BuildError where an image is not the one that a single process generates, but for rounding.
     """
     images = []
-    with RankedPipeline(bundle, bundle.target(target)) as pipeline:
+    entry = bundle.target(target)
+    with RankedPipeline(bundle, entry, threads=chosen_threads(entry.gpus)) as pipeline:
         for reference in references:
             request = Request(
                 reference.trace.prompt,

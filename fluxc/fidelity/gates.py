@@ -80,33 +80,82 @@ def check_gates(
     targets: dict[str, dict[str, Any]],
     cached: dict[str, Any] | None = None,
 ) -> None:
-    """Raise GateError naming every figure that misses its gate.
+    """Raise GateError naming what misses its gate, the worst layers, steps and images behind it, and what to change.
 
     `layer_snr_db` holds the weight SNR of the layers the build quantized, `targets` figures by target (see compare_target),
     `cached` those of images with the step cache (see frontier.figures).
     """
-    # Written as "not at least", so that a NaN misses its gate.
-    misses = []
+    misses: dict[str, list[str]] = {}
     if gates.layer_snr_db is not None:
-        low = {name: snr for name, snr in layer_snr_db.items() if not snr >= gates.layer_snr_db}
-        if low:
-            worst = sorted(low, key=lambda name: low[name])[:4]
-            listed = ", ".join(f"{name} {low[name]:.2f} dB" for name in worst)
-            misses.append(f"{len(low)} layers under layer_snr_db {gates.layer_snr_db}: {listed}")
-    for field in ("step_cosine", "image_psnr_db"):
+        misses["layer_snr_db"] = _layers_under(gates.layer_snr_db, layer_snr_db)
+    for field, behind in (("step_cosine", _steps_under), ("image_psnr_db", _images_under)):
         gate = getattr(gates, field)
-        if gate is None:
-            continue
-        for name, figures in targets.items():
-            if not figures[field] >= gate:
-                misses.append(f"target {name}: {field} {figures[field]} under {gate}")
-    if gates.step_cache_psnr_db is not None and not (cached and cached["psnr_db"] >= gates.step_cache_psnr_db):
-        found = (
-            f"{cached['psnr_db']} under {gates.step_cache_psnr_db}" if cached else "not measured, no target runs here"
-        )
-        misses.append(f"step cache: step_cache_psnr_db {found}")
-    if misses:
+        misses[field] = [
+            f"target {name}: {field} {figures[field]} under {gate}{behind(gate, figures.get('prompts', []))}"
+            for name, figures in targets.items()
+            if gate is not None and not figures[field] >= gate
+        ]
+    if gates.step_cache_psnr_db is not None:
+        misses["step_cache_psnr_db"] = _step_cache_under(gates.step_cache_psnr_db, cached)
+    missed = {field: found for field, found in misses.items() if found}
+    if missed:
+        advice = [*dict.fromkeys(ADVICE[field] for field in missed)]
         raise GateError(
-            f"gates: {'; '.join(misses)}. No bundle was written; keep more layers in higher precision, skip fewer steps, "
-            "or lower the gate in the recipe if this loss is acceptable"
+            f"gates: {'; '.join(line for found in missed.values() for line in found)}. No bundle was written; "
+            f"{'; '.join(advice)}; or, if this loss is acceptable, lower {', '.join(f'gates.{field}' for field in missed)}"
         )
+
+
+MOST = 4
+"""So many layers, steps or images are named; the report has all of them."""
+PRECISION = (
+    "keep the layers that lose most in higher precision (precision.transformer.exclude, or a rule with format: fp8), or let "
+    "`exclude: auto` choose them"
+)
+ADVICE = {
+    "layer_snr_db": PRECISION,
+    "step_cosine": PRECISION,
+    "image_psnr_db": PRECISION,
+    "step_cache_psnr_db": "skip fewer steps (step_cache.skip)",
+}
+
+
+# Conditions are written as "not at least", so that a NaN misses its gate.
+def _layers_under(gate: float, layer_snr_db: dict[str, float]) -> list[str]:
+    low = {name: snr for name, snr in layer_snr_db.items() if not snr >= gate}
+    worst = [f"{name} {low[name]:.2f} dB" for name in sorted(low, key=lambda name: low[name])]
+    return [f"{len(low)} layers under layer_snr_db {gate}: {_listed(worst)}"] if low else []
+
+
+def _steps_under(gate: float, prompts: list[dict[str, Any]]) -> str:
+    """The steps that fell short, with the worst cosine of any prompt at each."""
+    steps: dict[int, tuple[float, str]] = {}
+    for row in prompts:
+        for step, value in enumerate(row["step_cosine"], start=1):
+            if not value >= gate and not value >= steps.get(step, (gate, ""))[0]:
+                steps[step] = (value, row["prompt"])
+    worst = [f"step {step} {value} for {prompt!r}" for step, (value, prompt) in _by_value(steps)]
+    return f" ({len(steps)} steps: {_listed(worst)})" if steps else ""
+
+
+def _images_under(gate: float, prompts: list[dict[str, Any]]) -> str:
+    """The images that fell short; the gate itself is for their mean."""
+    images = {at: (row["image_psnr_db"], row["prompt"]) for at, row in enumerate(prompts)}
+    low = {at: found for at, found in images.items() if not found[0] >= gate}
+    worst = [f"{value} dB for {prompt!r}" for _, (value, prompt) in _by_value(low)]
+    return f" ({len(low)} of {len(images)} images: {_listed(worst)})" if low else ""
+
+
+def _step_cache_under(gate: float, cached: dict[str, Any] | None) -> list[str]:
+    if cached and cached["psnr_db"] >= gate:
+        return []
+    found = f"{cached['psnr_db']} under {gate}" if cached else "not measured, no target runs here"
+    return [f"step cache: step_cache_psnr_db {found}"]
+
+
+def _by_value(found: Mapping[int, tuple[float, str]]) -> list[tuple[int, tuple[float, str]]]:
+    return sorted(found.items(), key=lambda entry: entry[1][0])
+
+
+def _listed(worst: list[str]) -> str:
+    return ", ".join(worst[:MOST]) + (f", and {len(worst) - MOST} more" if len(worst) > MOST else "")

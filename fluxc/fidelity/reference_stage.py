@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxc.base.cache import Made
-from fluxc.base.progress import Report
+from fluxc.base.progress import Report, of_prompts
 from fluxc.checkpoint.files import CheckpointFiles
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
         inputs.size, inputs.steps, inputs.guidance, inputs.seed, inputs.text_length, inputs.text_layers
     )
     for number, prompt in enumerate(inputs.prompts):
-        trace = record(pipeline, checkpoint, prompt, inputs.rows, generation.of_prompt(number))
+        on_step = of_prompts(report, number, len(inputs.prompts), inputs.steps)
+        trace = record(pipeline, checkpoint, prompt, inputs.rows, generation.of_prompt(number), on_step)
         tensors = {f"{name}.{at:04}": array for name in LISTS for at, array in enumerate(getattr(trace, name))}
         tensors |= {f"prologue.{name}": array for name, array in trace.prologue.items()}
         tensors |= {"sigmas": np.array(trace.sigmas, np.float64), "final": tokens_of_final(trace, pipeline.vae)}
         tensors["image"] = trace.image
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / _file(number))
-        report(number + 1, len(inputs.prompts), f"{number + 1}/{len(inputs.prompts)} prompts")
 
 
 def load(folder: Path) -> Made:

@@ -30,7 +30,7 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
     def advance() -> None:
         nonlocal done
         done += 1
-        report(done, total)
+        report(done, total, f"{done}/{total} images")
 
     references = read_references(inputs.reference.folder, prompts, inputs.seed)
     figures: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,15 @@ class Trace:
     image: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
-def record(pipeline: Any, checkpoint: Checkpoint, prompt: str, branches: int, generation: Generation) -> Trace:
-    """Generate `prompt` with diffusers while hooks record its stages."""
+def record(
+    pipeline: Any,
+    checkpoint: Checkpoint,
+    prompt: str,
+    branches: int,
+    generation: Generation,
+    on_step: Callable[[int], None] | None = None,
+) -> Trace:
+    """Generate `prompt` with diffusers while hooks record its stages; `on_step` is called with how many steps are done."""
     trace = Trace(prompt)
     model, passes = pipeline.transformer, []
 
@@ -67,7 +75,7 @@ def record(pipeline: Any, checkpoint: Checkpoint, prompt: str, branches: int, ge
     ]
     try:
         with torch.no_grad():
-            trace.image = generate(pipeline, checkpoint, prompt, generation)
+            trace.image = generate(pipeline, checkpoint, prompt, generation, on_step=on_step)
     finally:
         for handle in handles:
             handle.remove()

@@ -4,48 +4,76 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 import fluxrt
 from fluxc.base.errors import BuildError
+from fluxc.base.progress import Report, StageProgress
+from fluxc.base.threads import chosen_threads
 from fluxc.fidelity.metrics import psnr
 from fluxrt.bundle import Bundle, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle, this_machine
 from fluxrt.manifest import RecordedImage, Target
 from fluxrt.request import Request
+from fluxrt.result import Result
 
 LEAST_PSNR_DB = 40.0
 LEAST_PSNR_DB_OF_ANOTHER = 25.0
 """Of an image that a CPU target with the same rounding generated: an engine rounds at other places."""
 
 
+@dataclass(frozen=True)
+class Verified:
+    """A check that passed, or, where it could not be made, why.
+
+    `what` is "files" or a target's name; `psnr_db` the agreement of its image with the recorded one, None where there is none.
+    """
+
+    what: str
+    status: Literal["passed", "not run"]
+    detail: str
+    psnr_db: float | None = None
+
+    @property
+    def line(self) -> str:
+        """The check in words."""
+        return f"{'' if self.what == 'files' else 'target '}{self.what}: {self.detail}"
+
+
 def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
-    """Yield a line for each check that passed; raises BundleError or BuildError at the first that does not.
+    """`verified` in words, a line for each check."""
+    for check in verified(path, target, StageProgress()):
+        yield check.line
+
+
+def verified(path: Path, target: str | None, progress: StageProgress) -> Iterator[Verified]:
+    """Check the files, then the image of `target`, or of every one; raises BundleError or BuildError at the first that fails.
 
     Images are compared as 8-bit PNGs. Another CPU may round differently, so they must agree to 40 dB, not to the bit.
     """
     bundle = open_bundle(path)
-    verify_files(bundle)
-    yield f"files: {len(bundle.manifest.files)} match their SHA-256"
     if target is not None:
         bundle.target(target)
+    with progress.stage("check the files' SHA-256"):
+        verify_files(bundle)
+    yield Verified("files", "passed", f"{len(bundle.manifest.files)} match their SHA-256")
     machine = Machine(None) if all(t.device == "cpu" for t in bundle.manifest.targets) else this_machine()
-    for entry in bundle.manifest.targets:
-        if target not in (None, entry.name):
+    entries = [entry for entry in bundle.manifest.targets if target in (None, entry.name)]
+    found = {entry.name: _what_to_generate(bundle, entry, machine) for entry in entries}
+    progress.expect(1 + sum(not isinstance(what, str) for what in found.values()))
+    for entry in entries:
+        what = found[entry.name]
+        if isinstance(what, str):
+            yield Verified(entry.name, "not run", what)
             continue
-        reason = obstacle(bundle, entry, machine)
-        if reason:
-            yield f"target {entry.name}: generates nothing here: {reason}"
-            continue
-        recorded, least = _recorded(bundle, entry)
-        if recorded is None:
-            yield f"target {entry.name}: no image was recorded"
-            continue
-        with contextlib.closing(fluxrt.load(path, target=entry.name)) as pipeline:
-            result = pipeline.generate(request_of(recorded))
+        recorded, least = what
+        with progress.stage(f"generate with {entry.name}") as report:
+            result = _generated(path, entry, recorded, report)
         with Image.open(bundle.path(recorded.file)) as image:
             expected = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
         agreement = psnr(np.asarray(result.images[0], dtype=np.float64) / 255, expected)
@@ -56,17 +84,34 @@ def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
                 "check the runtime's version against provenance.tools, or rebuild"
             )
         exact = "identical" if agreement == 120.0 else f"{agreement:.1f} dB"
-        yield f"target {entry.name}: the recorded image is generated again ({exact})"
+        yield Verified(entry.name, "passed", f"the recorded image is generated again ({exact})", agreement)
 
 
-def _recorded(bundle: Bundle, target: Target) -> tuple[RecordedImage | None, float]:
-    """An image to generate again with `target`, and the dB it must agree to: its own, or of a target that rounds as it does."""
+def _generated(path: Path, entry: Target, recorded: RecordedImage, report: Report) -> Result:
+    # A target for several GPUs divides the cores itself.
+    threads = chosen_threads(entry.gpus)
+
+    def on_step(done: int, total: int) -> None:
+        report(done, total, f"step {done}/{total}")
+
+    with contextlib.closing(fluxrt.load(path, target=entry.name, threads=threads)) as pipeline:
+        return pipeline.generate(request_of(recorded), on_step)
+
+
+def _what_to_generate(bundle: Bundle, target: Target, machine: Machine) -> tuple[RecordedImage, float] | str:
+    """An image to generate again with `target`, and the dB it must agree to: its own, or of a target that rounds as it does.
+
+    Where there is none, why.
+    """
+    reason = obstacle(bundle, target, machine)
+    if reason:
+        return f"generates nothing here: {reason}"
     rounding = {t.name for t in bundle.manifest.targets if t.activations == target.activations}
     for names, least in (({target.name}, LEAST_PSNR_DB), (rounding, LEAST_PSNR_DB_OF_ANOTHER)):
         for image in bundle.manifest.images:
             if image.target in names:
                 return image, least
-    return None, 0.0
+    return "no image was recorded"
 
 
 def request_of(recorded: RecordedImage) -> Request:

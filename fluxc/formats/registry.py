@@ -8,13 +8,15 @@ from fluxc.formats.bf16 import BF16
 from fluxc.formats.fp8 import FP8
 from fluxc.formats.mxfp4 import MXFP4
 from fluxc.formats.nvfp4 import NVFP4
+from fluxc.recipe import fields
 
 FORMATS: dict[str, Format] = {}
 
 
 def register(format: Format) -> None:
-    """Make `format` known under its name."""
+    """Make `format` known under its name, to recipes too."""
     FORMATS[format.name] = format
+    fields.FORMATS.setdefault(format.name, (type(format).__doc__ or "").partition("\n")[0])
 
 
 def check_format(name: str, field: str) -> None:

@@ -119,7 +119,6 @@ def _cut(config: dict[str, Any], amount: Amount, chosen: str, cache: Path) -> tu
     import onnx
 
     from fluxc.base.cache import StageCache
-    from fluxc.base.console import new_console
     from fluxc.base.progress import StageProgress
     from fluxc.base.safetensors import TensorRef
     from fluxc.build import runner
@@ -139,7 +138,7 @@ def _cut(config: dict[str, Any], amount: Amount, chosen: str, cache: Path) -> tu
     stored = {
         name: TensorRef(name, "BF16", size, Path(), 0, 2 * int(np.prod(size))) for name, size in shape.tensors.items()
     }
-    with StageCache(cache, StageProgress(new_console(stderr=True))) as stages:
+    with StageCache(cache, StageProgress()) as stages:
         folder = runner.run(
             stages, export_of(ExportInputs("transformer", config, amount.text_tokens, dtype="bfloat16"))
         )

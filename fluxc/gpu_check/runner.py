@@ -15,6 +15,7 @@ from fluxc.base.cache import cache_root
 from fluxc.base.errors import BuildError, nearest
 from fluxc.base.numbers import floats
 from fluxc.base.output import check_output
+from fluxc.base.progress import StageProgress
 from fluxc.fidelity.on_target import digest_without_entries
 from fluxc.gpu_check.checks import Check, checks_for
 from fluxc.gpu_check.child import Ended, Found, run_limited
@@ -30,16 +31,25 @@ LOOK_LIMIT = 120.0
 DRY_RUN = "`fluxc gpu-check --dry-run` rehearses the checks on this machine's CPU"
 
 
-def gpu_check(path: Path, out: Path, place: Place, amount: Amount, again: tuple[str, ...] = ()) -> Iterator[str]:
+def gpu_check(
+    path: Path,
+    out: Path,
+    place: Place,
+    amount: Amount,
+    again: tuple[str, ...] = (),
+    progress: StageProgress | None = None,
+) -> Iterator[str]:
     """Run every check that `out` does not hold yet; yields a line for each, and what it came to.
 
     `out` and the page beside it are written after every check. Checks that it holds are not repeated where GPU, driver,
     libraries, bundle and fluxc are the same, unless a name or pattern of `again` matches. Raises BuildError without a GPU, and
     where `out` is about another bundle or GPU; the errors of opening a bundle; RequestError for an unknown name in `again`.
     """
+    progress = progress or StageProgress()
     bundle = open_bundle(path)
     check_output(out, "a file of gpu-check")
-    inventory = _look(place, path)
+    with progress.stage("look what is here"):
+        inventory = _look(place, path)
     ran = Ran(
         bundle.manifest.name,
         digest_without_entries(bundle.manifest),
@@ -62,13 +72,15 @@ def gpu_check(path: Path, out: Path, place: Place, amount: Amount, again: tuple[
         and not _is_skip(known.checks[check.name])
     }
     yield f"{bundle.manifest.name} on {_device_line(inventory)}: {len(checks)} checks, {len(kept)} of them known"
+    progress.expect(1 + len(checks) - len(kept))
     with tempfile.TemporaryDirectory(prefix="fluxc-gpu-check-") as kernels:
         for check in checks:
             if check.name in kept:
                 yield f"{check.name}: known ({kept[check.name].status})"
                 outcome = kept[check.name]
             else:
-                outcome = _run(check, bundle, place, amount, kernels, out)
+                with progress.stage(check.name):
+                    outcome = _run(check, bundle, place, amount, kernels, out)
                 yield line_of(check.name, outcome)
             record = msgspec.structs.replace(record, checks={**record.checks, check.name: outcome})
             # What is known of later checks must not be lost when this run is ended.

@@ -25,6 +25,7 @@ from fluxc.formats.registry import FORMATS, check_format
 from fluxc.models.base import Linear
 from fluxc.quantize.patterns import matching
 from fluxc.quantize.presets import find_preset, kept_by
+from fluxc.recipe.faults import Collected
 from fluxc.recipe.structs import ComponentPrecision
 
 WIDENED = ", widened to the fusion group"
@@ -86,6 +87,7 @@ def precision_plan(
     check_format(precision.default, f"precision.{component}.default")
     for at, rule in enumerate(precision.rules):
         check_format(rule.format, f"precision.{component}.rules[{at}].format")
+    _check_patterns(component, precision, [layer.name for layer in layers])
     in_source = in_source or {}
     apart = unmergeable(layers, in_source)
     dissolved = {layer.name for layer in layers if layer.group in apart}
@@ -145,6 +147,17 @@ def precision_plan(
         before = (source_bytes or {}).get(layer.name, bf16_bytes)
         plan.append(LayerPlan(component, layer, chosen, why, before, widened))
     return plan
+
+
+def _check_patterns(component: str, precision: ComponentPrecision, names: list[str]) -> None:
+    """Raise RecipeError with every pattern that names no layer."""
+    collected = Collected()
+    fields = {f"exclude[{at}]": pattern for at, pattern in enumerate(precision.exclude) if precision.exclude != "auto"}
+    fields |= {f"rules[{at}].match": rule.match for at, rule in enumerate(precision.rules)}
+    for field, pattern in fields.items():
+        with collected.collecting():
+            matching(pattern, names, f"precision.{component}.{field}")
+    collected.raise_all()
 
 
 def needs_calibration(plan: list[LayerPlan]) -> bool:

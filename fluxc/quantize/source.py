@@ -16,6 +16,7 @@ from fluxc.families.base import Family
 from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan, needs_calibration, precision_plan, to_quantize
+from fluxc.recipe.faults import Collected
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision, Recipe
 
@@ -78,7 +79,10 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
     """
     recipe = loaded.recipe
     model = recipe.model
-    checkpoint = open_checkpoint(model.source, model.revision, loaded.folder, model.variant)
+    collected = Collected(loaded.places)
+    with collected.collecting():
+        checkpoint = open_checkpoint(model.source, model.revision, loaded.folder, model.variant)
+    collected.raise_all()
     if exported is not None:
         replaced = replace(checkpoint.components["transformer"], folder=exported)
         checkpoint = replace(checkpoint, components={**checkpoint.components, "transformer": replaced})
@@ -95,18 +99,29 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
     every_layer = as_stored(encoder_model.tensors(text_layers), quantized["text_encoder"])
     check_tensors(encoder, every_layer, ignored=("lm_head.",))
     check_tensors(checkpoint.components["vae"], vae_of(checkpoint).tensors, ignored=("bn.num_batches_tracked",))
-    check_sizes(vae_of(checkpoint), recipe.sizes)
+    with collected.collecting():
+        check_sizes(vae_of(checkpoint), recipe.sizes)
     layers: dict[str, list[Linear]] = {
         "transformer": transformer_model.linears,
         "text_encoder": encoder_model.linears(family.text_layers[-1]),
     }
-    plans = {name: _plan(recipe, checkpoint, name, linears, quantized[name]) for name, linears in layers.items()}
-    if recipe.precision.transformer.exclude == "auto" and not to_quantize(plans["transformer"]):
+    plans = {}
+    for name, linears in layers.items():
+        with collected.collecting():
+            plans[name] = _plan(recipe, checkpoint, name, linears, quantized[name])
+            if name == "transformer":
+                _check_auto(recipe, plans[name])
+    collected.raise_all()
+    return Source(checkpoint, family, has_cfg_batch(checkpoint, family), kept, plans, quantized)
+
+
+def _check_auto(recipe: Recipe, plan: list[LayerPlan]) -> None:
+    """Refuse `exclude: auto` where nothing would be quantized."""
+    if recipe.precision.transformer.exclude == "auto" and not to_quantize(plan):
         raise RecipeError(
             "precision.transformer.exclude: auto has nothing to choose from: no layer of the transformer would be quantized; "
             "set `default: nvfp4`, or leave exclude and budget out"
         )
-    return Source(checkpoint, family, has_cfg_batch(checkpoint, family), kept, plans, quantized)
 
 
 def _plan(

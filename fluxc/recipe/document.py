@@ -24,9 +24,10 @@ MOST_VALUES = 20_000
 """Of a document with its aliases written out."""
 
 
-def read_document(text: str, where: str = "") -> Any:
+def read_document(text: str, where: str = "", lines: dict[str, int] | None = None) -> Any:
     """`text` as dict, list, str, int, float, bool or None. ValueError says what is wrong and in which line; `where` is the
-    field that the document is the value of, for errors that name one.
+    field that the document is the value of, for errors that name one. `lines` is given the line of every field and list item,
+    under names as "a.b[2].c".
 
     1. The language is YAML 1.2: yes, on, 1:30 and 2026-01-01 are words, 010 is ten.
     2. Keys are words, and none appears twice in a mapping. There are no merge keys (`<<`) and no tags.
@@ -48,7 +49,7 @@ def read_document(text: str, where: str = "") -> Any:
         raise ValueError(f"not valid YAML: {problem}{_place(mark)}") from error
     except YAMLError as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
-    return _Values().of(node, where, 0) if node is not None else None
+    return _Values({} if lines is None else lines).of(node, where, 0) if node is not None else None
 
 
 def is_control(character: str) -> bool:
@@ -78,10 +79,11 @@ def _check_events(text: str) -> None:
 
 
 class _Values:
-    """Makes values of nodes, and counts them."""
+    """Makes values of nodes, counts them, and notes the lines they stand in."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: dict[str, int]) -> None:
         self._count = 0
+        self._lines = lines
 
     def of(self, node: Node, where: str, depth: int) -> Any:
         """The value of `node`, the field `where`."""
@@ -90,6 +92,7 @@ class _Values:
             limits = f"{MOST_VALUES:,} values or {DEEPEST} levels"
             raise ValueError(f"with its aliases written out it is more than {limits}{_place(node.start_mark)}")
         if isinstance(node, SequenceNode):
+            self._lines |= {f"{where}[{at}]": item.start_mark.line + 1 for at, item in enumerate(node.value)}
             return [self.of(item, f"{where}[{at}]", depth + 1) for at, item in enumerate(node.value)]
         if isinstance(node, MappingNode):
             return self._mapping(node, where, depth)
@@ -110,7 +113,9 @@ class _Values:
                 raise ValueError(f"{key_node.value!r} cannot be the name of a field, which is a word{place}")
             if key in found:
                 raise ValueError(f"the field {key!r} appears twice{place}")
-            found[key] = self.of(value_node, f"{where}.{key}" if where else key, depth + 1)
+            name = f"{where}.{key}" if where else key
+            self._lines[name] = key_node.start_mark.line + 1
+            found[key] = self.of(value_node, name, depth + 1)
         return found
 
 

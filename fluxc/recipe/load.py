@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import msgspec
 
-from fluxc.base.errors import RecipeError, nearest
-from fluxc.recipe.checks import check_values
+from fluxc.base.errors import RecipeError
+from fluxc.recipe.checks import faults_between
+from fluxc.recipe.conform import Conform
 from fluxc.recipe.document import is_control, read_document
+from fluxc.recipe.faults import Places, raise_faults, told
 from fluxc.recipe.structs import Recipe
-from fluxc.recipe.targets import TARGETS, Target
+from fluxc.recipe.targets import TARGETS
 
 
 class LoadedRecipe(msgspec.Struct, frozen=True):
-    """A recipe with the folder its relative paths start from, and the prompt files that were read: each is read once."""
+    """A recipe with the folder its relative paths start from, the prompt files that were read (each is read once), and the
+    places its fields were written at."""
 
     recipe: Recipe
     folder: Path
     files: dict[Path, list[str]] = {}
+    places: Places = Places()
 
     def path(self, field: str, file: str) -> Path:
         """The file that the recipe names: relative to its folder, `~` is the home folder; RecipeError names `field`."""
@@ -72,133 +76,84 @@ def _reason(error: Exception) -> str:
 def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe:
     """Read `path`, apply `changes` ("a.b=value", the value in YAML), and check every field.
 
-    Raises RecipeError naming the file, the field and, for a misspelt one, the nearest valid field.
+    Raises RecipeError with everything that is wrong: each fault after the line or the change it comes from, with its field and,
+    for a misspelt one, the nearest valid field.
     """
     path = Path(path)
+    check_is_recipe(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {_reason(error)}") from error
+    lines: dict[str, int] = {}
     try:
-        data = read_document(text)
+        data = read_document(text, lines=lines)
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of fields; see recipes/flux2-nano.yaml")
-    for change in changes:
-        _apply_change(data, change)
-    entries = data.get("targets")
-    targets = _read_targets(entries, str(path)) if isinstance(entries, list) else ()
-    data |= {"targets": []} if targets else {}
-    _check_fields(data, Recipe, "", str(path))
-    try:
-        recipe = msgspec.convert(data, Recipe, strict=True)
-    except msgspec.ValidationError as error:
-        raise RecipeError(f"{path}: {str(error).replace('$.', '')}") from error
-    recipe = msgspec.structs.replace(recipe, targets=targets)
-    check_values(recipe, path)
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of fields; `fluxc init` writes one, docs/recipe.md explains them"
+        )
+    places = Places(str(path), lines, tuple((_apply_change(data, change), change) for change in changes))
+    conform = Conform()
+    plain = conform.struct(Recipe, data)
+    recipe = _converted(plain)
+    faults = [*conform.faults, *faults_between(recipe, conform.faults)]
+    if faults:
+        raise_faults(faults, places)
     if recipe.step_cache and recipe.step_cache.skip is None and recipe.step_cache.max_error is None:
         recipe = msgspec.structs.replace(recipe, step_cache=msgspec.structs.replace(recipe.step_cache, skip="auto"))
-    return LoadedRecipe(recipe, path.resolve().parent)
+    return LoadedRecipe(recipe, path.resolve().parent, {}, places)
 
 
-RENAMED = {"keep": "exclude", "longest_run": "max_consecutive_skips", "elsewhere": "on_mismatch"}
-"""Fields of older recipes by what they are called now."""
+def check_is_recipe(path: Path) -> None:
+    """Refuse what people give for a recipe that is none: a checkpoint, a bundle, a hub id. RecipeError says what to do."""
+    if path.is_dir():
+        if (path / "bundle.json").is_file():
+            raise RecipeError(
+                f"{path}: is a bundle, which is built already; `fluxrt generate {path} --prompt TEXT --out image.png` "
+                "generates with it. To build, give a recipe: `fluxc init` writes one"
+            )
+        if (path / "model_index.json").is_file():
+            raise RecipeError(f"{path}: is a checkpoint, not a recipe; `fluxc init {path}` writes a recipe for it")
+        raise RecipeError(f"{path}: is a folder, not a recipe; give a YAML file, which `fluxc init MODEL` writes")
+    if not path.exists():
+        is_model = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) and path.suffix not in (".yaml", ".yml")
+        model = str(path) if is_model else "MODEL"
+        what = "; if it is a model," if is_model else ", give one of recipes/;"
+        raise RecipeError(f"cannot read the recipe {path}: no such file{what} `fluxc init {model}` writes a recipe")
 
 
-def _apply_change(data: dict[str, Any], change: str) -> None:
+def _converted(plain: dict[str, Any]) -> Recipe:
+    """The struct of values that conform. Kinds of targets are registered at run time, so their union is made here."""
+    union: Any = reduce(or_, TARGETS.values())
+    wanted: Any = tuple[union, ...]
+    targets = msgspec.convert(plain["targets"], wanted, strict=True)
+    recipe = msgspec.convert(plain | {"targets": [{"kind": "Target"}]}, Recipe, strict=True)
+    return msgspec.structs.replace(recipe, targets=targets)
+
+
+def _apply_change(data: dict[str, Any], change: str) -> str:
+    """Write the value of `change` into `data`; the field it names."""
     where, equals, value = change.partition("=")
-    if not equals or not where:
-        raise RecipeError(f"--set {change}: write it as field.sub_field=value")
+    if not equals or not where or not all(where.split(".")):
+        raise RecipeError(f"--set {told(change)}: write it as field.sub_field=value")
+    if "[" in where:
+        field = where.partition("[")[0]
+        raise RecipeError(
+            f"--set {told(change)}: an entry of a list cannot be changed by itself; give the whole list, --set '{field}=[...]'"
+        )
     try:
         parsed = read_document(value, where)
     except ValueError as error:
-        raise RecipeError(f"--set {change}: {error}") from error
+        said = re.sub(r" \(line 1, column \d+\)$", "", str(error))
+        raise RecipeError(f"--set {told(change)}: {said}") from error
     *parents, last = where.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
         if not isinstance(data, dict):
-            raise RecipeError(f"--set {change}: {parent!r} is not a mapping, so it has no fields to set")
+            raise RecipeError(f"--set {told(change)}: {parent!r} is not a mapping, so it has no fields to set")
     data[last] = parsed
-
-
-def _read_targets(entries: list[Any], file: str) -> tuple[Target, ...]:
-    """Each entry as the struct of its kind. Kinds are registered while the program runs, so their union is made here."""
-    union: Any = reduce(or_, TARGETS.values())
-    wanted: Any = tuple[union, ...]
-    checked = [_checked_target(entry, f"targets[{at}]", file) for at, entry in enumerate(entries)]
-    try:
-        targets: tuple[Target, ...] = msgspec.convert(checked, wanted, strict=True)
-    except msgspec.ValidationError as error:
-        raise RecipeError(f"{file}: {str(error).replace('`$', '`targets', 1)}") from error
-    return targets
-
-
-def _checked_target(entry: Any, where: str, file: str) -> Any:
-    """The entry with short forms written in full; refuses a kind that there is not, and options that the kind has not."""
-    if not isinstance(entry, dict):
-        return entry
-    if "kind" not in entry:
-        raise RecipeError(f"{file}: {where}.kind: say what kind of target it is. It can be {', '.join(TARGETS)}")
-    kind = entry["kind"]
-    if not isinstance(kind, str) or kind not in TARGETS:
-        raise RecipeError(
-            f"{file}: {where}.kind: {kind!r} is not possible{nearest(str(kind), TARGETS) or '.'} It can be {', '.join(TARGETS)}"
-        )
-    options = {option: value for option, value in entry.items() if option != "kind"}
-    types = {field.encode_name: field.type for field in msgspec.structs.fields(TARGETS[kind])}
-    for option, value in options.items():
-        others = [other for other, struct in TARGETS.items() if option in struct.__struct_fields__]
-        if option not in types and others:
-            raise RecipeError(
-                f"{file}: {where}.{option}: a target of kind {kind} has no such option, those of kind {' and '.join(others)} "
-                f"have. Its options are: {', '.join(types)}."
-            )
-        if isinstance(value, list) and types.get(option) is int:
-            raise RecipeError(
-                f"{file}: {where}.{option}: a target of kind {kind} takes one number; make a target of each"
-            )
-    if isinstance(options.get("allow"), list):
-        options["allow"] = [{"layer": item} if isinstance(item, str) else item for item in options["allow"]]
-    _check_fields(options, TARGETS[kind], f"{where}.", file)
-    return {"kind": kind, **options}
-
-
-def _check_fields(data: Any, kind: Any, where: str, file: str) -> None:
-    """Refuse unknown fields and words with the nearest valid one, which msgspec's own error does not offer."""
-    fields = {f.encode_name: f.type for f in msgspec.structs.fields(kind)}
-    if not isinstance(data, dict):
-        return
-    for key, value in data.items():
-        if key not in fields:
-            place = f"{where}{key}"
-            if RENAMED.get(str(key)) in fields:
-                raise RecipeError(f"{file}: the field {place!r} is called {RENAMED[str(key)]!r} now")
-            raise RecipeError(
-                f"{file}: unknown field {place!r}{nearest(str(key), fields) or '.'} The fields here are: {', '.join(fields)}."
-            )
-        words = _words_of(fields[key])
-        if words and isinstance(value, str) and value not in words:
-            wanted = ", ".join(words) + (", or a list" if len(_parts_of(fields[key])) > 1 else "")
-            raise RecipeError(
-                f"{file}: {where}{key}: {value!r} is not possible{nearest(value, words) or '.'} It can be {wanted}"
-            )
-        for inner in _structs_in(fields[key]):
-            for item in value if isinstance(value, list) else [value]:
-                _check_fields(item, inner, f"{where}{key}.", file)
-
-
-def _parts_of(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone."""
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-
-
-def _words_of(kind: Any) -> list[str]:
-    """The words a field can be, if it is a choice of words."""
-    return [word for part in _parts_of(kind) if get_origin(part) is Literal for word in get_args(part)]
-
-
-def _structs_in(kind: Any) -> list[Any]:
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        return [kind]
-    return [found for part in getattr(kind, "__args__", ()) for found in _structs_in(part)]
+    return where

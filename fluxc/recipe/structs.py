@@ -1,182 +1,368 @@
-"""The recipe as data: what to compile, for whom, and how good it must be; docs/recipe.md explains it field by field."""
+"""The recipe as data: what to compile, for whom, and how good it must be. Each field says itself what it means."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from fluxc.recipe.fields import (
+    LAGS,
+    LEAST_SHARD_GIB,
+    LONGEST_TEXT,
+    Count,
+    Decibels,
+    Format,
+    Guidance,
+    Positive,
+    PresetName,
+    Seed,
+    Share,
+    Size,
+    Steps,
+    about,
+)
 from fluxc.recipe.targets import Target
 
-LAGS = 6
-"""How many steps back a step trace measures a reused residual: the longest run of skipped steps any policy can have."""
 LEAST_STEPS = 10
+"""Of an image, for a step cache to skip any."""
 
-Format = str
-"""A number format by name; which there are is the matter of fluxc.formats."""
 Scales = Literal["max", "mse", "four-over-six"]
-Size = tuple[int, int]
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The checkpoint: a diffusers folder (relative to the recipe) or a hub id, with an optional revision.
+    """The checkpoint."""
 
-    `variant` takes the weights whose files have this word in their names, as NAME.fp16.safetensors has fp16.
-    """
-
-    source: str
-    revision: str | None = None
-    variant: str | None = None
+    source: Annotated[
+        str,
+        about(
+            "a diffusers folder, or a hub id (owner/name), which is downloaded",
+            "../models/flux2-nano",
+            "black-forest-labs/FLUX.2-klein-4B",
+        ),
+    ]
+    revision: Annotated[str | None, about("of the hub id: a branch, tag or commit", "main", left_out="the newest")] = (
+        None
+    )
+    variant: Annotated[
+        str | None,
+        about(
+            "takes the weights with this word in their names, NAME.fp16.safetensors for `fp16`; a component without such "
+            "files is taken as it is",
+            "fp16",
+            left_out="files without one",
+        ),
+    ] = None
 
 
 class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tokens a prompt is padded to, chat template included."""
+    """How prompts are read."""
 
-    length: int = 512
+    length: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=LONGEST_TEXT)],
+        about(
+            "tokens that every prompt is padded to, chat template included; a longer prompt is refused. Graphs are compiled "
+            "for this length",
+            512,
+        ),
+    ] = 512
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the runtime uses when a request does not say."""
+    """What a request gets that does not say otherwise, and what fidelity is measured with."""
 
-    steps: int = 50
-    guidance: float = 4.0
+    steps: Annotated[Steps, about("denoising steps; 4 for the distilled klein models", 4)] = 50
+    guidance: Annotated[
+        Guidance, about("strength of classifier-free guidance; 1.0 turns it off, and so halves the work of klein", 1.0)
+    ] = 4.0
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The prompts whose activations are measured: a text file, one prompt a line, relative to the recipe.
+    """The pass that measures the inputs of every layer."""
 
-    `engine: modelopt` lets modelopt quantize the transformer with its `algorithm`, which needs CUDA. `amax` says which
-    magnitude an input_scale stands for. `file` is a calibration made by `fluxc calibrate`, used in place
-    of running the model.
-    """
-
-    prompts: str
-    steps: int | None = None
-    guidance: float | None = None
-    size: Size | None = None
-    seed: int = 0
-    engine: Literal["fluxc", "modelopt"] = "fluxc"
-    algorithm: Literal["max", "awq_lite", "svdquant"] = "max"
-    amax: Literal["max", "percentile", "mse"] = "max"
-    percentile: float = 99.99
-    file: str | None = None
+    prompts: Annotated[
+        str, about("the prompts to measure with: a text file, one prompt a line", "prompts/natural-calibration.txt")
+    ]
+    steps: Annotated[Steps | None, about("denoising steps of each image", 24, left_out="`sampling.steps`")] = None
+    guidance: Annotated[Guidance | None, about("as in `sampling`", 1.5, left_out="`sampling.guidance`")] = None
+    size: Annotated[
+        Size | None,
+        about("[height, width] to measure at; one of `sizes`", [1024, 1024], left_out="the first of `sizes`"),
+    ] = None
+    seed: Annotated[
+        Seed, about("prompt i (from 0) starts from the noise of seed + i; all must be less than 2^64", 0)
+    ] = 0
+    engine: Annotated[
+        Literal["fluxc", "modelopt"],
+        about(
+            "`modelopt` lets NVIDIA Model Optimizer quantize the transformer under the same plan; needs CUDA and "
+            "nvidia-modelopt (not run on a GPU yet)",
+            "modelopt",
+        ),
+    ] = "fluxc"
+    algorithm: Annotated[
+        Literal["max", "awq_lite", "svdquant"], about("of `engine: modelopt`; fluxc's own is `max`", "awq_lite")
+    ] = "max"
+    amax: Annotated[
+        Literal["max", "percentile", "mse"],
+        about(
+            "what an `input_scale` stands for: the largest input seen, a percentile of the inputs, or the range of least "
+            "squared error; see [calibration](#calibration)",
+            "mse",
+        ),
+    ] = "max"
+    percentile: Annotated[
+        Annotated[float, msgspec.Meta(gt=0, le=100)],
+        about("for `amax: percentile`: that many percent of a layer's inputs do not exceed the range", 99.9),
+    ] = 99.99
+    file: Annotated[
+        str | None,
+        about(
+            "a file made by `fluxc calibrate`, used in place of running the model; refused if it was made on another "
+            "checkpoint, or with other prompts, steps, guidance, size, seed or text length",
+            "klein.calibration",
+            left_out="the build measures",
+        ),
+    ] = None
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Layers that match get this format."""
 
-    match: str
-    format: Format
+    match: Annotated[str, about("a pattern of layer names; see [precision](#precision)", "*.ff_context.linear_out")]
+    format: Annotated[Format, about("the format of the layers that match", "fp8")]
 
 
 class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `exclude: auto` may spend, one of the two.
+    """What `exclude: auto` may spend; one of the two."""
 
-    `share`: of the Linears' parameters, besides what rules and preset keep. `error`: the relative error of the velocity
-    that is allowed (root of the mean |v - reference|^2 / |reference|^2); as few parameters as reach it are kept.
-    """
-
-    share: float | None = None
-    error: float | None = None
+    share: Annotated[
+        Share | None,
+        about("at most so much of the component's parameters stays bf16, besides what rules and preset keep", 0.03),
+    ] = None
+    error: Annotated[
+        Share | None,
+        about(
+            "the relative error of the velocity that is allowed (root of the mean of |v - reference|^2 / |reference|^2); as "
+            "few parameters as reach it stay bf16",
+            0.05,
+        ),
+    ] = None
 
 
 class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Formats of one component's Linears: `exclude` stays bf16, then the first matching rule, then what `preset` keeps in
-    bf16, then the default.
+    """Formats of one component's Linears; which field decides about a layer: see [precision](#precision)."""
 
-    `exclude: auto` measures what should stay, under `budget`. `scales` says how NVFP4 block scales are chosen.
-    """
-
-    default: Format = "bf16"
-    exclude: tuple[str, ...] | Literal["auto"] = ()
-    budget: Budget | None = None
-    preset: str | None = None
-    rules: tuple[Rule, ...] = ()
-    scales: Scales = "max"
+    default: Annotated[Format, about("the format of layers that nothing else decides about", "nvfp4")] = "bf16"
+    exclude: Annotated[
+        tuple[str, ...] | Literal["auto"],
+        about(
+            "patterns of layers that stay bf16; `auto` measures which should, under `budget`",
+            ["x_embedder", "norm_out*"],
+        ),
+    ] = ()
+    budget: Annotated[Budget | None, about("how much `exclude: auto` may keep", {"share": 0.03})] = None
+    preset: Annotated[PresetName | None, about("a published list of layers that stay bf16", "modelopt-flux2")] = None
+    rules: Annotated[
+        tuple[Rule, ...],
+        about("formats by pattern; the first that matches counts", [{"match": "*.to_q", "format": "fp8"}]),
+    ] = ()
+    scales: Annotated[
+        Scales, about("how NVFP4 block scales are chosen; see [block scales](#block-scales)", "four-over-six")
+    ] = "max"
 
 
 class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Formats by component; the VAE is never quantized."""
 
-    transformer: ComponentPrecision = ComponentPrecision(default="nvfp4")
-    text_encoder: ComponentPrecision = ComponentPrecision()
+    transformer: Annotated[
+        ComponentPrecision, about("of the transformer's layers", {"default": "nvfp4", "preset": "modelopt-flux2"})
+    ] = ComponentPrecision(default="nvfp4")
+    text_encoder: Annotated[ComponentPrecision, about("of the text encoder's layers", {"default": "fp8"})] = (
+        ComponentPrecision()
+    )
 
 
 class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Skips denoising steps, as TeaCache does; leave it out where every step is to be computed.
+    """Skips denoising steps, as TeaCache does; leave it out where every step is to be computed."""
 
-    How many: `skip` of the steps on average, `max_error` (root mean square error of the final latents that skipped steps may
-    add up to, to first order), or `skip: auto`, the knee of the curve between them. `mode: static` skips the best fixed steps,
-    `dynamic` decides by the polynomial while an image is generated. `first` and `last` steps are always computed, at most
-    `max_consecutive_skips` skipped in a row. The polynomial has `degree` 1 to 5; `fit: constrained` never falls. A fit that
-    explains less than `min_r2` of the variance on held-out prompts is refused. `on_mismatch`: what happens to requests of
-    other steps or sizes. `prompts` are traced in place of the calibration's; `trace` is a file made by `fluxc trace`.
-    `frontier` lists the numbers of skipped steps that the report compares; empty, the one chosen alone.
-    """
-
-    skip: float | Literal["auto"] | None = None
-    max_error: float | None = None
-    mode: Literal["static", "dynamic"] = "static"
-    degree: int = 3
-    fit: Literal["constrained", "plain"] = "constrained"
-    first: int = 1
-    last: int = 1
-    max_consecutive_skips: int = 4
-    min_r2: float = 0.3
-    on_mismatch: Literal["refuse", "warn", "allow"] = "warn"
-    prompts: str | None = None
-    trace: str | None = None
-    frontier: tuple[int, ...] | Literal["auto"] = "auto"
+    skip: Annotated[
+        Positive | Literal["auto"] | None,
+        about(
+            "steps to skip, on average over images; `auto` is the knee of the curve of accumulated error",
+            19,
+            left_out="`auto`, without `max_error`",
+        ),
+    ] = None
+    max_error: Annotated[
+        Positive | None,
+        about(
+            "in place of `skip`: as many steps as keep the accumulated error of the final latents (root mean square, to first "
+            "order) under this",
+            0.05,
+        ),
+    ] = None
+    mode: Annotated[
+        Literal["static", "dynamic"],
+        about(
+            "`static` skips the best fixed steps; `dynamic` decides by the polynomial while an image is generated",
+            "dynamic",
+        ),
+    ] = "static"
+    degree: Annotated[Annotated[int, msgspec.Meta(ge=1, le=5)], about("of the polynomial", 3)] = 3
+    fit: Annotated[
+        Literal["constrained", "plain"], about("`constrained`: the polynomial never falls; `plain`: it may", "plain")
+    ] = "constrained"
+    first: Annotated[Count, about("steps at the start that are always computed", 2)] = 1
+    last: Annotated[Annotated[int, msgspec.Meta(ge=0)], about("steps at the end that are always computed", 1)] = 1
+    max_consecutive_skips: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=LAGS)],
+        about("most steps skipped in a row; a trace looks back no further than the largest value", 4),
+    ] = 4
+    min_r2: Annotated[
+        Annotated[float, msgspec.Meta(le=1)],
+        about(
+            "least share of the variance on held-out prompts that the polynomial must explain, or the build fails", 0.3
+        ),
+    ] = 0.3
+    on_mismatch: Annotated[
+        Literal["refuse", "warn", "allow"],
+        about("what happens to requests of another size or number of steps than was traced", "refuse"),
+    ] = "warn"
+    prompts: Annotated[
+        str | None,
+        about(
+            "the prompts to trace: a text file, one prompt a line; at least 8, every fourth is held out",
+            "prompts/flux2-nano-steps.txt",
+            left_out="`calibration.prompts`",
+        ),
+    ] = None
+    trace: Annotated[
+        str | None,
+        about(
+            "a file made by `fluxc trace`, used in place of running the model",
+            "klein.trace",
+            left_out="the build traces",
+        ),
+    ] = None
+    frontier: Annotated[
+        tuple[Count, ...] | Literal["auto"],
+        about(
+            "numbers of skipped steps that the report compares; `auto` is a tenth to six tenths of the steps, `[]` the chosen "
+            "number alone",
+            [10, 20, 30],
+        ),
+    ] = "auto"
 
 
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How weights are filed: a component larger than `shard_gib` is split into several files with an index."""
+    """How weights are filed."""
 
-    shard_gib: float | None = None
+    shard_gib: Annotated[
+        Annotated[float, msgspec.Meta(ge=LEAST_SHARD_GIB)] | None,
+        about(
+            "a component larger than this (GiB) is written as several files with an index", 4, left_out="one file each"
+        ),
+    ] = None
 
 
 class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The held-out prompts every target is compared with diffusers on, and the dtype diffusers computes them in.
+    """How every target is compared with diffusers."""
 
-    `lpips` (torchvision's AlexNet file) and `image_text` (a CLIP model's folder) add these measures to the step cache's page.
-    """
-
-    prompts: str
-    seed: int = 1000
-    reference: Literal["float32", "bfloat16"] = "float32"
-    lpips: str | None = None
-    image_text: str | None = None
+    prompts: Annotated[
+        str,
+        about(
+            "held-out prompts, none of them calibrated on: a text file, one prompt a line",
+            "prompts/natural-held-out.txt",
+        ),
+    ]
+    seed: Annotated[
+        Seed, about("prompt i (from 0) starts from the noise of seed + i; all must be less than 2^64", 1000)
+    ] = 1000
+    reference: Annotated[
+        Literal["float32", "bfloat16"],
+        about(
+            "what diffusers computes the reference, and the step trace, in; `bfloat16` takes half the memory",
+            "bfloat16",
+        ),
+    ] = "float32"
+    lpips: Annotated[
+        str | None,
+        about(
+            "torchvision's AlexNet file: adds LPIPS to the step cache's page; needs the package lpips. Nothing is downloaded",
+            "alexnet-owt-7be5be79.pth",
+        ),
+    ] = None
+    image_text: Annotated[
+        str | None,
+        about(
+            "a CLIP model's folder: adds image-text agreement to the step cache's page; nothing is downloaded",
+            "clip-vit-b32",
+        ),
+    ] = None
 
 
 class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The worst result a build may have; a field left out is not checked.
+    """The worst result a build may have. A gate that is left out is not checked."""
 
-    `layer_snr_db`: every quantized weight against bf16. `step_cosine`: every step's velocity against diffusers, both fed
-    diffusers' latents. `image_psnr_db`: the mean over the held-out prompts of the finished images. `step_cache_psnr_db`: the
-    same of images with skipped steps, against those without.
-    """
-
-    layer_snr_db: float | None = None
-    step_cosine: float | None = None
-    image_psnr_db: float | None = None
-    step_cache_psnr_db: float | None = None
+    layer_snr_db: Annotated[
+        float | None,
+        about("least signal-to-noise ratio (dB) of a quantized weight against bf16, every layer by itself", 15),
+    ] = None
+    step_cosine: Annotated[
+        Annotated[float, msgspec.Meta(ge=-1, le=1)] | None,
+        about("least cosine of a step's velocity with diffusers', both fed diffusers' latents; 1 is identical", 0.98),
+    ] = None
+    image_psnr_db: Annotated[
+        Decibels | None,
+        about(
+            "least mean PSNR (dB) of finished images against diffusers', over the held-out prompts; 120 is identical",
+            30,
+        ),
+    ] = None
+    step_cache_psnr_db: Annotated[
+        Decibels | None,
+        about("least mean PSNR (dB) of images with the step cache against the same target computing every step", 25),
+    ] = None
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole recipe; docs/recipe.md explains it field by field."""
+    """A recipe of fluxc: what to compile, for whom, and how good it must be."""
 
-    name: str
-    model: Model
-    sizes: tuple[Size, ...]
-    calibration: Calibration
-    fidelity: Fidelity
-    targets: tuple[Target, ...]
-    text: Text = Text()
-    sampling: Sampling = Sampling()
-    precision: Precision = Precision()
-    weights: Weights = Weights()
-    step_cache: StepCache | None = None
-    gates: Gates = Gates()
+    name: Annotated[
+        str,
+        about(
+            "the bundle's name, and its folder below `artifacts/`: at most 200 letters, digits, '.', '_' and '-', the first a "
+            "letter or digit",
+            "flux2-klein-4b",
+        ),
+    ]
+    model: Annotated[Model, about("the checkpoint", {"source": "../models/flux2-nano"})]
+    sizes: Annotated[
+        Annotated[tuple[Size, ...], msgspec.Meta(min_length=1)],
+        about(
+            "[height, width] in pixels that can be generated: multiples of the model's token (16 for klein and dev, 8 for "
+            "flux2-nano), and no more than the VAE can decode (see [memory of the VAE](tensorrt.md#memory-of-the-vae)). The "
+            "first is the default, and the one fidelity is measured at",
+            [[1024, 1024]],
+        ),
+    ]
+    calibration: Annotated[
+        Calibration, about("the pass that measures layers' inputs", {"prompts": "prompts/natural-calibration.txt"})
+    ]
+    fidelity: Annotated[Fidelity, about("the comparison with diffusers", {"prompts": "prompts/natural-held-out.txt"})]
+    targets: Annotated[
+        Annotated[tuple[Target, ...], msgspec.Meta(min_length=1)],
+        about("what to compile for; `kind` says which options an entry has", [{"kind": "onnxruntime"}]),
+    ]
+    text: Annotated[Text, about("how prompts are read", {"length": 512})] = Text()
+    sampling: Annotated[Sampling, about("defaults of a request", {"steps": 4, "guidance": 1.0})] = Sampling()
+    precision: Annotated[Precision, about("formats of the layers", {"transformer": {"default": "nvfp4"}})] = Precision()
+    weights: Annotated[Weights, about("how weights are filed", {"shard_gib": 4})] = Weights()
+    step_cache: Annotated[
+        StepCache | None, about("skips denoising steps", {"skip": "auto"}, left_out="every step is computed")
+    ] = None
+    gates: Annotated[Gates, about("the worst result a build may have", {"layer_snr_db": 15})] = Gates()
 
 
 def most_skipped(steps: int, first: int, last: int, max_consecutive_skips: int) -> int:

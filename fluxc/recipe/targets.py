@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
+from fluxc.recipe.fields import Count, about
+
 Refuse = Callable[[str, str], None]
-"""Raises RecipeError naming a field, and saying why it cannot be."""
+"""Notes that a field cannot be, and why."""
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -58,37 +60,47 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         return 2
 
     def check(self, field: str, refuse: Refuse) -> None:
-        """Refuse the first value that is not possible, whatever the checkpoint; `field` is the target in the recipe."""
+        """Refuse options that do not go together, whatever the checkpoint; `field` is the target in the recipe."""
 
 
 class ShardedTarget(Target, frozen=True):
-    """`gpus` shards the transformer by sequence (Ulysses) for so many GPUs, onnxruntime for so many processes on the CPU."""
+    """A target whose transformer can be sharded by sequence (Ulysses)."""
 
-    gpus: int = 1
+    gpus: Annotated[
+        Count,
+        about(
+            "shards the transformer for so many GPUs, or with `onnxruntime` on the CPU for so many processes; see "
+            "[several GPUs](multi-gpu.md)",
+            2,
+        ),
+    ] = 1
 
     @property
     def ranks(self) -> int:
         """One for each GPU or process."""
         return self.gpus
 
-    def check(self, field: str, refuse: Refuse) -> None:
-        """A number of ranks."""
-        if self.gpus < 1:
-            refuse(f"{field}.gpus", f"must be at least 1, got {self.gpus}")
-
 
 class OnnxRuntimeTarget(ShardedTarget, frozen=True, tag="onnxruntime"):
-    """Graphs for ONNX Runtime. `device: cuda` is for an NVIDIA GPU of SM90 or later, with 4-bit weights and activations in
-    `dtype`.
+    """Graphs for ONNX Runtime, on the CPU or on an NVIDIA GPU."""
 
-    On the CPU `activations: nvfp4` rounds the inputs of NVFP4 and FP8 layers as an FP4 GPU does; `weights_in_memory: 4-bit`
-    halves the memory of NVFP4 weights at run time, and takes longer.
-    """
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    activations: Literal["none", "nvfp4"] = "none"
-    weights_in_memory: Literal["8-bit", "4-bit"] = "8-bit"
+    device: Annotated[
+        Literal["cpu", "cuda"],
+        about(
+            "where it runs: `cuda` is for an NVIDIA GPU of compute capability 9.0 or later, with 4-bit weights", "cuda"
+        ),
+    ] = "cpu"
+    dtype: Annotated[Literal["bfloat16", "float16"], about("on CUDA: what activations are computed in", "float16")] = (
+        "bfloat16"
+    )
+    activations: Annotated[
+        Literal["none", "nvfp4"],
+        about("on the CPU: `nvfp4` rounds the inputs of NVFP4 and FP8 layers as an FP4 GPU does", "nvfp4"),
+    ] = "none"
+    weights_in_memory: Annotated[
+        Literal["8-bit", "4-bit"],
+        about("on the CPU: `4-bit` halves the memory of NVFP4 weights, and takes longer", "4-bit"),
+    ] = "8-bit"
 
     in_name = ("device", "dtype", "activations", "weights_in_memory")
 
@@ -118,7 +130,6 @@ class OnnxRuntimeTarget(ShardedTarget, frozen=True, tag="onnxruntime"):
         for option, device in (("activations", "cpu"), ("weights_in_memory", "cpu"), ("dtype", "cuda")):
             if self.device != device and getattr(self, option) != getattr(usual, option):
                 refuse(f"{field}.{option}", f"goes with device: {device}")
-        super().check(field, refuse)
         if self.gpus > 1 and self.device == "cuda":
             refuse(
                 f"{field}.gpus",
@@ -127,27 +138,52 @@ class OnnxRuntimeTarget(ShardedTarget, frozen=True, tag="onnxruntime"):
 
 
 class Allow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Findings of an engine's audit that are accepted: about layers that the pattern matches, of this kind or any.
+    """Findings of an engine's audit that are accepted. A pattern alone stands for {layer: PATTERN}."""
 
-    Kinds: missing, format, group, attention, copy. In YAML a pattern alone stands for {layer: PATTERN}.
-    """
+    short_form: ClassVar[str] = "layer"
+    """The field that a word in place of the mapping is the value of."""
 
-    layer: str
-    kind: Literal["missing", "format", "group", "attention", "copy"] | None = None
+    layer: Annotated[str, about("a pattern of layer names", "proj_out")]
+    kind: Annotated[
+        Literal["missing", "format", "group", "attention", "copy"] | None,
+        about("the kind of finding", "copy", left_out="every kind"),
+    ] = None
 
 
 class TensorRTTarget(ShardedTarget, frozen=True, tag="tensorrt"):
-    """Engines of TensorRT. `compute_capabilities` are the GPUs to build for, by default those it is used for most.
+    """Engines of TensorRT, which `fluxc finish` builds on the GPU itself."""
 
-    `weights: baked` puts the blocks' weights into the plans, in segments that can be built in `memory_gib`; `shapes` makes an
-    optimization profile of every size, or one that spans them; `allow` lists findings of the audit that are accepted.
-    """
-
-    compute_capabilities: tuple[str, ...] = ("10.0",)
-    weights: Literal["bound", "baked"] = "bound"
-    memory_gib: float = 16.0
-    shapes: Literal["profiles", "range"] = "profiles"
-    allow: tuple[Allow, ...] = ()
+    compute_capabilities: Annotated[
+        Annotated[tuple[str, ...], msgspec.Meta(min_length=1)],
+        about("the GPUs to build for, by compute capability; `tensorrt` takes one", ["12.0"]),
+    ] = ("10.0",)
+    weights: Annotated[
+        Literal["bound", "baked"],
+        about(
+            "`bound`: an engine a kind of block, weights given when it runs; `baked` puts the blocks' weights into the engines",
+            "baked",
+        ),
+    ] = "bound"
+    memory_gib: Annotated[
+        Annotated[float, msgspec.Meta(gt=1)],
+        about("memory (GiB) that building may take with `weights: baked`; the library alone takes 1", 32),
+    ] = 16.0
+    shapes: Annotated[
+        Literal["profiles", "range"],
+        about(
+            "`profiles`: an optimization profile a size; `range`: one for all sizes, and any size between them may be "
+            "generated; its memory is that of the most rows and the most columns",
+            "range",
+        ),
+    ] = "profiles"
+    allow: Annotated[
+        tuple[Allow, ...],
+        about(
+            "findings of the audit that are accepted. What is wrong with an engine as a whole (GPUs, ranks, collectives, "
+            "memory allocated while it runs) is never accepted",
+            ["proj_out", {"layer": "*.to_q", "kind": "format"}],
+        ),
+    ] = ()
 
     in_name = ("weights",)
 
@@ -157,26 +193,27 @@ class TensorRTTarget(ShardedTarget, frozen=True, tag="tensorrt"):
         return True
 
     def check(self, field: str, refuse: Refuse) -> None:
-        """GPUs, and memory that suffices for the library alone."""
-        super().check(field, refuse)
-        if not self.compute_capabilities:
-            refuse(f"{field}.compute_capabilities", "give at least one, or leave it out")
+        """Each kind of GPU once."""
         if len(set(self.compute_capabilities)) != len(self.compute_capabilities):
             refuse(f"{field}.compute_capabilities", "one appears twice")
-        if not self.memory_gib > 1:
-            refuse(f"{field}.memory_gib", f"must be more than 1, which the library itself takes, got {self.memory_gib}")
 
 
 class TensorRTRtxTarget(TensorRTTarget, frozen=True, tag="tensorrt_rtx"):
-    """Engines of TensorRT-RTX; the same options."""
+    """Engines of TensorRT-RTX, built on any machine."""
 
-    compute_capabilities: tuple[str, ...] = ("12.0", "12.1")
+    compute_capabilities: Annotated[
+        Annotated[tuple[str, ...], msgspec.Meta(min_length=1)],
+        about("the GPUs to build for, by compute capability", ["12.0"]),
+    ] = ("12.0", "12.1")
 
 
 class VisualGenTarget(Target, frozen=True, tag="visual_gen"):
-    """A folder for TensorRT-LLM's VisualGen; `gpus` lists the numbers of GPUs it can be served with."""
+    """A folder that TensorRT-LLM's VisualGen loads."""
 
-    gpus: int | tuple[int, ...] = 1
+    gpus: Annotated[
+        Count | Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)],
+        about("the numbers of GPUs to write settings for: one, or a list", [1, 2, 4, 8]),
+    ] = 1
 
     @property
     def gpu_counts(self) -> tuple[int, ...]:
@@ -189,9 +226,7 @@ class VisualGenTarget(Target, frozen=True, tag="visual_gen"):
         return True
 
     def check(self, field: str, refuse: Refuse) -> None:
-        """Numbers of GPUs."""
-        if not self.gpu_counts or min(self.gpu_counts) < 1:
-            refuse(f"{field}.gpus", f"must be at least 1, got {self.gpus}")
+        """Each number of GPUs once."""
         if len(set(self.gpu_counts)) != len(self.gpu_counts):
             refuse(f"{field}.gpus", "one appears twice")
 

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from fluxc.base.numbers import as_json, significant
+from fluxc.base.threads import chosen_threads
 from fluxc.fidelity.metrics import psnr, ssim
 from fluxc.recipe.structs import StepCache as Settings
 from fluxc.recipe.structs import most_skipped
@@ -73,7 +74,7 @@ def generate_all(
     bundle: Bundle, target: str, request: FrontierRequest, policy: dict[str, Any], advance: Callable[[], None]
 ) -> tuple[np.ndarray, list[list[int]]]:
     """Images fp32 [prompts, height, width, 3] under `policy` ({} computes every step), and the steps each skipped."""
-    pipeline = Pipeline(bundle, target=target)
+    pipeline = Pipeline(bundle, target=target, threads=chosen_threads())
     sampling = bundle.manifest.sampling
     grid = pipeline.grid(request.size)
     tokens = grid[0] * grid[1]

@@ -62,7 +62,7 @@ def run(inputs: PointInputs, folder: Path, report: Report) -> None:
     def advance() -> None:
         nonlocal done
         done += 1
-        report(done, total)
+        report(done, total, f"{done}/{total} images")
 
     if inputs.full is None:
         images, _ = frontier.generate_all(subject.bundle, subject.target, request, {}, advance)

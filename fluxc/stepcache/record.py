@@ -9,7 +9,7 @@ import torch
 
 from fluxc.base.errors import FluxError
 from fluxc.base.measured import Origin
-from fluxc.base.progress import Report
+from fluxc.base.progress import Report, of_prompts
 from fluxc.calibrate.placement import Placement, place
 from fluxc.checkpoint.reference import Generation, generate
 from fluxc.checkpoint.source import Checkpoint
@@ -41,6 +41,7 @@ def record_steps(
     observer: StepObserver | None = None
     traces = []
     for done, number in enumerate(images):
+        on_step = of_prompts(on_progress, done, len(images), generation.steps)
         kept = work / f"image-{number:05}.safetensors"
         file = _read_if_of(kept, origin, number)
         if file is None:
@@ -48,12 +49,11 @@ def record_steps(
                 pipeline = place(checkpoint, placement, dtype)
                 FullPrecisionLoop(pipeline)
                 observer = StepObserver(pipeline.transformer, branches, generation.guidance)
-            generate(pipeline, checkpoint, prompts[number], generation.of_prompt(number), torch.float32)
+            generate(pipeline, checkpoint, prompts[number], generation.of_prompt(number), torch.float32, on_step)
             write_trace(kept, origin, [number], observer.take())
             file = read_trace(kept)
         traces.append(file.trace)
-        if on_progress:
-            on_progress(done + 1, len(images), f"{done + 1}/{len(images)} prompts")
+        on_step(generation.steps)
     return joined(traces)
 
 

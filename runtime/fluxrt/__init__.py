@@ -29,7 +29,12 @@ __all__ = [
 
 
 def load(
-    path: str | PathLike[str], *, target: str | None = None, threads: int | None = None, gpus: int | None = None
+    path: str | PathLike[str],
+    *,
+    target: str | None = None,
+    threads: int | None = None,
+    gpus: int | None = None,
+    require: str | None = None,
 ) -> AnyPipeline:
     """Open the bundle at `path` and return what generates with `target`, by default the best that this machine runs.
 
@@ -37,18 +42,33 @@ def load(
     a rank, and is to be closed. Otherwise it is a Pipeline, of which only the manifest is read here; graphs and weights are
     loaded by the first request. A kind may bring a pipeline of its own, as visual_gen does. `threads` limits the CPU threads a
     graph of one rank uses (all cores by default, divided among ranks).
-    Raises BundleError for a damaged bundle or a target it does not have, RequestError for a target with other `gpus`.
+
+    `require` is "gpu", or the name of a target: what falls short of it is an error here, where otherwise the next best target
+    would serve. The logger `fluxrt` gets a line with the target, and one for each better target with the reason why it does not
+    run, as a warning where the machine has a GPU.
+
+    Raises BundleError for a damaged bundle, RequestError for a target it does not have or one for other `gpus`, BackendError
+    where the target asked for does not run on this machine.
     """
-    for name, given in (("threads", threads), ("gpus", gpus)):
-        if given is not None and (not isinstance(given, int) or given < 1):
-            raise RequestError(f"{name} must be a whole number of at least 1, got {given!r}")
+    from fluxrt.checks import check_gpus, check_name, check_path, check_threads
+
+    threads = None if threads is None else check_threads(threads)
+    gpus = None if gpus is None else check_gpus(gpus)
+    target = None if target is None else check_name("target", target)
+    require = None if require is None else check_name("require", require)
+    root = check_path(path)
     from fluxrt.backends.registry import make_pipeline
     from fluxrt.bundle import open_bundle
-    from fluxrt.choose import choose
+    from fluxrt.choose import pick
 
-    bundle = open_bundle(path)
-    chosen = choose(bundle, gpus=gpus or 1)[0] if target is None else bundle.target(target)
-    return make_pipeline(bundle, chosen, threads, gpus)
+    bundle = open_bundle(root)
+    picked = pick(bundle, target, gpus, require)
+    if threads is not None and picked.device != "cpu":
+        import logging
+
+        said = "threads %d changes nothing: target %s computes on the GPU"
+        logging.getLogger("fluxrt").warning(said, threads, picked.name)
+    return make_pipeline(bundle, picked, threads, gpus)
 
 
 def __getattr__(name: str) -> object:

@@ -14,7 +14,7 @@ from stat import S_ISREG
 
 import msgspec
 
-from fluxrt.errors import BundleError
+from fluxrt.errors import BundleError, RequestError
 from fluxrt.install import update
 from fluxrt.manifest import (
     FORMAT,
@@ -66,13 +66,13 @@ class Bundle:
         return path
 
     def target(self, name: str | None) -> Target:
-        """The target called `name`, or the first one; BundleError lists those there are."""
+        """The target called `name`, or the first one; RequestError lists those there are."""
         targets = self.manifest.targets
         for target in targets:
             if name is None or target.name == name:
                 return target
         known = ", ".join(t.name for t in targets) or "none"
-        raise BundleError(f"{self.root}: no target {name!r} in this bundle; it has: {known}")
+        raise RequestError(f"{self.root}: no target {name!r} in this bundle; it has: {known}")
 
 
 def sha256_file(path: Path) -> str:

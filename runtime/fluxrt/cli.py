@@ -2,143 +2,144 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import os
+import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any
+
+import click
 
 import fluxrt
-from fluxrt.errors import FluxError
-from fluxrt.output import check_output, save
-from fluxrt.signals import INTERRUPTED, ended_by_signal, ended_by_sigterm
+from fluxrt.commands import CommandLine, logging_options
+from fluxrt.log import write
+from fluxrt.memory import resident
+from fluxrt.output import check_outputs, save
+from fluxrt.parameters import GPUS, GUIDANCE, PATH, SEED, SIZE, STEPS, THREADS, THRESHOLD
+from fluxrt.progress import Progress, shown_time
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fluxrt.backends.registry import AnyPipeline
+    from fluxrt.log import Logs
+    from fluxrt.request import Request
+    from fluxrt.result import Result
+
+LOG = logging.getLogger("fluxrt")
+
+
+@click.group("fluxrt", cls=CommandLine)
+@click.version_option(fluxrt.__version__, prog_name="fluxrt", message="%(prog)s %(version)s")
+def commands() -> None:
+    """Generate images from a fluxc bundle."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, run the command, return its exit code (0 done, 1 failed, 2 wrong request)."""
-    _open_standard_descriptors()
-    options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except BaseException as error:
-        code = ended_by_signal(error)
-        if code == INTERRUPTED:
-            _say("fluxrt: interrupted", sys.stderr)
-        if code is None and isinstance(error, FluxError):
-            _say(f"fluxrt: {error}", sys.stderr)
-            code = error.exit_code
-        if code is None:
-            raise
-        return code
+    """Run the command line `arguments`, by default the process's; its exit code (fluxrt.commands)."""
+    return commands.run(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fluxrt", description="Generate images from a fluxc bundle.")
-    parser.add_argument("--version", action="version", version=f"fluxrt {fluxrt.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    generate = commands.add_parser("generate", help="generate an image for each prompt")
-    generate.add_argument("bundle", help="the bundle folder")
-    generate.add_argument(
-        "--prompt", action="append", required=True, help="what to generate; may be given several times"
-    )
-    generate.add_argument(
-        "--out",
-        required=True,
-        help="PNG file; with several prompts, a number is added to its name. Each is written as soon as its image is made",
-    )
-    generate.add_argument("--seed", type=int, default=0, help="starting noise; image i uses SEED + i (default 0)")
-    generate.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
-    generate.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's)")
-    generate.add_argument("--size", type=_size, help="HEIGHTxWIDTH, one that was compiled (default: the first)")
-    generate.add_argument(
-        "--target", help="which of the bundle's targets to run (default: the best that this machine runs)"
-    )
-    generate.add_argument("--no-step-cache", action="store_true", help="compute every step")
-    generate.add_argument(
-        "--threshold", type=float, help="let the step cache's rule decide with this threshold: larger skips more"
-    )
-    generate.add_argument(
-        "--gpus", type=int, help="generate with a target sharded for so many GPUs, or on a CPU processes (default: one)"
-    )
-    generate.add_argument("--threads", type=int, help="CPU threads of each rank (default: all cores, divided)")
-    generate.set_defaults(run=_generate)
-    return parser
+@commands.command(
+    arguments={"BUNDLE": "the bundle's folder"},
+    example='fluxrt generate artifacts/flux2-nano-nvfp4 --prompt "a large red circle" --seed 7 --out circle.png',
+)
+@click.argument("bundle")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="What to generate; may be repeated.")
+@click.option(
+    "--out",
+    required=True,
+    type=PATH,
+    help="PNG file; with several prompts, a number is added to its name. Each is written as soon as its image is made.",
+)
+@click.option("--seed", type=SEED, default=0, help="Starting noise; image i uses SEED + i.")
+@click.option("--steps", type=STEPS, help="Denoising steps.", show_default="the bundle's")
+@click.option("--guidance", type=GUIDANCE, help="Guidance scale.", show_default="the bundle's")
+@click.option("--size", type=SIZE, help="One of the sizes that were compiled.", show_default="the bundle's first")
+@click.option("--target", help="Which of the bundle's targets to run.", show_default="the best that this machine runs")
+@click.option(
+    "--require",
+    metavar="TARGET|gpu",
+    help="Fail where this target, or any target on a GPU, does not run; otherwise the next best one serves.",
+)
+@click.option("--no-step-cache", is_flag=True, help="Compute every step.")
+@click.option(
+    "--threshold", type=THRESHOLD, help="Let the step cache's rule decide with this threshold; larger skips more."
+)
+@click.option(
+    "--gpus",
+    type=GPUS,
+    help="Generate with a target sharded for so many GPUs, or on a CPU processes.",
+    show_default="1",
+)
+@click.option("--threads", type=THREADS, help="CPU threads of each rank.", show_default="all cores, divided")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the images' paths.")
+@logging_options
+@click.pass_obj
+def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as_json: bool, **options: Any) -> None:
+    """Generate an image for each prompt.
 
-
-def _generate(options: argparse.Namespace) -> int:
+    Prints the path of each image on stdout when it is written; everything else goes to stderr.
+    """
     request = fluxrt.Request(
-        options.prompt,
-        seed=options.seed,
-        steps=options.steps,
-        guidance=options.guidance,
-        size=options.size,
-        step_cache=False if options.no_step_cache else None,
-        threshold=options.threshold,
+        list(prompts),
+        step_cache=False if options["no_step_cache"] else None,
+        **{name: options[name] for name in ("seed", "steps", "guidance", "size", "threshold")},
     )
-    out = Path(options.out)
-    several = len(request.prompts) > 1
-    paths = [out.with_stem(f"{out.stem}-{number}") if several else out for number in range(len(request.prompts))]
-    for path in paths:
-        check_output(path)
-    showing = sys.stderr is not None and sys.stderr.isatty()
+    paths = check_outputs(out, len(prompts))
+    with Progress(logs, len(paths)) as progress, _loaded(bundle, options) as pipeline:
 
-    def on_step(done: int, total: int) -> None:
-        _say(f"\rstep {done}/{total}", sys.stderr, end="" if done < total else "\n")
+        def on_image(number: int, image: Image, skipped: tuple[int, ...]) -> None:
+            save(image, paths[number])
+            progress.on_image(paths[number].name, skipped)
+            if not as_json:
+                progress.print(str(paths[number]))
+            if skipped:
+                listed = ", ".join(str(step) for step in skipped)
+                LOG.info("%s: skipped %d steps (%s)", paths[number].name, len(skipped), listed)
 
-    def on_image(number: int, image: Image, skipped: tuple[int, ...]) -> None:
-        save(image, paths[number])
-        _say(str(paths[number]), sys.stdout)
-        if skipped:
-            listed = ", ".join(str(step) for step in skipped)
-            _say(f"fluxrt: {paths[number].name}: skipped {len(skipped)} steps ({listed})", sys.stderr)
+        progress.processes = list(getattr(pipeline, "processes", []))
+        progress.loaded()
+        load_seconds = progress.seconds
+        result = pipeline.generate(request, progress.on_step, on_image)
+        result.notes.extend(note for note in pipeline.notes if note not in result.notes)
+    for note in result.notes:
+        LOG.info("%s", note)
+    took = {"load": load_seconds, **result.seconds}
+    parts = ", ".join(f"{what} {shown_time(seconds)}" for what, seconds in took.items())
+    memory = max(progress.most_memory, resident())
+    images = "1 image" if len(paths) == 1 else f"{len(paths)} images"
+    LOG.info("%s in %s: %s; %.1f GiB of memory", images, shown_time(progress.seconds), parts, memory / 2**30)
+    if as_json:
+        write(_as_json(request, result, paths, took, memory), sys.stdout)
 
-    with ended_by_sigterm(), _loaded(options) as pipeline:
-        result = pipeline.generate(request, on_step if showing else None, on_image)
-    for note in (*result.notes, *pipeline.notes):
-        _say(f"fluxrt: {note}", sys.stderr)
-    return 0
+
+def _as_json(request: Request, result: Result, paths: list[Path], seconds: dict[str, float], memory: int) -> str:
+    """What was generated; docs/serving.md lists the fields."""
+    import json
+
+    images = [
+        {"path": str(path), "seed": seed, "size": [image.height, image.width], "skipped_steps": list(skipped)}
+        for path, seed, image, skipped in zip(paths, request.seeds, result.images, result.skipped, strict=True)
+    ]
+    plain = {
+        "target": result.target,
+        "images": images,
+        "seconds": {what: round(took, 4) for what, took in seconds.items()},
+        "memory_bytes": memory,
+        "notes": result.notes,
+    }
+    return json.dumps(plain)
 
 
-def _loaded(options: argparse.Namespace) -> AnyPipeline:
-    pipeline = fluxrt.load(options.bundle, target=options.target, threads=options.threads, gpus=options.gpus)
+def _loaded(bundle: str, options: dict[str, Any]) -> AnyPipeline:
+    asked = {name: options[name] for name in ("target", "threads", "gpus", "require")}
+    pipeline = fluxrt.load(bundle, **asked)
     if pipeline.target.kind == "onnxruntime":
         import onnxruntime
 
         # Its loggers print what it also raises, which reaches the user as a sentence of ours.
         onnxruntime.set_default_logger_severity(4)
     return pipeline
-
-
-def _say(text: str, stream: TextIO | None, end: str = "\n") -> None:
-    """Print a line; who closed the stream, or filled its disk, loses the line and no image."""
-    if stream is None:
-        return
-    try:
-        print(text, end=end, file=stream, flush=True)
-    except (OSError, ValueError):
-        # What is left in the stream's buffer would fail again when Python ends.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _open_standard_descriptors() -> None:
-    """Open /dev/null as each of stdin, stdout, stderr that is closed: a file in its place would get what libraries print."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, cross, width = text.lower().partition("x")
-    if not (cross and height.isascii() and height.isdigit() and width.isascii() and width.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, for example 1024x1024")
-    return int(height), int(width)
 
 
 if __name__ == "__main__":

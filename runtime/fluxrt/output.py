@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 from typing import TYPE_CHECKING
@@ -14,11 +15,25 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+NO_NAME = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
+"""What the system says of a path that can be no file anywhere."""
 
-def check_output(path: Path) -> None:
-    """RequestError or OutputError where a PNG file cannot be written to `path`; nothing is left there."""
-    if path.suffix.lower() != ".png":
-        raise RequestError(f"--out {path}: images are written as PNG; give a name that ends in .png")
+
+def check_outputs(out: Path, count: int) -> list[Path]:
+    """The files of `count` images: `out`, or with several images `out` with a number each.
+
+    Raises RequestError where a name cannot be that of a PNG file, OutputError where the system does not let it be written;
+    nothing is left there.
+    """
+    if out.suffix.lower() != ".png":
+        raise RequestError(f"--out {out}: images are written as PNG; give a name that ends in .png")
+    paths = [out.with_stem(f"{out.stem}-{number}") for number in range(count)] if count > 1 else [out]
+    for path in paths:
+        _check_output(path)
+    return paths
+
+
+def _check_output(path: Path) -> None:
     try:
         with contextlib.suppress(FileNotFoundError):
             path.lstat()  # a name that is too long says so
@@ -31,10 +46,10 @@ def check_output(path: Path) -> None:
         partial = _partial(path)
         partial.touch()
         partial.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"--out {path}: it cannot be written: {error.strerror}; give another name or folder"
-        ) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        kind = OutputError if isinstance(error, OSError) and error.errno not in NO_NAME else RequestError
+        raise kind(f"--out {path}: it cannot be written: {reason}; give another name or folder") from None
 
 
 def save(image: Image, path: Path) -> None:

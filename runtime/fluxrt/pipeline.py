@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fluxrt.backends import Backend, run
 from fluxrt.backends.registry import make_backend
-from fluxrt.choose import choose
+from fluxrt.choose import pick
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.manifest import dimension_size
 from fluxrt.prompt import PromptEncoder, load_encoder
@@ -51,7 +51,7 @@ class Pipeline:
         backend: Backend | None = None,
     ) -> None:
         self.bundle = bundle
-        self.target = choose(bundle)[0] if target is None else bundle.target(target)
+        self.target = pick(bundle) if target is None else bundle.target(target)
         ranks = group.ranks if group else 1
         if self.target.gpus != ranks:
             raise RequestError(
@@ -120,7 +120,7 @@ class Pipeline:
                 seconds[what] += took
             if on_image and self._rank.is_first:
                 on_image(number, images[-1], skipped[-1])
-        return Result(images, seconds, skipped, found.notes)
+        return Result(images, seconds, skipped, found.notes, self.target.name)
 
     def grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Token rows and columns of `size` (height, width), which must have been compiled."""

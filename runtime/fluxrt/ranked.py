@@ -169,7 +169,7 @@ class RankedPipeline:
             seconds = {what: seconds.get(what, 0.0) + took for what, took in done["seconds"].items()}
             if on_image:
                 self._call_back(on_image, number, images[-1], skipped[-1])
-        return Result(images, seconds, skipped, found.notes)
+        return Result(images, seconds, skipped, found.notes, self.target.name)
 
     def _call_back(self, call: Callable[..., None], *arguments: Any) -> None:
         """Call something of the caller's: what it raises is not the ranks' fault."""

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from numbers import Real
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
+from fluxrt import checks
 from fluxrt.errors import RequestError
 
 if TYPE_CHECKING:
     from fluxrt.manifest import Sampling
-
-LARGEST_SEED = 2**64 - 1
-MOST_STEPS = 100_000
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,19 +43,14 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise RequestError(
                 f"{len(self.prompts)} prompts but {len(self.seeds)} seeds; give one seed, or one a prompt"
             )
-        if not 0 <= min(self.seeds) <= max(self.seeds) <= LARGEST_SEED:
-            wrong = next(seed for seed in self.seeds if not 0 <= seed <= LARGEST_SEED)
-            raise RequestError(f"seeds must be from 0 to 2^64 - 1, got {wrong}")
+        for seed in self.seeds:
+            checks.check_seed(seed)
         if self.steps is not None:
-            keep(self, "steps", _whole("steps", self.steps))
-            if not 1 <= self.steps <= MOST_STEPS:
-                raise RequestError(f"steps must be at least 1 and at most {MOST_STEPS}, got {self.steps}")
+            keep(self, "steps", checks.check_steps(self.steps))
         if self.guidance is not None:
-            keep(self, "guidance", _real("guidance", self.guidance))
-            if not 0 <= self.guidance < math.inf:
-                raise RequestError(f"guidance must be a number of at least 0, got {self.guidance}")
+            keep(self, "guidance", checks.check_guidance(self.guidance))
         if self.size is not None:
-            keep(self, "size", _size(self.size))
+            keep(self, "size", checks.check_size(self.size))
         if self.latents is not None:
             keep(self, "latents", _latents(self.latents))
         self._check_step_cache()
@@ -73,9 +64,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise RequestError(
                 "--threshold goes with the step cache, which --no-step-cache turns off; give one of them"
             )
-        msgspec.structs.force_setattr(self, "threshold", _real("threshold", self.threshold))
-        if not self.threshold >= 0:
-            raise RequestError(f"threshold must be at least 0, got {self.threshold}")
+        msgspec.structs.force_setattr(self, "threshold", checks.check_threshold(self.threshold))
 
     @property
     def prompts(self) -> list[str]:
@@ -111,6 +100,13 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.msgpack.encode(self, enc_hook=_encode_array)
 
 
+def check_request(given: Any) -> Request:
+    """`given`, which must be a Request."""
+    if not isinstance(given, Request):
+        raise RequestError(f"generate takes a fluxrt.Request, got {checks.shown(given)}")
+    return given
+
+
 def decode_request(data: bytes) -> Request:
     """The request that `encode` made `data` of."""
     return msgspec.msgpack.decode(data, type=Request, dec_hook=_decode_array)
@@ -136,37 +132,20 @@ def _text(given: Any) -> str:
             f"the prompt {given[:48]!a} is not valid Unicode at character {error.start}: half of a surrogate pair, or "
             "bytes of another encoding; give it as UTF-8"
         ) from None
+    if not given.strip():
+        raise RequestError("the prompt is empty; say what the image should show")
+    for at, character in enumerate(given):
+        if unicodedata.category(character) == "Cc" and not character.isspace():
+            raise RequestError(
+                f"the prompt {given[:48]!a} holds the control character {character!a} at character {at}; leave it out"
+            )
     return str(given)
 
 
 def _seed(given: Any) -> int | list[int]:
     if isinstance(given, list | tuple):
-        return [_whole("seed", seed) for seed in given]
-    return _whole("seed", given)
-
-
-def _whole(field: str, given: Any) -> int:
-    """A whole number of Python's or numpy's; no bool, and nothing that would have to be rounded."""
-    if isinstance(given, bool | np.bool_):
-        raise RequestError(f"{field} must be a whole number, got {given}")
-    try:
-        return operator.index(given)
-    except TypeError:
-        shown = given if isinstance(given, float) else type(given).__name__
-        raise RequestError(f"{field} must be a whole number, got {shown}") from None
-
-
-def _real(field: str, given: Any) -> float:
-    if isinstance(given, bool) or not isinstance(given, Real):
-        raise RequestError(f"{field} must be a number, got {type(given).__name__}")
-    return float(given)
-
-
-def _size(given: Any) -> tuple[int, int]:
-    if not isinstance(given, list | tuple) or len(given) != 2:
-        raise RequestError(f"size must be (height, width) in pixels, got {given!r}")
-    height, width = (_whole("size", side) for side in given)
-    return height, width
+        return [checks.check_seed(seed) for seed in given]
+    return checks.check_seed(given)
 
 
 def _latents(given: Any) -> np.ndarray:

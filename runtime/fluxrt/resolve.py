@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fluxrt.errors import RequestError
+from fluxrt.request import check_request
 from fluxrt.stepcache import decisions_for
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Resolved:
 def resolve(bundle: Bundle, target: Target, request: Request, encoder: PromptEncoder) -> Resolved:
     """Raises RequestError for what the bundle cannot do: the size, the step cache, the starting latents, any of the prompts."""
     sampling = bundle.manifest.sampling
-    steps, guidance, size = request.with_defaults(sampling)
+    steps, guidance, size = check_request(request).with_defaults(sampling)
     grid = grid_of(sampling, target, size)
     _, note = decisions_for(bundle.manifest.step_cache, steps, size, request.step_cache, request.threshold)
     if request.latents is not None:

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 class Result:
     """Images in the order of the prompts, where the time went, in seconds, and the steps each image skipped (from 0).
 
-    `notes` says what the caller should know of how the request was served.
+    `notes` says what the caller should know of how the request was served; `target` is the name of the target that did it.
     """
 
     images: list[Image]
     seconds: dict[str, float]
     skipped: list[tuple[int, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    target: str = ""

@@ -7,6 +7,7 @@ has built in, and would compute whatever it is asked for, is refused here.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError, BundleError, RequestError
 from fluxrt.prompt import PromptEncoder
+from fluxrt.request import check_request
 from fluxrt.resolve import grid_of, unused_guidance
 from fluxrt.result import Result
 from fluxrt.turns import Turns
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from fluxrt.request import Request
     from fluxrt.result import OnImage, OnStep
 
+LOG = logging.getLogger("fluxrt")
 PIXELS_PER_TOKEN = 16
 """What VisualGen takes a token of any FLUX.2 for, a side."""
 
@@ -82,6 +85,7 @@ class VisualGenPipeline:
         self._encoder = PromptEncoder(prompting, bundle.checked_file(prompting.tokenizer))
         transformer = json.loads(bundle.checked_file(f"{target.folder}/transformer/config.json").read_bytes())
         self._embeds_guidance = bool(transformer.get("guidance_embeds"))
+        LOG.info("VisualGen makes its own starting noise: a seed gives another image than with the other targets")
         self._engine = VisualGen(model=str(bundle.root / target.folder), args=self._args)
 
     def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
@@ -95,7 +99,7 @@ class VisualGenPipeline:
 
     def _generate(self, request: Request, on_step: OnStep | None, on_image: OnImage | None) -> Result:
         sampling = self.bundle.manifest.sampling
-        if request.latents is not None:
+        if check_request(request).latents is not None:
             raise RequestError("VisualGen makes its own starting noise; give a seed")
         if request.threshold is not None or (request.step_cache is False and self._args.cache_config is not None):
             raise RequestError(
@@ -124,7 +128,7 @@ class VisualGenPipeline:
                 on_image(number, images[-1], ())
         seconds = {"text": 0.0, "steps": time.perf_counter() - began, "decode": 0.0}
         unused = unused_guidance(sampling, self._embeds_guidance, request)
-        return Result(images, seconds, [()] * len(images), [unused] if unused else [])
+        return Result(images, seconds, [()] * len(images), [unused] if unused else [], self.target.name)
 
     def __enter__(self) -> VisualGenPipeline:
         return self

@@ -15,6 +15,7 @@ import onnx
 
 from fluxc.base.errors import BuildError
 from fluxc.base.output import check_writable, names_place
+from fluxc.base.progress import Report, StageProgress
 from fluxc.recipe.targets import TARGETS, TensorRTTarget
 from fluxc.targets.tensorrt.audit import Expected
 from fluxc.targets.tensorrt.build import build_audited, check_audits, plan_file
@@ -31,7 +32,11 @@ FindGpu = Callable[[], Gpu]
 
 
 def finish_bundle(
-    path: Path, target: str | None = None, find_gpu: FindGpu = first_gpu, open_driver: OpenDriver = CudaDriver
+    path: Path,
+    target: str | None = None,
+    find_gpu: FindGpu = first_gpu,
+    open_driver: OpenDriver = CudaDriver,
+    progress: StageProgress | None = None,
 ) -> Iterator[str]:
     """Build what is left of `target`, or of every target; yields a line for each plan and one at the end.
 
@@ -39,9 +44,11 @@ def finish_bundle(
     verified first and changes only when all plans are built and audited: plans appear by rename, the manifest last, with the
     library's version, the GPU and its driver. Raises BuildError and the errors of the runtime.
     """
+    progress = progress or StageProgress()
     bundle = open_bundle(path)
-    verify_files(bundle)
-    names = [bundle.target(target).name] if target else [t.name for t in bundle.manifest.targets]
+    names = [bundle.target(target).name] if target is not None else [t.name for t in bundle.manifest.targets]
+    with progress.stage("check the files' SHA-256"):
+        verify_files(bundle)
     engines = [t for t in bundle.manifest.targets if isinstance(t, format.TensorRTTarget) and t.name in names]
     left = [t for t in engines if t.engine.unfinished]
     if not left:
@@ -56,7 +63,8 @@ def finish_bundle(
         # Beside the bundle, so that a rename suffices, and not in it, where a foreign file would be one error more.
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".finish-", dir=path.resolve().parent)))
         for entry in left:
-            engine, lines = _build(bundle, entry, gpu, scratch, open_driver)
+            with progress.stage(f"build {entry.name}") as report:
+                engine, lines = _build(bundle, entry, gpu, scratch, open_driver, report)
             finished.append(msgspec.structs.replace(entry, engine=engine))
             yield from lines
         _seal(bundle, finished, scratch)
@@ -64,7 +72,7 @@ def finish_bundle(
 
 
 def _build(
-    bundle: Bundle, target: format.TensorRTTarget, gpu: Gpu, scratch: Path, open_driver: OpenDriver
+    bundle: Bundle, target: format.TensorRTTarget, gpu: Gpu, scratch: Path, open_driver: OpenDriver, report: Report
 ) -> tuple[format.Engine, list[str]]:
     engine = target.engine
     if gpu.compute_capability not in engine.compute_capabilities:
@@ -82,7 +90,8 @@ def _build(
         if tried[1].form == "inside":
             engine, inside = with_weights_inside(engine, target.name)
     plans, audits = dict(engine.plans), {}
-    for name in engine.unfinished:
+    for number, name in enumerate(engine.unfinished):
+        report(number, len(engine.unfinished), f"plan {name}, {number} of {len(engine.unfinished)} are built")
         plan = engine.plans[name]
         if name in inside:
             request = _with_weights(bundle, name, plan, inside[name], gpu, scratch)

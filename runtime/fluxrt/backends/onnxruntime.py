@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from fluxrt.manifest import Graph, OnnxRuntimeTarget, Port, Sharding
 
 
+def session_options() -> Any:
+    """Options of every session: nothing is printed, since what would be is raised too, and threads without work sleep.
+
+    docs/performance.md, "Waiting threads", has what spinning would gain on an idle machine and cost on a busy one.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    for pool in ("intra_op", "inter_op"):
+        options.add_session_config_entry(f"session.{pool}.allow_spinning", "0")
+    return options
+
+
 class OnnxRuntimeBackend:
     """Sessions are made when a graph first runs and kept for the life of the backend; buffers are numpy arrays.
 
@@ -125,10 +139,7 @@ class OnnxRuntimeBackend:
         """A session of the graph file at `path`."""
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        # What it would print, it raises too.
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = session_options()
         if self._threads:
             options.intra_op_num_threads = self._threads
         # Otherwise it prints what goes wrong and tries again.

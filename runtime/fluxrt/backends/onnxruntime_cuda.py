@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.backends.numbers import to_bf16
-from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
+from fluxrt.backends.onnxruntime import OnnxRuntimeBackend, session_options
 from fluxrt.backends.trials import Trials
 from fluxrt.cuda import first_gpu
 from fluxrt.errors import BackendError
@@ -180,8 +180,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     def _open(self, graph: str, path: str) -> Any:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
+        options = session_options()
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         providers = [(name, OPTIONS.get(name, {})) for name in self._providers]
         # Otherwise it prints what goes wrong and goes on with the CPU.

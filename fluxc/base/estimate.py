@@ -1,0 +1,52 @@
+"""How long a stage has left, from what it reported."""
+
+from __future__ import annotations
+
+
+class Estimate:
+    """Times are seconds of one clock, `began` that of the stage's begin.
+
+    The pace is that of the later half of the time so far: what was there already and took no time, such as prompts that an
+    interrupted run had finished, does not count for long, and a unit that takes minutes is enough for an estimate.
+    """
+
+    def __init__(self, began: float) -> None:
+        self.done, self.total = 0, 0
+        self._began = began
+        self._samples = [(began, 0)]
+
+    def report(self, now: float, done: int, total: int) -> None:
+        """`done` of `total` units are done at `now`."""
+        self.total = total
+        if done != self.done:
+            self.done = done
+            self._samples.append((now, done))
+        middle = (self._began + now) / 2
+        while len(self._samples) > 2 and self._samples[1][0] <= middle:
+            del self._samples[0]
+
+    def left(self, now: float) -> float | None:
+        """Seconds that are left at `now`; None where nothing is known."""
+        (first, before), (last, done) = self._samples[0], self._samples[-1]
+        if done <= before or last <= first:
+            return None
+        return max(0.0, (self.total - done) * (last - first) / (done - before) - (now - last))
+
+
+def in_words(seconds: float) -> str:
+    """A duration as people say it: "0.4 s", "48 s", "3 min 5 s", "2 h 10 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def as_clock(seconds: float) -> str:
+    """A duration for a place where it changes: "0:48", "3:05", "2:10:00"."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
