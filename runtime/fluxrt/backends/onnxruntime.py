@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError, BundleError
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
     from fluxrt.manifest import Graph, OnnxRuntimeTarget, Port, Sharding
+
+
+LOG = logging.getLogger("fluxrt")
 
 
 def session_options() -> Any:
@@ -173,8 +178,10 @@ class OnnxRuntimeBackend:
             import onnxruntime
 
             path = self._bundle.checked_file(self._described(graph).file)
+            began = time.perf_counter()
             try:
                 self._sessions[graph] = self._open(graph, str(path))
+                LOG.debug("graph %s: loaded in %.2f s", graph, time.perf_counter() - began)
             except BackendError:
                 raise
             except Exception as error:  # onnxruntime's exceptions share no base class
