@@ -6,6 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from fluxrt.checks import check_threads
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.manifest import dimension_size
 
@@ -47,7 +48,7 @@ class OnnxRuntimeBackend:
     ) -> None:
         self._bundle = bundle
         self._target = target
-        self._threads = threads
+        self._threads = None if threads is None else check_threads(threads)
         self._group = group
         self._last_uses: list[list[str]] = []
         self._sessions: dict[str, Any] = {}
