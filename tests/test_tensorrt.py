@@ -50,6 +50,7 @@ from fluxc.targets.tensorrt.export_onnx import export_onnx
 from fluxc.targets.tensorrt.lower import Lowered, fix_shapes, lower_tensorrt
 from fluxc.targets.tensorrt.program import read_programs
 from fluxrt.bundle import Bundle, open_bundle
+from fluxrt.errors import RequestError
 from fluxrt.manifest import TensorRTTarget
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
@@ -494,7 +495,7 @@ def test_exported_graphs_build_as_trtexec_would_build_them(rtx_bundle: Path, tmp
 def test_an_export_never_mixes_with_what_is_there(rtx_bundle: Path, nano_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"exists; give a folder"):
         export_onnx(open_bundle(rtx_bundle), None, tmp_path)
-    with pytest.raises(BuildError, match=r"no TensorRT target .* it has: none"):
+    with pytest.raises(RequestError, match=r"no TensorRT target .* it has: none"):
         export_onnx(open_bundle(nano_bundle), None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
