@@ -9,6 +9,7 @@ from fluxc.cli.build import build, calibrate, merge_traces, trace
 from fluxc.cli.bundle import doctor, export_onnx, finish, inspect, verify
 from fluxc.cli.gpu import add_evidence, gpu_check
 from fluxc.cli.plan import plan, predict
+from fluxc.cli.report import report
 from fluxrt.commands import CommandLine
 
 
@@ -25,7 +26,7 @@ def main() -> None:
 for command in (
     *(build, calibrate, trace, merge_traces),
     *(plan, predict),
-    *(inspect, verify, finish, export_onnx, doctor),
+    *(inspect, report, verify, finish, export_onnx, doctor),
     *(gpu_check, add_evidence),
 ):
     main.add_command(command)
