@@ -127,7 +127,7 @@ CASES: dict[str, dict[str, list[Bad]]] = {
     "inspect": {"bundle": INPUTS, "as_json": FLAG},
     "verify": {"bundle": INPUTS, "target": TARGETS, "as_json": FLAG, "threads": WHOLE, **LOGS},
     "finish": {"bundle": INPUTS, "target": TARGETS, "threads": WHOLE, **LOGS},
-    "export-onnx": {"bundle": INPUTS, "consumer": CHOICES, "target": TARGETS, "out": OUTPUTS},
+    "export-onnx": {"bundle": INPUTS, "consumer": CHOICES, "target": TARGETS, "out": OUTPUTS, **LOGS},
     "doctor": {"bundle": INPUTS, "as_json": FLAG},
     "gpu-check": {
         "bundle": INPUTS,

@@ -22,7 +22,7 @@ from fluxc.cli import main
 def show(**_):
     import torch, numba
     from fluxc.base.threads import chosen_threads
-    print(torch.get_num_threads(), numba.get_num_threads(), chosen_threads(), os.environ["GOMP_SPINCOUNT"])
+    print(torch.get_num_threads(), numba.get_num_threads(), chosen_threads(), os.environ["OMP_WAIT_POLICY"])
 main.main.commands["verify"].callback = show
 entry.main(sys.argv[1:])
 """
@@ -33,7 +33,7 @@ def test_a_number_of_threads_reaches_every_library() -> None:
     kept = {name: value for name, value in os.environ.items() if name not in (*HOW_MANY, *HOW_TO_WAIT)}
     command = [sys.executable, "-c", SHOWN, "verify", "bundle", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=kept)
-    assert done.stdout.split() == ["1", "1", "1", WAITING["GOMP_SPINCOUNT"]]
+    assert done.stdout.split() == ["1", "1", "1", WAITING["OMP_WAIT_POLICY"]]
 
 
 @pytest.mark.parametrize("theirs", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
@@ -83,7 +83,7 @@ def test_weights_and_graphs_do_not_depend_on_threads(quick_bundle: Path, shared_
     (tmp_path / ".fluxc").mkdir()
     for known in [*shared_cache.glob("export-*"), *shared_cache.glob("template-*")]:
         (tmp_path / ".fluxc" / known.name).symlink_to(known)
-    kept = {name: value for name, value in os.environ.items() if name not in (*HOW_MANY, ENVIRONMENT)}
+    kept = {name: value for name, value in os.environ.items() if name not in (*HOW_MANY, *HOW_TO_WAIT, ENVIRONMENT)}
     code = STAGES.format(tests=str(Path(__file__).parent))
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "bundle")], check=True, timeout=300, env=kept)
     made = [folder for folder in (tmp_path / ".fluxc").glob("[a-z]*-*") if not folder.is_symlink()]

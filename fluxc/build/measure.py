@@ -15,6 +15,7 @@ from fluxc.calibrate.stage import calibrate_into
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.stepcache.file import TraceFile, merge_traces, read_trace, write_trace
 from fluxc.stepcache.trace_stage import trace_into
+from fluxrt.errors import RequestError
 
 
 def check_device(device: str) -> None:
@@ -59,7 +60,7 @@ def trace_to_file(
     number, parts = part
     asked = len(trace_request(loaded)["prompts"])
     if parts > asked:
-        raise BuildError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
+        raise RequestError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
     images = list(range((number - 1) * asked // parts, number * asked // parts))
     check_device(device)
     with measuring(loaded, out, progress) as (_, job), progress.stage("trace steps") as report:

@@ -96,12 +96,13 @@ def finish(bundle: Path, target: str | None, progress: ShownProgress) -> None:
 @click.option("--for", "consumer", type=click.Choice(("tensorrt",)), default="tensorrt", help="Whose operators to use.")
 @click.option("--target", help="Which TensorRT target's graphs.", show_default="the first")
 @click.option("--out", type=PLACE, required=True, help="The folder to write; it must not exist.")
-def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path) -> None:
+@shows_progress
+def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path, progress: ShownProgress) -> None:
     """Write BUNDLE's stages as whole ONNX graphs with their weights, for trtexec and Triton; print the commands."""
     from fluxc.targets.tensorrt.export_onnx import export_onnx as run
     from fluxrt.bundle import open_bundle
 
-    for command in run(open_bundle(bundle), target, out):
+    for command in run(open_bundle(bundle), target, out, progress):
         click.echo(command)
 
 

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from fluxc.base.errors import BuildError
 from fluxc.base.output import check_output, names_place
+from fluxc.base.progress import StageProgress
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.graph import OPSET
 from fluxc.graph.values import inline, renamed
@@ -26,7 +27,7 @@ from fluxrt.manifest import Engine, TensorRTTarget, WeightPort, dimension_size
 from fluxrt.weights import weights_files
 
 
-def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
+def export_onnx(bundle: Bundle, target: str | None, out: Path, progress: StageProgress | None = None) -> list[str]:
     """Write the graphs and weights of `target` (the first TensorRT target by default) into the new folder `out`.
 
     Returns the trtexec command that builds each. Raises BuildError when `out` exists, RequestError when there is
@@ -49,7 +50,7 @@ def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
         raise BuildError(
             f"{bundle.root}: the plans of this target have their weights baked in; export from a target with weights: bound"
         )
-    with names_place("export", out):
+    with names_place("export", out), (progress or StageProgress()).stage("write graphs and weights"):
         return _export(bundle, engine, out)
 
 
