@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,16 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fluxrt
-from fluxrt import cli
+from fluxrt import cli, progress
+from fluxrt.bundle import Bundle, open_bundle
+from fluxrt.choose import pick
 from fluxrt.commands import EXIT_CODES, CommandLine, Verb, logging_options
+from fluxrt.cuda import Gpu
 from fluxrt.errors import BackendError, FluxError, RequestError
 from fluxrt.log import Logs
+from fluxrt.machine import Machine
 from fluxrt.progress import Progress, shown_time
 from fluxrt.request import Request
 from fluxrt.signals import Terminated
@@ -247,6 +253,17 @@ def test_a_log_that_cannot_be_written_is_said(
     assert "unexpected error, ValueError; its log could not be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "none", "--prompt", "a", "--out", "a.png"]])
+def test_a_full_disk_behind_stdout_or_stderr_is_no_fault_of_the_program(arguments: list[str], place: Path) -> None:
+    for full, code in (("stdout", 1), ("stderr", int("generate" in arguments))):
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with Path("/dev/full").open("w") as broken:
+            command = [sys.executable, "-m", "fluxrt", *arguments]
+            done = subprocess.run(command, text=True, check=False, **(streams | {full: broken}))
+        assert done.returncode == code
+        assert "unexpected error" not in (done.stderr or "")
+
+
 def test_help_shows_exit_codes_arguments_defaults_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -297,12 +314,40 @@ def generate(quick_bundle: Path, place: Path, capsys: pytest.CaptureFixture[str]
 def test_piped_there_is_a_line_a_stage(generate: Any) -> None:
     out, told = generate("--prompt", "a blue ring")
     assert out == ["a-0.png", "a-1.png"]
-    starts = ("target onnxruntime: onnxruntime on the CPU", "1/3 load, ", "2/3 image 1 of 2: a-0.png, 2 steps, ")
-    starts += ("3/3 image 2 of 2: a-1.png, 2 steps, ", "2 images in ")
+    starts = ("target onnxruntime: onnxruntime on the CPU", "1/3 load, ")
+    starts += ("2 images of 64x64 (height x width), 2 steps, guidance 1.5, seeds 0, 1",)
+    starts += ("2/3 image 1 of 2: a-0.png, 2 steps, ", "3/3 image 2 of 2: a-1.png, 2 steps, ", "2 images in ")
     assert len(told) == len(starts)
     for line, start in zip(told, starts, strict=True):
         assert line.startswith(f"fluxrt: {start}")
     assert generate("-q") == (["a.png"], [])
+
+
+def test_a_long_stage_says_that_it_goes_on(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TICK", 0.01)
+    monkeypatch.setattr(progress, "QUIET", 0.0)
+    _, told = generate("--steps", "8")
+    assert any(re.match(r"fluxrt: image 1 of 1, step \d of 8, 0:0\d, 0:0\d left$", line) for line in told)
+
+
+def test_the_name_of_an_image_is_printed_in_any_encoding(quick_bundle: Path, place: Path) -> None:
+    name = "\u00e9\udcff.png"
+    command = [
+        sys.executable,
+        "-m",
+        "fluxrt",
+        "generate",
+        str(quick_bundle),
+        "--prompt",
+        PROMPT,
+        "--steps",
+        "1",
+        "--out",
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([*command, name], env=environment, capture_output=True, check=True)
+    assert done.stdout == os.fsencode(name) + b"\n"
+    assert Path(name).is_file()
 
 
 def test_json_and_the_log_say_the_same_to_scripts(generate: Any) -> None:
@@ -315,10 +360,12 @@ def test_json_and_the_log_say_the_same_to_scripts(generate: Any) -> None:
     assert plain["memory_bytes"] > 1 << 20
     assert plain["notes"] == ["guidance 0.5 is below 1, which turns classifier-free guidance off, as 1 does"]
     lines = [json.loads(line) for line in told]
-    assert {"stage": "image", "number": 2, "count": 2}.items() <= lines[2].items()
+    assert {"stage": "image", "number": 2, "count": 2}.items() <= lines[3].items()
     assert plain["notes"][0] in [line["message"] for line in lines]
     assert all({"time", "level", "tool", "message"} <= set(line) for line in lines)
-    assert [json.loads(line) for line in Path("x.log").read_text().splitlines()] == lines
+    kept = [json.loads(line) for line in Path("x.log").read_text().splitlines()]
+    assert [line for line in kept if line["level"] != "debug"] == lines
+    assert any(line["message"].startswith("graph body: loaded in ") for line in kept)
 
 
 def test_result_names_its_target_and_a_required_one_is_not_replaced(quick_bundle: Path, generate: Any) -> None:
@@ -363,14 +410,14 @@ def test_time_left_counts_from_the_first_step(monkeypatch: pytest.MonkeyPatch) -
     """A step of forty seconds, after a minute of loading."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Progress(Logs("fluxrt"), 1)
+    shown = Progress(Logs("fluxrt"), 1)
     now[0] += 60
-    progress.on_step(1, 10)
-    assert progress.seconds_left() is None
+    shown.on_step(1, 10)
+    assert shown.seconds_left() is None
     for done in (2, 3, 4):
         now[0] += 40
-        progress.on_step(done, 10)
-        assert progress.seconds_left() == 40 * (10 - done)
+        shown.on_step(done, 10)
+        assert shown.seconds_left() == 40 * (10 - done)
 
 
 def test_times_are_shown_in_units_that_fit() -> None:
@@ -392,16 +439,28 @@ def lines() -> Iterator[list[logging.LogRecord]]:
     logger.setLevel(logging.NOTSET)
 
 
+def test_threads_that_change_nothing_are_told(
+    quick_bundle: Path, lines: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fluxrt.backends.registry import KINDS, Kind
+    from toys.pipeline_toy import PlainPipeline
+
+    opened = open_bundle(quick_bundle)
+    target = msgspec.structs.replace(opened.manifest.targets[0], device="cuda")
+    on_gpu = Bundle(opened.root, msgspec.structs.replace(opened.manifest, targets=(target,)))
+    kind = Kind(type(target), "cuda", 20, lambda *_: None, pipeline=PlainPipeline)
+    monkeypatch.setitem(KINDS, (target.kind, "cuda"), kind)
+    monkeypatch.setattr("fluxrt.bundle.open_bundle", lambda path: on_gpu)
+    fluxrt.load(quick_bundle, threads=2)
+    assert [(line.levelname, line.getMessage()) for line in lines] == [
+        ("INFO", "target onnxruntime: onnxruntime on the GPU"),
+        ("WARNING", "threads 2 changes nothing: target onnxruntime computes on the GPU"),
+    ]
+
+
 def test_each_better_target_that_does_not_run_is_told_with_its_reason(
     quick_bundle: Path, lines: list[logging.LogRecord]
 ) -> None:
-    import msgspec
-
-    from fluxrt.bundle import Bundle, open_bundle
-    from fluxrt.choose import pick
-    from fluxrt.cuda import Gpu
-    from fluxrt.machine import Machine
-
     opened = open_bundle(quick_bundle)
     cpu = opened.manifest.targets[0]
     cuda = msgspec.structs.replace(cpu, name="onnxruntime-cuda", device="cuda")  # type: ignore[type-var]
@@ -416,7 +475,7 @@ def test_each_better_target_that_does_not_run_is_told_with_its_reason(
         assert first.levelname == level
         assert first.getMessage().startswith("better target onnxruntime-cuda does not run here: ")
         assert second.getMessage() == "target onnxruntime: onnxruntime on the CPU"
-        with pytest.raises(BackendError, match=r"a GPU is required. .*no target .* runs on this machine"):
+        with pytest.raises(BackendError, match=r"a GPU is required, and no target for one runs on this machine\. onnx"):
             pick(both, require="gpu", machine=machine)
         with pytest.raises(BackendError, match=r"target 'onnxruntime-cuda' is required and does not run here: "):
             pick(both, require="onnxruntime-cuda", machine=machine)

@@ -70,6 +70,14 @@ def test_what_was_there_already_does_not_count_as_pace() -> None:
     assert estimate.left(40.0) == pytest.approx(80, rel=0.01)
 
 
+def test_loading_the_model_does_not_count_as_pace() -> None:
+    estimate = Estimate(0.0)
+    estimate.report(20.0, 1, 100)
+    assert estimate.left(20.0) is None
+    estimate.report(21.0, 2, 100)
+    assert estimate.left(21.0) == 98
+
+
 def test_the_estimate_follows_a_pace_that_changes() -> None:
     estimate = Estimate(0.0)
     for at in range(1, 11):
@@ -163,7 +171,7 @@ def test_the_bar_fits_the_terminal(width: int) -> None:
     title = "generate with 12 of 24 steps skipped"
     event = Event("runs", title, 13, 18, 3, 16, "3/16 images", 72.4, 312.0, memory=1500 * 2**20)
     first, second = shown(event, width)
-    assert max(len(first), len(second)) <= width
+    assert max(len(first), len(second)) <= width - 2, "room for ^C"
     assert first.startswith("[13/18] generate with 12")
     assert "18 %  1:12, about 5:12 left  1.5 GiB" in second
     assert ("━" in second) == (width > 40)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+MANY = 20
+
 
 class Estimate:
     """Times are seconds of one clock, `began` that of the stage's begin.
 
     The pace is that of the later half of the time so far: what was there already and took no time, such as prompts that an
-    interrupted run had finished, does not count for long, and a unit that takes minutes is enough for an estimate.
+    interrupted run had finished, does not count for long. The first unit has what is done once with it, such as loading the
+    model; it counts only until there is a second one, and of MANY units not at all.
     """
 
     def __init__(self, began: float) -> None:
@@ -22,13 +25,13 @@ class Estimate:
             self.done = done
             self._samples.append((now, done))
         middle = (self._began + now) / 2
-        while len(self._samples) > 2 and self._samples[1][0] <= middle:
+        while len(self._samples) > 2 and (self._samples[0][1] == 0 or self._samples[1][0] <= middle):
             del self._samples[0]
 
     def left(self, now: float) -> float | None:
         """Seconds that are left at `now`; None where nothing is known."""
         (first, before), (last, done) = self._samples[0], self._samples[-1]
-        if done <= before or last <= first:
+        if done <= before or last <= first or (before == 0 and self.total >= MANY):
             return None
         return max(0.0, (self.total - done) * (last - first) / (done - before) - (now - last))
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
-from pathlib import Path
+
+from fluxrt.memory import resident
 
 
 def memory_now() -> int | None:
     """Bytes of this process in RAM (its resident set, with mapped files); None where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
-        return None
+    return resident() or None
 
 
 def memory_peak() -> int:

@@ -17,6 +17,8 @@ from fluxc.base.shown import Bar, Event
 from fluxrt.log import printable
 
 BAR_WIDTH, LEAST_WIDTH = 40, 8
+SPARE = 3
+"""Columns that stay free for the ^C that a terminal shows: a line more would not be taken away with the bar."""
 
 
 def bar_on(console: Console) -> Bar:
@@ -47,16 +49,19 @@ class _Standing:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         event = self._event
         head = Text(printable(": ".join(part for part in (event.counted + event.title, event.place) if part)))
-        head.truncate(options.max_width, overflow="ellipsis")
+        width = options.max_width - SPARE
+        head.truncate(width, overflow="ellipsis")
         yield head
         share = [f"{100 * event.done // event.total} %"] if event.total else []
         left = f", about {as_clock(event.left)} left" if event.left is not None else ""
         memory = [bytes_in_words(event.memory)] if event.memory else []
         told = "  ".join([*share, as_clock(event.seconds) + left, *memory])
         indent = len(event.counted)
-        room = min(BAR_WIDTH, options.max_width - indent - len(told) - 2)
+        room = min(BAR_WIDTH, width - indent - len(told) - 2)
         if room >= LEAST_WIDTH:
             yield Segment(" " * indent)
             yield ProgressBar(total=event.total or None, completed=event.done, width=room, pulse=not event.total)
             told = f"  {told}"
-        yield Text(told, overflow="ellipsis", no_wrap=True)
+        rest = Text(told)
+        rest.truncate(options.max_width - SPARE, overflow="ellipsis")
+        yield rest

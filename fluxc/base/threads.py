@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
-WAITING = {"GOMP_SPINCOUNT": "1000"}
-"""GNU OpenMP's threads wait in a loop of so many turns before they sleep (by default 300,000): docs/performance.md."""
+WAITING = {"OMP_WAIT_POLICY": "passive"}
+"""OpenMP's threads sleep while they wait; GNU's would keep a core busy for some 10 ms each time: docs/performance.md."""
 HOW_TO_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 HOW_MANY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

@@ -16,6 +16,7 @@ from fluxc.base.progress import StageProgress
 from fluxc.build import bundle_writer
 from fluxc.build.job import Job, hash_checkpoint, template_of
 from fluxc.build.preflight import preflight
+from fluxc.build.readme import place_readme
 from fluxc.build.runner import Results, count_steps, run, run_steps, up_to
 from fluxc.build.stages import DRAFT, comparing, layers_of, provenance_tools, sampling_entry, steps
 from fluxc.checkpoint.components import WEIGHTS_FILE
@@ -117,8 +118,9 @@ def _make_bundle(
         manifest,
         fidelity=bundle_writer.fidelity_entry(report),
         images=bundle_writer.recorded(folders[0]),
-        files=bundle_writer.files_of(staging, cache),
     )
+    place_readme(job.source(results).checkpoint.root, manifest, staging)
+    manifest = msgspec.structs.replace(manifest, files=bundle_writer.files_of(staging, cache))
     if bundle_writer.is_current(out, manifest, cache):
         bundle_writer.leave_weights(weights, out, cache)
         cache.progress.cached(WRITE_BUNDLE)

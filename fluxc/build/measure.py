@@ -15,6 +15,14 @@ from fluxc.calibrate.stage import calibrate_into
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.stepcache.file import TraceFile, merge_traces, read_trace, write_trace
 from fluxc.stepcache.trace_stage import trace_into
+from fluxrt.errors import RequestError
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not here, before anything is hashed."""
+    from fluxc.calibrate.placement import check_device as check
+
+    check(device)
 
 
 def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: StageProgress) -> CalibrationFile:
@@ -29,6 +37,7 @@ def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: St
             read_calibration(out)
         except FluxError as error:
             raise BuildError(f"{out}: exists and is not a calibration file; give another --out") from error
+    check_device(device)
     with measuring(loaded, out, progress) as (_, job), progress.stage("calibrate") as report:
         calibrate_into(calibration_inputs(job, out.stem), out, device, report)
     return read_calibration(out)
@@ -51,8 +60,9 @@ def trace_to_file(
     number, parts = part
     asked = len(trace_request(loaded)["prompts"])
     if parts > asked:
-        raise BuildError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
+        raise RequestError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
     images = list(range((number - 1) * asked // parts, number * asked // parts))
+    check_device(device)
     with measuring(loaded, out, progress) as (_, job), progress.stage("trace steps") as report:
         trace_into(step_trace_inputs(job, out.stem), images, out, device, report)
     return read_trace(out)

@@ -84,7 +84,7 @@ def lacking_here(loaded: LoadedRecipe) -> Collected:
     collected = Collected(loaded.places)
     for at, target in enumerate(loaded.recipe.targets):
         with collected.collecting(), _of_recipe(f"targets[{at}]"):
-            kind_of(target.kind).check_library()
+            kind_of(target.kind).check_library(target)
     if loaded.recipe.calibration.engine == "modelopt":
         from fluxc.calibrate.modelopt import check_available
 

@@ -12,6 +12,7 @@ import click
 from fluxc.cli.options import (
     PLACE,
     RECIPE,
+    SOURCE,
     recipe_argument,
     set_option,
     shows_progress,
@@ -131,7 +132,7 @@ def trace(recipe: Path, changes: tuple[str, ...], out: Path, device: str, part: 
     arguments={"TRACES": "the files of `fluxc trace --part`, one or more"},
     example="fluxc merge-traces steps-1.trace steps-2.trace --out steps.trace",
 )
-@click.argument("traces", nargs=-1, required=True, type=PLACE)
+@click.argument("traces", nargs=-1, required=True, type=SOURCE)
 @click.option("--out", type=PLACE, required=True, help="The trace file to write.")
 def merge_traces(traces: tuple[Path, ...], out: Path) -> None:
     """Put parts of a trace, made on several machines, together."""

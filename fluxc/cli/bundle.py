@@ -12,6 +12,7 @@ import click
 from fluxc.cli.options import (
     BUNDLE,
     PLACE,
+    SOURCE,
     bundle_argument,
     json_option,
     shows_progress,
@@ -95,12 +96,13 @@ def finish(bundle: Path, target: str | None, progress: ShownProgress) -> None:
 @click.option("--for", "consumer", type=click.Choice(("tensorrt",)), default="tensorrt", help="Whose operators to use.")
 @click.option("--target", help="Which TensorRT target's graphs.", show_default="the first")
 @click.option("--out", type=PLACE, required=True, help="The folder to write; it must not exist.")
-def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path) -> None:
+@shows_progress
+def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path, progress: ShownProgress) -> None:
     """Write BUNDLE's stages as whole ONNX graphs with their weights, for trtexec and Triton; print the commands."""
     from fluxc.targets.tensorrt.export_onnx import export_onnx as run
     from fluxrt.bundle import open_bundle
 
-    for command in run(open_bundle(bundle), target, out):
+    for command in run(open_bundle(bundle), target, out, progress):
         click.echo(command)
 
 
@@ -109,13 +111,21 @@ def export_onnx(bundle: Path, consumer: str, target: str | None, out: Path) -> N
     arguments={"BUNDLE": f"{BUNDLE['BUNDLE']}; with it, which of its targets run here"},
     example="fluxc doctor artifacts/flux2-nano-nvfp4",
 )
-@click.argument("bundle", type=PLACE, required=False)
-def doctor(bundle: Path | None) -> None:
+@click.argument("bundle", type=SOURCE, required=False)
+@json_option
+def doctor(bundle: Path | None, as_json: bool) -> None:
     """Show what this machine can build and run, and what to install for the rest; of BUNDLE, which target it would choose."""
     from fluxc.cli.describe_bundle import print_doctor, print_targets
     from fluxrt.bundle import open_bundle
 
     opened = open_bundle(bundle) if bundle else None
+    if as_json:
+        from fluxc.cli.doctor import machine_checks, target_checks
+
+        checks = {"machine": machine_checks(), **({"targets": target_checks(opened)} if opened else {})}
+        shown = {name: [asdict(check) for check in found] for name, found in checks.items()}
+        click.echo(json.dumps(shown, indent=1))
+        return
     print_doctor()
     if opened:
         print_targets(opened)

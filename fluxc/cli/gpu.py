@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxc.base.errors import BuildError
-from fluxc.cli.options import BUNDLE, PLACE, bundle_argument, shows_progress, threads_option, verb
+from fluxc.cli.options import BUNDLE, PLACE, SOURCE, bundle_argument, shows_progress, threads_option, verb
 
 if TYPE_CHECKING:
     from fluxc.base.shown import ShownProgress
@@ -22,7 +22,7 @@ NANO_GPU = Path("artifacts/flux2-nano-gpu")
     arguments={"BUNDLE": f"{BUNDLE['BUNDLE']} (default: {NANO_GPU}, of recipes/flux2-nano-gpu.yaml)"},
     example="fluxc gpu-check artifacts/flux2-nano-gpu --out gpu-check.json",
 )
-@click.argument("bundle", type=PLACE, default=NANO_GPU)
+@click.argument("bundle", type=SOURCE, default=NANO_GPU)
 @click.option("--out", type=PLACE, required=True, help="The JSON file to write; a page goes beside it.")
 @click.option(
     "--dry-run", is_flag=True, help="Rehearse on a made-up GPU, on this machine's CPU; no figure means anything."
@@ -69,7 +69,7 @@ def gpu_check(bundle: Path, out: Path, dry_run: bool, again: tuple[str, ...], pr
     example="fluxc add-evidence artifacts/flux2-nano-gpu gpu-check.json",
 )
 @bundle_argument
-@click.argument("file", type=PLACE)
+@click.argument("file", type=SOURCE)
 def add_evidence(bundle: Path, file: Path) -> None:
     """Put what `gpu-check` wrote into FILE into BUNDLE's manifest and report, if it ran this very bundle."""
     from fluxc.gpu_check.evidence import add_evidence as run

@@ -5,21 +5,23 @@ How a command ends (errors, exit codes, interrupts) is `fluxrt.commands`, which 
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 import click
 
 from fluxc.base.libraries import quiet_libraries
 from fluxc.base.threads import computing_with, cores
+from fluxrt.checks import shown
 from fluxrt.commands import Verb, logging_options
 from fluxrt.log import Logs
-from fluxrt.parameters import THREADS
+from fluxrt.parameters import THREADS, PathText
 
 if TYPE_CHECKING:
     from fluxc.base.shown import ShownProgress
@@ -32,22 +34,33 @@ verb = partial(click.command, cls=Verb)
 """A command, with `arguments` (what each is), an `example`, and a `short_help` for the list of commands."""
 
 
-class Place(click.Path):
-    """A path as it is typed; refused are those that name nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
+class Place(PathText):
+    """A path where something is written. Control characters, which would break every line that names it, are refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path."""
-        if str(value) == "" or "\0" in str(value):
-            self.fail(f"{str(value)!r} is no path", param, ctx)
+        """The path; click's usage error for what is refused."""
+        if any(category(character) == "Cc" for character in str(value)):
+            self.fail(f"{shown(str(value))} is not a path: it holds control characters", param, ctx)
         return super().convert(value, param, ctx)
 
 
-PLACE = Place()
-recipe_argument = click.argument("recipe", type=PLACE)
-bundle_argument = click.argument("bundle", type=PLACE)
+class Source(Place):
+    """A path of something that is read."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; refused is what cannot be the name of anything."""
+        path = super().convert(value, param, ctx)
+        try:
+            path.lstat()
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                self.fail(f"{shown(str(value))}: {error.strerror}", param, ctx)
+        return path
+
+
+PLACE, SOURCE = Place(), Source()
+recipe_argument = click.argument("recipe", type=SOURCE)
+bundle_argument = click.argument("bundle", type=SOURCE)
 set_option = click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a recipe field; may be repeated."
 )

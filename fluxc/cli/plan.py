@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
 
-from fluxc.cli.options import PLACE, RECIPE, json_option, recipe_argument, set_option, verb
+from fluxc.cli.options import PLACE, RECIPE, SOURCE, json_option, recipe_argument, set_option, verb
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import GPUS
 
@@ -44,7 +45,7 @@ def counts_of(context: click.Context, option: click.Parameter, value: str) -> tu
     except ValueError:
         counts = [0]
     if counts[0] < 1:
-        raise click.BadParameter(f"{value!r} is not a list of numbers of GPUs, for example 1,2,4,8")
+        raise click.BadParameter(f"{value[:40]!r} is not a list of numbers of GPUs, for example 1,2,4,8")
     return tuple(counts)
 
 
@@ -52,10 +53,10 @@ def size_of(context: click.Context, option: click.Parameter, value: str | None) 
     """HEIGHTxWIDTH in pixels."""
     if value is None:
         return None
-    height, _, width = value.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise click.BadParameter(f"{value!r} is not a size HEIGHTxWIDTH, for example 1024x1024")
-    return int(height), int(width)
+    sides = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", value)
+    if sides is None:
+        raise click.BadParameter(f"{value[:40]!r} is not a size HEIGHTxWIDTH, for example 1024x1024")
+    return int(sides[1]), int(sides[2])
 
 
 @verb(
@@ -63,7 +64,7 @@ def size_of(context: click.Context, option: click.Parameter, value: str | None) 
     arguments={"RECIPE": f"{RECIPE['RECIPE']}; without it, a published model"},
     example="fluxc predict --on rtx-5090 --model klein-4b --size 1024x1024",
 )
-@click.argument("recipe", type=PLACE, required=False)
+@click.argument("recipe", type=SOURCE, required=False)
 @set_option
 @click.option("--on", required=True, type=click.Choice(tuple(GPUS), case_sensitive=False), help="The kind of GPU.")
 @click.option("--gpus", metavar="N,...", callback=counts_of, default="1,2,4,8", help="How many.")

@@ -63,17 +63,15 @@ def verified(path: Path, target: str | None, progress: StageProgress) -> Iterato
         verify_files(bundle)
     yield Verified("files", "passed", f"{len(bundle.manifest.files)} match their SHA-256")
     machine = Machine(None) if all(t.device == "cpu" for t in bundle.manifest.targets) else this_machine()
-    for entry in bundle.manifest.targets:
-        if target not in (None, entry.name):
+    entries = [entry for entry in bundle.manifest.targets if target in (None, entry.name)]
+    found = {entry.name: _what_to_generate(bundle, entry, machine) for entry in entries}
+    progress.expect(1 + sum(not isinstance(what, str) for what in found.values()))
+    for entry in entries:
+        what = found[entry.name]
+        if isinstance(what, str):
+            yield Verified(entry.name, "not run", what)
             continue
-        reason = obstacle(bundle, entry, machine)
-        if reason:
-            yield Verified(entry.name, "not run", f"generates nothing here: {reason}")
-            continue
-        recorded, least = _recorded(bundle, entry)
-        if recorded is None:
-            yield Verified(entry.name, "not run", "no image was recorded")
-            continue
+        recorded, least = what
         with progress.stage(f"generate with {entry.name}") as report:
             result = _generated(path, entry, recorded, report)
         with Image.open(bundle.path(recorded.file)) as image:
@@ -100,14 +98,20 @@ def _generated(path: Path, entry: Target, recorded: RecordedImage, report: Repor
         return pipeline.generate(request_of(recorded), on_step)
 
 
-def _recorded(bundle: Bundle, target: Target) -> tuple[RecordedImage | None, float]:
-    """An image to generate again with `target`, and the dB it must agree to: its own, or of a target that rounds as it does."""
+def _what_to_generate(bundle: Bundle, target: Target, machine: Machine) -> tuple[RecordedImage, float] | str:
+    """An image to generate again with `target`, and the dB it must agree to: its own, or of a target that rounds as it does.
+
+    Where there is none, why.
+    """
+    reason = obstacle(bundle, target, machine)
+    if reason:
+        return f"generates nothing here: {reason}"
     rounding = {t.name for t in bundle.manifest.targets if t.activations == target.activations}
     for names, least in (({target.name}, LEAST_PSNR_DB), (rounding, LEAST_PSNR_DB_OF_ANOTHER)):
         for image in bundle.manifest.images:
             if image.target in names:
                 return image, least
-    return None, 0.0
+    return "no image was recorded"
 
 
 def request_of(recorded: RecordedImage) -> Request:

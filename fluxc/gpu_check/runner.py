@@ -49,7 +49,7 @@ def gpu_check(
     bundle = open_bundle(path)
     check_output(out, "a file of gpu-check")
     with progress.stage("look what is here"):
-        inventory = _look(place, path)
+        inventory = _look(place, path, progress)
     ran = Ran(
         bundle.manifest.name,
         digest_without_entries(bundle.manifest),
@@ -107,11 +107,15 @@ def summary(record: Record) -> str:
     return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses)))
 
 
-def _look(place: Place, path: Path) -> Inventory:
+def _look(place: Place, path: Path, progress: StageProgress) -> Inventory:
     """What is here, found in a process of its own, so that this one never touches a GPU."""
     ended = run_limited(look, (place, str(path)), LOOK_LIMIT)
     if ended.how != "returned":
-        raise BuildError(f"gpu-check needs a GPU: {ended.why}. {DRY_RUN}" + (f"\n{ended.log}" if ended.log else ""))
+        for line in ended.log.splitlines():
+            progress.explain(line)
+        raise BuildError(
+            f"gpu-check needs a GPU: {' '.join(ended.why.split())}. {DRY_RUN}; -v shows what libraries say"
+        )
     inventory: Inventory = ended.value
     return inventory
 

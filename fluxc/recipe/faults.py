@@ -14,7 +14,7 @@ from fluxc.base.errors import RecipeError
 
 FIELD = re.compile(r"[a-z_]\w*(?:\.\w+|\[\d+\])*")
 """What an error about a recipe begins with."""
-SHOWN = 60
+SHOWN = 80
 """Characters of a --set that a message repeats."""
 
 
@@ -38,7 +38,7 @@ class Places(msgspec.Struct, frozen=True):
         """The last --set that wrote `field`, as it was typed, cut to a length that can be read."""
         for changed, typed in reversed(self.changes):
             if is_within(field, changed):
-                return typed if len(typed) <= SHOWN else f"{typed[:SHOWN]}..."
+                return told(typed)
         return None
 
     def line_of(self, field: str) -> int | None:
@@ -72,6 +72,12 @@ class Places(msgspec.Struct, frozen=True):
     def _is_field(self, name: str) -> bool:
         top = re.split(r"[.\[]", name, maxsplit=1)[0]
         return bool(top) and (top in self.lines or any(is_within(name, changed) for changed, _ in self.changes))
+
+
+def told(change: str) -> str:
+    """A change as it was typed, in one line that is not too long to be read."""
+    line = " ".join(change.split())
+    return line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…"
 
 
 def is_within(field: str, outer: str) -> bool:

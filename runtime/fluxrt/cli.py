@@ -90,7 +90,7 @@ def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as
 
         def on_image(number: int, image: Image, skipped: tuple[int, ...]) -> None:
             save(image, paths[number])
-            progress.on_image(paths[number].name, skipped)
+            progress.on_image(paths[number].name)
             if not as_json:
                 progress.print(str(paths[number]))
             if skipped:

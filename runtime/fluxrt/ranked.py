@@ -24,6 +24,7 @@ import msgspec
 import fluxrt
 from fluxrt.bundle import Bundle
 from fluxrt.channel import Channel
+from fluxrt.checks import check_threads
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.manifest import Target, dimension_size
 from fluxrt.prompt import load_encoder
@@ -94,6 +95,7 @@ class RankedPipeline:
 
     def __init__(self, bundle: Bundle, target: Target, *, threads: int | None = None, timeout: float = 600.0) -> None:
         self.bundle, self.target = bundle, target
+        threads = None if threads is None else check_threads(threads)
         self.notes: list[str] = []
         self._turns = Turns()
         self._encoder: PromptEncoder | None = None

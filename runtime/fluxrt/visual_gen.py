@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrt.errors import BackendError, BundleError, RequestError
 from fluxrt.prompt import PromptEncoder
 from fluxrt.request import check_request
-from fluxrt.resolve import grid_of, unused_guidance
+from fluxrt.resolve import grid_of, say_what, unused_guidance
 from fluxrt.result import Result
 from fluxrt.turns import Turns
 
@@ -33,8 +33,13 @@ PIXELS_PER_TOKEN = 16
 
 def how_to_serve(bundle: Bundle, target: VisualGenTarget, gpus: int = 1) -> str:
     """The command that serves the folder with TensorRT-LLM."""
-    folder, config = bundle.root / target.folder, target.configs.get(str(gpus))
-    return f"trtllm-serve {folder} --visual_gen_args {bundle.root / (config or 'Ngpu.yaml')}"
+    return how_to_serve_folder(bundle.root, target, gpus)
+
+
+def how_to_serve_folder(root: Path, target: VisualGenTarget, gpus: int) -> str:
+    """The same for a bundle at `root`, wherever that is."""
+    config = target.configs.get(str(gpus), "Ngpu.yaml")
+    return f"trtllm-serve {root / target.folder} --visual_gen_args {root / config}"
 
 
 def is_installed() -> bool:
@@ -110,6 +115,7 @@ class VisualGenPipeline:
             )
         # VisualGen would cut a longer one without a word.
         self._encoder.encode(request.prompts)
+        say_what(request, steps, guidance, size)
         images, began = [], time.perf_counter()
         for number, (words, start) in enumerate(zip(request.prompts, request.seeds, strict=True)):
             params = self._engine.default_params

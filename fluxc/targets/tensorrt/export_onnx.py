@@ -16,38 +16,41 @@ from onnx import TensorProto, helper
 
 from fluxc.base.errors import BuildError
 from fluxc.base.output import check_output, names_place
+from fluxc.base.progress import StageProgress
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.graph import OPSET
 from fluxc.graph.values import inline, renamed
 from fluxc.targets.tensorrt.nodes import TRT_DOMAIN
 from fluxrt.bundle import Bundle
+from fluxrt.errors import RequestError
 from fluxrt.manifest import Engine, TensorRTTarget, WeightPort, dimension_size
 from fluxrt.weights import weights_files
 
 
-def export_onnx(bundle: Bundle, target: str | None, out: Path) -> list[str]:
+def export_onnx(bundle: Bundle, target: str | None, out: Path, progress: StageProgress | None = None) -> list[str]:
     """Write the graphs and weights of `target` (the first TensorRT target by default) into the new folder `out`.
 
-    Returns the trtexec command that builds each. Raises BuildError when `out` exists, or the bundle has no such target.
+    Returns the trtexec command that builds each. Raises BuildError when `out` exists, RequestError when there is
+    no such target.
     """
-    targets = [t for t in bundle.manifest.targets if isinstance(t, TensorRTTarget)]
-    engines = {t.name: t.engine for t in targets if not t.sharding}
-    if (target or next(iter(engines), None)) not in engines:
-        known = ", ".join(engines) or "none"
-        raise BuildError(
-            f"{bundle.root}: no TensorRT target {target or ''} for one GPU in this bundle; it has: {known}"
-        )
     check_output(out, "an export", is_folder=True)
     if out.exists():
         raise BuildError(
             f"{out}: exists; give a folder that does not, so that nothing in it is taken for part of the export"
         )
-    engine = engines[target or next(iter(engines))]
+    targets = [t for t in bundle.manifest.targets if isinstance(t, TensorRTTarget)]
+    engines = {t.name: t.engine for t in targets if not t.sharding}
+    name = next(iter(engines), None) if target is None else target
+    if name not in engines:
+        named = "" if target is None else f" {target!r}"
+        known = ", ".join(engines) or "none"
+        raise RequestError(f"{bundle.root}: no TensorRT target{named} for one GPU in this bundle; it has: {known}")
+    engine = engines[name]
     if any(not plan.weights and plan.expected["gemms"] for plan in engine.plans.values()):
         raise BuildError(
             f"{bundle.root}: the plans of this target have their weights baked in; export from a target with weights: bound"
         )
-    with names_place("export", out):
+    with names_place("export", out), (progress or StageProgress()).stage("write graphs and weights"):
         return _export(bundle, engine, out)
 
 

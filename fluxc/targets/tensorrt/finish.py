@@ -46,7 +46,7 @@ def finish_bundle(
     """
     progress = progress or StageProgress()
     bundle = open_bundle(path)
-    names = [bundle.target(target).name] if target else [t.name for t in bundle.manifest.targets]
+    names = [bundle.target(target).name] if target is not None else [t.name for t in bundle.manifest.targets]
     with progress.stage("check the files' SHA-256"):
         verify_files(bundle)
     engines = [t for t in bundle.manifest.targets if isinstance(t, format.TensorRTTarget) and t.name in names]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING, Any
 
+from fluxrt.checks import check_threads
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.manifest import dimension_size
 
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
     from fluxrt.manifest import Graph, OnnxRuntimeTarget, Port, Sharding
+
+
+LOG = logging.getLogger("fluxrt")
 
 
 def session_options() -> Any:
@@ -42,7 +48,7 @@ class OnnxRuntimeBackend:
     ) -> None:
         self._bundle = bundle
         self._target = target
-        self._threads = threads
+        self._threads = None if threads is None else check_threads(threads)
         self._group = group
         self._last_uses: list[list[str]] = []
         self._sessions: dict[str, Any] = {}
@@ -173,8 +179,10 @@ class OnnxRuntimeBackend:
             import onnxruntime
 
             path = self._bundle.checked_file(self._described(graph).file)
+            began = time.perf_counter()
             try:
                 self._sessions[graph] = self._open(graph, str(path))
+                LOG.debug("graph %s: loaded in %.2f s", graph, time.perf_counter() - began)
             except BackendError:
                 raise
             except Exception as error:  # onnxruntime's exceptions share no base class
