@@ -21,8 +21,8 @@ PAGES = sorted(
     or path == REPOSITORY / "artifacts/README.md"
 )
 WIDTH = 120
-GENERATED = ("docs/recipe.md",)
-"""Made of the recipe's structs."""
+GENERATED = ("docs/cli.md", "docs/recipe.md")
+"""Made in part of click's commands and of the recipe's structs, by tools that wrap at other widths."""
 NOT_OURS = ("No matching distribution found", "fluxc: command not found", "fluxc needs Python 3.11")
 """Messages that pip, the shell and make give."""
 
