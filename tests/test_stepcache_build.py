@@ -226,7 +226,7 @@ def test_the_bundle_says_how_well_the_fit_and_the_images_are(bundle: Path) -> No
     assert set(report["frontier"]) == {"3"}
     assert set(report["frontier"]["3"]) == {"static", "dynamic", "published", "fewer steps"}
     assert report["frontier"]["3"]["fewer steps"]["computed"] == STEPS - 3
-    assert len(report["changes"]) == min(600, 16 * (STEPS - 1))
+    assert len(report["changes"]) == min(300, 16 * (STEPS - 1))
     page = (bundle / "report" / "index.html").read_text()
     assert f"{figures['psnr_db']} dB</b> mean PSNR" in page
     assert page.count('class="skipped"') == 4

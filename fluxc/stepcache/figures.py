@@ -13,7 +13,7 @@ from fluxc.stepcache.choose import points
 from fluxc.stepcache.trace import StepTrace
 from fluxrt.pipeline import to_image
 
-MOST_POINTS = 600
+MOST_POINTS = 300
 FILE = "step-cache.json"
 
 
