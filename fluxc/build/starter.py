@@ -166,7 +166,7 @@ def _nano(base: Path) -> Start:
     if not folder.is_dir():
         raise RecipeError(
             f"{NANO}: is part of fluxc's repository, which this fluxc was not installed from; clone it, or give another model: "
-            f"{', '.join(_names())}, a diffusers folder or a hub id"
+            f"{', '.join(_names()[:-1])}, a diffusers folder or a hub id"
         )
     relative = Path(os.path.relpath(folder, base.resolve()))
     is_inside = base.resolve().is_relative_to(folder.parent.parent)
