@@ -27,6 +27,7 @@ from fluxrt import cli, progress
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.choose import pick
 from fluxrt.commands import EXIT_CODES, CommandLine, Verb, logging_options
+from fluxrt.cores import allowed_cores, quota, usable_cores
 from fluxrt.cuda import Gpu
 from fluxrt.errors import BackendError, FluxError, RequestError
 from fluxrt.log import Logs
@@ -316,7 +317,7 @@ def test_piped_there_is_a_line_a_stage(generate: Any) -> None:
     assert out == ["a-0.png", "a-1.png"]
     starts = ("target onnxruntime: onnxruntime on the CPU", "1/3 load, ")
     starts += ("2 images of 64x64 (height x width), 2 steps, guidance 1.5, seeds 0, 1",)
-    starts += ("2/3 image 1 of 2: a-0.png, 2 steps, ", "3/3 image 2 of 2: a-1.png, 2 steps, ", "2 images in ")
+    starts += ("2/3 image 1 of 2: a-0.png, ", "3/3 image 2 of 2: a-1.png, ", "2 images in ")
     assert len(told) == len(starts)
     for line, start in zip(told, starts, strict=True):
         assert line.startswith(f"fluxrt: {start}")
@@ -326,8 +327,8 @@ def test_piped_there_is_a_line_a_stage(generate: Any) -> None:
 def test_a_long_stage_says_that_it_goes_on(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "TICK", 0.01)
     monkeypatch.setattr(progress, "QUIET", 0.0)
-    _, told = generate("--steps", "8")
-    assert any(re.match(r"fluxrt: image 1 of 1, step \d of 8, 0:0\d, 0:0\d left$", line) for line in told)
+    _, told = generate("--steps", "40")
+    assert any(re.match(r"fluxrt: image 1 of 1, step \d+ of 40, \d:\d\d, \d:\d\d left$", line) for line in told)
 
 
 def test_the_name_of_an_image_is_printed_in_any_encoding(quick_bundle: Path, place: Path) -> None:
@@ -403,7 +404,7 @@ def test_a_terminal_gets_one_bar_with_the_time_that_is_left(
     assert any(line.startswith("[#####---------------] image 1 of 2, step 1 of 4, 0:") for line in shown)
     assert any("image 2 of 2, step 3 of 4, 0:" in line and " left" in line for line in shown)
     assert not any("2/3 image" in line for line in shown)
-    assert "2/3 image 1 of 2: a-0.png, 2 steps, " in Path("x.log").read_text()
+    assert "2/3 image 1 of 2: a-0.png, " in Path("x.log").read_text()
 
 
 def test_time_left_counts_from_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,6 +424,18 @@ def test_time_left_counts_from_the_first_step(monkeypatch: pytest.MonkeyPatch) -
 def test_times_are_shown_in_units_that_fit() -> None:
     shown = [shown_time(seconds) for seconds in (0.123, 4.56, 42.4, 59.7, 425, 3723)]
     assert shown == ["0.12 s", "4.6 s", "42 s", "1:00", "7:05", "1:02:03"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000", None), ("150000 100000", 2), ("1000 100000", 1), ("nonsense", None), (None, None)],
+)
+def test_the_quota_of_a_container_limits_the_threads(limit: str | None, cores: int | None, tmp_path: Path) -> None:
+    if limit:
+        (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+        (tmp_path / "sys/fs/cgroup/cpu.max").write_text(f"{limit}\n")
+    assert quota(tmp_path) == cores
+    assert usable_cores(tmp_path) == min(allowed_cores(), cores or allowed_cores())
 
 
 @pytest.fixture

@@ -76,9 +76,8 @@ class Progress:
 
     def on_image(self, name: str) -> None:
         """The next image is made and saved as `name`."""
-        steps = self._total // self._images
         self._image += 1
-        self._end_stage("image", f"image {self._image} of {self._images}: {name}, {steps} steps")
+        self._end_stage("image", f"image {self._image} of {self._images}: {name}")
 
     def print(self, text: str) -> None:
         """Print a line on stdout, not into the bar."""
