@@ -54,6 +54,6 @@ GPUS = {
         "RTX 5090", "12.0", {"bf16": 209.5e12, "fp8": 419e12, "nvfp4": 1676e12}, 1.792e12, 32e9, 64e9, "PCIe 5.0 x16"
     ),
 }
-"""By the name `--on` takes. From the data sheets of H100, H200, DGX B200 and HGX B300 (an eighth of the system; B300's
-memory is the GPU's own, 288 GB), GB200 and GB300 NVL72 (a 72nd), RTX PRO 6000 Blackwell Workstation Edition, and the RTX
-Blackwell architecture paper."""
+"""By the name `--on` takes. From the data sheets of H100, H200 and DGX B200 (an eighth of the system), GB200 and GB300 NVL72
+(a 72nd), RTX PRO 6000 Blackwell Workstation Edition, and the RTX Blackwell architecture paper. B300: an eighth of what others
+quote of NVIDIA's HGX B300 specification (105 PFLOP/s dense FP4 for eight), 288 GB each; its data sheet was not at hand."""
