@@ -23,7 +23,7 @@ def test_a_few_cases_of_every_kind_have_no_fault(shared_cache: Path, tmp_path: P
     assert all(row.endswith(("| 0 |", "skipped |")) for row in rows)
 
 
-def test_only_our_errors_count_as_errors(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_our_errors_count_as_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(error: Exception) -> Outcome:
         def work() -> None:
             raise error
@@ -33,6 +33,10 @@ def test_only_our_errors_count_as_errors(capsys: pytest.CaptureFixture[str]) -> 
     assert fails(BundleError("damaged")) == Outcome("error", "damaged")
     assert fails(KeyError("x")).what == "exception"
     assert not fails(MemoryError()).is_good
+    log = tmp_path / "said"
+    for said, what in (("target x\nfluxrt: no room", "error"), ("unexpected error, KeyError", "exception")):
+        log.write_text(f"fluxrt: {said}\n")
+        assert outcome_of(lambda: 1, log).what == what
     tally = Tally("kind")
     tally.add("kind/1 (seed 7): bytes", fails(KeyError("x")))
     assert "FAULT kind/1 (seed 7): bytes: exception: KeyError" in capsys.readouterr().out

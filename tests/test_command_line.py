@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,16 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fluxrt
-from fluxrt import cli
+from fluxrt import cli, progress
+from fluxrt.bundle import Bundle, open_bundle
+from fluxrt.choose import pick
 from fluxrt.commands import EXIT_CODES, CommandLine, Verb, logging_options
+from fluxrt.cores import allowed_cores, quota, usable_cores
+from fluxrt.cuda import Gpu
 from fluxrt.errors import BackendError, FluxError, RequestError
 from fluxrt.log import Logs
+from fluxrt.machine import Machine
 from fluxrt.progress import Progress, shown_time
 from fluxrt.request import Request
 from fluxrt.signals import Terminated
@@ -247,6 +254,17 @@ def test_a_log_that_cannot_be_written_is_said(
     assert "unexpected error, ValueError; its log could not be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "none", "--prompt", "a", "--out", "a.png"]])
+def test_a_full_disk_behind_stdout_or_stderr_is_no_fault_of_the_program(arguments: list[str], place: Path) -> None:
+    for full, code in (("stdout", 1), ("stderr", int("generate" in arguments))):
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with Path("/dev/full").open("w") as broken:
+            command = [sys.executable, "-m", "fluxrt", *arguments]
+            done = subprocess.run(command, text=True, check=False, **(streams | {full: broken}))
+        assert done.returncode == code
+        assert "unexpected error" not in (done.stderr or "")
+
+
 def test_help_shows_exit_codes_arguments_defaults_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -297,12 +315,40 @@ def generate(quick_bundle: Path, place: Path, capsys: pytest.CaptureFixture[str]
 def test_piped_there_is_a_line_a_stage(generate: Any) -> None:
     out, told = generate("--prompt", "a blue ring")
     assert out == ["a-0.png", "a-1.png"]
-    starts = ("target onnxruntime: onnxruntime on the CPU", "1/3 load, ", "2/3 image 1 of 2: a-0.png, 2 steps, ")
-    starts += ("3/3 image 2 of 2: a-1.png, 2 steps, ", "2 images in ")
+    starts = ("target onnxruntime: onnxruntime on the CPU", "1/3 load, ")
+    starts += ("2 images of 64x64 (height x width), 2 steps, guidance 1.5, seeds 0, 1",)
+    starts += ("2/3 image 1 of 2: a-0.png, ", "3/3 image 2 of 2: a-1.png, ", "2 images in ")
     assert len(told) == len(starts)
     for line, start in zip(told, starts, strict=True):
         assert line.startswith(f"fluxrt: {start}")
     assert generate("-q") == (["a.png"], [])
+
+
+def test_a_long_stage_says_that_it_goes_on(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TICK", 0.01)
+    monkeypatch.setattr(progress, "QUIET", 0.0)
+    _, told = generate("--steps", "40")
+    assert any(re.match(r"fluxrt: image 1 of 1, step \d+ of 40, \d:\d\d, \d:\d\d left$", line) for line in told)
+
+
+def test_the_name_of_an_image_is_printed_in_any_encoding(quick_bundle: Path, place: Path) -> None:
+    name = "\u00e9\udcff.png"
+    command = [
+        sys.executable,
+        "-m",
+        "fluxrt",
+        "generate",
+        str(quick_bundle),
+        "--prompt",
+        PROMPT,
+        "--steps",
+        "1",
+        "--out",
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([*command, name], env=environment, capture_output=True, check=True)
+    assert done.stdout == os.fsencode(name) + b"\n"
+    assert Path(name).is_file()
 
 
 def test_json_and_the_log_say_the_same_to_scripts(generate: Any) -> None:
@@ -315,10 +361,12 @@ def test_json_and_the_log_say_the_same_to_scripts(generate: Any) -> None:
     assert plain["memory_bytes"] > 1 << 20
     assert plain["notes"] == ["guidance 0.5 is below 1, which turns classifier-free guidance off, as 1 does"]
     lines = [json.loads(line) for line in told]
-    assert {"stage": "image", "number": 2, "count": 2}.items() <= lines[2].items()
+    assert {"stage": "image", "number": 2, "count": 2}.items() <= lines[3].items()
     assert plain["notes"][0] in [line["message"] for line in lines]
     assert all({"time", "level", "tool", "message"} <= set(line) for line in lines)
-    assert [json.loads(line) for line in Path("x.log").read_text().splitlines()] == lines
+    kept = [json.loads(line) for line in Path("x.log").read_text().splitlines()]
+    assert [line for line in kept if line["level"] != "debug"] == lines
+    assert any(line["message"].startswith("graph body: loaded in ") for line in kept)
 
 
 def test_result_names_its_target_and_a_required_one_is_not_replaced(quick_bundle: Path, generate: Any) -> None:
@@ -356,26 +404,38 @@ def test_a_terminal_gets_one_bar_with_the_time_that_is_left(
     assert any(line.startswith("[#####---------------] image 1 of 2, step 1 of 4, 0:") for line in shown)
     assert any("image 2 of 2, step 3 of 4, 0:" in line and " left" in line for line in shown)
     assert not any("2/3 image" in line for line in shown)
-    assert "2/3 image 1 of 2: a-0.png, 2 steps, " in Path("x.log").read_text()
+    assert "2/3 image 1 of 2: a-0.png, " in Path("x.log").read_text()
 
 
 def test_time_left_counts_from_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of forty seconds, after a minute of loading."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Progress(Logs("fluxrt"), 1)
+    shown = Progress(Logs("fluxrt"), 1)
     now[0] += 60
-    progress.on_step(1, 10)
-    assert progress.seconds_left() is None
+    shown.on_step(1, 10)
+    assert shown.seconds_left() is None
     for done in (2, 3, 4):
         now[0] += 40
-        progress.on_step(done, 10)
-        assert progress.seconds_left() == 40 * (10 - done)
+        shown.on_step(done, 10)
+        assert shown.seconds_left() == 40 * (10 - done)
 
 
 def test_times_are_shown_in_units_that_fit() -> None:
     shown = [shown_time(seconds) for seconds in (0.123, 4.56, 42.4, 59.7, 425, 3723)]
     assert shown == ["0.12 s", "4.6 s", "42 s", "1:00", "7:05", "1:02:03"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000", None), ("150000 100000", 2), ("1000 100000", 1), ("nonsense", None), (None, None)],
+)
+def test_the_quota_of_a_container_limits_the_threads(limit: str | None, cores: int | None, tmp_path: Path) -> None:
+    if limit:
+        (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+        (tmp_path / "sys/fs/cgroup/cpu.max").write_text(f"{limit}\n")
+    assert quota(tmp_path) == cores
+    assert usable_cores(tmp_path) == min(allowed_cores(), cores or allowed_cores())
 
 
 @pytest.fixture
@@ -392,16 +452,28 @@ def lines() -> Iterator[list[logging.LogRecord]]:
     logger.setLevel(logging.NOTSET)
 
 
+def test_threads_that_change_nothing_are_told(
+    quick_bundle: Path, lines: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fluxrt.backends.registry import KINDS, Kind
+    from toys.pipeline_toy import PlainPipeline
+
+    opened = open_bundle(quick_bundle)
+    target = msgspec.structs.replace(opened.manifest.targets[0], device="cuda")
+    on_gpu = Bundle(opened.root, msgspec.structs.replace(opened.manifest, targets=(target,)))
+    kind = Kind(type(target), "cuda", 20, lambda *_: None, pipeline=PlainPipeline)
+    monkeypatch.setitem(KINDS, (target.kind, "cuda"), kind)
+    monkeypatch.setattr("fluxrt.bundle.open_bundle", lambda path: on_gpu)
+    fluxrt.load(quick_bundle, threads=2)
+    assert [(line.levelname, line.getMessage()) for line in lines] == [
+        ("INFO", "target onnxruntime: onnxruntime on the GPU"),
+        ("WARNING", "threads 2 changes nothing: target onnxruntime computes on the GPU"),
+    ]
+
+
 def test_each_better_target_that_does_not_run_is_told_with_its_reason(
     quick_bundle: Path, lines: list[logging.LogRecord]
 ) -> None:
-    import msgspec
-
-    from fluxrt.bundle import Bundle, open_bundle
-    from fluxrt.choose import pick
-    from fluxrt.cuda import Gpu
-    from fluxrt.machine import Machine
-
     opened = open_bundle(quick_bundle)
     cpu = opened.manifest.targets[0]
     cuda = msgspec.structs.replace(cpu, name="onnxruntime-cuda", device="cuda")  # type: ignore[type-var]
@@ -416,7 +488,7 @@ def test_each_better_target_that_does_not_run_is_told_with_its_reason(
         assert first.levelname == level
         assert first.getMessage().startswith("better target onnxruntime-cuda does not run here: ")
         assert second.getMessage() == "target onnxruntime: onnxruntime on the CPU"
-        with pytest.raises(BackendError, match=r"a GPU is required. .*no target .* runs on this machine"):
+        with pytest.raises(BackendError, match=r"a GPU is required, and no target for one runs on this machine\. onnx"):
             pick(both, require="gpu", machine=machine)
         with pytest.raises(BackendError, match=r"target 'onnxruntime-cuda' is required and does not run here: "):
             pick(both, require="onnxruntime-cuda", machine=machine)

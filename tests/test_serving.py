@@ -132,6 +132,7 @@ def test_images_are_given_as_they_are_made(pipeline: Any) -> None:
         lambda done, total: events.append((done, total)),
         lambda number, image, skipped: events.append((number, np.asarray(image), skipped)),
     )
+    assert result.target == pipeline.target.name
     assert [event[:2] for event in events if len(event) == 2] == [(n, 6) for n in range(1, 7)]
     assert [len(event) for event in events] == [2, 2, 2, 3, 2, 2, 2, 3]
     given = [event[1] for event in events if len(event) == 3]

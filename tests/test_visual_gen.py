@@ -496,6 +496,7 @@ def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: p
         assert asked[0][0] == str(bundle.root / "visual_gen")
         assert asked[0][1].parallel_config["ulysses_size"] == 2
         result = pipeline.generate(Request([PROMPT, "another"], seed=7, steps=5))
+        assert result.target == "visual_gen"
         params = {"height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 1.0, "max_sequence_length": 32}
         assert asked[1:3] == [(PROMPT, params | {"seed": 7}), ("another", params | {"seed": 8})]
         assert [image.size for image in result.images] == [(64, 64)] * 2

@@ -35,8 +35,7 @@ def choose(bundle: Bundle, machine: Machine | None = None, gpus: int = 1) -> tup
     Of equally good targets the first listed is taken. Raises BackendError naming every obstacle when none runs, and
     RequestError when the bundle has no target for so many.
     """
-    picked, obstacles = _best(bundle, _targets_for(bundle, gpus), machine)
-    return picked, obstacles
+    return _best(bundle, _targets_for(bundle, gpus), machine)
 
 
 def pick(
@@ -74,14 +73,16 @@ def pick(
     return picked
 
 
-def _best(bundle: Bundle, targets: list[Target], machine: Machine | None) -> tuple[Target, dict[str, str | None]]:
+def _best(
+    bundle: Bundle, targets: list[Target], machine: Machine | None, which: str = "no target of this bundle"
+) -> tuple[Target, dict[str, str | None]]:
     """The best of `targets` that runs, and what stands in the way of each; BackendError where none does."""
     found = machine or _machine_for(targets)
     obstacles = {target.name: obstacle(bundle, target, found) for target in targets}
     able = [target for target in targets if obstacles[target.name] is None]
     if not able:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items())
-        raise BackendError(f"{bundle.root}: no target of this bundle runs on this machine. {reasons}")
+        raise BackendError(f"{bundle.root}: {which} runs on this machine. {reasons}")
     return max(able, key=_preference), obstacles
 
 
@@ -95,12 +96,8 @@ def _pick_best(bundle: Bundle, gpus: int, machine: Machine | None, on_gpu: bool)
             "GPU to the recipe and rebuild"
         )
     found = machine or _machine_for(targets)
-    try:
-        picked, obstacles = _best(bundle, targets, found)
-    except BackendError as error:
-        if on_gpu:
-            raise BackendError(f"a GPU is required. {error}") from None
-        raise
+    which = "a GPU is required, and no target for one" if on_gpu else "no target of this bundle"
+    picked, obstacles = _best(bundle, targets, found, which)
     level = logging.INFO if found.gpu is None and found.driver is None else logging.WARNING
     for other in sorted(targets, key=_preference, reverse=True):
         reason = obstacles[other.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -90,7 +91,7 @@ def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as
 
         def on_image(number: int, image: Image, skipped: tuple[int, ...]) -> None:
             save(image, paths[number])
-            progress.on_image(paths[number].name, skipped)
+            progress.on_image(paths[number].name)
             if not as_json:
                 progress.print(str(paths[number]))
             if skipped:
@@ -101,6 +102,7 @@ def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as
         progress.loaded()
         load_seconds = progress.seconds
         result = pipeline.generate(request, progress.on_step, on_image)
+        target = result.target or pipeline.target.name
         result.notes.extend(note for note in pipeline.notes if note not in result.notes)
     for note in result.notes:
         LOG.info("%s", note)
@@ -110,25 +112,22 @@ def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as
     images = "1 image" if len(paths) == 1 else f"{len(paths)} images"
     LOG.info("%s in %s: %s; %.1f GiB of memory", images, shown_time(progress.seconds), parts, memory / 2**30)
     if as_json:
-        write(_as_json(request, result, paths, took, memory), sys.stdout)
+        plain = {
+            "target": target,
+            "images": _images(request, result, paths),
+            "seconds": {what: round(seconds, 4) for what, seconds in took.items()},
+            "memory_bytes": memory,
+            "notes": result.notes,
+        }
+        write(json.dumps(plain), sys.stdout)
 
 
-def _as_json(request: Request, result: Result, paths: list[Path], seconds: dict[str, float], memory: int) -> str:
-    """What was generated; docs/serving.md lists the fields."""
-    import json
-
-    images = [
+def _images(request: Request, result: Result, paths: list[Path]) -> list[dict[str, Any]]:
+    """What --json says of each image; docs/serving.md lists the fields."""
+    return [
         {"path": str(path), "seed": seed, "size": [image.height, image.width], "skipped_steps": list(skipped)}
         for path, seed, image, skipped in zip(paths, request.seeds, result.images, result.skipped, strict=True)
     ]
-    plain = {
-        "target": result.target,
-        "images": images,
-        "seconds": {what: round(took, 4) for what, took in seconds.items()},
-        "memory_bytes": memory,
-        "notes": result.notes,
-    }
-    return json.dumps(plain)
 
 
 def _loaded(bundle: str, options: dict[str, Any]) -> AnyPipeline:

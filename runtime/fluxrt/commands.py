@@ -11,6 +11,7 @@ A command raises; `CommandLine` turns what it raised into one paragraph on stder
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -34,6 +35,8 @@ EXIT_CODES = (
     (130, "interrupted (Ctrl-C)"),
     (143, "terminated (SIGTERM)"),
 )
+OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that no command foresees everywhere, and that are no fault of the program."""
 
 
 class Verb(click.Command):
@@ -219,6 +222,9 @@ def _unexpected(error: Exception, logs: Logs) -> str:
     if isinstance(error, MemoryError):
         what = f"memory ran out ({what})"
     kept = f"the full log is {place}" if isinstance(place, Path) else f"its log could not be written ({place})"
+    if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; free what the system lacks and run the command again; {kept}"
     return f"unexpected error, {what}; {kept}; run it again with -v to see where, and report it with this log"
 
 

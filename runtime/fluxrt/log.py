@@ -139,7 +139,12 @@ def write(text: str, stream: TextIO | None, end: str = "\n") -> None:
     if stream is None:
         return
     try:
-        print(text, end=end, file=stream, flush=True)
+        try:
+            print(text, end=end, file=stream, flush=True)
+        except UnicodeEncodeError:
+            # A file's name in another encoding than the stream's: its own bytes.
+            stream.buffer.write(f"{text}{end}".encode(errors="surrogateescape"))
+            stream.flush()
     except (OSError, ValueError):
         silence(stream)
 

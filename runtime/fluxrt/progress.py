@@ -74,12 +74,10 @@ class Progress:
             self._first = self._first or (done, time.monotonic())
             self._draw()
 
-    def on_image(self, name: str, skipped: tuple[int, ...]) -> None:
+    def on_image(self, name: str) -> None:
         """The next image is made and saved as `name`."""
-        steps = self._total // self._images
-        less = f", {len(skipped)} of them skipped" if skipped else ""
         self._image += 1
-        self._end_stage("image", f"image {self._image} of {self._images}: {name}, {steps} steps{less}")
+        self._end_stage("image", f"image {self._image} of {self._images}: {name}")
 
     def print(self, text: str) -> None:
         """Print a line on stdout, not into the bar."""

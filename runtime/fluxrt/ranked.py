@@ -24,6 +24,8 @@ import msgspec
 import fluxrt
 from fluxrt.bundle import Bundle
 from fluxrt.channel import Channel
+from fluxrt.checks import check_threads
+from fluxrt.cores import usable_cores
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.manifest import Target, dimension_size
 from fluxrt.prompt import load_encoder
@@ -94,6 +96,7 @@ class RankedPipeline:
 
     def __init__(self, bundle: Bundle, target: Target, *, threads: int | None = None, timeout: float = 600.0) -> None:
         self.bundle, self.target = bundle, target
+        threads = None if threads is None else check_threads(threads)
         self.notes: list[str] = []
         self._turns = Turns()
         self._encoder: PromptEncoder | None = None
@@ -106,7 +109,7 @@ class RankedPipeline:
         half = -(-_largest_exchange(bundle, target) // 64) * 64
         try:
             with _common_memory(2 * target.gpus * half) as memory:
-                self._start(memory.fileno(), half, threads or max(1, _cores() // target.gpus), timeout)
+                self._start(memory.fileno(), half, threads or max(1, usable_cores() // target.gpus), timeout)
             self._send({"manifest": msgspec.json.encode(bundle.manifest)})
             self._wait("ready")
         except BaseException:
@@ -345,10 +348,6 @@ def _common_memory(nbytes: int) -> Iterator[IO[bytes]]:
             file = stack.enter_context(tempfile.TemporaryFile())
         file.truncate(nbytes)
         yield file
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_ticks(pid: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from fluxrt.manifest import Sampling, Target
     from fluxrt.prompt import PromptEncoder
     from fluxrt.request import Request
+
+LOG = logging.getLogger("fluxrt")
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,31 @@ def resolve(bundle: Bundle, target: Target, request: Request, encoder: PromptEnc
     sampling = bundle.manifest.sampling
     steps, guidance, size = check_request(request).with_defaults(sampling)
     grid = grid_of(sampling, target, size)
-    _, note = decisions_for(bundle.manifest.step_cache, steps, size, request.step_cache, request.threshold)
+    decisions, note = decisions_for(bundle.manifest.step_cache, steps, size, request.step_cache, request.threshold)
     if request.latents is not None:
         expected = (len(request.prompts), grid[0] * grid[1], sampling.latent_channels)
         if request.latents.shape != expected:
             raise RequestError(f"latents have shape {list(request.latents.shape)}, this request needs {list(expected)}")
     tokens = [encoder.encode(branches(sampling, prompt, guidance)) for prompt in request.prompts]
+    say_what(request, steps, guidance, size)
+    if bundle.manifest.step_cache:
+        LOG.info(
+            "step cache: %s", "off" if decisions is None else "by its rule" if decisions.rule else "by its schedule"
+        )
     unused = unused_guidance(sampling, target.reads("guidance"), request)
     return Resolved(steps, guidance, size, grid, tokens, [text for text in (note, unused) if text])
+
+
+def say_what(request: Request, steps: int, guidance: float, size: tuple[int, int]) -> None:
+    """Log what a request comes to, the bundle's values among it."""
+    seeds = request.seeds
+    count = "1 image" if len(seeds) == 1 else f"{len(seeds)} images"
+    which = (
+        f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds[:8]))}{', ...' * (len(seeds) > 8)}"
+    )
+    fields = {"images": len(seeds), "size": list(size), "steps": steps, "guidance": guidance, "seeds": seeds}
+    said = "%s of %dx%d (height x width), %d steps, guidance %g, %s"
+    LOG.info(said, count, *size, steps, guidance, which, extra={"fields": fields})
 
 
 def branches(sampling: Sampling, prompt: str, guidance: float) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrt.errors import BackendError, BundleError, RequestError
 from fluxrt.prompt import PromptEncoder
 from fluxrt.request import check_request
-from fluxrt.resolve import grid_of, unused_guidance
+from fluxrt.resolve import grid_of, say_what, unused_guidance
 from fluxrt.result import Result
 from fluxrt.turns import Turns
 
@@ -110,6 +110,7 @@ class VisualGenPipeline:
             )
         # VisualGen would cut a longer one without a word.
         self._encoder.encode(request.prompts)
+        say_what(request, steps, guidance, size)
         images, began = [], time.perf_counter()
         for number, (words, start) in enumerate(zip(request.prompts, request.seeds, strict=True)):
             params = self._engine.default_params

@@ -36,6 +36,8 @@ PATH_EVENTS = {
 }
 FORBIDDEN = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "socket.connect", "socket.bind")
 SYSTEM = ("/proc", "/sys", "/usr", "/lib", "/lib64", "/dev/null", "/dev/urandom", "/etc/localtime", "/etc/ld.so.cache")
+UNEXPECTED = ": unexpected error, "
+"""How both tools begin the sentence about what is no error of ours."""
 GOOD = ("image", "done", "error", "skipped")
 
 
@@ -231,9 +233,12 @@ def outcome_of(work: Callable[[], Any], log: Path | None = None) -> Outcome:
     said = log.read_bytes().decode(errors="replace") if log else ""
     if code in (0, None):
         return Outcome("done")
-    ours = next((line for line in said.splitlines() if line.startswith(("fluxrt: ", "fluxc: "))), None)
+    # The last is the error; those before it say what was chosen.
+    ours = next((line for line in reversed(said.splitlines()) if line.startswith(("fluxrt: ", "fluxc: "))), None)
     if ours is None:
         return Outcome("exception", f"exit {code} without a sentence of ours: {said[-200:]}")
+    if UNEXPECTED in ours:
+        return Outcome("exception", ours[:300])
     if not said.startswith(("fluxrt: ", "fluxc: ")):
         return Outcome("noise", f"before our sentence: {said[:200]!r}")
     return Outcome("error", ours[:300])

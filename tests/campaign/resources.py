@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from campaign.cases import Outcome, Tally
+from campaign.cases import UNEXPECTED, Outcome, Tally
 from campaign.damage import PROMPT
 from campaign.part import RECIPE, SETTINGS
 from quick import contents
@@ -224,6 +224,6 @@ class _Runner:
         if 2 in closed and not text:
             return Outcome("error", f"exit {ended.returncode}")
         lines = [line for line in text.splitlines() if line.startswith(ours)]
-        if "Traceback" in text or not lines:
+        if "Traceback" in text or UNEXPECTED in text or not lines:
             return Outcome("exception", text[-300:].strip())
-        return Outcome("error", lines[0][:300])
+        return Outcome("error", lines[-1][:300])

@@ -28,7 +28,7 @@ class PlainPipeline:
         images = [Image.new("RGB", (width, height), (seed, seed, seed)) for seed in request.seeds]
         for number, image in enumerate(images if on_image else []):
             on_image(number, image, ())
-        return Result(images, {}, [()] * len(images))
+        return Result(images, {}, [()] * len(images), target=self.target.name)
 
     def close(self) -> None:
         self.is_closed = True

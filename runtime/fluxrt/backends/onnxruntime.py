@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING, Any
 
+from fluxrt.checks import check_threads
+from fluxrt.cores import allowed_cores, usable_cores
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.manifest import dimension_size
 
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
     from fluxrt.manifest import Graph, OnnxRuntimeTarget, Port, Sharding
+
+
+LOG = logging.getLogger("fluxrt")
 
 
 def session_options() -> Any:
@@ -31,6 +38,13 @@ def session_options() -> Any:
     return options
 
 
+def _default_threads() -> int | None:
+    """None, which leaves it to ONNX Runtime: a thread a core, bound to it. It counts cores that a quota does not grant, so
+    with a quota the number is ours."""
+    usable = usable_cores()
+    return usable if usable < allowed_cores() else None
+
+
 class OnnxRuntimeBackend:
     """Sessions are made when a graph first runs and kept for the life of the backend; buffers are numpy arrays.
 
@@ -42,7 +56,7 @@ class OnnxRuntimeBackend:
     ) -> None:
         self._bundle = bundle
         self._target = target
-        self._threads = threads
+        self._threads = _default_threads() if threads is None else check_threads(threads)
         self._group = group
         self._last_uses: list[list[str]] = []
         self._sessions: dict[str, Any] = {}
@@ -173,8 +187,10 @@ class OnnxRuntimeBackend:
             import onnxruntime
 
             path = self._bundle.checked_file(self._described(graph).file)
+            began = time.perf_counter()
             try:
                 self._sessions[graph] = self._open(graph, str(path))
+                LOG.debug("graph %s: loaded in %.2f s", graph, time.perf_counter() - began)
             except BackendError:
                 raise
             except Exception as error:  # onnxruntime's exceptions share no base class
