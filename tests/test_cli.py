@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from conftest import NANO, RECIPE, hollow_checkpoint
-from fluxc.base.console import new_table
+from fluxc.base.console import new_console, new_table
 from fluxc.cli.doctor import Check, machine_checks, system_checks
 from fluxc.cli.main import main
 from fluxc.models.published import QWEN3_4B
@@ -346,3 +346,41 @@ def test_the_checkpoint_is_at_most_16_mb_and_names_no_machine() -> None:
     for path in files:
         if path.suffix == ".json":
             assert "_name_or_path" not in path.read_text(), path
+
+
+def shown_at(width: int, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lines that `plan` prints in a terminal of this width, or into a pipe."""
+    from fluxc.cli import describe
+
+    console = Console(width=width, file=io.StringIO(), force_terminal=terminal, markup=False, color_system=None)
+    monkeypatch.setattr(describe, "new_console", lambda: console if terminal else new_console())
+    result = invoke("plan", RECIPE)
+    assert result.exit_code == 0, result.output
+    return (console.file.getvalue() if terminal else result.output).splitlines()
+
+
+@pytest.mark.parametrize("width", [70, 80, 120, 200])
+def test_a_terminal_of_any_width_shows_whole_names_formats_and_rules(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = shown_at(width, True, monkeypatch)
+    assert max(map(len, lines)) <= width
+    for name in ("single_transformer_blocks.0-5.attn.to_qkv_mlp_proj", "model.layers.0-26.self_attn.q_proj"):
+        if len(name) <= 0.7 * width:
+            line = next(line for line in lines if name in line)
+            assert "default" in line
+            assert ("nvfp4" in line) or ("bf16" in line)
+    left_out = next((line for line in lines if "not shown at this width" in line), "")
+    assert ("share" in left_out, "bytes before" in left_out) == {
+        70: (True, True),
+        80: (True, True),
+        120: (False, True),
+        200: (False, False),
+    }[width]
+
+
+def test_a_pipe_gets_every_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown_at(0, False, monkeypatch)
+    header = next(line for line in lines if "decided by" in line)
+    for column in ("out x in", "format", "share", "bytes before", "bytes after"):
+        assert column in header

@@ -54,9 +54,10 @@ def test_the_example_of_a_verb_is_a_command_line(tool: str, name: str) -> None:
     verb = TOOLS[tool].commands[name]
     assert isinstance(verb, Verb)
     for line in verb.example.splitlines():
-        _, _, *rest = shlex.split(line)
+        _, _, *rest = shlex.split(line.partition(" > ")[0])
         with click.Context(TOOLS[tool], obj=None) as parent:
-            assert verb.make_context(name, rest, parent=parent, resilient_parsing=True).params
+            parsed = verb.make_context(name, rest, parent=parent, resilient_parsing=True).params
+        assert parsed or not verb.params
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

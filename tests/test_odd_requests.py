@@ -95,6 +95,22 @@ CASES: dict[str, dict[str, list[Bad]]] = {
         "threads": WHOLE,
         **LOGS,
     },
+    "init": {
+        "model": [
+            *(
+                Bad(value, WRONG)
+                for value in ("", "nul\0byte", "a\nb", "\udcff", LONG, "none", "folder", "text", ".", "dev")
+            ),
+            *(Bad(value, WRONG) for value in ("/proc/x", "./none", "none.yaml", "~nobody-here/x")),
+        ],
+        "on": CHOICES,
+        "gpus": WHOLE,
+        "out": [
+            *NO_NAMES,
+            *(Bad(value, EITHER) for value in (".", "..", "/", "/proc/x", "text/x", "text", "link", LONG, "folder")),
+        ],
+    },
+    "schema": {},
     "merge-traces": {"traces": INPUTS, "out": OUTPUTS},
     "plan": {**RECIPES, "layers": FLAG, "presets": FLAG, "out": NO_NAMES, "as_json": FLAG},
     "predict": {
@@ -153,6 +169,7 @@ def good(verb: str, parameter: click.Parameter, bundle: Path) -> list[str]:
     values = {
         "recipe": str(RECIPE.with_name("flux2-nano-50-steps.yaml") if verb == "trace" else RECIPE),
         "bundle": str(bundle),
+        "model": "none" if str(bundle) == "none" else "klein-4b",
         "traces": "text",
         "file": "text",
         "on": "rtx-5090",
@@ -241,7 +258,7 @@ ODD = st.one_of(
 )
 
 
-@pytest.mark.parametrize("verb", CASES)
+@pytest.mark.parametrize("verb", [verb for verb, cases in CASES.items() if cases])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_is_typed_is_answered(verb: str, place: Path, data: st.DataObject) -> None:

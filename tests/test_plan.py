@@ -70,9 +70,17 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_matches(pattern: s
         assert suggestion in str(raised.value)
 
 
-def test_a_bad_regular_expression_is_an_error() -> None:
+@pytest.mark.parametrize("pattern", ["re:(", "re:a{99999999999}", "re:[[a]", "re:*"])
+def test_a_bad_regular_expression_is_an_error(pattern: str) -> None:
     with pytest.raises(RecipeError, match="not a regular expression"):
-        plan_of(exclude=("re:(",))
+        plan_of(exclude=(pattern,))
+
+
+def test_every_pattern_that_matches_nothing_is_named() -> None:
+    with pytest.raises(RecipeError) as raised:
+        plan_of(exclude=("x_embeder", "proj_out", "prj_out"), rules=(Rule(match="nothing", format="fp8"),))
+    for field in ("exclude[0]", "exclude[2]", "rules[0].match"):
+        assert f"precision.transformer.{field}: the pattern" in str(raised.value)
 
 
 def test_a_layer_whose_width_does_not_fit_the_block_is_an_error_that_says_what_to_keep() -> None:

@@ -5,6 +5,7 @@ What compiled plans move and hold is compared in test_ulysses_gpu.py, where plan
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
@@ -225,10 +226,13 @@ def test_weights_of_published_text_encoders_are_those_their_shapes_have() -> Non
             "--size: at 4096x4096 the VAE's decoder has an activation",
         ),
         (["--on", "b200", "--size", "64x64", str(RECIPE)], "--size goes without a RECIPE"),
-        ([], "Missing option '--on'"),
+        ([], "missing option '--on'"),
         (["--on", "b300x"], "'b300x' is not one of"),
         (["--on", "b200", "--gpus", "two"], "'two' is not a list of numbers of GPUs"),
         (["--on", "b200", "--gpus", "0,1"], "is not a list of numbers of GPUs"),
+        (["--on", "b200", "--gpus", "-1"], "'-1' is not a list of numbers of GPUs"),
+        (["--on", "b200", "--size", "0x0"], "0x0 is not possible"),
+        (["--on", "b200", "--size", "9" * 5000 + "x8"], "is not a size HEIGHTxWIDTH"),
         (["--on", "b200", "--model", "dev", str(RECIPE)], "without a RECIPE"),
         (["--on", "b200", "--set", "text.length=7"], "--set goes with a RECIPE"),
         (["--on", "b200", "--gpus", "3,5"], "among 3 GPUs the 512 text tokens cannot be shared equally"),
@@ -238,3 +242,15 @@ def test_what_cannot_be_predicted_is_refused(arguments: list[str], says: str) ->
     result = predicted(*arguments)
     assert result.exit_code == 2
     assert says in result.output
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(80, ["launches"]), (60, ["attention", "launches"]), (180, [])])
+def test_a_narrow_terminal_keeps_whole_figures_and_leaves_parts_of_a_step_out(width: int, left_out: list[str]) -> None:
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    print_scaling(console, predict(published_model("dev"), GPUS["b200"], (1, 8)))
+    table = console.file.getvalue().partition("predicted time")[2].partition("predicted memory")[0]
+    header = next(line for line in table.splitlines() if "GPUs" in line)
+    for column in ("a step, ms", "image, s", "against 1", "of ideal"):
+        assert column in header
+    note = " ".join(table.partition("not shown at this width")[2].split())
+    assert [name for name in ("attention", "launches") if name in note] == left_out

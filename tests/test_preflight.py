@@ -6,9 +6,11 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from conftest import NANO, RECIPE, ROOT, copy_checkpoint
@@ -65,6 +67,10 @@ FAULTS: list[tuple[tuple[str, ...], str]] = [
     (("targets=[{kind: tensorrt_rtx, compute_capabilities: ['10.0']}, {kind: onnxruntime}]",), "kind: tensorrt does"),
     (("targets=[{kind: tensorrt, compute_capabilities: ['9.0']}, {kind: onnxruntime}]",), "do not compute in nvfp4"),
     (("targets=[{kind: tensorrt, compute_capabilities: ['10.0', '12.0']}, {kind: onnxruntime}]",), "give one"),
+    (
+        ("targets=[{kind: tensorrt_rtx, weights: baked, memory_gib: 1.0001}, {kind: onnxruntime}]",),
+        "cannot be baked in",
+    ),
     (("targets=[{kind: visual_gen}, {kind: onnxruntime}]",), "VisualGen takes every image token for 16 pixels"),
     (("targets=[{kind: tensorrt}]",), "gates.step_cosine: no target of this recipe runs on the machine"),
     (("calibration.file=none",), "calibration.file: "),
@@ -126,6 +132,46 @@ def test_they_refuse_a_library_that_is_missing(refused, monkeypatch: pytest.Monk
     assert "targets[1]: " in message
     assert "tensorrt-rtx-cu13 is not installed here" in message
     assert code == 2
+
+
+def test_they_refuse_a_library_that_loses_the_ranks_of_its_plans(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fluxc.targets.tensorrt import kind, library
+
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__name__="tensorrt", __version__="11.1.0"))
+    monkeypatch.setattr(kind, "gpu_here", lambda _: True)
+    assert library.installed_version("tensorrt") == "11.1.0"
+    message, code = refused(("targets=[{kind: tensorrt, gpus: 2}, {kind: onnxruntime}]",))
+    assert "targets[0]: TensorRT 11.1.0 can lose the number of ranks of a sharded plan" in message
+    assert code == 2
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "trace"])
+def test_a_gpu_that_is_not_here_is_missed_before_anything_is_hashed(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    changes = ["--set", "sampling.steps=20", "--set", "step_cache={skip: auto}"]
+    result = CliRunner().invoke(
+        main, [verb, str(RECIPE), *changes, "--device", "cuda", "--out", str(tmp_path / "file")]
+    )
+    assert "torch sees no CUDA GPU here" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["plan", "build", "calibrate", "trace", "predict"])
+def test_a_model_in_place_of_a_recipe_is_sent_to_init(verb: str, tmp_path: Path, quick_bundle: Path) -> None:
+    options = ["--on", "b200"] if verb == "predict" else ["--out", str(tmp_path / "out")]
+    for given, said in (
+        ("black-forest-labs/FLUX.2-klein-4B", "`fluxc init black-forest-labs/FLUX.2-klein-4B` writes a recipe"),
+        ("klein-4b", "`fluxc init klein-4b` writes a recipe"),
+        (str(NANO), f"is a checkpoint, not a recipe; `fluxc init {NANO}` writes a recipe"),
+        (str(quick_bundle), "is a bundle, which is built already"),
+        (str(ROOT / "docs"), "is a folder, not a recipe"),
+    ):
+        result = CliRunner().invoke(main, [verb, given, *options])
+        assert result.exit_code == 2, result.output
+        assert said in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plan_shows_its_tables_before_it_says_what_the_machine_lacks(

@@ -66,6 +66,10 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
             "targets=[{kind: tensorrt, compute_capabilities: []}]",
             r"compute_capabilities: give at least one; for example",
         ),
+        (
+            "targets=[{kind: tensorrt, compute_capabilities: [12.0]}]",
+            r"compute_capabilities\[0\]: must be text, got 12\.0; write it in quotes; for example \[\"12\.0\"\]",
+        ),
         ("targets=[{kind: tensorrt, allow: [{layr: a}]}]", r"'targets\[0\]\.allow\[0\]\.layr'; did you mean 'layer'"),
         ("targets=[{gpus: 2}]", r"targets\[0\]\.kind: say what kind of target it is\. It can be onnxruntime, "),
         ("targets=[{kind: [a]}]", r"targets\[0\]\.kind: \[a\] is not possible\. It can be onnxruntime, "),

@@ -16,6 +16,7 @@ from fluxc.calibrate.file import read_calibration
 from fluxc.checkpoint import template_stage
 from fluxc.checkpoint.components import small_files
 from fluxc.checkpoint.files import Aside, CheckpointFiles, Digests, checkpoint_digests
+from fluxc.checkpoint.source import check_source
 from fluxc.families.prompting import check_tokenizer
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import to_quantize
@@ -119,6 +120,8 @@ def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
                 trace = _given_trace(loaded)
     with collected.collecting():
         judges_of(loaded)
+    with collected.collecting():
+        check_source(recipe.model.source, loaded.folder)
     collected.raise_all()
     job = Job(loaded, read_source(loaded), root, None, held_out, calibration, trace)
     check_tokenizer(job.original.checkpoint.components["tokenizer"].folder)

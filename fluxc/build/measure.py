@@ -18,6 +18,13 @@ from fluxc.stepcache.trace_stage import trace_into
 from fluxrt.errors import RequestError
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that is not here, before anything is hashed."""
+    from fluxc.calibrate.placement import check_device as check
+
+    check(device)
+
+
 def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: StageProgress) -> CalibrationFile:
     """Write the calibration of `loaded` to `out` and return it; prompts finished before an interruption are not run again.
 
@@ -30,6 +37,7 @@ def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: St
             read_calibration(out)
         except FluxError as error:
             raise BuildError(f"{out}: exists and is not a calibration file; give another --out") from error
+    check_device(device)
     with measuring(loaded, out, progress) as (_, job), progress.stage("calibrate") as report:
         calibrate_into(calibration_inputs(job, out.stem), out, device, report)
     return read_calibration(out)
@@ -54,6 +62,7 @@ def trace_to_file(
     if parts > asked:
         raise RequestError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
     images = list(range((number - 1) * asked // parts, number * asked // parts))
+    check_device(device)
     with measuring(loaded, out, progress) as (_, job), progress.stage("trace steps") as report:
         trace_into(step_trace_inputs(job, out.stem), images, out, device, report)
     return read_trace(out)

@@ -84,7 +84,7 @@ def lacking_here(loaded: LoadedRecipe) -> Collected:
     collected = Collected(loaded.places)
     for at, target in enumerate(loaded.recipe.targets):
         with collected.collecting(), _of_recipe(f"targets[{at}]"):
-            kind_of(target.kind).check_library()
+            kind_of(target.kind).check_library(target)
     if loaded.recipe.calibration.engine == "modelopt":
         from fluxc.calibrate.modelopt import check_available
 
@@ -101,13 +101,11 @@ def lacking_here(loaded: LoadedRecipe) -> Collected:
 
 
 def known_prompting(job: Job) -> format.Prompting:
-    """The manifest's `prompting`: as it is in the cache, or rendered into a folder that is gone afterwards."""
+    """The manifest's `prompting`: as it is in the cache, or rendered, which takes transformers, into a folder that is gone
+    afterwards."""
     cache = StageCache(job.root, StageProgress())
-    try:
-        stage = template_of(job, cache.known_digest)
-        found = cache.find(folder_of(cache, stage, cache.known_digest))
-    except UnknownDigestError:
-        stage, found = template_of(job, lambda _: ""), None
+    stage = template_of(job, lambda file: _digest(cache, file) or "")
+    found = cache.find(folder_of(cache, stage, cache.known_digest))
     if found is not None:
         return job.prompting(stage.load(found))
     with names_place(stage.title, Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as scratch:
@@ -132,18 +130,21 @@ def _check_origins(job: Job) -> None:
 
 def _digests(job: Job, cache: StageCache, recorded: Digests) -> Digests:
     """Hashes of the checkpoint's files; of a large one that is not known, the one that is recorded."""
+    return {
+        part: {file.name: _digest(cache, file) or recorded.get(part, {}).get(file.name, "") for file in files}
+        for part, files in files_read(job.original.checkpoint).items()
+    }
 
-    def digest(part: str, file: Path) -> str:
-        try:
-            return cache.known_digest(file)
-        except UnknownDigestError:
-            if file.stat().st_size > HASHED_AT_ONCE:
-                return recorded.get(part, {}).get(file.name, "")
-            with file.open("rb") as opened:
-                return hashlib.file_digest(opened, "sha256").hexdigest()
 
-    listed = files_read(job.original.checkpoint)
-    return {part: {file.name: digest(part, file) for file in files} for part, files in listed.items()}
+def _digest(cache: StageCache, file: Path) -> str | None:
+    """SHA-256 of a file, if it is known or quickly computed; it is not remembered, since nothing is written here."""
+    try:
+        return cache.known_digest(file)
+    except UnknownDigestError:
+        if file.stat().st_size > HASHED_AT_ONCE:
+            return None
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _check_fit(job: Job) -> None:

@@ -45,16 +45,21 @@ def choose(weights: dict[str, int], gpu_free: int | None, host_free: int) -> Pla
     return Placement("cuda", "layer")
 
 
-def find_placement(checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.bfloat16) -> Placement:
-    """The placement on this machine for weights in `dtype`; `device` is auto, cpu or cuda.
-
-    BuildError if cuda is asked for and not there.
-    """
+def check_device(device: str) -> None:
+    """Refuse cuda (BuildError) where torch sees no GPU; `device` is auto, cpu or cuda."""
     if device == "cuda" and not torch.cuda.is_available():
         raise BuildError(
             "--device cuda: torch sees no CUDA GPU here; use --device cpu, or install the torch that has "
             "this driver's CUDA (pytorch.org/get-started)"
         )
+
+
+def find_placement(checkpoint: Checkpoint, device: str, dtype: torch.dtype = torch.bfloat16) -> Placement:
+    """The placement on this machine for weights in `dtype`; `device` is auto, cpu or cuda.
+
+    BuildError if cuda is asked for and not there.
+    """
+    check_device(device)
     gpu = torch.cuda.mem_get_info()[0] if device != "cpu" and torch.cuda.is_available() else None
     weights = {
         name: weights_bytes(part) * dtype.itemsize // torch.bfloat16.itemsize

@@ -11,7 +11,6 @@ from fluxc.base.errors import CheckpointError, RecipeError
 from fluxc.base.json_object import read_json
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.checkpoint.weight_files import WeightFiles, find_weights, has_variant
-from fluxrt.install import install_named
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 QUANTIZATION = "quantization_config"
@@ -179,22 +178,27 @@ def _expanded(source: str) -> Path:
     try:
         return Path(source).expanduser()
     except RuntimeError as error:
-        raise CheckpointError(f"{source}: {error}; write the whole path") from error
+        raise RecipeError(f"model.source: {source}: {error}; write the whole path") from error
+
+
+def check_source(source: str, folder: Path) -> None:
+    """Refuse a source that is neither a folder nor a hub id by its form; RecipeError. Nothing is fetched."""
+    local = folder / _expanded(source)
+    if not local.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise RecipeError(f"model.source: {local}: no such folder; give a diffusers folder, or a hub id (owner/name)")
 
 
 def _resolve(source: str, revision: str | None, folder: Path) -> Path:
+    check_source(source, folder)
     local = folder / _expanded(source)
     if local.is_dir():
         return local.resolve()
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise RecipeError(f"model.source: {local}: no such folder; give a diffusers folder, or a hub id (owner/name)")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
         raise CheckpointError(
-            f"{source}: reading from the hub needs huggingface_hub; run `{install_named('fluxc', ['huggingface-hub'])}`, or "
-            "give a local folder"
+            f"{source}: reading from the hub needs huggingface_hub; install it or give a local folder"
         ) from error
     patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
     try:

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxc.base.console import new_console, new_table
+from fluxc.base.fitted import Column, fitted_table
 from fluxc.base.numbers import as_json as to_json
 from fluxc.build.job import Job
 from fluxc.build.preflight import preflight
 from fluxc.build.stages import planned_stages
 from fluxc.checkpoint.components import WEIGHTS_FILE
-from fluxc.cli.fitted import Column, fitted_table
 from fluxc.cli.plan_report import (
     lacking,
     memory_by_component,

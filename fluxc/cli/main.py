@@ -9,6 +9,7 @@ from fluxc.cli.build import build, calibrate, merge_traces, trace
 from fluxc.cli.bundle import doctor, export_onnx, finish, inspect, verify
 from fluxc.cli.gpu import add_evidence, gpu_check
 from fluxc.cli.plan import plan, predict
+from fluxc.cli.recipe import init, schema
 from fluxrt.commands import CommandLine
 
 
@@ -23,6 +24,7 @@ def main() -> None:
 
 
 for command in (
+    *(init, schema),
     *(build, calibrate, trace, merge_traces),
     *(plan, predict),
     *(inspect, verify, finish, export_onnx, doctor),

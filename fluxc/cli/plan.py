@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -44,7 +45,7 @@ def counts_of(context: click.Context, option: click.Parameter, value: str) -> tu
     except ValueError:
         counts = [0]
     if counts[0] < 1:
-        raise click.BadParameter(f"{value!r} is not a list of numbers of GPUs, for example 1,2,4,8")
+        raise click.BadParameter(f"{value[:40]!r} is not a list of numbers of GPUs, for example 1,2,4,8")
     return tuple(counts)
 
 
@@ -52,10 +53,10 @@ def size_of(context: click.Context, option: click.Parameter, value: str | None) 
     """HEIGHTxWIDTH in pixels."""
     if value is None:
         return None
-    height, _, width = value.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise click.BadParameter(f"{value!r} is not a size HEIGHTxWIDTH, for example 1024x1024")
-    return int(height), int(width)
+    sides = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", value)
+    if sides is None:
+        raise click.BadParameter(f"{value[:40]!r} is not a size HEIGHTxWIDTH, for example 1024x1024")
+    return int(sides[1]), int(sides[2])
 
 
 @verb(

@@ -53,11 +53,13 @@ def _section(tool: str, name: str, verb: click.Command) -> str:
     known = [row for row in rows if row[0]]
     table = "| argument or option | meaning | default |\n|---|---|---|\n"
     table += "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in known)
+    table = table if known else ""
     example = verb.example if isinstance(verb, Verb) else ""
     text = "\n\n".join(_wrapped(paragraph) for paragraph in paragraphs)
     is_logged = any("--log-file" in option.opts for option in verb.params)
     logs = "\nAnd the [options of the log](#what-a-command-says-while-it-works).\n" if is_logged else ""
-    return f"### {tool} {name}\n\n{text}\n\n{table}{logs}\n```\n{example}\n```\n"
+    parts = [text, *filter(None, [table + logs]), f"```\n{example}\n```\n"]
+    return f"### {tool} {name}\n\n" + "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def _row(option: click.Option, context: click.Context) -> tuple[str, str, str]:

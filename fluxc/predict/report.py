@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxc.base.console import new_table
+from fluxc.base.fitted import Column, fitted_table
 from fluxc.predict.published import CALIBRATED_ON, STEPS, TEACACHE, calibrated, checked, steps_computed_with_teacache
 from fluxc.predict.rates import EXCHANGE_LATENCY, KERNEL_GAP
 from fluxc.predict.scaling import Prediction, RankMemory, Scaling
@@ -28,7 +29,7 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
         f"{formats}; {height}x{width}, {subject.tokens} image and {subject.text_tokens} text tokens; {subject.steps} steps, "
         f"{branches}"
     )
-    console.print(_time_table(scaling))
+    console.print(_time_table(console, scaling))
     for count, reason in scaling.impossible.items():
         console.print(f"{count} GPUs: {reason}")
     if subject.skipped is None:
@@ -61,36 +62,33 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
     console.print(_assumptions(scaling))
 
 
-def _time_table(scaling: Scaling) -> Table:
+def _time_table(console: Console, scaling: Scaling) -> Table:
     subject = scaling.subject
     steps: list[tuple[str, float]] = [("image, s", subject.steps)]
     if subject.skipped:
         steps.append((f"{subject.skipped:g} steps skipped, s", subject.steps - subject.skipped))
     fewest = scaling.predictions[0]
-    table = new_table(
-        "GPUs",
-        "a step, ms",
-        "GEMMs",
-        "attention",
-        "memory traffic",
-        "all-to-alls",
-        "launches",
-        *(title for title, _ in steps),
-        f"against {fewest.gpus}",
-        "of ideal",
-        title="predicted time",
+    # The parts of a step go first where a terminal is narrow, the smallest of them before the others.
+    columns = (
+        Column("GPUs"),
+        Column("a step, ms"),
+        Column("GEMMs", 1),
+        Column("attention", 2),
+        Column("memory traffic", 3),
+        Column("all-to-alls", 4),
+        Column("launches", 5),
+        *(Column(title) for title, _ in steps),
+        Column(f"against {fewest.gpus}"),
+        Column("of ideal"),
     )
+    rows = []
     for p in scaling.predictions:
         parts = (p.time.gemms, p.time.attention, p.time.memory, p.time.exchanges, p.time.launches)
         faster = fewest.time.seconds / p.time.seconds
-        table.add_row(
-            str(p.gpus),
-            *(_figure(1e3 * seconds) for seconds in (p.time.seconds, *parts)),
-            *(_figure(count * p.time.seconds) for _, count in steps),
-            f"{faster:.2f}x",
-            f"{faster * fewest.gpus / p.gpus:.0%}",
-        )
-    return table
+        figures = [_figure(1e3 * seconds) for seconds in (p.time.seconds, *parts)]
+        figures += [_figure(count * p.time.seconds) for _, count in steps]
+        rows.append([str(p.gpus), *figures, f"{faster:.2f}x", f"{faster * fewest.gpus / p.gpus:.0%}"])
+    return fitted_table(console, columns, rows, "predicted time")
 
 
 def _memory_table(scaling: Scaling) -> Table:

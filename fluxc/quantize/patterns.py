@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Iterable
 
 from fluxc.base.errors import RecipeError, nearest
@@ -29,8 +30,11 @@ def matched(pattern: str, names: Iterable[str], field: str) -> list[str]:
     if not pattern.startswith("re:"):
         return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     try:
-        expression = re.compile(pattern[3:])
-    except re.error as error:
+        with warnings.catch_warnings():
+            # Python warns of what it will read otherwise one day, such as [[a].
+            warnings.simplefilter("error")
+            expression = re.compile(pattern[3:])
+    except (re.error, OverflowError, RecursionError, Warning) as error:
         raise RecipeError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
     return [name for name in names if expression.fullmatch(name)]
 

@@ -92,7 +92,9 @@ class Conform:
             others = [wanted(member) for member in members if not _literal(_bare(member)[0]) and wanted(member)]
             can = f"{', '.join(words)}{''.join(f', or {other}' for other in others)}"
             return self._refuse(field, f"{shown(value)} is not possible{nearest(value, words) or '.'} It can be {can}")
-        return self._refuse(field, f"must be {wanted(kind)}, got {shown(value)}{_for_example(examples)}")
+        is_text = any(isinstance(_bare(member)[0], inspect.StrType) for member in members)
+        quoted = "; write it in quotes" if is_text and isinstance(value, bool | int | float) else ""
+        return self._refuse(field, f"must be {wanted(kind)}, got {shown(value)}{quoted}{_for_example(examples)}")
 
     def _member(
         self,

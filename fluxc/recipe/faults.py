@@ -14,7 +14,7 @@ from fluxc.base.errors import RecipeError
 
 FIELD = re.compile(r"[a-z_]\w*(?:\.\w+|\[\d+\])*")
 """What an error about a recipe begins with."""
-SHOWN = 60
+SHOWN = 80
 """Characters of a --set that a message repeats."""
 
 
@@ -38,7 +38,7 @@ class Places(msgspec.Struct, frozen=True):
         """The last --set that wrote `field`, as it was typed, cut to a length that can be read."""
         for changed, typed in reversed(self.changes):
             if is_within(field, changed):
-                return typed if len(typed) <= SHOWN else f"{typed[:SHOWN]}..."
+                return told(typed)
         return None
 
     def line_of(self, field: str) -> int | None:
@@ -60,13 +60,13 @@ class Places(msgspec.Struct, frozen=True):
         """The fault after its place, for a report of its own."""
         change, line = self.change_of(fault.field), self.line_of(fault.field)
         if change:
-            return f"--set {told(change)}: {fault.text}"
+            return f"--set {change}: {fault.text}"
         return f"{self.file}{f', line {line}' if line else ''}: {fault.text}"
 
     def entry(self, fault: Fault) -> str:
         """The fault after its place, for a list that names the file itself."""
         change, line = self.change_of(fault.field), self.line_of(fault.field)
-        place = f"--set {told(change)}: " if change else f"line {line}: " if line else ""
+        place = f"--set {change}: " if change else f"line {line}: " if line else ""
         return f"{place}{fault.text}"
 
     def _is_field(self, name: str) -> bool:
@@ -74,10 +74,10 @@ class Places(msgspec.Struct, frozen=True):
         return bool(top) and (top in self.lines or any(is_within(name, changed) for changed, _ in self.changes))
 
 
-def told(change: str, most: int = 100) -> str:
-    """A change as it was typed, in one line of at most so many characters."""
+def told(change: str) -> str:
+    """A change as it was typed, in one line that is not too long to be read."""
     line = " ".join(change.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+    return line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…"
 
 
 def is_within(field: str, outer: str) -> bool:

@@ -14,7 +14,7 @@ from fluxc.base.errors import RecipeError
 from fluxc.recipe.checks import faults_between
 from fluxc.recipe.conform import Conform
 from fluxc.recipe.document import is_control, read_document
-from fluxc.recipe.faults import Places, raise_faults, told
+from fluxc.recipe.faults import SHOWN, Places, raise_faults, told
 from fluxc.recipe.structs import Recipe
 from fluxc.recipe.targets import TARGETS
 
@@ -108,7 +108,11 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> LoadedRecipe
 
 def check_is_recipe(path: Path) -> None:
     """Refuse what people give for a recipe that is none: a checkpoint, a bundle, a hub id. RecipeError says what to do."""
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {str(path)[:SHOWN]}...: {_reason(error)}") from error
+    if is_folder:
         if (path / "bundle.json").is_file():
             raise RecipeError(
                 f"{path}: is a bundle, which is built already; `fluxrt generate {path} --prompt TEXT --out image.png` "
@@ -117,7 +121,7 @@ def check_is_recipe(path: Path) -> None:
         if (path / "model_index.json").is_file():
             raise RecipeError(f"{path}: is a checkpoint, not a recipe; `fluxc init {path}` writes a recipe for it")
         raise RecipeError(f"{path}: is a folder, not a recipe; give a YAML file, which `fluxc init MODEL` writes")
-    if not path.exists():
+    if not is_there:
         is_model = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) and path.suffix not in (".yaml", ".yml")
         model = str(path) if is_model else "MODEL"
         what = "; if it is a model," if is_model else ", give one of recipes/;"

@@ -18,7 +18,7 @@ from fluxc.recipe.conform import fields_of
 from fluxc.recipe.fields import LEFT_OUT, NAMES
 from fluxc.recipe.structs import Recipe
 from fluxc.recipe.targets import TARGETS, Allow
-from fluxc.recipe.words import flow
+from fluxc.recipe.words import flow, wanted
 
 MARKED = re.compile(r"(<!-- fields: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADER = "| field | type | default | meaning | example |\n|---|---|---|---|---|\n"
@@ -68,19 +68,29 @@ def type_of(kind: inspect.Type) -> str:
         return " or ".join(members)
     if isinstance(kind, inspect.LiteralType):
         return " or ".join(f"`{value}`" for value in kind.values)
-    if isinstance(kind, inspect.TupleType):
-        return f"[{', '.join(type_of(item) for item in kind.item_types)}]"
-    if isinstance(kind, inspect.VarTupleType):
-        return f"list of: {type_of(kind.item_type)}"
+    if isinstance(kind, inspect.TupleType | inspect.VarTupleType):
+        return f"{wanted(kind).removeprefix('a ')}{_range(_innermost(kind))}"
     if isinstance(kind, inspect.StructType):
-        return "target" if kind.cls.__name__ == "Target" else "fields"
+        return "fields"
     if isinstance(kind, inspect.IntType | inspect.FloatType):
         name = "whole number" if isinstance(kind, inspect.IntType) else "number"
         return f"{name}{_range(kind)}"
     return "text"
 
 
-def _range(kind: inspect.IntType | inspect.FloatType) -> str:
+def _innermost(kind: inspect.Type) -> inspect.Type:
+    """What a list, or a list of lists, holds."""
+    while isinstance(kind, inspect.Metadata | inspect.TupleType | inspect.VarTupleType):
+        if isinstance(kind, inspect.TupleType):
+            kind = kind.item_types[0]
+        else:
+            kind = kind.type if isinstance(kind, inspect.Metadata) else kind.item_type
+    return kind
+
+
+def _range(kind: inspect.Type) -> str:
+    if not isinstance(kind, inspect.IntType | inspect.FloatType):
+        return ""
     if kind.ge is not None and kind.le is not None:
         return f", {kind.ge:g} to {kind.le:g}"
     words = (("at least", kind.ge), ("more than", kind.gt), ("at most", kind.le), ("less than", kind.lt))

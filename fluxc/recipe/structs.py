@@ -73,7 +73,12 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     steps: Annotated[Steps, about("denoising steps; 4 for the distilled klein models", 4)] = 50
     guidance: Annotated[
-        Guidance, about("strength of classifier-free guidance; 1.0 turns it off, and so halves the work of klein", 1.0)
+        Guidance,
+        about(
+            "strength of classifier-free guidance; 1.0 turns it off, and a step then takes one pass of klein's transformer "
+            "instead of two",
+            1.0,
+        ),
     ] = 4.0
 
 

@@ -31,9 +31,7 @@ def shown(value: Any) -> str:
         return _cut(flow(value)) if len(value) <= 4 else f"a list of {len(value)}"
     if isinstance(value, bool):
         return str(value).lower()
-    return (
-        _cut(repr(value)) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else _cut(str(value))
-    )
+    return _cut(repr(value) if isinstance(value, str) else str(value))
 
 
 def flow(value: Any) -> str:

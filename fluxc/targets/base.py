@@ -131,8 +131,8 @@ class TargetKind(ABC, Generic[Options, Entry]):
     def describe(self, target: Options) -> str:
         """A sentence: engine, formats it computes in, where it is built and run."""
 
-    def check_library(self) -> None:
-        """Refuse, before anything long runs, a library that is missing here although the target needs it: BuildError."""
+    def check_library(self, target: Options) -> None:
+        """Refuse, before anything long runs, a library the target needs here that is missing or too old: BuildError."""
 
     def tools(self) -> dict[str, str]:
         """Versions of the libraries here that the target's bytes depend on, besides those of every build."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,9 @@ class Damage:
         before = self.space.listing()
         of_bundle = kind in ("manifest", "graph", "tokenizer")
         reads = (self.root / "bundle",) if of_bundle else None
-        outcome = run(work, Limits(reads, (self.root / "out",)), self.log)
+        # plan and build look whether the cache can be written to, and render a chat template in a temporary folder.
+        more = () if of_bundle else (Path(os.environ["FLUXC_CACHE"]), Path(tempfile.gettempdir()))
+        outcome = run(work, Limits(reads, (self.root / "out", *more)), self.log)
         left = self.space.differing(before)
         image = self.root / "out" / "image.png"
         if outcome.what == "done" and of_bundle and "generate" in said:

@@ -19,6 +19,7 @@ from fluxc.targets.tensorrt.library import (
     GPUS,
     LIBRARIES,
     check_capabilities,
+    check_keeps_ranks,
     gpu_here,
     how_to_install,
     installed_version,
@@ -46,14 +47,18 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
                 f"{field}.compute_capabilities: {self.name} builds for one kind of GPU, the one it is finished on; give one"
             )
         context.decoder(target.shapes == "range").check(field)
+        if target.weights == "baked":
+            _check_baked(field, target, context)
         if target.ranks > 1:
             length, tokens = context.recipe.text.length, context.tokens
             check_sharding(f"{field}.gpus", target.ranks, context.source.transformer, length, tokens, True)
 
-    def check_library(self) -> None:
-        """Refuse, before anything long runs, a library that is missing here although it could build here: BuildError."""
+    def check_library(self, target: TensorRTTarget) -> None:
+        """Refuse a library that is missing here although it could build here, or that loses the ranks of a sharded plan."""
         if self._library.builds_without_gpu:
             load_library(self.name)
+        if target.ranks > 1 and self._builds_here(target):
+            check_keeps_ranks(load_library(self.name))
 
     def exports(self, target: TensorRTTarget, context: TargetContext) -> dict[str, ExportInputs]:
         """The graphs of each kind of block in bf16."""
@@ -140,3 +145,21 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
         if self._library.builds_without_gpu:
             return True
         return installed_version(self.name) is not None and gpu_here(target.compute_capabilities)
+
+
+def _check_baked(field: str, target: TensorRTTarget, context: TargetContext) -> None:
+    """Refuse memory in which not even one block's weights can be baked: RecipeError."""
+    from fluxc.targets.tensorrt.build import largest_segment
+
+    limit, blocks = largest_segment(target.memory_gib), dict[str, int]()
+    for entry in context.source.plans["transformer"]:
+        stem, _, rest = entry.layer.name.partition(".")
+        if stem in ("transformer_blocks", "single_transformer_blocks"):
+            block = f"{stem}.{rest.partition('.')[0]}"
+            blocks[block] = blocks.get(block, 0) + entry.bytes_after
+    largest = max(blocks, key=lambda block: blocks[block])
+    if blocks[largest] > limit:
+        raise RecipeError(
+            f"{field}.memory_gib: the weights of {largest} ({blocks[largest] / 2**30:.3f} GiB) cannot be baked in "
+            f"{target.memory_gib:g} GiB, which is enough for {limit / 2**30:.3f} GiB; raise it, or use weights: bound"
+        )

@@ -1,0 +1,126 @@
+"""The text of a recipe that `fluxc init` writes: the fields that matter, each with a comment that says what it is for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fluxc.predict.gpus import GPUS
+from fluxc.recipe.schema import FILE as SCHEMA
+from fluxc.recipe.words import flow
+
+if TYPE_CHECKING:
+    from fluxc.build.starter import Start
+
+CPU = "cpu"
+
+
+def recipe_text(start: Start, model: str, name: str, on: str, gpus: int) -> str:
+    """The recipe called `name` for `start` (`model`, as it was typed) on the GPU `on`, or cpu, on one and on `gpus` of them."""
+    where = "this machine's CPU" if on == CPU else GPUS[on].name
+    of_them = "processes" if on == CPU else "of them"
+    many = f", one and {gpus} {of_them}" if gpus > 1 else ""
+    command = f"fluxc init {model}{f' --for {on}' if on != CPU else ''}{f' --gpus {gpus}' if gpus > 1 else ''}"
+    reference = "" if start.is_small else ", reference: bfloat16"
+    lines = [
+        f"# yaml-language-server: $schema={SCHEMA}",
+        f"# {start.title} for {where}{many}; written by `{command}`.",
+        "# Every field: docs/recipe.md. What a build will do: `fluxc plan`.",
+        f"name: {name}",
+        "",
+        "# The checkpoint: a diffusers folder (relative to this file), or a hub id, which is downloaded.",
+        f"model: {flow({'source': start.source})}",
+        "",
+        f"# [height, width] in pixels that can be generated: multiples of {start.pixels_per_token}. The first is the default.",
+        f"sizes: [{flow(list(start.size))}]",
+        "# Tokens that every prompt is padded to, chat template included; longer prompts are refused.",
+        f"text: {{length: {start.text_length}}}",
+        f"# What a request gets that does not say otherwise.{_about_steps(start)}",
+        f"sampling: {{steps: {start.steps}, guidance: {start.guidance}}}",
+        "",
+        "# Prompts like your users' (one a line): what the layers' inputs are measured with.",
+        f"calibration: {{prompts: prompts/{start.prompts}-calibration.txt}}",
+        "",
+        *_precision(start, on),
+        "",
+        *_targets(on, gpus),
+        "",
+        "# Other prompts, which nothing was measured with: every target that runs here is compared with diffusers on them.",
+        f"fidelity: {{prompts: prompts/{start.prompts}-held-out.txt{reference}}}",
+        "",
+        *_gates(start),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _about_steps(start: Start) -> str:
+    if start.is_small:
+        return " Guidance over 1 takes two passes of the transformer a step."
+    if start.is_distilled:
+        return f" This model is distilled to {start.steps} steps, without guidance."
+    return " Guidance over 1 takes two passes of the transformer a step."
+
+
+def _precision(start: Start, on: str) -> list[str]:
+    if start.is_quantized:
+        return [
+            "# The checkpoint is quantized already: its layers keep their formats and bytes.",
+            "precision: {transformer: {default: bf16}}",
+        ]
+    multiplies_fp4 = on == CPU or "nvfp4" in GPUS[on].gemms
+    encoder = "  text_encoder: {default: bf16}" if start.is_small else "  text_encoder: {default: fp8}"
+    formats = (
+        [
+            "    default: nvfp4            # 4 bits: a third of bf16's memory, scales included",
+            "    preset: modelopt-flux2    # NVIDIA's list of layers that stay bf16; `fluxc plan --presets` compares others",
+            "    scales: four-over-six     # of two block scales the one that reproduces the block better",
+        ]
+        if multiplies_fp4
+        else [
+            "    default: fp8              # 8 bits: this GPU does not multiply 4-bit floats",
+            "    preset: modelopt-flux2    # NVIDIA's list of layers that stay bf16; `fluxc plan --presets` compares others",
+        ]
+    )
+    return ["# How the layers are stored and multiplied.", "precision:", "  transformer:", *formats, encoder]
+
+
+def _targets(on: str, gpus: int) -> list[str]:
+    """GPU targets for one GPU and for `gpus`; and one that runs where the build does."""
+    lines = ["# What to compile for."]
+    shared = [1, gpus] if gpus > 1 else [1]
+    if on == CPU:
+        entries = [f"  - {{kind: onnxruntime{f', gpus: {count}' if count > 1 else ''}}}" for count in shared]
+        return [
+            "targets:",
+            "  # ONNX Runtime on the CPU: its images are compared with diffusers' when you build.",
+            *entries,
+        ]
+    gpu = GPUS[on]
+    kind = "tensorrt_rtx" if on.startswith("rtx") else "tensorrt"
+    built = (
+        "built and audited on this machine" if kind == "tensorrt_rtx" else "`fluxc finish` builds them on that machine"
+    )
+    entries = [
+        f'  - {{kind: {kind}, compute_capabilities: ["{gpu.compute_capability}"]{f", gpus: {count}" if count > 1 else ""}}}'
+        for count in shared
+    ]
+    return [
+        *lines,
+        "targets:",
+        f"  # Engines for {gpu.name}: {built}.",
+        *entries,
+        "  # Runs on the CPU and rounds as that GPU does, so that images can be compared with diffusers' where you build.",
+        "  - {kind: onnxruntime, activations: nvfp4}",
+    ]
+
+
+def _gates(start: Start) -> list[str]:
+    first = "# The worst result that a build may have; a build that misses a gate fails and writes no bundle."
+    if start.is_small:
+        return [first, "gates: {layer_snr_db: 15, step_cosine: 0.98, image_psnr_db: 30}"]
+    if start.is_quantized:
+        return [first, "# gates: {step_cosine: 0.98, image_psnr_db: 30}"]
+    return [
+        first,
+        "# Once you have seen a report, add step_cosine and image_psnr_db.",
+        "gates: {layer_snr_db: 15}",
+    ]
