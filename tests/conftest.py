@@ -31,6 +31,7 @@ from fluxc.graph.stage import ExportInputs
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.qwen3 import Qwen3
 from fluxc.recipe.load import LoadedRecipe, load_recipe
+from fluxc.report.structs import REPORT_JSON, encode_report, read_report
 from quick import QUICK, results_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +65,7 @@ class RecordingProgress(StageProgress):
 def compile_into(out: Path, *changes: str, progress: StageProgress | None = None, recipe: Path = RECIPE) -> Path:
     built = build(load_recipe(recipe, changes), out, progress or RecordingProgress())
     assert built is not None
+    assert encode_report(read_report(built / REPORT_JSON)) == (built / REPORT_JSON).read_bytes()
     return built
 
 

@@ -337,7 +337,7 @@ def test_a_report_of_a_missed_gate_takes_nobody_elses_place(workshop: Path) -> N
     mine = workshop / "mine-failed"
     mine.mkdir()
     (mine / "notes").write_text("mine")
-    with pytest.raises(GateError, match=r"what was measured: .*/fidelity-[0-9a-f]+/report/index\.html$") as raised:
+    with pytest.raises(GateError, match=r"what was measured: .*/mine-failed-2/report/index\.html$") as raised:
         compile_into(workshop / "mine", *QUICK[:-1], "gates={step_cosine: 0.999999}")
     assert Path(str(raised.value).rpartition(": ")[2]).is_file()
     assert [path.name for path in mine.iterdir()] == ["notes"]

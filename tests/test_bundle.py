@@ -124,9 +124,9 @@ def test_an_edited_manifest_is_refused(quick_copy: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "way_out"),
     [
-        (4, "build the bundle again from its recipe, or install the fluxrt that came with"),
-        (5, "build the bundle again from its recipe, or install the fluxrt that came with"),
-        (99, "install the fluxrt that comes with the fluxc that built it"),
+        (4, "build the bundle again from its recipe, or take the fluxrt that came with"),
+        (5, "build the bundle again from its recipe, or take the fluxrt that came with"),
+        (99, "bring the checkout .*/runtime up to date"),
     ],
 )
 def test_another_format_version_names_both(quick_copy: Path, version: int, way_out: str) -> None:

@@ -79,7 +79,16 @@ def test_figures_go_into_manifest_and_report(quick_copy: Path, tmp_path: Path) -
     added = sorted(name for name in after.files if name.startswith(FILES))
     assert sorted(Path(name).suffix for name in added) == [".html", ".json"]
     page = next(name for name in added if name.endswith(".html"))
-    assert "SIGSEGV" in (quick_copy / page).read_text()
+    text = (quick_copy / page).read_text()
+    for shown in ("SIGSEGV", "20.5 ms", "matched on the target", "stages:onnxruntime", "PASSED", "How much smaller?"):
+        assert shown in text
+    assert "No GPU has run this bundle" not in text
+    assert "No GPU has run this bundle" in (quick_copy / "report" / "index.html").read_text()
+    said = CliRunner().invoke(main, ["report", str(quick_copy)]).output
+    assert said.splitlines()[-1] == str(quick_copy / page)
+    assert "not run" not in said
+    assert CliRunner().invoke(main, ["report", str(quick_copy), "--out", str(tmp_path / "again.html")]).exit_code == 0
+    assert (tmp_path / "again.html").read_text() == text
     kept = next(name for name in added if name.endswith(".json"))
     assert (quick_copy / kept).read_bytes() == file.read_bytes()
     assert [path.name for path in quick_copy.parent.iterdir() if path.name.startswith(".")] == []

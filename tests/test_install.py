@@ -115,14 +115,9 @@ def with_source(monkeypatch: pytest.MonkeyPatch, entry: dict[str, Any] | None) -
     ("entry", "source", "clause"),
     [
         (
-            {"url": "file:///src/my%20clone/runtime", "dir_info": {"editable": True}},
-            Source("editable", "/src/my clone/runtime"),
-            "bring the checkout /src/my clone/runtime up to date (git pull)",
-        ),
-        (
-            {"url": "file:///src/runtime", "dir_info": {}},
-            Source("folder", "/src/runtime"),
-            f"bring the checkout /src/runtime up to date (git pull) and run `'{PYTHON}' -m pip install /src/runtime`",
+            {"url": "file:///src/my%20clone/runtime", "dir_info": {}},
+            Source("folder", "/src/my clone/runtime"),
+            f"bring the checkout /src/my clone/runtime up to date (git pull) and run `'{PYTHON}' -m pip install '/src/my clone",
         ),
         (
             {"url": "file:///tmp/fluxrt-0.1.0-py3-none-any.whl", "archive_info": {}},
@@ -137,19 +132,16 @@ def test_how_to_update_depends_on_where_it_came_from(
 ) -> None:
     with_installers(monkeypatch, pip=True, uv=False)
     with_source(monkeypatch, entry)
+    monkeypatch.setattr(module, "_checkout", lambda distribution: None)
     assert source_of("fluxrt") == source
     assert update("fluxrt").startswith(clause)
 
 
-def test_a_package_on_the_path_alone_is_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib import metadata
-
-    def missing(name: str) -> None:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "distribution", missing)
+def test_what_lies_in_a_checkout_is_updated_there() -> None:
+    """Whatever the environment has installed, the files that run are those of this repository."""
     assert source_of("fluxrt") == Source("checkout", str(REPOSITORY / "runtime"))
     assert source_of("fluxc") == Source("checkout", str(REPOSITORY))
+    assert update("fluxrt") == f"bring the checkout {REPOSITORY / 'runtime'} up to date (git pull)"
 
 
 def test_the_tool_that_a_hint_names_takes_it(tmp_path: Path) -> None:

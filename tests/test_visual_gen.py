@@ -40,6 +40,7 @@ from fluxc.targets.visual_gen.check import faults_of
 from fluxc.targets.visual_gen.folder import Settings, check_built_in, write_folder
 from fluxrt.bundle import Bundle, open_bundle, verify_files
 from fluxrt.choose import Machine, obstacle
+from fluxrt.cuda import Gpu
 from fluxrt.request import Request
 from fluxrt.visual_gen import VisualGenPipeline
 from quick import QUICK
@@ -460,7 +461,9 @@ def test_without_tensorrt_llm_the_message_says_how_to_serve(bundle: Bundle) -> N
         fluxrt.load(bundle.root, target="visual_gen", gpus=2)
     with pytest.raises(fluxrt.RequestError, match="settings for 1, 2, 4 GPUs, not 3"):
         fluxrt.load(bundle.root, target="visual_gen", gpus=3)
-    assert "trtllm-serve" in str(obstacle(bundle, bundle.target("visual_gen"), Machine(None, "no GPU")))
+    target = bundle.target("visual_gen")
+    assert "trtllm-serve" in str(obstacle(bundle, target, Machine(Gpu("B200", "10.0", "13.0"))))
+    assert obstacle(bundle, target, Machine(None, "no GPU")) == "no GPU"
 
 
 def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,9 +79,9 @@ def tool_versions() -> dict[str, str]:
 
 
 def source_digest(folder: Path) -> str:
-    """The first 12 hexadecimal digits of a SHA-256 over a package's Python files and templates."""
+    """The first 12 hexadecimal digits of a SHA-256 over a package's Python files, and what its pages are made from."""
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".j2")):
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".j2", ".css", ".js")):
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -17,13 +16,18 @@ from fluxc.base.progress import StageProgress
 from fluxc.build import bundle_writer
 from fluxc.build.job import Job, hash_checkpoint, template_of
 from fluxc.build.preflight import preflight
+from fluxc.build.readme import place_readme
 from fluxc.build.runner import Results, count_steps, run, run_steps, up_to
 from fluxc.build.stages import DRAFT, comparing, layers_of, provenance_tools, sampling_entry, steps
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.fidelity.gates import check_gates, check_stages, stage_bounds
 from fluxc.recipe.load import LoadedRecipe
+from fluxc.report.assemble import assemble
+from fluxc.report.structs import Report
+from fluxc.report.verdict import verdict
 from fluxc.stepcache.summary import step_cache_lines
 from fluxc.targets.parts import Weights
+from fluxc.targets.registry import kind_of
 from fluxrt import manifest as format
 from fluxrt.bundle import Bundle
 
@@ -97,35 +101,26 @@ def _make_bundle(
     compare_only: bool,
 ) -> None:
     """Put the bundle together in `staging`, compare it, hold it against the gates, and put it in place of `out`."""
-    recipe = job.loaded.recipe
     weights = {name: Weights(name, results[f"weights-{name}"]) for name in WEIGHTS_FILE}
     manifest = _draft(cache, job, prompting, results, weights, staging, out)
     results.add(DRAFT, Bundle(staging, manifest))
     run_steps(cache, comparing(job), results)
     folders = [results["compare"], *([results["frontier"].folder] if "frontier" in results else [])]
-    figures = json.loads((folders[0] / "report" / "report.json").read_text())
-    cached: dict[str, Any] | None = None
-    if "frontier" in results:
-        cached = json.loads((folders[1] / "report" / "step-cache.json").read_text())["chosen"]
-    snr = {layer["name"]: layer["snr_db"] for layer in layers_of(results) if layer["snr_db"] is not None}
-    plans = job.source(results).plans
-    bounds = {target.name: stage_bounds(target, recipe.fidelity.reference, plans) for target in recipe.targets}
-    try:
-        check_stages(figures["targets"], bounds)
-        check_gates(recipe.gates, snr, figures["targets"], cached)
-    except GateError as error:
-        page = bundle_writer.keep_failed(folders, staging, failed_folder(out))
-        raise GateError(f"{error}; what was measured: {page}") from None
+    report, failure = _report(job, results, manifest, folders)
+    if failure:
+        page = bundle_writer.keep_failed(folders, report, staging, failed_folder(out))
+        raise GateError(f"{failure}; what was measured: {page}") from None
     bundle_writer.drop_failed(failed_folder(out))
     if compare_only:
         return
-    bundle_writer.place_reports(folders, staging)
+    bundle_writer.place_reports(folders, report, staging)
     manifest = msgspec.structs.replace(
         manifest,
-        fidelity=bundle_writer.fidelity_entry(figures, cached),
+        fidelity=bundle_writer.fidelity_entry(report),
         images=bundle_writer.recorded(folders[0]),
-        files=bundle_writer.files_of(staging, cache),
     )
+    place_readme(job.source(results).checkpoint.root, manifest, staging)
+    manifest = msgspec.structs.replace(manifest, files=bundle_writer.files_of(staging, cache))
     if bundle_writer.is_current(out, manifest, cache):
         bundle_writer.leave_weights(weights, out, cache)
         cache.progress.cached(WRITE_BUNDLE)
@@ -134,6 +129,33 @@ def _make_bundle(
         bundle_writer.tell_lost_evidence(out, cache)
         bundle_writer.finish(staging, out, manifest, cache)
         bundle_writer.leave_weights(weights, out, cache)
+
+
+def _report(
+    job: Job, results: Results, manifest: format.Manifest, folders: list[Path]
+) -> tuple[Report, GateError | None]:
+    """The report of the bundle in the making, and why no bundle may be made of it, if any gate says so."""
+    recipe, source = job.loaded.recipe, job.source(results)
+    figures = json.loads((folders[0] / "figures.json").read_text())
+    cached = json.loads((folders[1] / "step-cache.json").read_text()) if len(folders) > 1 else None
+    chosen = cached["chosen"] if cached else None
+    layers = layers_of(results)
+    snr = {layer["name"]: layer["snr_db"] for layer in layers if layer["snr_db"] is not None}
+    bounds = {target.name: stage_bounds(target, recipe.fidelity.reference, source.plans) for target in recipe.targets}
+    failure: GateError | None = None
+    try:
+        check_stages(figures["targets"], bounds)
+        check_gates(recipe.gates, snr, figures["targets"], chosen)
+    except GateError as error:
+        failure = error
+    found = verdict(recipe.gates, snr, figures["targets"], bounds, chosen, str(failure or ""))
+    evidence = {entry.name: kind_of(entry.kind).evidence(entry) for entry in manifest.targets}
+    figures |= {
+        "engines": {name: found for name, found in evidence.items() if found},
+        "layers": layers,
+        "sensitivity": results["sensitivity"],
+    }
+    return assemble(job.loaded, source, manifest, figures, cached, found), failure
 
 
 def _draft(

@@ -22,13 +22,15 @@ from fluxc.quantize.component_files import write_small_files
 from fluxc.quantize.source import Source
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import Recipe
+from fluxc.report.page import write_report
+from fluxc.report.structs import Report
 from fluxc.targets.parts import Weights, link_or_copy, read_entry
 from fluxc.targets.registry import kind_of
 from fluxrt import manifest as format
 from fluxrt.bundle import is_ignored, open_bundle
 from fluxrt.errors import BundleError
 
-LEFT_OUT = ("images.json", SEAL)
+LEFT_OUT = ("images.json", "figures.json", "step-cache.json", SEAL)
 """Files of a result that are not for the bundle."""
 
 
@@ -52,27 +54,29 @@ def place_targets(recipe: Recipe, targets: Mapping[str, Path], staging: Path) ->
     return tuple(kind_of(kind).place(read_entry(folder), folder, staging) for kind, folder in folders)
 
 
-def place_reports(folders: list[Path], staging: Path) -> None:
-    """Copy the files of results that are the report's."""
+def place_reports(folders: list[Path], report: Report, staging: Path) -> Path:
+    """Copy the images of results that are the report's, and write the report and its page; the page."""
     for folder in folders:
         for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in LEFT_OUT):
             (staging / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, staging / file.relative_to(folder))
+    return write_report(staging, report)
 
 
-def keep_failed(folders: list[Path], staging: Path, failed: Path) -> Path:
+def keep_failed(folders: list[Path], report: Report, staging: Path, failed: Path) -> Path:
     """Put the report of results that no bundle is made of into the folder `failed`, in place of an earlier one; its page.
 
-    Where something else has that name, it stays, and the report is that of the stage's result in the cache.
+    Where something else has that name, it stays, and the report goes to the folder that the name gets a number for.
     """
-    page = Path("report") / "index.html"
     made = staging / "failed"
-    place_reports(folders, made)
+    page = place_reports(folders, report, made)
     made.chmod(0o755)
-    if not drop_failed(failed):
-        return folders[0] / page
-    made.replace(failed)
-    return failed / page
+    number, place = 1, failed
+    while not drop_failed(place):
+        number += 1
+        place = failed.with_name(f"{failed.name}-{number}")
+    made.replace(place)
+    return place / page.relative_to(made)
 
 
 def drop_failed(failed: Path) -> bool:
@@ -85,26 +89,25 @@ def drop_failed(failed: Path) -> bool:
     return True
 
 
-def fidelity_entry(figures: dict[str, Any], cached: dict[str, Any] | None) -> format.Fidelity:
+def fidelity_entry(report: Report) -> format.Fidelity:
     """The manifest's `fidelity`: figures by target, not by prompt, and those of images with the step cache."""
-    summary = {
-        name: {key: value for key, value in target.items() if key != "prompts"}
-        for name, target in figures["targets"].items()
-    }
-    entry = {"reference": figures["reference"], "targets": summary, "ranks": figures["ranks"]}
-    return msgspec.convert(entry | _cached_figures(cached), format.Fidelity)
+    plain = msgspec.to_builtins({"targets": report.targets, "ranks": report.ranks})
+    for figures in plain["targets"].values():
+        figures.pop("prompts")
+    entry = {"reference": report.reference, **plain}
+    chosen = report.step_cache.chosen if report.step_cache else None
+    if chosen:
+        cached = msgspec.to_builtins(chosen)
+        left_out = ("by_prompt", "policy", "worst_prompt")
+        judged = {name for name in ("lpips", "image_text") if cached[name] is None}
+        entry["step_cache"] = {name: value for name, value in cached.items() if name not in {*left_out, *judged}}
+    return msgspec.convert(entry, format.Fidelity)
 
 
 def recorded(compared: Path) -> tuple[format.RecordedImage, ...]:
     """The images that the comparison recorded, with the requests they came from."""
     images = json.loads((compared / "images.json").read_text())
     return tuple(msgspec.convert(image, format.RecordedImage) for image in images)
-
-
-def _cached_figures(cached: dict[str, Any] | None) -> dict[str, Any]:
-    """The manifest's entry on images with the step cache against those without."""
-    left_out = ("by_prompt", "policy", "worst_prompt")
-    return {"step_cache": {key: value for key, value in cached.items() if key not in left_out}} if cached else {}
 
 
 def precision_entries(source: Source) -> tuple[format.Layer, ...]:

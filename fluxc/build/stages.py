@@ -76,7 +76,7 @@ def comparing(job: Job) -> Iterator[Step]:
     for number in numbers:
         yield Step(f"frontier-{number}", "fidelity", partial(_point, job, target=target, point=str(number)))
     yield Step("frontier-chosen", "fidelity", lambda results: _point(job, results, target, "chosen"))
-    yield Step("frontier", "fidelity", lambda results: _page(job, results, target, numbers))
+    yield Step("frontier", "fidelity", lambda results: _cache_figures(job, results, target, numbers))
 
 
 def planned_stages(job: Job) -> list[tuple[Step, str]]:
@@ -130,7 +130,7 @@ def sampling_entry(job: Job) -> dict[str, Any]:
 
 def provenance_tools(recipe: Recipe) -> dict[str, str]:
     """Versions of everything the bundle's bytes depend on."""
-    versions = tool_versions()
+    versions = tool_versions() | {name: metadata.version(name) for name in ("jinja2", "matplotlib")}
     for target in recipe.targets:
         versions = versions | kind_of(target.kind).tools()
     return dict(sorted(versions.items()))
@@ -139,7 +139,7 @@ def provenance_tools(recipe: Recipe) -> dict[str, str]:
 def layers_of(results: Results) -> list[dict[str, Any]]:
     """Every quantized layer with its errors, from what the weights stages wrote."""
     return [
-        layer
+        {"component": name} | layer
         for name in WEIGHTS_FILE
         for layer in json.loads((results[f"weights-{name}"] / weights_stage.LAYERS).read_text())
     ]
@@ -314,10 +314,7 @@ def _reference(job: Job) -> Stage[Any, Made]:
 
 def _compare(job: Job, results: Results) -> Stage[Any, Path]:
     recipe, pipeline = job.loaded.recipe, job.original.checkpoint.pipeline_class
-    draft = results[DRAFT]
-    evidence = {entry.name: kind_of(entry.kind).evidence(entry) for entry in draft.manifest.targets}
     inputs = compare_stage.CompareInputs(
-        name=recipe.name,
         title=f"diffusers {pipeline} in {recipe.fidelity.reference}",
         reference=results["reference"],
         prompts=job.held_out,
@@ -326,11 +323,7 @@ def _compare(job: Job, results: Results) -> Stage[Any, Path]:
         guidance=recipe.sampling.guidance,
         seed=recipe.fidelity.seed,
         targets=recipe.targets,
-        draft=compare_stage.Draft(draft),
-        evidence={name: found for name, found in evidence.items() if found},
-        layers=layers_of(results),
-        sensitivity=results["sensitivity"],
-        step_cache=recipe.step_cache is not None,
+        draft=compare_stage.Draft(results[DRAFT]),
     )
     return Stage("fidelity", "compare with diffusers", inputs, compare_stage.run, compare_stage.load)
 
@@ -358,18 +351,20 @@ def _point(job: Job, results: Results, target: str, point: str) -> Stage[Any, Ma
     return Stage(f"frontier-{point}", title, inputs, frontier_stages.run, frontier_stages.load)
 
 
-def _page(job: Job, results: Results, target: str, numbers: list[int]) -> Stage[Any, Made]:
+def _cache_figures(job: Job, results: Results, target: str, numbers: list[int]) -> Stage[Any, Made]:
     cache = results["step-cache"]
-    inputs = frontier_stages.PageInputs(
-        name=job.loaded.recipe.name,
+    inputs = frontier_stages.FiguresInputs(
         target=target,
         request=_frontier_request(job, cache),
-        step_cache=cache,
+        mode=cache.mode,
+        traced=_traced(job, results),
         full=results["frontier-full"],
         served=results["frontier-chosen"],
         points={number: results[f"frontier-{number}"] for number in numbers},
     )
-    return Stage("step-cache-report", "report the step cache", inputs, frontier_stages.write, frontier_stages.load)
+    return Stage(
+        "step-cache-report", "report the step cache", inputs, frontier_stages.write_figures, frontier_stages.load
+    )
 
 
 def _frontier_request(job: Job, cache: StepCache) -> Any:

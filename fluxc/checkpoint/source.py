@@ -200,7 +200,7 @@ def _resolve(source: str, revision: str | None, folder: Path) -> Path:
         raise CheckpointError(
             f"{source}: reading from the hub needs huggingface_hub; install it or give a local folder"
         ) from error
-    patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
+    patterns = ["model_index.json", "LICENSE*", "NOTICE*", "README.md", *(f"{name}/*" for name in COMPONENTS)]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:

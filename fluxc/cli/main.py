@@ -10,6 +10,7 @@ from fluxc.cli.bundle import doctor, export_onnx, finish, inspect, verify
 from fluxc.cli.gpu import add_evidence, gpu_check
 from fluxc.cli.plan import plan, predict
 from fluxc.cli.recipe import init, schema
+from fluxc.cli.report import report
 from fluxrt.commands import CommandLine
 
 
@@ -27,7 +28,7 @@ for command in (
     *(init, schema),
     *(build, calibrate, trace, merge_traces),
     *(plan, predict),
-    *(inspect, verify, finish, export_onnx, doctor),
+    *(inspect, report, verify, finish, export_onnx, doctor),
     *(gpu_check, add_evidence),
 ):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""Compares every target with the reference and writes the report."""
+"""Compares every target with the reference; writes figures, images and the requests they answer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
 from fluxc.fidelity.compare import compare_ranks, compare_target
 from fluxc.fidelity.reference_stage import read_references
-from fluxc.fidelity.report import write_report
+from fluxrt.pipeline import to_image
 
 if TYPE_CHECKING:
     from fluxc.fidelity.stage import CompareInputs
 
 
 def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
-    """Write report/ (report.json, index.html, images) and images.json, the recorded requests, into `folder`."""
+    """Write figures.json, report/images/ and images.json, the recorded requests, into `folder`."""
     prompts, steps, guidance, size = inputs.prompts, inputs.steps, inputs.guidance, inputs.size
     bundle = inputs.draft.bundle
     runnable = [target for target in inputs.targets if target.runs_here]
@@ -34,7 +34,6 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
 
     references = read_references(inputs.reference.folder, prompts, inputs.seed)
     figures: dict[str, Any] = {
-        "name": inputs.name,
         "reference": inputs.title,
         "steps": steps,
         "guidance": guidance,
@@ -43,10 +42,6 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
         "targets": {},
         "ranks": {},
         "not_run": [target.name for target in inputs.targets if target not in compared],
-        "engines": inputs.evidence,
-        "layers": inputs.layers,
-        "sensitivity": inputs.sensitivity,
-        "step_cache": inputs.step_cache,
     }
     images: dict[str, list[np.ndarray]] = {"reference": [r.trace.image for r in references]}
     for target in runnable:
@@ -57,7 +52,11 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
         figures["ranks"][target.name], images[target.name] = compare_ranks(
             bundle, target.name, whole.name, images[whole.name], references, steps, guidance, size, advance
         )
-    write_report(folder / "report", figures, images)
+    (folder / "figures.json").write_text(as_json(figures, "figures"))
+    (folder / "report" / "images").mkdir(parents=True)
+    for name, row in images.items():
+        for number, image in enumerate(row):
+            to_image(image).save(folder / "report" / "images" / f"{name}-{number}.png")
     recorded = [
         {
             "file": f"report/images/{target.name}-{number}.png",

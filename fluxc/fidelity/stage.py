@@ -1,4 +1,4 @@
-"""The comparison stage: every target of a bundle in the making against the reference; report/ and the recorded requests."""
+"""The comparison stage: every target of a bundle in the making against the reference: figures, images, their requests."""
 
 from __future__ import annotations
 
@@ -32,13 +32,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class CompareInputs:
-    """`reference` is what ReferenceInputs with these prompts, size, steps, guidance and seed came to, `title` says how.
+    """`reference` is what ReferenceInputs with these prompts, size, steps, guidance and seed came to, `title` says how."""
 
-    For the report to show: `evidence`, by target, is what was found in what was built; `layers` are the quantized layers with
-    their errors, `sensitivity` what `exclude: auto` measured; `step_cache` says whether there is a page on it.
-    """
-
-    name: str
     title: str
     reference: Made
     prompts: list[str]
@@ -48,14 +43,10 @@ class CompareInputs:
     seed: int
     targets: tuple[Target, ...]
     draft: Draft
-    evidence: dict[str, dict[str, Any]]
-    layers: list[dict[str, Any]]
-    sensitivity: dict[str, Any] | None
-    step_cache: bool
 
 
 def run(inputs: CompareInputs, folder: Path, report: Report) -> None:
-    """Write report/ (report.json, index.html, images) and images.json."""
+    """Write figures.json, report/images/ and images.json."""
     from fluxc.fidelity.run import measure
 
     measure(folder, inputs, report)

@@ -17,11 +17,14 @@ import msgspec
 from fluxc.base.errors import BuildError
 from fluxc.base.output import check_writable, names_place
 from fluxc.fidelity.on_target import FILES, digest_without_entries, entries_of, with_entries
-from fluxc.gpu_check.page import render
+from fluxc.gpu_check import page
 from fluxc.gpu_check.record import Record, read_record
 from fluxc.gpu_check.subject import file_hashes
+from fluxc.report.assemble import as_it_is
+from fluxc.report.page import IMAGES, render
+from fluxc.report.structs import REPORT_JSON, read_report
 from fluxrt.bundle import Bundle, open_bundle, sha256_file
-from fluxrt.manifest import MANIFEST, CheckFound, Device, File, OnTarget, encode_manifest
+from fluxrt.manifest import MANIFEST, CheckFound, Device, File, OnTarget, decode_manifest, encode_manifest
 
 RAN, FAILED, MATCHED = "ran on the target", "failed on the target", "matched on the target"
 """Tiers: images came out as the CPU's did; they did not, or crashed; and beyond the first, every stage did too."""
@@ -116,9 +119,9 @@ def _seal(bundle: Bundle, entries: tuple[OnTarget, ...], file: Path) -> None:
             record = f"{FILES}{entry.seal[:NAME_DIGITS]}.json"
             kept = bundle.root / record
             (scratch / record).write_bytes(kept.read_bytes() if record in bundle.manifest.files else file.read_bytes())
-        together = hashlib.sha256("".join(entry.seal for entry in entries).encode()).hexdigest()[:NAME_DIGITS]
         records = [read_record(path) for path in sorted(scratch.rglob("*.json"))]
-        (scratch / f"{FILES}{together}.html").write_text(render(records, {}, pictures=False), encoding="utf-8")
+        text = _page(bundle, entries, records).encode()
+        (scratch / f"{FILES}{hashlib.sha256(text).hexdigest()[:NAME_DIGITS]}.html").write_bytes(text)
         files = {
             path.relative_to(scratch).as_posix(): File(path.stat().st_size, sha256_file(path))
             for path in sorted((scratch / FILES).parent.iterdir())
@@ -133,6 +136,17 @@ def _seal(bundle: Bundle, entries: tuple[OnTarget, ...], file: Path) -> None:
     for old in (bundle.root / FILES).parent.glob(f"{Path(FILES).name}*"):
         if old.relative_to(bundle.root).as_posix() not in files:
             old.unlink()
+
+
+def _page(bundle: Bundle, entries: tuple[OnTarget, ...], records: list[Record]) -> str:
+    """The bundle's report with these entries; where an older fluxc wrote the report, the figures of the GPUs alone."""
+    try:
+        report = read_report(bundle.path(REPORT_JSON))
+    except BuildError:
+        return page.render(records, {}, pictures=False)
+    # As it will be read again: entries that were in the manifest before have their fields in its order.
+    sealed = decode_manifest(encode_manifest(with_entries(bundle.manifest, entries, {})))
+    return render(as_it_is(report, sealed), bundle.root / IMAGES)
 
 
 def evidence_lines(entries: tuple[OnTarget, ...], digest: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The stages of the frontier: images with every step, with so many skipped by each method, as served, and the report's page."""
+"""The stages of the frontier: images with every step, with so many skipped by each method, as served; the report's figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import msgspec
 from fluxc.base.cache import Made
 from fluxc.base.progress import Report
 from fluxrt.bundle import Bundle
-from fluxrt.manifest import StepCache
 
 if TYPE_CHECKING:
     from fluxc.stepcache.frontier import FrontierRequest
@@ -84,29 +83,32 @@ def load(folder: Path) -> Made:
 
 
 @dataclass(frozen=True)
-class PageInputs:
-    """What the page shows: the step cache, images with every step (`full`) and as served, and `points` by skipped steps."""
+class FiguresInputs:
+    """For the report: images with every step (`full`) and as served, `points` by skipped steps, of the step cache's `mode`, and
+    the trace that its polynomial was fitted on."""
 
-    name: str
     target: str
     request: FrontierRequest
-    step_cache: StepCache
+    mode: str
+    traced: Path
     full: Made
     served: Made
     points: dict[int, Made]
 
 
-def write(inputs: PageInputs, folder: Path, report: Report) -> None:
-    """Write report/step-cache.html with its table, plot and images."""
+def write_figures(inputs: FiguresInputs, folder: Path, report: Report) -> None:
+    """Write step-cache.json, and images of every prompt with the step cache into report/images/."""
     import numpy as np
 
-    from fluxc.stepcache.report import write_page
+    from fluxc.stepcache.figures import Compared, write
+    from fluxc.stepcache.file import read_trace
 
-    points, mode = {count: made.folder for count, made in inputs.points.items()}, inputs.step_cache.mode
-    measured = {count: json.loads((path / "figures.json").read_text()) for count, path in points.items()}
-    chosen = json.loads((inputs.served.folder / "figures.json").read_text())["chosen"]
-    images = (np.load(inputs.full.folder / "full.npy"), np.load(inputs.served.folder / "chosen.npy"))
-    by_count = {count: np.load(path / f"{mode}.npy") for count, path in points.items()}
-    write_page(
-        folder, inputs.name, inputs.target, inputs.request, inputs.step_cache, measured, chosen, images, by_count
+    points = {count: made.folder for count, made in inputs.points.items()}
+    compared = Compared(
+        points={count: json.loads((path / "figures.json").read_text()) for count, path in points.items()},
+        chosen=json.loads((inputs.served.folder / "figures.json").read_text())["chosen"],
+        full=np.load(inputs.full.folder / "full.npy"),
+        served=np.load(inputs.served.folder / "chosen.npy"),
+        by_count={count: np.load(path / f"{inputs.mode}.npy") for count, path in points.items()},
     )
+    write(folder, inputs.target, compared, read_trace(inputs.traced).trace)

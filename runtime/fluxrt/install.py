@@ -7,6 +7,7 @@ It leaves fluxc and fluxrt themselves as they are, however they were installed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 class Source:
     """Where a distribution was installed from.
 
-    `kind`: "editable", a folder whose files are used where they lie; "folder", one that was copied; "wheel", a wheel or an
-    sdist; "checkout", the package of a folder that is on the path without being installed; "index", whatever pip found by
-    name. `place` is the folder, the file or its URL; None of an index.
+    `kind`: "checkout", a folder whose files are used where they lie (installed editable, or just on the path); "folder", one
+    that was copied; "wheel", a wheel or an sdist; "index", whatever pip found by name. `place` is the folder, the file or its
+    URL; None of an index.
     """
 
-    kind: Literal["editable", "folder", "wheel", "checkout", "index"]
+    kind: Literal["checkout", "folder", "wheel", "index"]
     place: str | None
 
 
@@ -57,10 +58,16 @@ def install_instead(removed: Iterable[str], *requirements: str) -> str:
     return f"{_installer('uninstall')} {shlex.join(removed)} && {install(*requirements)}"
 
 
+def install_elsewhere(*requirements: str, instead: Iterable[str] = ()) -> str:
+    """The command that installs `requirements` on a machine that is not this one, `instead` of packages that cannot stay."""
+    removed = f"python -m pip uninstall -y {shlex.join(instead)} && " if instead else ""
+    return f"{removed}python -m pip install {shlex.join(requirements)}"
+
+
 def update(distribution: str) -> str:
     """What to do for a newer `distribution`, as a clause that starts with a verb; it depends on where it was installed from."""
     source = source_of(distribution)
-    if source.place and source.kind in ("editable", "checkout"):
+    if source.place and source.kind == "checkout":
         return f"bring the checkout {source.place} up to date (git pull)"
     if source.place and source.kind == "folder":
         return f"bring the checkout {source.place} up to date (git pull) and run `{install(source.place)}`"
@@ -73,22 +80,21 @@ def extra_requirements(distribution: str, extra: str) -> tuple[str, ...]:
 
 
 def source_of(distribution: str) -> Source:
-    """Where `distribution` was installed from, as its installer wrote down (direct_url.json, PEP 610)."""
+    """Where `distribution` is from: where its files lie, else what its installer wrote down (direct_url.json)."""
     from importlib import metadata
 
-    try:
+    root = _checkout(distribution)
+    if root:
+        return Source("checkout", str(root))
+    text = None
+    with contextlib.suppress(metadata.PackageNotFoundError):
         text = metadata.distribution(distribution).read_text("direct_url.json")
-    except metadata.PackageNotFoundError:
-        root = _checkout(distribution)
-        return Source("checkout", str(root)) if root else Source("index", None)
     if text is None:
         return Source("index", None)
     entry = json.loads(text)
     url = urlsplit(entry["url"])
     place = unquote(url.path) if url.scheme == "file" else entry["url"]
-    if "dir_info" in entry:
-        return Source("editable" if entry["dir_info"].get("editable") else "folder", place)
-    return Source("wheel", place)
+    return Source("folder" if "dir_info" in entry else "wheel", place)
 
 
 def _installer(action: Literal["install", "uninstall"]) -> str:

@@ -33,8 +33,13 @@ PIXELS_PER_TOKEN = 16
 
 def how_to_serve(bundle: Bundle, target: VisualGenTarget, gpus: int = 1) -> str:
     """The command that serves the folder with TensorRT-LLM."""
-    folder, config = bundle.root / target.folder, target.configs.get(str(gpus))
-    return f"trtllm-serve {folder} --visual_gen_args {bundle.root / (config or 'Ngpu.yaml')}"
+    return how_to_serve_folder(bundle.root, target, gpus)
+
+
+def how_to_serve_folder(root: Path, target: VisualGenTarget, gpus: int) -> str:
+    """The same for a bundle at `root`, wherever that is."""
+    config = target.configs.get(str(gpus), "Ngpu.yaml")
+    return f"trtllm-serve {root / target.folder} --visual_gen_args {root / config}"
 
 
 def is_installed() -> bool:
