@@ -81,11 +81,11 @@ def as_it_is(report: Report, manifest: Manifest) -> Report:
 
 
 def file_bytes(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the bundle's files by folder, without the report's own."""
+    """Bytes of the bundle's files by folder; neither the report nor what lies in no folder, which is written after it."""
     total: Counter[str] = Counter()
     for name, file in manifest.files.items():
-        folder = name.partition("/")[0] if "/" in name else "other files"
-        if folder != "report":
+        folder, in_folder, _ = name.partition("/")
+        if in_folder and folder != "report":
             total[folder] += file.size
     return dict(sorted(total.items()))
 

@@ -215,7 +215,7 @@ class StepCacheFigures(Struct, frozen=True):
 class Report(Struct, frozen=True):
     """The report of one bundle. `targets` and `ranks` are by target: figures against the reference, and of sharded targets
     against the one that runs in one process. `engines` says what was found in what was built; `file_bytes` is by folder of the
-    bundle, without the report. `on_target` is what `fluxc add-evidence` added since.
+    bundle, without the report and what lies in no folder. `on_target` is what `fluxc add-evidence` added since.
     """
 
     name: str
