@@ -52,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     type=PATH,
     help="PNG file; with several prompts, a number is added to its name. Each is written as soon as its image is made.",
 )
-@click.option("--seed", type=SEED, default=0, help="Starting noise; image i uses SEED + i.")
-@click.option("--steps", type=STEPS, help="Denoising steps.", show_default="the bundle's")
-@click.option("--guidance", type=GUIDANCE, help="Guidance scale.", show_default="the bundle's")
+@click.option("--seed", type=SEED, default=0, help="Starting noise, from 0 to 2^64 - 1; image i uses SEED + i.")
+@click.option("--steps", type=STEPS, help="Denoising steps, at most 100000.", show_default="the bundle's")
+@click.option("--guidance", type=GUIDANCE, help="Guidance scale, from 0 to 1000.", show_default="the bundle's")
 @click.option("--size", type=SIZE, help="One of the sizes that were compiled.", show_default="the bundle's first")
 @click.option("--target", help="Which of the bundle's targets to run.", show_default="the best that this machine runs")
 @click.option(
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     "--gpus",
     type=GPUS,
     help="Generate with a target sharded for so many GPUs, or on a CPU processes.",
-    show_default="1",
+    show_default="one",
 )
 @click.option("--threads", type=THREADS, help="CPU threads of each rank.", show_default="all cores, divided")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the images' paths.")
