@@ -103,8 +103,8 @@ def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as
         load_seconds = progress.seconds
         result = pipeline.generate(request, progress.on_step, on_image)
         target = result.target or pipeline.target.name
-        result.notes.extend(note for note in pipeline.notes if note not in result.notes)
-    for note in result.notes:
+        workarounds = list(pipeline.notes)
+    for note in workarounds:
         LOG.info("%s", note)
     took = {"load": load_seconds, **result.seconds}
     parts = ", ".join(f"{what} {shown_time(seconds)}" for what, seconds in took.items())
@@ -117,7 +117,7 @@ def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as
             "images": _images(request, result, paths),
             "seconds": {what: round(seconds, 4) for what, seconds in took.items()},
             "memory_bytes": memory,
-            "notes": result.notes,
+            "notes": [*result.notes, *workarounds],
         }
         write(json.dumps(plain), sys.stdout)
 
