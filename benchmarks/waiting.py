@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--state", choices=("idle", "busy"), action="append", help="only this one")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
@@ -38,6 +39,8 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores, load before: {os.getloadavg()[0]:.1f}")
     for state, beside in (("idle", 0), ("busy", cores)):
+        if state not in (options.state or ("idle", "busy")):
+            continue
         others = [subprocess.Popen([sys.executable, "-c", BURN]) for _ in range(beside)]
         try:
             results = take_turns(options)

@@ -234,7 +234,7 @@ def test_doctor_says_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     for what, command in (
         ("compile", "install 'onnx>=1."),
         ("run GPU targets", "install 'cuda-bindings>=13'"),
-        ("run onnxruntime targets on the GPU", "install 'onnxruntime-gpu[cuda,cudnn]>=1."),
+        ("run onnxruntime targets on the GPU", "-m pip install 'cuda-bindings>=13' 'onnxruntime-gpu[cuda,cudnn]>=1."),
         ("build tensorrt targets", "install 'tensorrt-cu13>=11"),
     ):
         assert checks[what].ready == "no"

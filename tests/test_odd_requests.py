@@ -128,6 +128,7 @@ CASES: dict[str, dict[str, list[Bad]]] = {
     "verify": {"bundle": INPUTS, "target": TARGETS, "as_json": FLAG, "threads": WHOLE, **LOGS},
     "finish": {"bundle": INPUTS, "target": TARGETS, "threads": WHOLE, **LOGS},
     "export-onnx": {"bundle": INPUTS, "consumer": CHOICES, "target": TARGETS, "out": OUTPUTS, **LOGS},
+    "report": {"bundles": INPUTS, "out": OUTPUTS, "as_json": FLAG},
     "doctor": {"bundle": INPUTS, "as_json": FLAG},
     "gpu-check": {
         "bundle": INPUTS,
@@ -169,6 +170,7 @@ def good(verb: str, parameter: click.Parameter, bundle: Path) -> list[str]:
     values = {
         "recipe": str(RECIPE.with_name("flux2-nano-50-steps.yaml") if verb == "trace" else RECIPE),
         "bundle": str(bundle),
+        "bundles": str(bundle),
         "model": "none" if str(bundle) == "none" else "klein-4b",
         "traces": "text",
         "file": "text",

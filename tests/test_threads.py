@@ -56,7 +56,7 @@ def test_threads_are_those_of_one_command(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_more_threads_than_cores_are_allowed_and_told() -> None:
     result = CliRunner().invoke(main, ["verify", "none", "--threads", "1024"])
-    assert "--threads 1024: this machine has " in result.stderr
+    assert "--threads 1024: " in result.stderr
     assert "none" in result.stderr.splitlines()[-1]
 
 

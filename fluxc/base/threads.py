@@ -45,8 +45,3 @@ def computing_with(threads: int) -> Iterator[None]:
 def chosen_threads(ranks: int = 1) -> int | None:
     """Threads for each of `ranks` processes that run at once; None where the library decides."""
     return None if _chosen is None else max(1, _chosen // ranks)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,7 +11,6 @@ from fluxc.base.errors import CheckpointError, RecipeError
 from fluxc.base.json_object import read_json
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.checkpoint.weight_files import WeightFiles, find_weights, has_variant
-from fluxrt.install import install_named
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 QUANTIZATION = "quantization_config"
@@ -199,8 +198,7 @@ def _resolve(source: str, revision: str | None, folder: Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
         raise CheckpointError(
-            f"{source}: reading from the hub needs huggingface_hub; run `{install_named('fluxc', ['huggingface-hub'])}`, or "
-            "give a local folder"
+            f"{source}: reading from the hub needs huggingface_hub; install it or give a local folder"
         ) from error
     patterns = ["model_index.json", "LICENSE*", "NOTICE*", "README.md", *(f"{name}/*" for name in COMPONENTS)]
     try:

@@ -125,13 +125,13 @@ def _gpu(machine: Machine, has_gpu: bool) -> Iterator[Check]:
         none = f"torch {torch.__version__} sees no GPU, so calibration uses the CPU"
         yield Check("calibrate on the GPU", "no", none, TORCH_WITH_CUDA)
     cuda = "CUDAExecutionProvider" in machine.providers
-    from fluxrt.backends.onnxruntime_cuda import how_to_install as how_to_install_onnxruntime
+    from fluxrt.backends.onnxruntime_cuda import install_command
 
     yield Check(
         "run onnxruntime targets on the GPU",
         "yes" if cuda else "no",
         f"ONNX Runtime has {', '.join(machine.providers)}",
-        None if cuda else how_to_install_onnxruntime(),
+        None if cuda else install_command(),
     )
 
 

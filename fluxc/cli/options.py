@@ -17,9 +17,10 @@ from unicodedata import category
 import click
 
 from fluxc.base.libraries import quiet_libraries
-from fluxc.base.threads import computing_with, cores
+from fluxc.base.threads import computing_with
 from fluxrt.checks import shown
 from fluxrt.commands import Verb, logging_options
+from fluxrt.cores import usable_cores
 from fluxrt.log import Logs
 from fluxrt.parameters import THREADS, PathText
 
@@ -104,8 +105,9 @@ def _progress(logs: Logs) -> Iterator[ShownProgress]:
 def _compute_with(context: click.Context, _: click.Parameter, threads: int | None) -> None:
     if threads is None:
         return
-    if threads > cores():
-        LOG.warning("--threads %d: this machine has %d cores; more threads than cores only wait", threads, cores())
+    if threads > usable_cores():
+        told = "--threads %d: %d cores may be used here; more threads than cores only wait"
+        LOG.warning(told, threads, usable_cores())
     context.with_resource(computing_with(threads))
 
 

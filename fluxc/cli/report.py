@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluxc.cli.options import PLACE, json_option, verb
+from fluxc.base.errors import BuildError
+from fluxc.cli.options import PLACE, SOURCE, json_option, verb
 
 if TYPE_CHECKING:
     from fluxc.report.compare import Comparison
@@ -24,7 +25,7 @@ BUNDLES = {"BUNDLES": "a bundle to show, or two to compare; the report of a fail
         "fluxc report artifacts/one artifacts/other --out both.html"
     ),
 )
-@click.argument("bundles", nargs=-1, required=True, type=PLACE)
+@click.argument("bundles", nargs=-1, required=True, type=SOURCE)
 @click.option("--out", type=PLACE, help="Write the page to this file.")
 @json_option
 def report(bundles: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
@@ -35,10 +36,21 @@ def report(bundles: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """
     if len(bundles) > 2:
         raise click.UsageError(f"{len(bundles)} bundles were given; one is shown, or two are compared")
+    if out:
+        _check_page(out)
     if len(bundles) == 1:
         _one(bundles[0], out, as_json)
     else:
         _two((bundles[0], bundles[1]), out, as_json)
+
+
+def _check_page(out: Path) -> None:
+    """Refuse a place where no page can be written, or that is somebody's file."""
+    from fluxc.base.output import check_output
+
+    check_output(out, "a page")
+    if out.exists() and not out.read_bytes()[:15].lower().startswith(b"<!doctype html"):
+        raise BuildError(f"{out}: exists and is not a page; give another --out, or move it away")
 
 
 def _one(bundle: Path, out: Path | None, as_json: bool) -> None:

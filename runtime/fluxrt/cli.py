@@ -52,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     type=PATH,
     help="PNG file; with several prompts, a number is added to its name. Each is written as soon as its image is made.",
 )
-@click.option("--seed", type=SEED, default=0, help="Starting noise; image i uses SEED + i.")
-@click.option("--steps", type=STEPS, help="Denoising steps.", show_default="the bundle's")
-@click.option("--guidance", type=GUIDANCE, help="Guidance scale.", show_default="the bundle's")
+@click.option("--seed", type=SEED, default=0, help="Starting noise, from 0 to 2^64 - 1; image i uses SEED + i.")
+@click.option("--steps", type=STEPS, help="Denoising steps, at most 100000.", show_default="the bundle's")
+@click.option("--guidance", type=GUIDANCE, help="Guidance scale, from 0 to 1000.", show_default="the bundle's")
 @click.option("--size", type=SIZE, help="One of the sizes that were compiled.", show_default="the bundle's first")
 @click.option("--target", help="Which of the bundle's targets to run.", show_default="the best that this machine runs")
 @click.option(
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     "--gpus",
     type=GPUS,
     help="Generate with a target sharded for so many GPUs, or on a CPU processes.",
-    show_default="1",
+    show_default="one",
 )
 @click.option("--threads", type=THREADS, help="CPU threads of each rank.", show_default="all cores, divided")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the images' paths.")
@@ -103,8 +103,8 @@ def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as
         load_seconds = progress.seconds
         result = pipeline.generate(request, progress.on_step, on_image)
         target = result.target or pipeline.target.name
-        result.notes.extend(note for note in pipeline.notes if note not in result.notes)
-    for note in result.notes:
+        workarounds = list(pipeline.notes)
+    for note in workarounds:
         LOG.info("%s", note)
     took = {"load": load_seconds, **result.seconds}
     parts = ", ".join(f"{what} {shown_time(seconds)}" for what, seconds in took.items())
@@ -117,7 +117,7 @@ def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as
             "images": _images(request, result, paths),
             "seconds": {what: round(seconds, 4) for what, seconds in took.items()},
             "memory_bytes": memory,
-            "notes": result.notes,
+            "notes": [*result.notes, *workarounds],
         }
         write(json.dumps(plain), sys.stdout)
 

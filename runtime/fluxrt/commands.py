@@ -225,6 +225,8 @@ def _unexpected(error: Exception, logs: Logs) -> str:
     if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; free what the system lacks and run the command again; {kept}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}, in {sys.executable}; install {logs.tool} again there, with all that it requires; {kept}"
     return f"unexpected error, {what}; {kept}; run it again with -v to see where, and report it with this log"
 
 

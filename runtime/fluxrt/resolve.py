@@ -51,7 +51,10 @@ def resolve(bundle: Bundle, target: Target, request: Request, encoder: PromptEnc
             "step cache: %s", "off" if decisions is None else "by its rule" if decisions.rule else "by its schedule"
         )
     unused = unused_guidance(sampling, target.reads("guidance"), request)
-    return Resolved(steps, guidance, size, grid, tokens, [text for text in (note, unused) if text])
+    notes = [text for text in (note, unused) if text]
+    for text in notes:
+        LOG.info("%s", text)
+    return Resolved(steps, guidance, size, grid, tokens, notes)
 
 
 def say_what(request: Request, steps: int, guidance: float, size: tuple[int, int]) -> None:

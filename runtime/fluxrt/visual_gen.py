@@ -116,6 +116,9 @@ class VisualGenPipeline:
         # VisualGen would cut a longer one without a word.
         self._encoder.encode(request.prompts)
         say_what(request, steps, guidance, size)
+        unused = unused_guidance(sampling, self._embeds_guidance, request)
+        if unused:
+            LOG.info("%s", unused)
         images, began = [], time.perf_counter()
         for number, (words, start) in enumerate(zip(request.prompts, request.seeds, strict=True)):
             params = self._engine.default_params
@@ -128,7 +131,6 @@ class VisualGenPipeline:
             if on_image:
                 on_image(number, images[-1], ())
         seconds = {"text": 0.0, "steps": time.perf_counter() - began, "decode": 0.0}
-        unused = unused_guidance(sampling, self._embeds_guidance, request)
         return Result(images, seconds, [()] * len(images), [unused] if unused else [], self.target.name)
 
     def __enter__(self) -> VisualGenPipeline:

@@ -27,7 +27,7 @@ LOG = logging.getLogger("fluxrt")
 def session_options() -> Any:
     """Options of every session: nothing is printed, since what would be is raised too, and threads without work sleep.
 
-    docs/performance.md, "Waiting threads", has what spinning would gain on an idle machine and cost on a busy one.
+    docs/performance.md, "How ONNX Runtime's threads wait", has what spinning would gain and cost.
     """
     import onnxruntime
 

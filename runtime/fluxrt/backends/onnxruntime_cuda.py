@@ -51,13 +51,18 @@ _FAILED_NODE = re.compile(r"while running (\w+) node\. Name:'([^']*)'")
 
 
 def how_to_install() -> str:
-    """What to do for ONNX Runtime with CUDA, as a clause that starts with a verb.
+    """What to do for ONNX Runtime with CUDA, as a clause that starts with a verb."""
+    return f"run `{install_command()}`"
+
+
+def install_command() -> str:
+    """The command that installs ONNX Runtime with CUDA here.
 
     The plain package and this one share a folder, so neither may be left. The extra's own extras are the CUDA and cuDNN
     libraries that it loads.
     """
     packages = extra_requirements("fluxrt", "onnxruntime-gpu")
-    return f"run `{install_instead(('onnxruntime', 'onnxruntime-gpu'), *packages)}`"
+    return install_instead(("onnxruntime", "onnxruntime-gpu"), *packages)
 
 
 class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
