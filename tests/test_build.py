@@ -452,7 +452,7 @@ def test_a_folder_that_is_not_a_bundle_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "precious"
     out.mkdir()
     (out / "work.txt").write_text("keep me")
-    with pytest.raises(BuildError, match="exists and is not a bundle"):
+    with pytest.raises(RecipeError, match="exists and is not a bundle"):
         compile_into(out, *QUICK)
     assert (out / "work.txt").read_text() == "keep me"
 

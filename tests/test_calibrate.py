@@ -514,7 +514,7 @@ def test_a_build_takes_a_given_file_in_place_of_running_the_model(quick_bundle: 
 
 def test_out_that_is_no_calibration_file_is_not_overwritten(recipe, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(BuildError, match="exists and is not a calibration file"):
+    with pytest.raises(RecipeError, match="exists and is not a calibration file"):
         calibrate_to_file(recipe, tmp_path / "notes", "auto", RecordingProgress())
     assert (tmp_path / "notes").read_text() == "mine"
 

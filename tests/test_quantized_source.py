@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import RECIPE, ROOT, RecordingProgress, compile_into, copy_checkpoint, quantized_by_modelopt
-from fluxc.base.errors import CheckpointError, RecipeError
+from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.quantize.source import Source, read_source
@@ -302,7 +302,7 @@ def test_calibration_by_layer_reads_dequantized_weights(exported: Path) -> None:
 
 def test_modelopts_engine_needs_cuda_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match=r"modelopt needs .*a CUDA GPU that torch sees\. Without them"):
+    with pytest.raises(BuildError, match=r"modelopt needs .*a CUDA GPU that torch sees\. Without them"):
         compile_into(tmp_path / "out", *QUICK, "calibration.engine=modelopt", "calibration.algorithm=svdquant")
     with pytest.raises(RecipeError, match=r"calibration\.algorithm: 'awq_lite' is modelopt's"):
         load_recipe(RECIPE, ("calibration.algorithm=awq_lite",))

@@ -257,7 +257,7 @@ def test_report_prints_the_place_and_makes_the_page_again(quick_bundle: Path, tm
         (["nowhere"], 1, "no such bundle folder"),
         (["BUNDLE", "nowhere"], 1, "no such bundle folder"),
         (["BUNDLE", "--out", "/proc/page.html"], 1, "/proc"),
-        (["BUNDLE", "--out", "FOLDER"], 1, "exists and is not a page"),
+        (["BUNDLE", "--out", "FOLDER"], 2, "exists and is not a page"),
     ],
 )
 def test_what_report_refuses(quick_bundle: Path, tmp_path: Path, arguments: list[str], code: int, said: str) -> None:

@@ -314,7 +314,7 @@ def test_parts_of_a_trace_merge_into_the_whole(trace: Path, made: Path, tmp_path
         merge_to_file([tmp_path / "1", tmp_path / "foreign"], tmp_path / "mixed")
     assert merge_traces([read_trace(tmp_path / "1")])[1] == list(range(5))
     (tmp_path / "recipe.txt").write_text("x")
-    with pytest.raises(BuildError, match=r"recipe\.txt: exists and is not a trace file"):
+    with pytest.raises(RecipeError, match=r"recipe\.txt: exists and is not a trace file"):
         merge_to_file([tmp_path / "1"], tmp_path / "recipe.txt")
     given = RecordingProgress()
     built = compile_into(made / "given", *CHANGES, f"step_cache={CACHE}, trace: {tmp_path / 'whole'}}}", progress=given)

@@ -538,7 +538,7 @@ def test_a_missing_library_is_an_error_before_anything_runs(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     progress = RecordingProgress()
     with pytest.raises(
-        RecipeError, match=r"tensorrt-rtx-cu13 is not installed .* run `.* install 'tensorrt-rtx-cu13==1\.7"
+        BuildError, match=r"tensorrt-rtx-cu13 is not installed .* run `.* install 'tensorrt-rtx-cu13==1\.7"
     ):
         compile_into(tmp_path / "out", *QUICK, recipe=RTX, progress=progress)
     assert progress.ran == []

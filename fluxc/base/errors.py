@@ -11,7 +11,7 @@ __all__ = ["BuildError", "CheckpointError", "FluxError", "GateError", "RecipeErr
 
 
 class RecipeError(FluxError):
-    """The recipe, or the command line that changes it, is wrong."""
+    """The recipe or the command line is wrong."""
 
     exit_code = 2
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fluxc.base.errors import BuildError
+from fluxc.base.errors import BuildError, RecipeError
 
 LONGEST_NAME = 200
 """Bytes; what is made beside an output is named after it, and a file's name has at most 255."""
@@ -31,29 +31,30 @@ ADVICE = {
 def check_output(out: Path, noun: str, is_folder: bool = False) -> None:
     """Refuse a place where no `noun` ("a bundle") can be written, or that is something else; nothing is left there.
 
-    Raises BuildError. What is there already, the caller looks at.
+    Raises RecipeError for a place that can be none, BuildError for one that the system does not let be written. What is there
+    already, the caller looks at.
     """
     if out.name in ("", ".."):
-        raise BuildError(f"--out {out}: give the name of {noun}")
+        raise RecipeError(f"--out {out}: give the name of {noun}")
     if len(os.fsencode(out.name)) > LONGEST_NAME:
-        raise BuildError(f"--out {out.name[:40]}...: the name is longer than {LONGEST_NAME} bytes; give a shorter one")
+        raise RecipeError(f"--out {out.name[:40]}...: the name is longer than {LONGEST_NAME} bytes; give a shorter one")
     with names_place("--out", out):
         if out.is_symlink():
-            raise BuildError(f"{out}: is a symbolic link; give --out the place that it points to, or remove it")
+            raise RecipeError(f"{out}: is a symbolic link; give --out the place that it points to, or remove it")
         if out.exists() and not (out.is_dir() if is_folder else out.is_file()):
-            raise BuildError(f"{out}: exists and is not {noun}; give another --out, or move it away")
+            raise RecipeError(f"{out}: exists and is not {noun}; give another --out, or move it away")
         check_writable(out if out.is_dir() else out.parent)
         check_writable(out.parent)
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made, or that no file can be written into; BuildError says why."""
+    """Refuse a folder that cannot be made, or that no file can be written into; RecipeError or BuildError says why."""
     existing = folder.resolve()
     with names_place("cannot write", existing):
         while not existing.exists():
             existing = existing.parent
         if not existing.is_dir():
-            raise BuildError(f"{existing}: is not a folder, so nothing can be written below it; give another place")
+            raise RecipeError(f"{existing}: is not a folder, so nothing can be written below it; give another place")
         try:
             with tempfile.TemporaryFile(dir=existing) as probe:
                 probe.write(bytes(4096))

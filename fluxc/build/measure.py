@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fluxc.base.errors import BuildError, FluxError, RecipeError
+from fluxc.base.errors import FluxError, RecipeError
 from fluxc.base.output import check_output, names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build.preflight import measuring
@@ -36,7 +36,7 @@ def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: St
         try:
             read_calibration(out)
         except FluxError as error:
-            raise BuildError(f"{out}: exists and is not a calibration file; give another --out") from error
+            raise RecipeError(f"{out}: exists and is not a calibration file; give another --out") from error
     check_device(device)
     with measuring(loaded, out, progress) as (_, job), progress.stage("calibrate") as report:
         calibrate_into(calibration_inputs(job, out.stem), out, device, report)
@@ -84,4 +84,4 @@ def _check_replaceable(out: Path) -> None:
         try:
             read_trace(out)
         except FluxError as error:
-            raise BuildError(f"{out}: exists and is not a trace file; give another --out") from error
+            raise RecipeError(f"{out}: exists and is not a trace file; give another --out") from error

@@ -40,15 +40,18 @@ class Preflight:
     lacking: Collected
 
     def check_machine(self) -> None:
-        """Raise RecipeError naming everything that this machine lacks for a build; a plan can be shown without."""
-        self.lacking.raise_all()
+        """Raise BuildError naming everything that this machine lacks for a build; a plan can be shown without."""
+        try:
+            self.lacking.raise_all()
+        except RecipeError as error:
+            raise BuildError(str(error)) from error
 
 
 def preflight(loaded: LoadedRecipe, out: Path) -> Preflight:
     """The job of building `loaded` into the folder `out`, after refusing all that can be refused before its first stage.
 
-    Raises RecipeError for recipe and command line, CheckpointError for a damaged checkpoint, BuildError for a place that cannot
-    be written to. What this machine lacks is told by the result.
+    Raises RecipeError for recipe and command line, CheckpointError for a damaged checkpoint, BuildError for a place that the
+    system does not let be written. What this machine lacks is told by the result.
     """
     check_place(out)
     root = cache_root(out)
@@ -69,7 +72,7 @@ def check_place(out: Path) -> None:
     """Refuse an output where no bundle can be written, or that is something else."""
     check_output(out, "a bundle", is_folder=True)
     if out.exists() and not (out / format.MANIFEST).is_file():
-        raise BuildError(f"{out}: exists and is not a bundle; give another --out, or move it away")
+        raise RecipeError(f"{out}: exists and is not a bundle; give another --out, or move it away")
     check_workshop(out)
 
 

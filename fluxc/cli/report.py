@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluxc.base.errors import BuildError
 from fluxc.cli.options import PLACE, SOURCE, json_option, verb
 
 if TYPE_CHECKING:
@@ -46,11 +45,12 @@ def report(bundles: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
 def _check_page(out: Path) -> None:
     """Refuse a place where no page can be written, or that is somebody's file."""
+    from fluxc.base.errors import RecipeError
     from fluxc.base.output import check_output
 
     check_output(out, "a page")
     if out.exists() and not out.read_bytes()[:15].lower().startswith(b"<!doctype html"):
-        raise BuildError(f"{out}: exists and is not a page; give another --out, or move it away")
+        raise RecipeError(f"{out}: exists and is not a page; give another --out, or move it away")
 
 
 def _one(bundle: Path, out: Path | None, as_json: bool) -> None:
