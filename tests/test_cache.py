@@ -24,14 +24,12 @@ from fluxc.build.runner import Stage, fingerprint
 from fluxc.build.runner import run as run_stage
 from fluxc.build.stages import exports
 from fluxc.checkpoint.files import ComponentFiles
-from fluxc.fidelity.stage import CompareInputs, Draft
 from fluxc.models.qwen3 import Qwen3
 from fluxc.quantize.source import read_source
 from fluxc.recipe.load import load_recipe
 from fluxc.targets.base import TargetContext
 from fluxc.targets.onnxruntime.kind import OnnxRuntime
 from fluxc.targets.parts import Weights
-from fluxrt.bundle import open_bundle
 from quick import QUICK
 
 STAGES = (
@@ -304,28 +302,6 @@ def test_a_stage_whose_files_changed_while_it_ran_has_no_result(tmp_path: Path, 
         with pytest.raises(BuildError, match=rf"{name}: it changed while the build read it \(read files\)"):
             run_stage(cache, stage)
         assert list((tmp_path / "cache").glob("stage-*")) == []
-
-
-def test_the_comparison_depends_on_the_layers_figures(quick_bundle: Path) -> None:
-    layer = {"name": "proj_out", "format": "nvfp4", "scales": "max", "snr_db": 20.0, "output_snr_db": 21.0}
-    inputs = CompareInputs(
-        name="nano",
-        title="diffusers",
-        reference=Made(Path("reference-0")),
-        prompts=["a"],
-        size=(64, 64),
-        steps=3,
-        guidance=1.5,
-        seed=0,
-        targets=(),
-        draft=Draft(open_bundle(quick_bundle)),
-        evidence={},
-        layers=[layer],
-        sensitivity=None,
-        step_cache=False,
-    )
-    other = replace(inputs, layers=[{**layer, "output_snr_db": 22.0}])
-    assert fingerprint(inputs, digest) != fingerprint(other, digest)
 
 
 def test_an_export_depends_on_which_text_layers_are_taken_and_on_the_encoders_class() -> None:

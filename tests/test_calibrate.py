@@ -442,12 +442,12 @@ def test_an_interrupted_calibration_goes_on_and_gives_the_same_bytes(
     generated: list[str] = []
     generate = run.generate
 
-    def interrupted(pipeline, checkpoint, prompt, generation):
+    def interrupted(pipeline, checkpoint, prompt, generation, **watched):
         if prompt == PROMPTS[1] and generated == [PROMPTS[0]]:
             generated.append("interrupted")
             raise KeyboardInterrupt
         generated.append(prompt)
-        return generate(pipeline, checkpoint, prompt, generation)
+        return generate(pipeline, checkpoint, prompt, generation, **watched)
 
     monkeypatch.setattr(run, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -41,10 +41,8 @@ INPUTS = [
 """Names of what is to be read: none of them is a recipe, a bundle, or what a command wrote."""
 OUTPUTS = [
     *NO_NAMES,
-    *(
-        Bad(value, FAILED)
-        for value in (".", "..", "/", "/proc/x", "/dev/null", "text/x", "text", "link", LONG, "folder")
-    ),
+    Bad("/proc/x", FAILED),
+    *(Bad(value, WRONG) for value in (".", "..", "/", "/dev/null", "text/x", "text", "link", LONG, "folder")),
 ]
 """Names where nothing can be written, or where something else lies."""
 CHOICES = [Bad(""), Bad("nothing"), Bad("ALL\n"), Bad("\udcff")]

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from conftest import RECIPE, RecordingProgress
-from fluxc.base.errors import BuildError
+from fluxc.base.errors import BuildError, RecipeError
 from fluxc.base.output import check_output, check_writable, names_place
 from fluxc.build.build import build
 from fluxc.build.measure import calibrate_to_file
@@ -82,10 +82,10 @@ def test_a_cache_that_cannot_be_written_is_refused_before_any_work(
     (tmp_path / "file").write_text("")
     loaded = load_recipe(RECIPE, ("model.source=./none",))
     monkeypatch.setenv("FLUXC_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(BuildError, match=r"file: is not a folder"):
+    with pytest.raises(RecipeError, match=r"file: is not a folder"):
         build(loaded, tmp_path / "out", RecordingProgress())
     (tmp_path / ".fluxc").write_text("")
-    with pytest.raises(BuildError, match=r"\.fluxc: is not a folder"):
+    with pytest.raises(RecipeError, match=r"\.fluxc: is not a folder"):
         calibrate_to_file(loaded, tmp_path / "out", "cpu", RecordingProgress())
     assert sorted(path.name for path in tmp_path.iterdir()) == [".fluxc", "file"]
 

@@ -123,7 +123,8 @@ def test_plan_and_build_refuse_the_same(changes: tuple[str, ...], expected: str,
     message, code = refused(changes)
     assert expected in message
     assert "--set " in message or re.search(r"flux2-nano\.yaml(, line \d+)?: ", message)
-    assert code == 2
+    # A library that is not here, or a damaged model, is a failure and no wrong recipe.
+    assert code == (1 if "modelopt needs" in message or "CLIP model" in message else 2)
 
 
 def test_they_refuse_a_library_that_is_missing(refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +132,7 @@ def test_they_refuse_a_library_that_is_missing(refused, monkeypatch: pytest.Monk
     message, code = refused(("targets=[{kind: onnxruntime}, {kind: tensorrt_rtx}]",))
     assert "targets[1]: " in message
     assert "tensorrt-rtx-cu13 is not installed here" in message
-    assert code == 2
+    assert code == 1
 
 
 def test_they_refuse_a_library_that_loses_the_ranks_of_its_plans(refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +143,7 @@ def test_they_refuse_a_library_that_loses_the_ranks_of_its_plans(refused, monkey
     assert library.installed_version("tensorrt") == "11.1.0"
     message, code = refused(("targets=[{kind: tensorrt, gpus: 2}, {kind: onnxruntime}]",))
     assert "targets[0]: TensorRT 11.1.0 can lose the number of ranks of a sharded plan" in message
-    assert code == 2
+    assert code == 1
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "trace"])

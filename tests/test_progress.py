@@ -121,7 +121,7 @@ def test_a_line_for_every_event(lines: tuple[logging.Logger, Lines]) -> None:
     with pytest.raises(ValueError), progress.stage("build"):
         raise ValueError
     progress.finish("built x", "generate: y")
-    said = [re.sub(r", \d+ MiB$", "", line) for line in found.said(logging.INFO)]
+    said = [re.sub(r", [\d.]+ [MG]iB$", "", line) for line in found.said(logging.INFO)]
     assert said[:5] == [
         "[1/3] trace vae: cached",
         "[2/3] calibrate: begins",
@@ -154,7 +154,7 @@ def test_a_long_stage_gives_signs_of_life(lines: tuple[logging.Logger, Lines]) -
         report(3, 8, "3/8 prompts")
         while not (alive := [line for line in found.said(logging.INFO) if "so far" in line]):
             pass
-    assert re.fullmatch(r"\[1\] calibrate: 3/8 prompts, 0\.\d s so far, about 0\.\d s left, \d+ MiB", alive[0])
+    assert re.fullmatch(r"\[1\] calibrate: 3/8 prompts, 0\.\d s so far, about 0\.\d s left, [\d.]+ [MG]iB", alive[0])
 
 
 def shown(event: Event, width: int) -> list[str]:
@@ -230,7 +230,7 @@ def test_a_build_that_is_piped_says_what_it_does_line_by_line(again: Callable[..
     assert counted[-1][0] == counted[-1][1], "the number of stages was known from the start"
     assert {total for _, total in counted} == {counted[-1][1]}
     assert re.match(
-        r"fluxc: built .*/bundle in .* s \(\d+ stages, \d+ of them cached; at most \d+ MiB of memory\)", said[-3]
+        r"fluxc: built .*/bundle in .* s \(\d+ stages, \d+ of them cached; at most [\d.]+ [MG]iB of memory\)", said[-3]
     )
     assert said[-2].endswith("bundle/report/index.html")
     assert re.match(r"fluxc: generate: fluxrt generate \S+ --prompt '.*' --out image.png", said[-1])

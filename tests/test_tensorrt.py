@@ -493,7 +493,7 @@ def test_exported_graphs_build_as_trtexec_would_build_them(rtx_bundle: Path, tmp
 
 
 def test_an_export_never_mixes_with_what_is_there(rtx_bundle: Path, nano_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"exists; give a folder"):
+    with pytest.raises(RecipeError, match=r"exists; give a folder"):
         export_onnx(open_bundle(rtx_bundle), None, tmp_path)
     with pytest.raises(RequestError, match=r"no TensorRT target .* it has: none"):
         export_onnx(open_bundle(nano_bundle), None, tmp_path / "out")

@@ -40,7 +40,7 @@ from fluxrt.backends.registry import make_pipeline
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.choose import Machine, obstacle
-from fluxrt.errors import BackendError
+from fluxrt.errors import BackendError, RequestError
 from fluxrt.group import Group
 from fluxrt.manifest import Engine
 from fluxrt.pipeline import Pipeline
@@ -227,7 +227,7 @@ def test_inspect_counts_collectives_and_export_takes_another_target(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(
-        BuildError, match="no TensorRT target tensorrt_rtx-2gpus for one GPU in this bundle; it has: tens"
+        RequestError, match="no TensorRT target 'tensorrt_rtx-2gpus' for one GPU in this bundle; it has: tens"
     ):
         export_onnx(bundle, "tensorrt_rtx-2gpus", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from fluxc.base.errors import BuildError
+from fluxc.base.errors import BuildError, RecipeError
 from fluxc.base.output import check_output, names_place
 from fluxc.base.progress import StageProgress
 from fluxc.base.safetensors import TensorRef, read_header
@@ -30,12 +30,12 @@ from fluxrt.weights import weights_files
 def export_onnx(bundle: Bundle, target: str | None, out: Path, progress: StageProgress | None = None) -> list[str]:
     """Write the graphs and weights of `target` (the first TensorRT target by default) into the new folder `out`.
 
-    Returns the trtexec command that builds each. Raises BuildError when `out` exists, RequestError when there is
+    Returns the trtexec command that builds each. Raises RecipeError when `out` exists, RequestError when there is
     no such target.
     """
     check_output(out, "an export", is_folder=True)
     if out.exists():
-        raise BuildError(
+        raise RecipeError(
             f"{out}: exists; give a folder that does not, so that nothing in it is taken for part of the export"
         )
     targets = [t for t in bundle.manifest.targets if isinstance(t, TensorRTTarget)]
