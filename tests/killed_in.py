@@ -62,7 +62,7 @@ def run(stage: str | None, arguments: list[str]) -> None:
     elif stage:
         from fluxc.base.cache import StageCache
 
-        StageCache.run = watched(stage, StageCache.run)  # type: ignore[method-assign]
+        StageCache.run = watched(stage, StageCache.run)
     main(arguments)
 
 

@@ -184,7 +184,7 @@ def test_generate_takes_a_request_alone(quick_bundle: Path) -> None:
     with fluxrt.load(quick_bundle) as pipeline:
         for given_value in ("a circle", ["a circle"], None, {"prompt": "a"}):
             with pytest.raises(RequestError, match=r"generate takes a fluxrt\.Request, got"):
-                pipeline.generate(given_value)  # type: ignore[arg-type]
+                pipeline.generate(given_value)
 
 
 # How commands end.
@@ -450,7 +450,7 @@ def lines() -> Iterator[list[logging.LogRecord]]:
     """What the logger `fluxrt` is given."""
     got: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = got.append  # type: ignore[method-assign]
+    handler.emit = got.append
     logger = logging.getLogger("fluxrt")
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
@@ -483,7 +483,7 @@ def test_each_better_target_that_does_not_run_is_told_with_its_reason(
 ) -> None:
     opened = open_bundle(quick_bundle)
     cpu = opened.manifest.targets[0]
-    cuda = msgspec.structs.replace(cpu, name="onnxruntime-cuda", device="cuda")  # type: ignore[type-var]
+    cuda = msgspec.structs.replace(cpu, name="onnxruntime-cuda", device="cuda")
     both = Bundle(opened.root, msgspec.structs.replace(opened.manifest, targets=(cpu, cuda)))
     for machine, level in (
         (Machine(None, "no GPU here"), "INFO"),

@@ -21,8 +21,6 @@ PAGES = sorted(
     or path == REPOSITORY / "artifacts/README.md"
 )
 WIDTH = 120
-GENERATED = ("docs/cli.md", "docs/recipe.md")
-"""Made in part of click's commands and of the recipe's structs, by tools that wrap at other widths."""
 NOT_OURS = ("No matching distribution found", "fluxc: command not found", "fluxc needs Python 3.11")
 """Messages that pip, the shell and make give."""
 
@@ -65,8 +63,6 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_lines_wrap(page: Path) -> None:
     """At most WIDTH characters, tables and code excepted."""
-    if name(page) in GENERATED:
-        pytest.skip("generated")
     assert [number for number, line in prose(page) if len(line) > WIDTH and not line.lstrip().startswith("|")] == []
 
 

@@ -131,7 +131,7 @@ def test_a_line_for_every_event(lines: tuple[logging.Logger, Lines]) -> None:
     ]
     assert said[5].startswith("built x in 12 s (3 stages, 1 of them cached; at most ")
     assert said[6] == "generate: y"
-    fields = [record.fields for record in found.records[:3]]  # type: ignore[attr-defined]
+    fields = [record.fields for record in found.records[:3]]
     assert [(entry["event"], entry["stage"], entry["stages"], entry["seconds"]) for entry in fields] == [
         ("cached", 1, 3, 0),
         ("begins", 2, 3, 0),
@@ -163,7 +163,7 @@ def shown(event: Event, width: int) -> list[str]:
     from fluxc.base.terminal import _Standing
 
     console.print(_Standing(event))
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return console.file.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -187,14 +187,14 @@ def test_the_bar_without_units_shows_the_time() -> None:
 def test_a_terminal_keeps_what_is_done_above_the_bar(lines: tuple[logging.Logger, Lines]) -> None:
     logger, found = lines
     console = Console(file=io.StringIO(), width=80, force_terminal=True, markup=False, color_system=None)
-    found.emit = lambda record: print_line(console, f"fluxc: {record.getMessage()}")  # type: ignore[method-assign]
+    found.emit = lambda record: print_line(console, f"fluxc: {record.getMessage()}")
     logger.setLevel(logging.INFO)
     progress = ShownProgress(logger, bar_on(console))
     with progress.stage("build [/]? :smile:") as report:
         report(1, 2, "[qkv]\x1b[2J")
         progress.say("found [x]")
     progress.cached("build [/]")
-    output = console.file.getvalue()  # type: ignore[attr-defined]
+    output = console.file.getvalue()
     assert "[1] build [/]? :smile:: [qkv]\\x1b[2J" in output
     assert "fluxc: found [x]\n" in output
     assert "[2] build [/]: cached\n" in output
@@ -220,7 +220,7 @@ def again(quick_bundle: Path, shared_cache: Path, tmp_path_factory: pytest.TempP
 
 
 def test_a_build_that_is_piped_says_what_it_does_line_by_line(again: Callable[..., object]) -> None:
-    done: subprocess.CompletedProcess[str] = again("--log-file", "log.txt")  # type: ignore[assignment]
+    done: subprocess.CompletedProcess[str] = again("--log-file", "log.txt")
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", done.stderr), "control characters"
@@ -236,12 +236,12 @@ def test_a_build_that_is_piped_says_what_it_does_line_by_line(again: Callable[..
     assert re.match(r"fluxc: generate: fluxrt generate \S+ --prompt '.*' --out image.png", said[-1])
     assert done.stdout.endswith("/bundle\n")
     assert done.stdout.count("\n") == 1
-    quiet: subprocess.CompletedProcess[str] = again("-q")  # type: ignore[assignment]
+    quiet: subprocess.CompletedProcess[str] = again("-q")
     assert (quiet.returncode, quiet.stderr, quiet.stdout) == (0, "", done.stdout)
 
 
 def test_progress_as_json(again: Callable[..., object]) -> None:
-    done: subprocess.CompletedProcess[str] = again("--log-format", "json")  # type: ignore[assignment]
+    done: subprocess.CompletedProcess[str] = again("--log-format", "json")
     entries = [json.loads(line) for line in done.stderr.splitlines()]
     stages = [entry for entry in entries if entry.get("event") in ("cached", "done")]
     assert [entry["stage"] for entry in stages] == list(range(1, len(stages) + 1))

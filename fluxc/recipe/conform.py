@@ -127,12 +127,14 @@ class Conform:
     def _list(
         self, kind: inspect.VarTupleType | inspect.TupleType, value: list[Any], field: str, examples: list[Any]
     ) -> Any:
-        fixed = kind.item_types if isinstance(kind, inspect.TupleType) else None
-        if fixed is not None and len(value) != len(fixed):
-            return self._refuse(field, f"must be {wanted(kind)}, got {len(value)} of them{_for_example(examples)}")
-        if isinstance(kind, inspect.VarTupleType) and len(value) < (kind.min_length or 0):
-            return self._refuse(field, f"give at least one{_for_example(examples)}")
-        kinds = fixed if fixed is not None else [kind.item_type] * len(value)  # type: ignore[union-attr]
+        if isinstance(kind, inspect.VarTupleType):
+            if len(value) < (kind.min_length or 0):
+                return self._refuse(field, f"give at least one{_for_example(examples)}")
+            kinds = (kind.item_type,) * len(value)
+        else:
+            kinds = kind.item_types
+            if len(value) != len(kinds):
+                return self._refuse(field, f"must be {wanted(kind)}, got {len(value)} of them{_for_example(examples)}")
         items = [
             self.value(each, item, f"{field}[{at}]", examples)
             for at, (each, item) in enumerate(zip(kinds, value, strict=True))

@@ -14,7 +14,7 @@ import msgspec
 
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import check_finite
-from fluxrt.manifest import CacheRule, OnTarget, RankFidelity, Sampling
+from fluxrt.manifest import CacheRule, Layer, OnTarget, RankFidelity, Sampling
 
 FORMAT = "fluxc-report"
 FORMAT_VERSION = 1
@@ -139,21 +139,13 @@ class TargetFigures(Struct, frozen=True):
     prompts: tuple[PromptFigures, ...]
 
 
-class LayerFigures(Struct, frozen=True):
-    """One Linear: shape [out, in], the format it is stored in, the rule that decided it, its fusion group, and its errors.
+class LayerFigures(Layer, frozen=True, kw_only=True):
+    """A Linear as the manifest has it, and its errors.
 
     `snr_db` is the signal-to-noise ratio of the weight, `output_snr_db` that of the layer's output over calibration inputs.
     `scales` is how the scales were found; null for a layer that was not quantized by this build.
     """
 
-    component: str
-    name: str
-    shape: tuple[int, int]
-    format: str
-    rule: str
-    group: str | None
-    bytes_before: int
-    bytes_after: int
     quantized_in_checkpoint: bool = False
     scales: str | None = None
     snr_db: float | None = None

@@ -151,8 +151,10 @@ def write(text: str, stream: TextIO | None, end: str = "\n") -> None:
 
 def silence(stream: TextIO | None) -> None:
     """Send a broken stream to /dev/null: what is left in its buffer would fail again when Python ends."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
+    if stream is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _version(tool: str) -> str:
