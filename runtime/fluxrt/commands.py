@@ -129,6 +129,11 @@ class CommandLine(click.Group):
             return 1
         if not isinstance(error, Exception):
             raise error
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError, AttributeError):
+            # What it could not print would fail once more when Python ends, with another exit code.
+            silence(sys.stdout)
         logs.error(_unexpected(error, logs))
         return 1
 
