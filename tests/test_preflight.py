@@ -30,7 +30,9 @@ DIGESTS = {"": {"model_index.json": "0" * 64}}
 
 def write_one_layer(path: Path, changes: tuple[str, ...]) -> None:
     """A calibration file that measured no layer, on another checkpoint."""
-    write_calibration(path, Origin(DIGESTS, calibration_request(load_recipe(RECIPE, changes)), "cpu", {}), {})
+    write_calibration(
+        path, Origin(DIGESTS, calibration_request(load_recipe(RECIPE, changes), is_large=False), "cpu", {}), {}
+    )
 
 
 def write_random_trace(path: Path, changes: tuple[str, ...], digests: dict[str, dict[str, str]]) -> None:

@@ -41,7 +41,7 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
         ("sampling.steps=0", r"sampling\.steps: must be at least 1"),
         ("sizes=[]", r"sizes: give at least one"),
         ("sizes=[[64]]", r"sizes\[0\]: must be a list of 2 whole numbers, got 1 of them"),
-        ("calibration.size=[32, 32]", r"calibration\.size: \[32, 32\] is not one of sizes"),
+        ("fidelity.size=[32, 32]", r"fidelity\.size: \[32, 32\] is not one of sizes"),
         ("targets=[]", r"targets: give at least one"),
         ("targets=[{kind: onnxruntime}, {kind: onnxruntime}]", r"targets: 'onnxruntime' appears twice"),
         ("name=a/b", r"name: 'a/b' becomes a folder name"),
@@ -296,7 +296,7 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest
     loaded = load_recipe(RECIPE, ("model.source=~/nano", "fidelity.prompts=~/prompts.txt"))
     job = open_job(loaded, tmp_path)
     assert job.original.checkpoint.root == NANO.resolve()
-    assert job.held_out == ["a red circle"]
+    assert job.fidelity.prompts == ["a red circle"]
     with pytest.raises(RecipeError, match=r"fidelity\.prompts: ~nobody-here/a: .*write the whole path"):
         loaded.prompts("fidelity.prompts", "~nobody-here/a")
 

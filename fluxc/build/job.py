@@ -10,7 +10,7 @@ from typing import Any
 from fluxc.base.cache import PROGRESS, StageCache
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import Origin, check_origin, check_request
-from fluxc.build.requests import calibration_request, held_out_prompts, judges_of, trace_request
+from fluxc.build.requests import FidelityRequest, calibration_request, fidelity_request, judges_of, trace_request
 from fluxc.build.runner import NotBuiltError, Results, Stage
 from fluxc.calibrate.file import read_calibration
 from fluxc.checkpoint import template_stage
@@ -45,10 +45,19 @@ class Job:
     original: Source
     root: Path
     digests: Digests | None = None
-    held_out: list[str] = field(default_factory=list)
     calibration: Given | None = None
     trace: Given | None = None
     _sources: dict[str, Source] = field(default_factory=dict)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the defaults of measuring are those of a large model."""
+        return self.original.is_large
+
+    @property
+    def fidelity(self) -> FidelityRequest:
+        """What every target is compared with diffusers on."""
+        return fidelity_request(self.loaded, self.is_large)
 
     @property
     def given_calibration(self) -> Path | None:
@@ -105,14 +114,14 @@ def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
     Raises RecipeError with all that no build of it could do, or CheckpointError.
     """
     recipe, collected = loaded.recipe, Collected(loaded.places)
-    held_out: list[str] = []
     calibration = trace = None
+    # Which of the prompts are taken depends on the model, whether the files can be read does not.
     with collected.collecting():
-        calibration_request(loaded)
+        calibration_request(loaded, is_large=False)
         if not measures:
             calibration = _given_calibration(loaded)
     with collected.collecting():
-        held_out = held_out_prompts(loaded)
+        fidelity_request(loaded, is_large=False)
     if recipe.step_cache:
         with collected.collecting():
             trace_request(loaded)
@@ -123,7 +132,7 @@ def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
     with collected.collecting():
         check_source(recipe.model.source, loaded.folder)
     collected.raise_all()
-    job = Job(loaded, read_source(loaded), root, None, held_out, calibration, trace)
+    job = Job(loaded, read_source(loaded), root, None, calibration, trace)
     check_tokenizer(job.original.checkpoint.components["tokenizer"].folder)
     with collected.collecting():
         check_targets(TargetContext(recipe, job.original))
@@ -131,7 +140,7 @@ def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
         _check_engine(job)
     if calibration:
         with collected.collecting():
-            _check_layers(calibration.path, job.original)
+            _check_calibration(job, calibration)
     collected.raise_all()
     return job
 
@@ -210,27 +219,32 @@ def hash_checkpoint(cache: StageCache, job: Job) -> None:
     with cache.progress.stage("hash checkpoint") as report:
         job.digests = checkpoint_digests(job.original.checkpoint, cache.file_digest, report)
     if job.calibration:
-        check_origin(job.calibration, job.files.digests, calibration_request(job.loaded))
+        check_origin(job.calibration, job.files.digests, calibration_request(job.loaded, job.is_large))
     if job.trace:
         check_origin(job.trace, job.files.digests, trace_request(job.loaded))
 
 
 def _given_calibration(loaded: LoadedRecipe) -> Given | None:
-    """The calibration file that the recipe names, after checking what it was asked; None if it names none."""
+    """The calibration file that the recipe names; None if it names none."""
     name = loaded.recipe.calibration.file
     if name is None:
         return None
     try:
         file = read_calibration(loaded.path("calibration.file", name))
-        check_request(file, calibration_request(loaded))
     except (BuildError, CheckpointError) as error:
         raise RecipeError(f"calibration.file: {error}") from error
     return Given(file.path, file.origin)
 
 
-def _check_layers(path: Path, source: Source) -> None:
-    """Refuse a calibration file that lacks the inputs of a layer whose format needs them."""
-    records = read_calibration(path).records
+def _check_calibration(job: Job, given: Given) -> None:
+    """Refuse a calibration file that was asked something else, or lacks the inputs of a layer whose format needs them."""
+    path, source = given.path, job.original
+    file = read_calibration(path)
+    try:
+        check_request(file, calibration_request(job.loaded, job.is_large))
+    except (BuildError, CheckpointError) as error:
+        raise RecipeError(f"calibration.file: {error}") from error
+    records = file.records
     for component, plan in source.plans.items():
         for entry in to_quantize(plan):
             record = records.get(component, {}).get(entry.layer.name)

@@ -120,7 +120,7 @@ def _check_origins(job: Job) -> None:
     """Refuse given measurements that were made on another checkpoint, as far as its hashes are known or quickly computed."""
     given: list[tuple[str, Measured, dict[str, object]]] = []
     if job.calibration:
-        given.append(("calibration.file", job.calibration, calibration_request(job.loaded)))
+        given.append(("calibration.file", job.calibration, calibration_request(job.loaded, job.is_large)))
     if job.trace:
         given.append(("step_cache.trace", job.trace, trace_request(job.loaded)))
     if not given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,45 @@ from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import StepCache
 
 LEAST_PROMPTS = 8
+LARGE_PROMPTS, LARGE_STEPS, LARGE_SIDE = 4, 4, 256
+"""What measuring a large model takes where the recipe does not say: prompts, steps, pixels of a square image's side."""
 
 
-def calibration_request(loaded: LoadedRecipe) -> dict[str, Any]:
-    """What the calibration pass is asked to do, with the prompts themselves."""
+def calibration_request(loaded: LoadedRecipe, is_large: bool) -> dict[str, Any]:
+    """What the calibration pass is asked to do, with the prompts themselves; `is_large` as Source says."""
     recipe = loaded.recipe
     calibration, sampling = recipe.calibration, recipe.sampling
-    prompts = loaded.prompts("calibration.prompts", calibration.prompts)
+    prompts = [] if calibration.prompts is None else loaded.prompts("calibration.prompts", calibration.prompts)
+    prompts = spread_evenly(prompts, calibration.max_prompts or (LARGE_PROMPTS if is_large else None))
     _check_seeds("calibration.seed", calibration.seed, prompts)
+    steps, size = sampling.steps, recipe.sizes[0]
+    if is_large:
+        steps, size = min(steps, LARGE_STEPS), _at_most(size, LARGE_SIDE)
     return {
         "prompts": prompts,
-        "steps": calibration.steps or sampling.steps,
+        "steps": calibration.steps or steps,
         "guidance": sampling.guidance if calibration.guidance is None else calibration.guidance,
-        "size": list(calibration.size or recipe.sizes[0]),
+        "size": list(calibration.size or size),
         "seed": calibration.seed,
         "text_length": recipe.text.length,
     }
 
 
 def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
-    """What the trace is asked to do, with the prompts themselves: the steps that are served, whatever calibration takes."""
+    """What the trace is asked to do, with the prompts themselves: the steps and the size that are served, whatever calibration
+    takes, unless the recipe names a size for it."""
     recipe, settings = loaded.recipe, cache_settings(loaded)
-    request = calibration_request(loaded) | {"steps": recipe.sampling.steps, "dtype": recipe.fidelity.reference}
+    request = calibration_request(loaded, is_large=False)
+    request |= {
+        "steps": recipe.sampling.steps,
+        "size": list(recipe.calibration.size or recipe.sizes[0]),
+        "dtype": recipe.fidelity.reference,
+    }
     if settings.prompts is not None:
         request["prompts"] = loaded.prompts("step_cache.prompts", settings.prompts)
         _check_seeds("calibration.seed", recipe.calibration.seed, request["prompts"])
+    elif recipe.calibration.prompts is not None:
+        request["prompts"] = loaded.prompts("calibration.prompts", recipe.calibration.prompts)
     if len(request["prompts"]) < LEAST_PROMPTS:
         field = "calibration.prompts" if settings.prompts is None else "step_cache.prompts"
         raise RecipeError(
@@ -45,12 +60,41 @@ def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
     return request
 
 
-def held_out_prompts(loaded: LoadedRecipe) -> list[str]:
-    """The prompts that every target is compared with diffusers on."""
-    fidelity = loaded.recipe.fidelity
-    prompts = loaded.prompts("fidelity.prompts", fidelity.prompts)
+@dataclass(frozen=True)
+class FidelityRequest:
+    """What is compared with diffusers: `level` none, stages or images; held-out prompts; how their reference is generated."""
+
+    level: str
+    prompts: list[str]
+    steps: int
+    size: tuple[int, int]
+
+
+def fidelity_request(loaded: LoadedRecipe, is_large: bool) -> FidelityRequest:
+    """What every target is compared with diffusers on, with the prompts themselves; `is_large` as Source says."""
+    recipe, fidelity = loaded.recipe, loaded.recipe.fidelity
+    level = fidelity.level or ("stages" if is_large else "images")
+    prompts = []
+    if level != "none" and fidelity.prompts is not None:
+        prompts = loaded.prompts("fidelity.prompts", fidelity.prompts)
+    prompts = spread_evenly(prompts, fidelity.max_prompts or (1 if is_large else None))
     _check_seeds("fidelity.seed", fidelity.seed, prompts)
-    return prompts
+    steps, size = recipe.sampling.steps, recipe.sizes[0]
+    if level == "stages":
+        steps, size = min(steps, LARGE_STEPS), min(recipe.sizes, key=lambda size: size[0] * size[1])
+    return FidelityRequest(level, prompts, fidelity.steps or steps, fidelity.size or size)
+
+
+def spread_evenly(prompts: list[str], most: int | None) -> list[str]:
+    """At most `most` of `prompts`, from the first to the last at even distances; all of them where it is None."""
+    if most is None or len(prompts) <= most:
+        return prompts
+    return [prompts[number * len(prompts) // most] for number in range(most)]
+
+
+def _at_most(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """`size`, or, where it has more pixels, a square of this `side`."""
+    return size if size[0] * size[1] <= side * side else (side, side)
 
 
 def _check_seeds(field: str, seed: int, prompts: list[str]) -> None:

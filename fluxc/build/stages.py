@@ -100,7 +100,7 @@ def exports(job: Job) -> dict[str, ExportInputs]:
 
 def calibration_inputs(job: Job, aside: str) -> calibration_stage.CalibrationInputs:
     """What calibration depends on."""
-    request = calibration_request(job.loaded)
+    request = calibration_request(job.loaded, job.is_large)
     layers = job.original.family.text_layers
     return calibration_stage.CalibrationInputs(
         job.files, request, job.rows(request["guidance"]), layers, job.aside(aside)
@@ -165,7 +165,7 @@ def _modelopt(job: Job) -> Stage[Any, Path] | None:
         return None
     inputs = modelopt_stage.ModeloptInputs(
         job.files,
-        calibration_request(job.loaded),
+        calibration_request(job.loaded, job.is_large),
         job.original.family.text_layers,
         calibration.algorithm,
         _version_of("nvidia-modelopt"),
@@ -222,7 +222,7 @@ def _cost_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs | N
     calibration = _calibration(job, results)
     if calibration is None:
         return None
-    request = calibration_request(job.loaded)
+    request = calibration_request(job.loaded, job.is_large)
     return sensitivity_stage.CostInputs(
         files=job.files,
         request=request,
@@ -299,9 +299,9 @@ def _reference(job: Job) -> Stage[Any, Made]:
     recipe = job.loaded.recipe
     inputs = reference_stage.ReferenceInputs(
         files=job.files.of(*job.files.parts, *WEIGHTED),
-        prompts=job.held_out,
-        size=recipe.sizes[0],
-        steps=recipe.sampling.steps,
+        prompts=job.fidelity.prompts,
+        size=job.fidelity.size,
+        steps=job.fidelity.steps,
         guidance=recipe.sampling.guidance,
         seed=recipe.fidelity.seed,
         text_length=recipe.text.length,
@@ -317,9 +317,9 @@ def _compare(job: Job, results: Results) -> Stage[Any, Path]:
     inputs = compare_stage.CompareInputs(
         title=f"diffusers {pipeline} in {recipe.fidelity.reference}",
         reference=results["reference"],
-        prompts=job.held_out,
-        size=recipe.sizes[0],
-        steps=recipe.sampling.steps,
+        prompts=job.fidelity.prompts,
+        size=job.fidelity.size,
+        steps=job.fidelity.steps,
         guidance=recipe.sampling.guidance,
         seed=recipe.fidelity.seed,
         targets=recipe.targets,
@@ -371,4 +371,6 @@ def _frontier_request(job: Job, cache: StepCache) -> Any:
     from fluxc.stepcache.frontier import FrontierRequest
 
     recipe = job.loaded.recipe
-    return FrontierRequest(job.held_out, recipe.fidelity.seed, cache.steps, recipe.sampling.guidance, cache.size)
+    return FrontierRequest(
+        job.fidelity.prompts, recipe.fidelity.seed, cache.steps, recipe.sampling.guidance, cache.size
+    )

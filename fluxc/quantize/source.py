@@ -20,6 +20,8 @@ from fluxc.recipe.faults import Collected
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision, Recipe
 
+LARGE = 1_000_000_000
+"""Parameters of a transformer from which the defaults of measuring are those of a large model (docs/recipe.md)."""
 UNUSED = {
     "vae": ("encoder.", "quant_conv.", "bn.num_batches_tracked"),
     "text_encoder": ("model.norm.",),
@@ -42,6 +44,11 @@ class Source:
     def transformer(self) -> Flux2Transformer:
         """The checkpoint's transformer."""
         return transformer_of(self.checkpoint)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether measuring takes fewer prompts and steps and a smaller size where the recipe leaves them out."""
+        return sum(linear.out_features * linear.in_features for linear in self.transformer.linears) >= LARGE
 
     def linears(self, component: str) -> list[Linear]:
         """Every Linear that the checkpoint has of `component`."""

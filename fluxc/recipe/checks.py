@@ -93,15 +93,23 @@ def _sizes(recipe: Recipe, refuse: Refuse) -> None:
         refuse("sizes", "a size appears twice")
 
 
-@_reads("sizes", "calibration.size")
-def _calibration_size(recipe: Recipe, refuse: Refuse) -> None:
-    if recipe.calibration.size and recipe.calibration.size not in recipe.sizes:
-        refuse("calibration.size", f"{list(recipe.calibration.size)} is not one of sizes")
+@_reads("sizes", "fidelity.size")
+def _fidelity_size(recipe: Recipe, refuse: Refuse) -> None:
+    if recipe.fidelity.size and recipe.fidelity.size not in recipe.sizes:
+        refuse("fidelity.size", f"{list(recipe.fidelity.size)} is not one of sizes")
+
+
+@_reads("calibration.prompts", "calibration.engine", "fidelity.prompts", "fidelity.level")
+def _prompts(recipe: Recipe, refuse: Refuse) -> None:
+    if recipe.calibration.prompts is None and recipe.calibration.engine != "none":
+        refuse("calibration.prompts", "is missing: a text file, one prompt a line; or set calibration.engine: none")
+    if recipe.fidelity.prompts is None and recipe.fidelity.level != "none":
+        refuse("fidelity.prompts", "is missing: a text file, one held-out prompt a line; or set fidelity.level: none")
 
 
 @_reads("calibration.engine", "calibration.algorithm")
 def _algorithm(recipe: Recipe, refuse: Refuse) -> None:
-    if recipe.calibration.engine == "fluxc" and recipe.calibration.algorithm != "max":
+    if recipe.calibration.engine != "modelopt" and recipe.calibration.algorithm != "max":
         refuse(
             "calibration.algorithm", f"{recipe.calibration.algorithm!r} is modelopt's; set calibration.engine: modelopt"
         )

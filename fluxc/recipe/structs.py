@@ -10,6 +10,7 @@ from fluxc.recipe.fields import (
     LAGS,
     LEAST_SHARD_GIB,
     LONGEST_TEXT,
+    MOST_MARGIN,
     Count,
     Decibels,
     Format,
@@ -86,22 +87,46 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The pass that measures the inputs of every layer."""
 
     prompts: Annotated[
-        str, about("the prompts to measure with: a text file, one prompt a line", "prompts/natural-calibration.txt")
-    ]
-    steps: Annotated[Steps | None, about("denoising steps of each image", 24, left_out="`sampling.steps`")] = None
+        str | None,
+        about(
+            "the prompts to measure with: a text file, one prompt a line. Needed unless `engine` is none",
+            "prompts/natural-calibration.txt",
+        ),
+    ] = None
+    max_prompts: Annotated[
+        Count | None,
+        about(
+            "takes at most so many of the prompts, spread evenly over the file",
+            4,
+            left_out="all of them; 4 for a [large model](#large-models)",
+        ),
+    ] = None
+    steps: Annotated[
+        Steps | None,
+        about(
+            "denoising steps of each image",
+            24,
+            left_out="`sampling.steps`; at most 4 for a [large model](#large-models)",
+        ),
+    ] = None
     guidance: Annotated[Guidance | None, about("as in `sampling`", 1.5, left_out="`sampling.guidance`")] = None
     size: Annotated[
         Size | None,
-        about("[height, width] to measure at; one of `sizes`", [1024, 1024], left_out="the first of `sizes`"),
+        about(
+            "[height, width] to measure at",
+            [256, 256],
+            left_out="the first of `sizes`; at most 256x256 pixels for a [large model](#large-models)",
+        ),
     ] = None
     seed: Annotated[
         Seed, about("prompt i (from 0) starts from the noise of seed + i; all must be less than 2^64", 0)
     ] = 0
     engine: Annotated[
-        Literal["fluxc", "modelopt"],
+        Literal["fluxc", "modelopt", "none"],
         about(
-            "`modelopt` lets NVIDIA Model Optimizer quantize the transformer under the same plan; needs CUDA and "
-            "nvidia-modelopt (not run on a GPU yet)",
+            "`none` runs no model: ranges come from a published table of the family, or from a constant that is safe "
+            "(see [calibration](#calibration)); `modelopt` lets NVIDIA Model Optimizer quantize the transformer under the same "
+            "plan; needs CUDA and nvidia-modelopt (not run on a GPU yet)",
             "modelopt",
         ),
     ] = "fluxc"
@@ -120,6 +145,14 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Annotated[float, msgspec.Meta(gt=0, le=100)],
         about("for `amax: percentile`: that many percent of a layer's inputs do not exceed the range", 99.9),
     ] = 99.99
+    margin: Annotated[
+        Annotated[float, msgspec.Meta(gt=0, le=MOST_MARGIN)] | None,
+        about(
+            "an `input_scale` stands for so many times the range that was found, for inputs that calibration never saw",
+            8,
+            left_out="8 for NVFP4 layers with `amax: max`, otherwise 1",
+        ),
+    ] = None
     file: Annotated[
         str | None,
         about(
@@ -275,12 +308,45 @@ class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How every target is compared with diffusers."""
 
     prompts: Annotated[
-        str,
+        str | None,
         about(
-            "held-out prompts, none of them calibrated on: a text file, one prompt a line",
+            "held-out prompts, none of them calibrated on: a text file, one prompt a line. Needed unless `level` is none",
             "prompts/natural-held-out.txt",
         ),
-    ]
+    ] = None
+    level: Annotated[
+        Literal["none", "stages", "images"] | None,
+        about(
+            "`stages` compares text encoder, prologue, velocity and decoder on recorded inputs, one component in memory at a "
+            "time; `images` also finished images; `none` compares nothing",
+            "stages",
+            left_out="`images`; `stages` for a [large model](#large-models)",
+        ),
+    ] = None
+    max_prompts: Annotated[
+        Count | None,
+        about(
+            "takes at most so many of the prompts, spread evenly over the file",
+            1,
+            left_out="all of them; 1 for a [large model](#large-models)",
+        ),
+    ] = None
+    steps: Annotated[
+        Steps | None,
+        about(
+            "denoising steps of each reference image",
+            4,
+            left_out="`sampling.steps`; at most 4 for `stages`",
+        ),
+    ] = None
+    size: Annotated[
+        Size | None,
+        about(
+            "[height, width] to compare at; one of `sizes`",
+            [256, 256],
+            left_out="the first of `sizes`; the smallest for `stages`",
+        ),
+    ] = None
     seed: Annotated[
         Seed, about("prompt i (from 0) starts from the noise of seed + i; all must be less than 2^64", 1000)
     ] = 1000

@@ -117,7 +117,7 @@ class Damage:
 
         loaded = load_recipe(clean / "recipes" / "recipe.yaml", (TRACED, "sampling.steps=10"))
         read = read_calibration(calibration)
-        origin = Origin(self.digests, calibration_request(loaded), "cpu", {})
+        origin = Origin(self.digests, calibration_request(loaded, is_large=False), "cpu", {})
         write_calibration(clean / "calibration.safetensors", origin, read.records)
         rng, images, steps = np.random.default_rng(0), 8, 10
         change = rng.uniform(0.05, 0.5, (images, steps))
@@ -197,7 +197,7 @@ class Damage:
 
             job = self._job("calibration.file=../calibration.safetensors", "sampling.steps=10")
             file = read_calibration(path)
-            check_origin(file, self.digests, calibration_request(job.loaded))
+            check_origin(file, self.digests, calibration_request(job.loaded, job.is_large))
             records = file.records.get("transformer", {})
             for amax in ("max", "percentile"):
                 loaded = load_recipe(self.root / "recipes" / "recipe.yaml", (f"calibration.amax={amax}",))
