@@ -27,7 +27,7 @@ from fluxc.calibrate import run
 from fluxc.calibrate.amax import input_amax, least_error, percentile
 from fluxc.calibrate.file import Records, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer, add_up
-from fluxc.calibrate.placement import Placement, _available_memory, choose
+from fluxc.calibrate.placement import Placement, choose
 from fluxc.calibrate.records import BINS, ROWS, LayerInputs, bin_edges, merge
 from fluxc.calibrate.run import calibrate
 from fluxc.calibrate.sample import sample_points
@@ -475,19 +475,6 @@ def test_a_model_larger_than_memory_is_read_layer_by_layer_with_the_same_result(
 )
 def test_the_model_is_placed_whole_by_component_or_by_layer(gpu: int | None, host: int, expected: Placement) -> None:
     assert choose({"transformer": 20, "text_encoder": 15, "vae": 1}, gpu, host) == expected
-
-
-def test_a_containers_limit_counts_as_memory_there_is(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal:       64000 kB\nMemAvailable:   48000 kB\n")
-    assert _available_memory(tmp_path) == 48000 * 1024
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("1000000\n")
-    assert _available_memory(tmp_path) == 48000 * 1024
-    (group / "memory.max").write_text("9000000\n")
-    assert _available_memory(tmp_path) == 8000000
 
 
 def test_cuda_that_is_not_there_is_refused(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

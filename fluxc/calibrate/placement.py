@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +11,7 @@ from fluxc.base.errors import BuildError
 from fluxc.checkpoint.dequantized import PlainTensors, empty_model, weights_bytes
 from fluxc.checkpoint.reference import load_pipeline
 from fluxc.checkpoint.source import Checkpoint
+from fluxrt.memory import available_memory
 
 # Left free for activations and the allocator.
 ROOM = 0.8
@@ -66,7 +65,7 @@ def find_placement(checkpoint: Checkpoint, device: str, dtype: torch.dtype = tor
         for name, part in checkpoint.components.items()
         if name in ("transformer", "text_encoder", "vae")
     }
-    return choose(weights, gpu, _available_memory())
+    return choose(weights, gpu, available_memory())
 
 
 def place(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -79,20 +78,6 @@ def place(checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype = tor
     elif placement.device == "cuda":
         pipeline.to("cuda")
     return pipeline
-
-
-def _available_memory(system: Path = Path("/")) -> int:
-    """What this process can still take: MemAvailable, or less where its control group (cgroup v2) has a limit."""
-    meminfo = (system / "proc/meminfo").read_text()
-    found = re.search(r"^MemAvailable: +(\d+) kB$", meminfo, re.MULTILINE)
-    if found is None:
-        raise BuildError("/proc/meminfo does not say how much memory is available")
-    available, group = int(found[1]) * 1024, system / "sys/fs/cgroup"
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):
-        return available
-    return min(available, limit - used)
 
 
 def _read_by_layer(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
