@@ -49,6 +49,7 @@ def _free_here(system: Path) -> int:
 def _free_in_groups(system: Path) -> Iterator[int]:
     """What each control group with a limit leaves; /proc/self/cgroup has a line "number:controllers:path" for a hierarchy."""
     mounts = system / "sys/fs/cgroup"
+    limits: tuple[str, ...]
     for line in _read(system / "proc/self/cgroup").splitlines() or ["0::/"]:
         controllers, _, path = line.partition(":")[2].partition(":")
         if controllers == "":
