@@ -21,7 +21,7 @@ class OfSteps:
 
     def __init__(self, report: Report | None, texts: int, images: int, steps: int) -> None:
         self._report, self._texts, self._images, self._steps = report, texts, images, steps
-        self._encoded = self._stepped = 0
+        self._encoded = self._stepped = self._furthest = 0
 
     def text(self) -> None:
         """One more text is encoded."""
@@ -43,14 +43,20 @@ class OfSteps:
         self._stepped += count * self._steps
         self._tell()
 
-    def _tell(self) -> None:
+    def layer(self, share: float, calls: int) -> None:
+        """So many texts or steps of images, side by side, have done this share of their layers."""
+        self._tell(share * calls)
+
+    def _tell(self, begun: float = 0) -> None:
         if self._report is None:
             return
         detail = f"step {self._stepped}/{self._images * self._steps} of {self._images} images"
         if self._encoded < self._texts:
             detail = f"text {self._encoded}/{self._texts}"
         total = self._texts + self._images * self._steps
-        self._report(self._encoded + self._stepped, total, detail)
+        # Calls side by side end one after the other, all of them after their last layer was counted.
+        self._furthest = max(self._furthest, int(1000 * (self._encoded + self._stepped + begun)))
+        self._report(self._furthest, 1000 * total, detail)
 
 
 class StageProgress:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +38,14 @@ def calibrate(
     """The records over all prompts, steps and `branches` guidance branches, in the placement's type.
 
     Prompt i starts from the runtime's noise for `generation.seed` + i. What is complete is kept below `work`: the part of the
-    text encoder, then that of each prompt, or of prompts that went together. A later call with the same `work` reads it; the caller
-    removes `work` once it has kept the result.
+    text encoder, then that of each prompt, or of prompts that went together. A later call with the same `work` reads it; the
+    caller removes `work` once it has kept the result.
     """
     work.mkdir(parents=True, exist_ok=True)
     model = ReferenceModel(checkpoint, placement)
     texts = [*prompts, *([""] if branches == 2 else [])]
     report = OfSteps(on_progress, len(texts), len(prompts), generation.steps)
-    text_records, embeddings = _texts(model, texts, generation, origin, work, report.text)
+    text_records, embeddings = _texts(model, texts, generation, origin, work, report)
     empty = embeddings[-1] if branches == 2 else None
     report.texts_are_done()
     parts = [text_records]
@@ -62,9 +61,7 @@ def calibrate(
                 calls = generation.steps * branches
                 observer.keep_rows([sample_points(number, len(prompts), calls) for number in group])
                 generations = [generation.of_prompt(number) for number in group]
-                latents = model.denoise(
-                    transformer, [embeddings[n] for n in group], empty, generations, on_step=report.step
-                )
+                latents = model.denoise(transformer, [embeddings[n] for n in group], empty, generations, report=report)
                 for number, final in zip(group, latents, strict=True):
                     _check_image(model.decode(final), prompts[number])
                 write_calibration(_file_of(work, group), origin, {"transformer": observer.take()})
@@ -84,7 +81,7 @@ def _texts(
     generation: Generation,
     origin: Origin,
     work: Path,
-    on_prompt: Callable[[], None],
+    report: OfSteps,
 ) -> tuple[Records, list[torch.Tensor]]:
     """The text encoder's records over `texts`, each encoded once, and their embeddings."""
     kept, file = work / "text.safetensors", work / "embeddings.safetensors"
@@ -94,7 +91,7 @@ def _texts(
     with model.component("text_encoder", generation.text_layers) as encoder:
         observer = Observer(encoder.module)
         observer.keep_rows([sample_points(number, len(texts), 1) for number in range(len(texts))])
-        embeddings = model.encode(encoder, texts, generation, on_prompt)
+        embeddings = model.encode(encoder, texts, generation, report)
         records = {"text_encoder": observer.take()}
     partial = file.with_suffix(".partial")
     save_file({f"{number:06}": tensor.contiguous() for number, tensor in enumerate(embeddings)}, partial)

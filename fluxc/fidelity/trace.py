@@ -57,7 +57,7 @@ def record(
                     [texts[number].embeddings for number in group],
                     empty[0].embeddings if empty else None,
                     [generation.of_prompt(number) for number in group],
-                    on_step=report.step,
+                    report=report,
                 )
             for number, trace, final in zip(group, traces, finals, strict=True):
                 for text in (texts[number], *empty):
@@ -75,7 +75,7 @@ def _encode(model: ReferenceModel, prompts: list[str], generation: Generation, r
 
     with model.component("text_encoder", generation.text_layers) as encoder:
         encoder.module.register_forward_pre_hook(on_text, with_kwargs=True)
-        embeddings = model.encode(encoder, prompts, generation, report.text)
+        embeddings = model.encode(encoder, prompts, generation, report)
     return [_Text(tokens[number], found) for number, found in enumerate(embeddings)]
 
 

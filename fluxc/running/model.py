@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fluxc.base.progress import OfSteps
 from fluxc.checkpoint.components import text_encoder_config
 from fluxc.checkpoint.dequantized import empty_model
 from fluxc.checkpoint.reference import Generation, grid_of, load_pipeline, noise_for, spread
@@ -31,11 +32,17 @@ LayerHook = Callable[[str, nn.Module], None]
 
 
 class PlacedModel:
-    """A component that can be run. `module` is its torch module, on which hooks may be put; call it inside `run` only."""
+    """A component that can be run. `module` is its torch module, on which hooks may be put; call it inside `run` only.
+
+    Where layers are read, `on_load` is called when a part has its weights, and `on_progress(share, calls)` with the share of
+    the parts that so many calls have done of a pass.
+    """
 
     def __init__(self, module: nn.Module, weights: PartWeights, placement: Placement) -> None:
         self.module, self._weights, self._placement = module, weights, placement
         self.on_load: LayerHook | None = None
+        self.on_progress: Callable[[float, int], None] | None = None
+        self._calls = 0
         self._lockstep: Lockstep | None = None
         if placement.pieces == "component":
             for part in weights.parts:
@@ -59,6 +66,7 @@ class PlacedModel:
         """The results of `calls`, each of which may call the module any number of times; see `call_number`."""
         with torch.no_grad():
             if self._lockstep:
+                self._calls = len(calls)
                 return self._lockstep.run(calls)
             results = []
             for number, call in enumerate(calls):
@@ -77,6 +85,8 @@ class PlacedModel:
         self._weights.load(part)
         if self.on_load:
             self.on_load(part, self.module)
+        if self.on_progress:
+            self.on_progress(self.parts.index(part) / len(self.parts), self._calls)
 
 
 def _waiting(part: str) -> Callable[[nn.Module, Any], None]:
@@ -130,9 +140,10 @@ class ReferenceModel:
         encoder: PlacedModel,
         prompts: Sequence[str],
         generation: Generation,
-        on_prompt: Callable[[], None] | None = None,
+        report: OfSteps | None = None,
     ) -> list[torch.Tensor]:
         """The embeddings [1, length, features] of each prompt, in the placement's dtype."""
+        encoder.on_progress = report.layer if report else None
         pipeline = self._with(text_encoder=_Callable(encoder, self.placement, self._device))
 
         def encoded(prompt: str) -> torch.Tensor:
@@ -142,8 +153,8 @@ class ReferenceModel:
                 max_sequence_length=generation.text_length,
                 text_encoder_out_layers=generation.text_layers,
             )
-            if on_prompt:
-                on_prompt()
+            if report:
+                report.text()
             found: torch.Tensor = embeddings
             return found
 
@@ -156,17 +167,18 @@ class ReferenceModel:
         empty: torch.Tensor | None,
         generations: Sequence[Generation],
         dtype: torch.dtype | None = None,
-        on_step: Callable[[], None] | None = None,
+        report: OfSteps | None = None,
     ) -> list[torch.Tensor]:
         """What the VAE's decoder takes, [1, C, rows, columns], of one image for each of `texts`, by all its steps.
 
         `empty` are the embeddings of the empty prompt, for a model that is guided by them. `dtype` is that of the latents, by
-        default the placement's. `on_step` is called after every step of every image.
+        default the placement's.
         """
+        transformer.on_progress = report.layer if report else None
 
         def after_step(_pipeline: Any, _step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-            if on_step:
-                on_step()
+            if report:
+                report.step()
             return given
 
         def denoised(text: torch.Tensor, generation: Generation) -> torch.Tensor:

@@ -47,7 +47,7 @@ def record_steps(
     if missing:
         model = ReferenceModel(checkpoint, placement)
         with model.component("text_encoder", generation.text_layers) as encoder:
-            embeddings = model.encode(encoder, texts, generation, report.text)
+            embeddings = model.encode(encoder, texts, generation, report)
         empty = embeddings[-1] if branches == 2 else None
         with model.component("transformer") as transformer:
             FullPrecisionLoop(transformer.module)
@@ -55,9 +55,7 @@ def record_steps(
             for group in placement.groups(len(missing), SIDE_BY_SIDE):
                 numbers = [missing[at] for at in group]
                 generations = [generation.of_prompt(number) for number in numbers]
-                model.denoise(
-                    transformer, [embeddings[at] for at in group], empty, generations, torch.float32, report.step
-                )
+                model.denoise(transformer, [embeddings[at] for at in group], empty, generations, torch.float32, report)
                 for number, trace in zip(numbers, observer.take(len(group)), strict=True):
                     write_trace(kept[number], origin, [number], trace)
     return joined([read_trace(kept[number]).trace for number in images])
