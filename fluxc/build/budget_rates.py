@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -20,8 +19,6 @@ FLOP = 2.0 * ROWS * INNER * COLUMNS
 SECONDS = 0.1
 """What each measurement takes at least."""
 HASHED, COPIED, READ = 16 << 20, 64 << 20, 64 << 20
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""Of /proc/cpuinfo: products of bfloat16 in hardware, on x86 and on Arm."""
 
 
 class Rates:
@@ -63,16 +60,6 @@ class Rates:
     def reading(self) -> float:
         """Bytes/s of reading what is not in the page cache."""
         return min(self.copying, _reading(self._file) if self._file else self.copying)
-
-
-def multiplies_bf16(system: Path = Path("/")) -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; in software it is many times slower than fp32."""
-    try:
-        listed = (system / "proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", listed, re.MULTILINE)
-    return bool(found and BF16_FLAGS & set(found[1].split()))
 
 
 def _seconds(work: Callable[[], object]) -> float:

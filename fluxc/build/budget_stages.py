@@ -14,13 +14,16 @@ from typing import Any
 
 import msgspec
 
-from fluxc.build.budget_rates import Rates, multiplies_bf16
+from fluxc.base.cpu import multiplies_bf16
+from fluxc.build.budget_rates import Rates
 from fluxc.build.job import Job
 from fluxc.build.requests import calibration_request, trace_request
-from fluxc.calibrate.records import BINS, ROWS
+from fluxc.calibrate.records import ROWS
+from fluxc.calibrate.stage import asked_of, observed_bytes
 from fluxc.checkpoint.components import WEIGHTS_FILE
-from fluxc.checkpoint.identify import text_encoder_of, vae_of
+from fluxc.checkpoint.identify import vae_of
 from fluxc.checkpoint.needs import (
+    PROCESS,
     Asked,
     Models,
     decoding,
@@ -28,6 +31,7 @@ from fluxc.checkpoint.needs import (
     image_tokens,
     memory_by_component,
     memory_by_layer,
+    models_of,
     text_flop,
     weights_read,
 )
@@ -37,13 +41,12 @@ from fluxc.predict.work import work_of
 from fluxc.quantize.plan import to_quantize
 from fluxc.quantize.source_memory import memory_by_component as weights_by_component
 from fluxc.recipe.targets import OnnxRuntimeTarget, TensorRTTarget, VisualGenTarget
+from fluxc.stepcache.trace_stage import traced
 from fluxc.targets.sharding import Shards
 
 MIB, GIB = 1 << 20, 1 << 30
 START = 300 * MIB
 """A process that has imported neither torch nor diffusers."""
-PROCESS = 900 * MIB
-"""A build's process with torch, diffusers, onnx and numba imported, and what earlier stages left with the allocator."""
 WRITER = 200 * MIB
 """The chunks that are quantized, and mapped pages of the source."""
 LIBRARY = 300 * MIB
@@ -170,10 +173,7 @@ class Needs:
     @cached_property
     def models(self) -> Models:
         """The checkpoint's networks."""
-        taken = self.source.family.text_layers
-        encoder = text_encoder_of(self.source.checkpoint)
-        layers = min(encoder.num_hidden_layers, taken[-1] + 1)
-        return Models(self.source.transformer, encoder, self._vae, layers, len(taken))
+        return models_of(self.source.checkpoint)
 
     @cached_property
     def _vae(self) -> Flux2VAE:
@@ -187,7 +187,7 @@ class Needs:
 
     def _running(self, asked: Asked, dtype: str, passes: float | None = None) -> Need:
         """Of running the model, its transformer `passes` times, by default as `asked`."""
-        whole, layers = PROCESS + memory_by_component(self.models, asked), PROCESS + memory_by_layer(self.models, asked)
+        whole, layers = memory_by_component(self.models, asked), memory_by_layer(self.models, asked)
         by_layer = whole > self.limit
         texts = asked.prompts + (asked.rows > 1)
         passes = asked.prompts * asked.rows * asked.steps if passes is None else passes
@@ -208,16 +208,15 @@ class Needs:
     def _asked(self, request: dict[str, Any], rows: int, dtype: str) -> tuple[Asked, str]:
         """The request as counts, and the type that it is computed in here."""
         dtype = "bfloat16" if dtype == "bfloat16" and multiplies_bf16() else "float32"
-        size, item = tuple(request["size"]), 2 if dtype == "bfloat16" else 4
-        length = self.recipe.text.length
-        return Asked(len(request["prompts"]), rows, request["steps"], size, length, item), dtype
+        item = 2 if dtype == "bfloat16" else 4
+        return replace(asked_of(request | {"text_length": self.recipe.text.length}, rows), itemsize=item), dtype
 
     def _calibrate(self, _: str) -> Need:
         request = calibration_request(self.job.loaded, self.job.is_large)
         asked, dtype = self._asked(request, self.job.rows(request["guidance"]), "bfloat16")
-        layers = [*self.source.linears("transformer"), *self.models.text_encoder.linears(self.models.text_layers)]
+        layers = [*self.models.transformer.linears, *self.models.text_encoder.linears(self.models.text_layers)]
         columns = sum(layer.in_features for layer in layers)
-        asked = replace(asked, observed=2 * (columns * 4 * (ROWS + 1) + len(layers) * 8 * BINS))
+        asked = replace(asked, observed=observed_bytes(self.models))
         ranges = columns * 4 + len(layers) * HISTOGRAM_DISK
         cures = [("calibration.engine: none", PROCESS)] if self.recipe.calibration.engine == "fluxc" else []
         need = self._running(asked, dtype)
@@ -248,6 +247,7 @@ class Needs:
     def _step_trace(self) -> Need:
         request = trace_request(self.job.loaded)
         asked, dtype = self._asked(request, self.job.rows(request["guidance"]), request["dtype"])
+        asked = replace(traced(self.models, asked), itemsize=asked.itemsize)
         need = self._running(asked, dtype)
         return replace(need, disk=SMALL_DISK + asked.prompts * asked.steps**2 * 64)
 

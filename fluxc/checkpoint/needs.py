@@ -1,7 +1,7 @@
 """What running a model takes, counted from its configs: bytes of memory, FLOP. No weight is read and no torch imported.
 
 Text encoder, transformer and VAE run one after the other, each for all prompts, as diffusers' own modules; the VAE stays in
-memory. The process itself is not counted.
+memory.
 
 1. A component at a time: its weights in the type that is computed in, and the activations of one row.
 2. Layer by layer: two parts of it, the one that runs and the one that is being read; the activations of one row; and what
@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fluxc.checkpoint.identify import family_of, text_encoder_of, transformer_of, vae_of
+from fluxc.checkpoint.source import Checkpoint
 from fluxc.models.base import Shape
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
@@ -25,6 +27,11 @@ from fluxc.models.qwen3 import Qwen3
 
 PART = re.compile(r"((?:\w+\.)*?\w+\.\d+|(?:model\.)?\w+)\.")
 TABLE = "model.embed_tokens.weight"
+PROCESS = 900 << 20
+"""Bytes of a process with torch, diffusers, onnx and numba imported, and what earlier stages of a build left with the
+allocator."""
+SIDE_BY_SIDE, TRACED_SIDE_BY_SIDE = 8, 2
+"""So many prompts go through the transformer together, where it is read layer by layer; of a step trace, which keeps more."""
 ALLOCATOR = 1.2
 """What the allocator takes for a byte of activations; weights are asked for in pieces so large that it gives them exactly."""
 
@@ -44,7 +51,8 @@ class Models:
 class Asked:
     """`prompts` images of `size` (height, width) pixels in `steps` steps, each with `rows` guidance rows.
 
-    `itemsize`: bytes of the type that is computed in. `observed`: bytes that observers of the Linears keep.
+    `itemsize`: bytes of the type that is computed in. `observed`: bytes that observers keep. Where layers are read, so many
+    prompts go `together` through the transformer.
     """
 
     prompts: int
@@ -52,12 +60,20 @@ class Asked:
     steps: int
     size: tuple[int, int]
     text_tokens: int
-    itemsize: int
+    itemsize: int = 2
     observed: int = 0
+    together: int = SIDE_BY_SIDE
 
     def with_size(self, size: tuple[int, int]) -> Asked:
         """The same at another size."""
         return replace(self, size=size)
+
+
+def models_of(checkpoint: Checkpoint) -> Models:
+    """The networks of `checkpoint`: of its text encoder one layer more than the last that is taken."""
+    taken, encoder = family_of(checkpoint).text_layers, text_encoder_of(checkpoint)
+    layers = min(encoder.num_hidden_layers, taken[-1] + 1)
+    return Models(transformer_of(checkpoint), encoder, vae_of(checkpoint), layers, len(taken))
 
 
 def parts_of(tensors: Mapping[str, Shape]) -> Counter[str]:
@@ -71,28 +87,28 @@ def parts_of(tensors: Mapping[str, Shape]) -> Counter[str]:
 
 
 def memory_by_component(models: Models, asked: Asked) -> int:
-    """Bytes that running the model takes at its peak, with one component in memory at a time."""
+    """Bytes of the process at its peak, with one component in memory at a time."""
     peak = ALLOCATOR * decoding(models.vae, asked)
     for component in (_TextEncoder(models, asked), _Transformer(models, asked)):
         weights = asked.itemsize * sum(component.parts.values()) + component.largest_read
         peak = max(peak, weights + ALLOCATOR * (component.kept + component.activations))
-    return int(peak) + _besides(models, asked)
+    return PROCESS + int(peak) + _besides(models, asked)
 
 
 def memory_by_layer(models: Models, asked: Asked) -> int:
-    """Bytes that running the model takes at its peak, with two parts of a component in memory at a time."""
+    """Bytes of the process at its peak, with two parts of a component in memory at a time."""
     peak = ALLOCATOR * decoding(models.vae, asked)
     for component in (_TextEncoder(models, asked), _Transformer(models, asked)):
         weights = asked.itemsize * sum(size for _, size in component.parts.most_common(2)) + component.largest_read
         peak = max(peak, weights + ALLOCATOR * (component.calls * component.kept + component.activations))
-    return int(peak) + _besides(models, asked)
+    return PROCESS + int(peak) + _besides(models, asked)
 
 
 def weights_read(models: Models, asked: Asked, by_layer: bool) -> int:
     """Bytes that are read from the checkpoint's files, stored in 16 bits: once, or, layer by layer, the transformer's once a
     step."""
     text, image = _TextEncoder(models, asked), _Transformer(models, asked)
-    again = asked.steps if by_layer else 1
+    again = asked.steps * -(-asked.prompts // asked.together) if by_layer else 1
     return 2 * (sum(text.parts.values()) + again * sum(image.parts.values()) + _vae_weights(models))
 
 
@@ -169,7 +185,7 @@ class _Transformer(_Component):
         tokens = asked.text_tokens + image_tokens(models, asked.size)
         self.parts = parts_of(model.tensors)
         self.largest_read = _converted(model.tensors, item)
-        self.calls = asked.prompts * asked.rows
+        self.calls = min(asked.prompts, asked.together) * asked.rows
         self.kept = tokens * (3 * model.width * item + 2 * model.attention_head_dim * 4)
         self.activations = tokens * (14 * model.width + 5 * model.mlp_width) * item
 
