@@ -328,7 +328,7 @@ def test_no_stage_runs_the_command_line_or_the_list_of_stages(stage: str) -> Non
 
 def test_a_stage_depends_on_the_code_it_runs_and_on_no_other() -> None:
     calibration = closure("fluxc.calibrate.stage")
-    assert {"fluxc.calibrate.run", "fluxc.calibrate.observe", "fluxc.calibrate.placement"} <= set(calibration)
+    assert {"fluxc.calibrate.run", "fluxc.calibrate.observe", "fluxc.running.placement"} <= set(calibration)
     assert not [name for name in calibration if name.startswith(("fluxc.targets", "fluxc.stepcache", "fluxc.fidelity"))]
     assert "fluxc.targets.tensorrt.audit" in closure("fluxc.targets.tensorrt.stage")
     assert "fluxc.targets.tensorrt.audit" not in closure("fluxc.targets.onnxruntime.stage")

@@ -23,22 +23,22 @@ from conftest import NANO, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import CHECKPOINT_PARTS, Origin, check_origin
 from fluxc.build.measure import calibrate_to_file
-from fluxc.calibrate import run
 from fluxc.calibrate.amax import input_amax, least_error, percentile
 from fluxc.calibrate.file import Records, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer, add_up
-from fluxc.calibrate.placement import Placement, _available_memory, choose
 from fluxc.calibrate.records import BINS, ROWS, LayerInputs, bin_edges, merge
 from fluxc.calibrate.run import calibrate
 from fluxc.calibrate.sample import sample_points
 from fluxc.calibrate.summary import outliers
-from fluxc.checkpoint.reference import Generation, load_pipeline
+from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats import fp8, nvfp4
 from fluxc.models.base import Linear
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import Calibration
+from fluxc.running.model import ReferenceModel
+from fluxc.running.placement import Placement
 from fluxrt.bundle import open_bundle
 from quick import QUICK, results_of
 
@@ -49,7 +49,7 @@ PROMPTS = ["a small red ring at the top on a blue background", "a large green cr
 def observe(*inputs: torch.Tensor) -> LayerInputs:
     model = torch.nn.Sequential(torch.nn.Linear(inputs[0].shape[-1], 2))
     observer = Observer(model)
-    observer.keep_rows(sample_points(0, 1, len(inputs)))
+    observer.keep_rows([sample_points(0, 1, len(inputs))])
     for x in inputs:
         model(x)
     records = observer.take()
@@ -102,11 +102,11 @@ def test_watching_a_model_on_a_gpu_reads_nothing_back() -> None:
     with FakeTensorMode(), torch.no_grad():
         model = torch.nn.Sequential(Unset(32, 48, device="cuda"), Unset(48, 8, device="cuda"))
         observer = Observer(model)
-        observer.keep_rows({0: [0.1, 0.5], 1: [0.9]})
+        observer.keep_rows([{0: [0.1, 0.5], 1: [0.9]}])
         for _ in range(2):
             model(torch.empty(3, 7, 32, device="cuda"))
         for seen in observer._seen.values():
-            assert [len(rows) for rows in seen._rows] == [2, 1]
+            assert [len(rows) for rows in seen._rows[0]] == [2, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int64])
@@ -346,7 +346,9 @@ def test_a_file_of_another_checkpoint_or_request_is_refused_by_name(tmp_path: Pa
         check_origin(file, digests(), {"prompts": ["b"], "steps": 3})
 
 
-WHOLE = Placement("cpu", "whole")
+WHOLE = Placement("cpu", torch.bfloat16, "component")
+
+LAYERS = Placement("cpu", torch.bfloat16, "layer")
 
 
 def run_calibration(work: Path, placement: Placement = WHOLE) -> Records:
@@ -374,7 +376,7 @@ def test_records_equal_raw_captures_and_rows_come_from_every_call(whole: bytes, 
             lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, -2).float().numpy())
         )
     for number, prompt in enumerate(PROMPTS):
-        run.generate(pipeline, checkpoint, prompt, GENERATION.of_prompt(number))
+        generate(pipeline, checkpoint, prompt, GENERATION.of_prompt(number))
     for name, seen in captured.items():
         record, values = records[name], np.concatenate(seen)
         assert (record.histogram.sum(), record.amax) == (values.size, np.abs(values).max())
@@ -417,12 +419,12 @@ def test_calibrate_killed_and_run_again_gives_the_same_bytes(
     killed = tmp_path / "killed" / "nano.safetensors"
     command = [sys.executable, "-m", "fluxc", "calibrate", str(RECIPE), *arguments, "--out", str(killed)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(killed.parent.glob(".fluxc/progress/*/prompt-00000.safetensors")):
+    while process.poll() is None and not list(killed.parent.glob(".fluxc/progress/*/prompts-00000-00000.safetensors")):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not killed.exists()
-    assert list(killed.parent.glob(".fluxc/progress/*/prompt-00000.safetensors"))
+    assert list(killed.parent.glob(".fluxc/progress/*/prompts-00000-00000.safetensors"))
     subprocess.run(command, check=True, capture_output=True)
     assert killed.read_bytes() == (made / "calibration.safetensors").read_bytes()
     assert list((killed.parent / ".fluxc/progress").iterdir()) == []
@@ -430,7 +432,7 @@ def test_calibrate_killed_and_run_again_gives_the_same_bytes(
 
 def test_a_prompts_records_that_were_cut_short_are_measured_again(whole: bytes, tmp_path: Path) -> None:
     run_calibration(tmp_path / "work")
-    first = tmp_path / "work" / "prompt-00000.safetensors"
+    first = tmp_path / "work" / "prompts-00000-00000.safetensors"
     first.write_bytes(first.read_bytes()[:-8])
     write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work"))
     assert (tmp_path / "file").read_bytes() == whole
@@ -439,55 +441,27 @@ def test_a_prompts_records_that_were_cut_short_are_measured_again(whole: bytes, 
 def test_an_interrupted_calibration_goes_on_and_gives_the_same_bytes(
     whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generated: list[str] = []
-    generate = run.generate
+    decoded: list[str] = []
+    decode = ReferenceModel.decode
 
-    def interrupted(pipeline, checkpoint, prompt, generation, **watched):
-        if prompt == PROMPTS[1] and generated == [PROMPTS[0]]:
-            generated.append("interrupted")
+    def interrupted(model: ReferenceModel, latents: torch.Tensor) -> np.ndarray:
+        if len(decoded) == 1:
+            decoded.append("interrupted")
             raise KeyboardInterrupt
-        generated.append(prompt)
-        return generate(pipeline, checkpoint, prompt, generation, **watched)
+        decoded.append("image")
+        return decode(model, latents)
 
-    monkeypatch.setattr(run, "generate", interrupted)
+    monkeypatch.setattr(ReferenceModel, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_calibration(tmp_path / "work")
     write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work"))
-    assert generated == [PROMPTS[0], "interrupted", PROMPTS[1]]
+    assert decoded == ["image", "interrupted", "image"]
     assert (tmp_path / "file").read_bytes() == whole
 
 
 def test_a_model_larger_than_memory_is_read_layer_by_layer_with_the_same_result(whole: bytes, tmp_path: Path) -> None:
-    write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work", Placement("cpu", "layer")))
+    write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work", LAYERS))
     assert (tmp_path / "file").read_bytes() == whole
-
-
-@pytest.mark.parametrize(
-    ("gpu", "host", "expected"),
-    [
-        (None, 100, Placement("cpu", "whole")),
-        (None, 30, Placement("cpu", "layer")),
-        (100, 10, Placement("cuda", "whole")),
-        (30, 100, Placement("cuda", "component")),
-        (30, 30, Placement("cuda", "layer")),
-        (10, 100, Placement("cuda", "layer")),
-    ],
-)
-def test_the_model_is_placed_whole_by_component_or_by_layer(gpu: int | None, host: int, expected: Placement) -> None:
-    assert choose({"transformer": 20, "text_encoder": 15, "vae": 1}, gpu, host) == expected
-
-
-def test_a_containers_limit_counts_as_memory_there_is(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal:       64000 kB\nMemAvailable:   48000 kB\n")
-    assert _available_memory(tmp_path) == 48000 * 1024
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("1000000\n")
-    assert _available_memory(tmp_path) == 48000 * 1024
-    (group / "memory.max").write_text("9000000\n")
-    assert _available_memory(tmp_path) == 8000000
 
 
 def test_cuda_that_is_not_there_is_refused(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.quantize.source import Source, read_source
 from fluxc.recipe.load import load_recipe
+from fluxc.running.model import ReferenceModel
+from fluxc.running.placement import Placement
 from fluxrt.bundle import open_bundle
 from quick import QUICK
 
@@ -289,15 +291,16 @@ def test_a_config_that_contradicts_the_tensors_is_refused(
 
 
 def test_calibration_by_layer_reads_dequantized_weights(exported: Path) -> None:
-    from fluxc.calibrate.placement import Placement, place
-
     checkpoint = open_checkpoint(str(exported), None, ROOT)
     generation = Generation((64, 64), 1, 1.5, 0, 32, (9, 18, 27))
-    images = [
-        generate(place(checkpoint, Placement("cpu", pieces)), checkpoint, "a red circle", generation)
-        for pieces in ("whole", "layer")
-    ]
-    assert np.array_equal(*images)
+    expected = generate(load_pipeline(checkpoint, torch.bfloat16), checkpoint, "a red circle", generation)
+    for pieces in ("component", "layer"):
+        model = ReferenceModel(checkpoint, Placement("cpu", torch.bfloat16, pieces))
+        with model.component("text_encoder", generation.text_layers) as encoder:
+            text, empty = model.encode(encoder, ["a red circle", ""], generation)
+        with model.component("transformer") as transformer:
+            (final,) = model.denoise(transformer, [text], empty, [generation])
+        np.testing.assert_array_equal(model.decode(final), expected)
 
 
 def test_modelopts_engine_needs_cuda_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import NANO, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import RecipeError
-from fluxc.calibrate.sensitivity import GroupCost, Simulation, State, choose, output_error, record_states
-from fluxc.checkpoint.reference import Generation, load_pipeline
+from fluxc.calibrate.sensitivity import (
+    GroupCost,
+    Simulation,
+    State,
+    choose,
+    output_error,
+    record_states,
+    velocities_of,
+)
+from fluxc.checkpoint.reference import Generation
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats import nvfp4
 from fluxc.models.flux2_transformer import Flux2Transformer
@@ -24,6 +34,8 @@ from fluxc.quantize.presets import PRESETS
 from fluxc.quantize.source import read_source
 from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import ComponentPrecision
+from fluxc.running.model import PlacedModel, ReferenceModel
+from fluxc.running.placement import Placement
 from fluxrt.bundle import open_bundle
 from quick import QUICK
 
@@ -58,23 +70,53 @@ def test_errors_of_all_states_are_read_at_the_end() -> None:
     velocities = [torch.randn(2, 3, generator=generator) for _ in range(5)]
     states = [State([{"given": velocity}], velocity * 1.25) for velocity in velocities]
 
-    class Model(torch.nn.Module):
-        def forward(self, given: torch.Tensor) -> tuple[torch.Tensor]:
-            return (given,)
-
     with CountReads() as counted:
-        error = output_error(Model(), states, 1.0)
+        error = output_error(lambda listed: [arguments["given"] for arguments in listed], states, 1.0)
     assert error == pytest.approx(0.04, rel=1e-6)
     assert counted.reads == 0
 
 
-def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:
+@contextmanager
+def nano_transformer(pieces: str) -> Iterator[tuple[PlacedModel, list[State]]]:
+    """flux2-nano's transformer in fp32, and states of PROMPTS."""
     checkpoint = open_checkpoint(str(NANO), None, NANO)
-    pipeline = load_pipeline(checkpoint, torch.float32)
-    model = pipeline.transformer
-    states = record_states(pipeline, checkpoint, PROMPTS, GENERATION, branches=2)
+    model = ReferenceModel(checkpoint, Placement("cpu", torch.float32, pieces))
+    with model.component("text_encoder", GENERATION.text_layers) as encoder:
+        *texts, empty = model.encode(encoder, [*PROMPTS, ""], GENERATION)
+    with model.component("transformer") as transformer:
+        generations = [GENERATION.of_prompt(number) for number in range(len(PROMPTS))]
+        yield transformer, record_states(model, transformer, texts, empty, generations)
+
+
+def test_layer_by_layer_the_error_of_a_quantized_group_is_the_same() -> None:
+    checkpoint = open_checkpoint(str(NANO), None, NANO)
+    component = checkpoint.components["transformer"]
+    linears = Flux2Transformer.read(component.config).linears
+    plan = precision_plan("transformer", linears, ComponentPrecision("nvfp4"))
+    group = [entry for entry in plan if entry.layer.group == "transformer_blocks.1.attn.to_qkv"]
+    simulation = Simulation(component.tensors, {e.layer.name: 8.0 for e in group}, "max", True)
+    errors: dict[str, list[float]] = {}
+    for pieces in ("component", "layer"):
+        with nano_transformer(pieces) as (transformer, states):
+            velocities = velocities_of(transformer)
+            before = output_error(velocities, states, GENERATION.guidance)
+            with simulation.of(transformer, group):
+                changed = output_error(velocities, states, GENERATION.guidance)
+            errors[pieces] = [before, changed, output_error(velocities, states, GENERATION.guidance)]
+    assert errors["component"] == errors["layer"]
+    assert errors["layer"][0] == errors["layer"][2] == 0 < errors["layer"][1]
+
+
+def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:
+    with nano_transformer("component") as (transformer, states):
+        _check_group(transformer, states)
+
+
+def _check_group(transformer: PlacedModel, states: list[State]) -> None:
+    checkpoint = open_checkpoint(str(NANO), None, NANO)
+    model, velocities = transformer.module, velocities_of(transformer)
     assert len(states) == 6
-    assert output_error(model, states, GENERATION.guidance) == 0
+    assert output_error(velocities, states, GENERATION.guidance) == 0
     plan = precision_plan(
         "transformer",
         Flux2Transformer.read(checkpoint.components["transformer"].config).linears,
@@ -86,7 +128,7 @@ def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:
     tensors = checkpoint.components["transformer"].tensors
     errors = {}
     for rounded in (False, True):
-        with Simulation(tensors, {e.layer.name: 8.0 for e in group}, "max", rounded).of(model, group):
+        with Simulation(tensors, {e.layer.name: 8.0 for e in group}, "max", rounded).of(transformer, group):
             shared = torch.cat([before[f"{e.layer.name}.weight"].flatten() for e in group]).abs().amax()
             for entry in group:
                 weight = before[f"{entry.layer.name}.weight"]
@@ -96,7 +138,7 @@ def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:
                 x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
                 seen = nvfp4.fake_quantize(x, torch.tensor(8.0 / 2688)) if rounded else x
                 assert torch.equal(module(x), torch.nn.functional.linear(seen, expected))
-            errors[rounded] = output_error(model, states, GENERATION.guidance)
+            errors[rounded] = output_error(velocities, states, GENERATION.guidance)
     assert 0 < errors[False] < errors[True] < 0.1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

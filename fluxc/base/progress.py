@@ -5,7 +5,7 @@ Every stage imports this module, so it changes rarely: its code is part of every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -16,14 +16,47 @@ class Report(Protocol):
     def __call__(self, done: int, total: int, detail: str = "") -> None: ...
 
 
-def of_prompts(report: Report | None, number: int, prompts: int, steps: int) -> Callable[[int], None]:
-    """What reports that so many steps of prompt `number` are done, where there are `prompts` prompts of `steps` steps."""
+class OfSteps:
+    """Counts what generating images comes to: so many texts to encode, each as much work as a step, then steps of images."""
 
-    def on_step(done: int) -> None:
-        if report:
-            report(number * steps + done, prompts * steps, f"{number + done // steps}/{prompts} prompts")
+    def __init__(self, report: Report | None, texts: int, images: int, steps: int) -> None:
+        self._report, self._texts, self._images, self._steps = report, texts, images, steps
+        self._encoded = self._stepped = self._furthest = 0
 
-    return on_step
+    def text(self) -> None:
+        """One more text is encoded."""
+        self._encoded += 1
+        self._tell()
+
+    def texts_are_done(self) -> None:
+        """All texts are encoded, now or before."""
+        self._encoded = self._texts
+        self._tell()
+
+    def step(self) -> None:
+        """One more step of one image is done."""
+        self._stepped += 1
+        self._tell()
+
+    def images_are_done(self, count: int) -> None:
+        """So many more images were made before."""
+        self._stepped += count * self._steps
+        self._tell()
+
+    def layer(self, share: float, calls: int) -> None:
+        """So many texts or steps of images, side by side, have done this share of their layers."""
+        self._tell(share * calls)
+
+    def _tell(self, begun: float = 0) -> None:
+        if self._report is None:
+            return
+        detail = f"step {self._stepped}/{self._images * self._steps} of {self._images} images"
+        if self._encoded < self._texts:
+            detail = f"text {self._encoded}/{self._texts}"
+        total = self._texts + self._images * self._steps
+        # Calls side by side end one after the other, all of them after their last layer was counted.
+        self._furthest = max(self._furthest, int(1000 * (self._encoded + self._stepped + begun)))
+        self._report(self._furthest, 1000 * total, detail)
 
 
 class StageProgress:

@@ -20,6 +20,7 @@ from fluxc.build.readme import place_readme
 from fluxc.build.runner import Results, count_steps, run, run_steps, up_to
 from fluxc.build.stages import DRAFT, comparing, layers_of, provenance_tools, sampling_entry, steps
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.fidelity.evidence import evidence_entry
 from fluxc.fidelity.gates import check_gates, check_stages, stage_bounds
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.report.assemble import assemble
@@ -118,7 +119,9 @@ def _make_bundle(
         manifest,
         fidelity=bundle_writer.fidelity_entry(report),
         images=bundle_writer.recorded(folders[0]),
+        evidence=_evidence(job, results, folders[0]) or msgspec.UNSET,
     )
+    bundle_writer.place_evidence(folders[0], staging)
     place_readme(job.source(results).checkpoint.root, manifest, staging)
     manifest = msgspec.structs.replace(manifest, files=bundle_writer.files_of(staging, cache))
     if bundle_writer.is_current(out, manifest, cache):
@@ -150,12 +153,28 @@ def _report(
         failure = error
     found = verdict(recipe.gates, snr, figures["targets"], bounds, chosen, str(failure or ""))
     evidence = {entry.name: kind_of(entry.kind).evidence(entry) for entry in manifest.targets}
+    if recipe.step_cache and cached is None:
+        figures["not_compared"].append(_step_cache_left_out(figures["level"]))
     figures |= {
         "engines": {name: found for name, found in evidence.items() if found},
         "layers": layers,
         "sensitivity": results["sensitivity"],
     }
     return assemble(job.loaded, source, manifest, figures, cached, found), failure
+
+
+def _step_cache_left_out(level: str) -> dict[str, str]:
+    """Why nothing was measured of the step cache."""
+    runs = "no target ran where the bundle was built"
+    why = runs if level == "images" else f"fidelity.level is {level}, which generates no images; or {runs}"
+    return msgspec.to_builtins(format.NotCompared("step cache", "images with steps skipped", why))
+
+
+def _evidence(job: Job, results: Results, compared: Path) -> format.Evidence | None:
+    """The manifest's `evidence`, of what the comparison left in the folder `compared`."""
+    recipe, figures = job.loaded.recipe, json.loads((compared / "figures.json").read_text())
+    plans = job.source(results).plans
+    return evidence_entry(compared, figures["targets"], recipe.targets, recipe.fidelity.reference, plans)
 
 
 def _draft(

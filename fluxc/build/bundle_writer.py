@@ -17,6 +17,7 @@ from fluxc.base.cache import SEAL, StageCache, beside
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import check_finite
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.fidelity.evidence import FOLDER, INDEX
 from fluxc.fidelity.on_target import digest_without_entries, entries_of
 from fluxc.quantize.component_files import write_small_files
 from fluxc.quantize.source import Source
@@ -30,7 +31,7 @@ from fluxrt import manifest as format
 from fluxrt.bundle import is_ignored, open_bundle
 from fluxrt.errors import BundleError
 
-LEFT_OUT = ("images.json", "figures.json", "step-cache.json", SEAL)
+LEFT_OUT = ("images.json", "figures.json", "step-cache.json", INDEX, SEAL)
 """Files of a result that are not for the bundle."""
 
 
@@ -58,9 +59,17 @@ def place_reports(folders: list[Path], report: Report, staging: Path) -> Path:
     """Copy the images of results that are the report's, and write the report and its page; the page."""
     for folder in folders:
         for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in LEFT_OUT):
+            if FOLDER in file.relative_to(folder).parts:
+                continue
             (staging / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, staging / file.relative_to(folder))
     return write_report(staging, report)
+
+
+def place_evidence(compared: Path, staging: Path) -> None:
+    """Copy the evidence files of the comparison's folder into the bundle being made; there may be none."""
+    if (compared / FOLDER).is_dir():
+        shutil.copytree(compared / FOLDER, staging / FOLDER)
 
 
 def keep_failed(folders: list[Path], report: Report, staging: Path, failed: Path) -> Path:
@@ -94,7 +103,7 @@ def fidelity_entry(report: Report) -> format.Fidelity:
     plain = msgspec.to_builtins({"targets": report.targets, "ranks": report.ranks})
     for figures in plain["targets"].values():
         figures.pop("prompts")
-    entry = {"reference": report.reference, **plain}
+    entry = {"reference": report.reference, "level": report.level, "not_compared": report.not_compared, **plain}
     chosen = report.step_cache.chosen if report.step_cache else None
     if chosen:
         cached = msgspec.to_builtins(chosen)

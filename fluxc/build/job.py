@@ -10,7 +10,14 @@ from typing import Any
 from fluxc.base.cache import PROGRESS, StageCache
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import Origin, check_origin, check_request
-from fluxc.build.requests import FidelityRequest, calibration_request, fidelity_request, judges_of, trace_request
+from fluxc.build.requests import (
+    FidelityRequest,
+    calibration_request,
+    fidelity_request,
+    judges_of,
+    level_of,
+    trace_request,
+)
 from fluxc.build.runner import NotBuiltError, Results, Stage
 from fluxc.calibrate.file import read_calibration
 from fluxc.checkpoint import template_stage
@@ -27,6 +34,13 @@ from fluxc.stepcache.file import check_complete, read_trace
 from fluxc.targets.base import TargetContext
 from fluxc.targets.registry import kind_of
 from fluxrt.manifest import Prompting
+
+MEASURED_AT = {
+    "step_cosine": ("stages", "images"),
+    "image_psnr_db": ("images",),
+    "step_cache_psnr_db": ("images",),
+}
+"""By gate of the comparison, the values of `fidelity.level` that measure it."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +179,16 @@ def check_targets(context: TargetContext) -> None:
         with collected.collecting():
             kind_of(target.kind).check(f"targets[{at}]", target, context)
     gates = recipe.gates
-    measured = ("step_cosine", "image_psnr_db", "step_cache_psnr_db")
-    gated = [name for name in measured if getattr(gates, name) is not None]
+    level = level_of(recipe, context.source.is_large)
+    gated = [name for name in MEASURED_AT if getattr(gates, name) is not None]
+    for name in gated:
+        with collected.collecting():
+            if level not in MEASURED_AT[name]:
+                default = "" if recipe.fidelity.level else ", the default for a large model"
+                raise RecipeError(
+                    f"gates.{name}: fidelity.level is {level}{default}, which measures nothing that could be held to it; set "
+                    f"fidelity.level to {MEASURED_AT[name][0]}, or leave the gate out"
+                )
     with collected.collecting():
         if gated and not any(target.runs_here for target in recipe.targets):
             raise RecipeError(

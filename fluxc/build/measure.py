@@ -20,7 +20,7 @@ from fluxrt.errors import RequestError
 
 def check_device(device: str) -> None:
     """Refuse a device that is not here, before anything is hashed."""
-    from fluxc.calibrate.placement import check_device as check
+    from fluxc.running.placement import check_device as check
 
     check(device)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxc.models.published import MODELS
+from fluxc.report.tiers import UNCOMPARED
 from fluxc.targets.tensorrt.library import GPUS
 from fluxrt.backends.library import PACKAGE
 from fluxrt.install import extra_requirements, install_elsewhere
@@ -72,6 +73,9 @@ def _rendered(manifest: Manifest, licence: str, licence_files: list[str]) -> str
         python_prompt=json.dumps(prompt),
         weights=_weights(manifest),
         fidelity=_fidelity(manifest),
+        has_images=manifest.fidelity.level == "images",
+        uncompared=UNCOMPARED.get(str(manifest.fidelity.level), ""),
+        evidence=manifest.recorded,
         tools=", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items()),
     )
 
@@ -115,7 +119,9 @@ def _weights(manifest: Manifest) -> list[tuple[str, str, int, str, str]]:
 
 def _fidelity(manifest: Manifest) -> list[tuple[str, ...]]:
     """Of each target that the build ran: the figures of the report."""
-    keys = ("step_cosine", "image_psnr_db", "image_psnr_db_worst", "image_ssim")
+    keys = ["step_cosine"]
+    if manifest.fidelity.level == "images":
+        keys += ["image_psnr_db", "image_psnr_db_worst", "image_ssim"]
     return [
         (name, *("" if figures.get(key) is None else str(figures[key]) for key in keys))
         for name, figures in manifest.fidelity.targets.items()

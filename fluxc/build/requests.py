@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fluxc.base.errors import RecipeError
+from fluxc.fidelity.evidence import MOST_PROMPTS
 from fluxc.recipe.checks import SEEDS
 from fluxc.recipe.load import LoadedRecipe
-from fluxc.recipe.structs import StepCache
+from fluxc.recipe.structs import Recipe, StepCache
 
 LEAST_PROMPTS = 8
 LARGE_PROMPTS, LARGE_STEPS, LARGE_SIDE = 4, 4, 256
@@ -71,18 +72,30 @@ class FidelityRequest:
 
 
 def fidelity_request(loaded: LoadedRecipe, is_large: bool) -> FidelityRequest:
-    """What every target is compared with diffusers on, with the prompts themselves; `is_large` as Source says."""
+    """What every target is compared with diffusers on, with the prompts themselves; `is_large` as Source says.
+
+    Where no target runs on the machine that builds, that is what evidence records, and no image.
+    """
     recipe, fidelity = loaded.recipe, loaded.recipe.fidelity
-    level = fidelity.level or ("stages" if is_large else "images")
+    level, runs_here = level_of(recipe, is_large), any(target.runs_here for target in recipe.targets)
+    if level == "images" and not runs_here:
+        level = "stages"
     prompts = []
     if level != "none" and fidelity.prompts is not None:
         prompts = loaded.prompts("fidelity.prompts", fidelity.prompts)
     prompts = spread_evenly(prompts, fidelity.max_prompts or (1 if is_large else None))
+    if not runs_here:
+        prompts = prompts[:MOST_PROMPTS]
     _check_seeds("fidelity.seed", fidelity.seed, prompts)
     steps, size = recipe.sampling.steps, recipe.sizes[0]
     if level == "stages":
         steps, size = min(steps, LARGE_STEPS), min(recipe.sizes, key=lambda size: size[0] * size[1])
     return FidelityRequest(level, prompts, fidelity.steps or steps, fidelity.size or size)
+
+
+def level_of(recipe: Recipe, is_large: bool) -> str:
+    """`fidelity.level`, or its default."""
+    return recipe.fidelity.level or ("stages" if is_large else "images")
 
 
 def spread_evenly(prompts: list[str], most: int | None) -> list[str]:

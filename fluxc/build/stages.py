@@ -67,7 +67,7 @@ def comparing(job: Job) -> Iterator[Step]:
     """The steps that compare the bundle in the making, which is among the results as DRAFT."""
     yield Step("compare", "fidelity", lambda results: _compare(job, results))
     target = next((target.name for target in job.loaded.recipe.targets if target.runs_here), None)
-    if job.loaded.recipe.step_cache is None or target is None:
+    if job.loaded.recipe.step_cache is None or target is None or job.fidelity.level != "images":
         return
     from fluxc.stepcache.frontier import counts
 
@@ -295,8 +295,10 @@ def _target(job: Job, results: Results, target: Target) -> Stage[Any, Path]:
     return Stage(f"target-{target.name}", f"build {target.name}", work.inputs, work.run, lambda folder: folder)
 
 
-def _reference(job: Job) -> Stage[Any, Made]:
+def _reference(job: Job) -> Stage[Any, Made] | None:
     recipe = job.loaded.recipe
+    if job.fidelity.level == "none":
+        return None
     inputs = reference_stage.ReferenceInputs(
         files=job.files.of(*job.files.parts, *WEIGHTED),
         prompts=job.fidelity.prompts,
@@ -316,6 +318,7 @@ def _compare(job: Job, results: Results) -> Stage[Any, Path]:
     recipe, pipeline = job.loaded.recipe, job.original.checkpoint.pipeline_class
     inputs = compare_stage.CompareInputs(
         title=f"diffusers {pipeline} in {recipe.fidelity.reference}",
+        level=job.fidelity.level,
         reference=results["reference"],
         prompts=job.fidelity.prompts,
         size=job.fidelity.size,
@@ -325,7 +328,8 @@ def _compare(job: Job, results: Results) -> Stage[Any, Path]:
         targets=recipe.targets,
         draft=compare_stage.Draft(results[DRAFT]),
     )
-    return Stage("fidelity", "compare with diffusers", inputs, compare_stage.run, compare_stage.load)
+    title = "compare with diffusers" if inputs.reference else "compare nothing (fidelity.level: none)"
+    return Stage("fidelity", title, inputs, compare_stage.run, compare_stage.load)
 
 
 def _point(job: Job, results: Results, target: str, point: str) -> Stage[Any, Made]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fluxc.calibrate.records import BINS, MANTISSA_BITS, LayerInputs
+from fluxc.running.lockstep import CALL
 
 
 class _Totals(NamedTuple):
@@ -20,10 +21,13 @@ class _Totals(NamedTuple):
 
 
 class Observer:
-    """Forward pre-hooks on every Linear of `module`; `take` gives the records since the last `take`."""
+    """Forward pre-hooks on every Linear of `module`; `take` gives the records since the last `take`.
+
+    Calls of PlacedModel.run count apart: each has rows of its own that are kept, and they follow one another in its order.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._points: dict[int, list[float]] = {}
+        self._points: list[dict[int, list[float]]] = []
         self._seen: dict[str, _Inputs] = {}
         self._last: tuple[torch.Tensor, int, _Totals] | None = None
         self._handles = [
@@ -32,16 +36,19 @@ class Observer:
             if isinstance(child, nn.Linear)
         ]
 
-    def keep_rows(self, points: dict[int, list[float]]) -> None:
-        """Keep these rows of the following calls: {call: positions in 0..1 along its tokens} (sample.py)."""
+    def keep_rows(self, points: list[dict[int, list[float]]]) -> None:
+        """Of call number n of the next run, keep the rows points[n]: {time a Linear is called: positions in 0..1 along its
+        tokens} (sample.py).
+        """
         self._points = points
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any], None]:
         def record(_: nn.Module, inputs: Any) -> None:
             x = inputs[0].detach()
             x = x.reshape(-1, x.shape[-1])
-            seen = self._seen.setdefault(name, _Inputs())
-            seen.add(x, self._totals(inputs[0], x), self._points.get(seen.calls, []))
+            seen, number = self._seen.setdefault(name, _Inputs()), CALL.get(0)
+            points = self._points[number] if number < len(self._points) else {}
+            seen.add(x, self._totals(inputs[0], x), number, points)
 
         return record
 
@@ -90,28 +97,28 @@ class _Inputs:
     """Running totals of one Linear's inputs. Nothing is read back from the device before `record`."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self._times: dict[int, int] = {}
         self._totals: _Totals | None = None
-        self._rows: list[torch.Tensor] = []
+        self._rows: dict[int, list[torch.Tensor]] = {}
 
-    def add(self, x: torch.Tensor, totals: _Totals, positions: list[float]) -> None:
-        """`x` [tokens, in], as the Linear gets it, with its totals; the rows at `positions` are kept."""
-        self.calls += 1
+    def add(self, x: torch.Tensor, totals: _Totals, number: int, points: dict[int, list[float]]) -> None:
+        """`x` [tokens, in], as the Linear gets it in call `number`, with its totals; the rows at `points` are kept."""
+        time = self._times[number] = self._times.get(number, 0) + 1
         if self._totals is None:
             self._totals = _Totals(*(total.clone() for total in totals))
         else:
             self._totals.histogram.add_(totals.histogram)
             # torch.maximum keeps a NaN, so one that was seen once is reported.
             torch.maximum(self._totals.channel_amax, totals.channel_amax, out=self._totals.channel_amax)
+        positions = points.get(time - 1, [])
         if positions:
             # One by one: a list of rows would go to the GPU as a tensor, for which the stream is waited for.
             kept = sorted({int(position * len(x)) for position in positions})
-            self._rows.append(torch.stack([x.select(0, row) for row in kept]).bfloat16())
+            self._rows.setdefault(number, []).append(torch.stack([x.select(0, row) for row in kept]).bfloat16())
 
     def record(self) -> LayerInputs:
         assert self._totals is not None
         histogram, channel_amax = (total.cpu().numpy() for total in self._totals)
-        rows = (
-            torch.cat(self._rows).float().cpu().numpy() if self._rows else np.empty((0, len(channel_amax)), np.float32)
-        )
+        kept = [row for _, rows in sorted(self._rows.items()) for row in rows]
+        rows = torch.cat(kept).float().cpu().numpy() if kept else np.empty((0, len(channel_amax)), np.float32)
         return LayerInputs(float(channel_amax.max()), histogram, channel_amax, rows)

@@ -1,22 +1,28 @@
-"""Runs diffusers' pipeline over the calibration prompts and records the inputs of every Linear, resumable per prompt."""
+"""Runs diffusers' model over the calibration prompts and records the inputs of every Linear, resumable."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 
 from fluxc.base.errors import BuildError, FluxError
 from fluxc.base.measured import Origin
-from fluxc.base.progress import Report, of_prompts
+from fluxc.base.progress import OfSteps, Report
 from fluxc.calibrate.file import Records, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer
-from fluxc.calibrate.placement import Placement, place
 from fluxc.calibrate.records import merge
 from fluxc.calibrate.sample import sample_points
-from fluxc.checkpoint.reference import Generation, generate
+from fluxc.checkpoint.reference import Generation
 from fluxc.checkpoint.source import Checkpoint
+from fluxc.running.model import ReferenceModel
+from fluxc.running.placement import Placement
 
-OBSERVED = ("transformer", "text_encoder")
+SIDE_BY_SIDE = 8
+"""So many prompts go through the transformer together, where it is read layer by layer."""
 
 
 def calibrate(
@@ -29,44 +35,91 @@ def calibrate(
     work: Path,
     on_progress: Report | None = None,
 ) -> Records:
-    """The records over all prompts, steps and `branches` guidance branches, in bfloat16 as the model is served.
+    """The records over all prompts, steps and `branches` guidance branches, in the placement's type.
 
-    Prompt i starts from the runtime's noise for `generation.seed` + i. Each prompt's records are kept below `work` as soon as
-    they are complete, and a later call with the same `work` reads them; the caller removes `work` once it has kept the result.
+    Prompt i starts from the runtime's noise for `generation.seed` + i. What is complete is kept below `work`: the part of the
+    text encoder, then that of each prompt, or of prompts that went together. A later call with the same `work` reads it; the
+    caller removes `work` once it has kept the result.
     """
     work.mkdir(parents=True, exist_ok=True)
-    kept = [work / f"prompt-{number:05}.safetensors" for number in range(len(prompts))]
-    calls = {"transformer": generation.steps * branches, "text_encoder": branches}
-    pipeline: Any = None
-    observers: dict[str, Observer] = {}
-    for number, prompt in enumerate(prompts):
-        on_step = of_prompts(on_progress, number, len(prompts), generation.steps)
-        if not _is_of(kept[number], origin):
-            if pipeline is None:
-                pipeline = place(checkpoint, placement)
-                observers = {name: Observer(getattr(pipeline, name)) for name in OBSERVED}
-            for name, observer in observers.items():
-                observer.keep_rows(sample_points(number, len(prompts), calls[name]))
-            image = generate(pipeline, checkpoint, prompt, generation.of_prompt(number), on_step=on_step)
-            if image.max() == image.min():
-                raise BuildError(
-                    f"calibration: the model generates one flat colour for {prompt!r}; "
-                    "the checkpoint is damaged, or guidance and steps do not suit it"
-                )
-            write_calibration(kept[number], origin, {name: observer.take() for name, observer in observers.items()})
-        on_step(generation.steps)
-    records: Records = {name: {} for name in OBSERVED}
-    for path in kept:
-        of_prompt = read_calibration(path).records
-        for name, layers in records.items():
-            for layer, record in of_prompt[name].items():
-                layers[layer] = merge([layers[layer], record]) if layer in layers else record
+    model = ReferenceModel(checkpoint, placement)
+    texts = [*prompts, *([""] if branches == 2 else [])]
+    report = OfSteps(on_progress, len(texts), len(prompts), generation.steps)
+    text_records, embeddings = _texts(model, texts, generation, origin, work, report)
+    empty = embeddings[-1] if branches == 2 else None
+    report.texts_are_done()
+    parts = [text_records]
+    groups = placement.groups(len(prompts), SIDE_BY_SIDE)
+    missing = [group for group in groups if _kept(_file_of(work, group), origin) is None]
+    for group in groups:
+        if group not in missing:
+            report.images_are_done(len(group))
+    if missing:
+        with model.component("transformer") as transformer:
+            observer = Observer(transformer.module)
+            for group in missing:
+                calls = generation.steps * branches
+                observer.keep_rows([sample_points(number, len(prompts), calls) for number in group])
+                generations = [generation.of_prompt(number) for number in group]
+                latents = model.denoise(transformer, [embeddings[n] for n in group], empty, generations, report=report)
+                for number, final in zip(group, latents, strict=True):
+                    _check_image(model.decode(final), prompts[number])
+                write_calibration(_file_of(work, group), origin, {"transformer": observer.take()})
+    parts += [read_calibration(_file_of(work, group)).records for group in groups]
+    records: Records = {"transformer": {}, "text_encoder": {}}
+    for part in parts:
+        for name, layers in part.items():
+            for layer, record in layers.items():
+                known = records[name].get(layer)
+                records[name][layer] = record if known is None else merge([known, record])
     return records
 
 
-def _is_of(path: Path, origin: Origin) -> bool:
-    """Whether a prompt's records are there, and of this measurement; one that a failing disk cut short is measured again."""
+def _texts(
+    model: ReferenceModel,
+    texts: list[str],
+    generation: Generation,
+    origin: Origin,
+    work: Path,
+    report: OfSteps,
+) -> tuple[Records, list[torch.Tensor]]:
+    """The text encoder's records over `texts`, each encoded once, and their embeddings."""
+    kept, file = work / "text.safetensors", work / "embeddings.safetensors"
+    found = _kept(kept, origin)
+    if found is not None:
+        return found, [tensor for _, tensor in sorted(load_file(file).items())]
+    with model.component("text_encoder", generation.text_layers) as encoder:
+        observer = Observer(encoder.module)
+        observer.keep_rows([sample_points(number, len(texts), 1) for number in range(len(texts))])
+        embeddings = model.encode(encoder, texts, generation, report)
+        records = {"text_encoder": observer.take()}
+    partial = file.with_suffix(".partial")
+    save_file({f"{number:06}": tensor.contiguous() for number, tensor in enumerate(embeddings)}, partial)
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    partial.replace(file)
+    # Last: where it is, the embeddings are there.
+    write_calibration(kept, origin, records)
+    return records, embeddings
+
+
+def _check_image(image: np.ndarray, prompt: str) -> None:
+    if image.max() == image.min():
+        raise BuildError(
+            f"calibration: the model generates one flat colour for {prompt!r}; "
+            "the checkpoint is damaged, or guidance and steps do not suit it"
+        )
+
+
+def _file_of(work: Path, group: list[int]) -> Path:
+    """Where the records of these prompts are kept; the first and the last name the group."""
+    return work / f"prompts-{group[0]:05}-{group[-1]:05}.safetensors"
+
+
+def _kept(path: Path, origin: Origin) -> Records | None:
+    """Records that are there, and of this measurement; those that a failing disk cut short are measured again."""
     try:
-        return read_calibration(path).origin == origin
+        file = read_calibration(path)
     except FluxError:
-        return False
+        return None
+    return file.records if file.origin == origin else None

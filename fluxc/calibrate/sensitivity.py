@@ -1,6 +1,6 @@
 """Measures what quantizing each fusion group does to the model's output, and chooses what stays in bf16 under a budget.
 
-1. diffusers' pipeline generates a few calibration prompts; the transformer's inputs and outputs are kept at a few steps.
+1. diffusers generates a few calibration prompts; the transformer's inputs and outputs are kept at a few steps.
 2. Each fusion group alone is quantized as the weights stage would (and its inputs rounded, if a target rounds them), the
    same inputs are run again, and the squared error of the guided velocity, relative to its energy, is the group's cost.
 3. Errors of different groups are nearly independent, so costs add up: what to keep is a knapsack, solved exactly.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,15 @@ from fluxc.base.errors import BuildError
 from fluxc.base.numbers import significant
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
-from fluxc.checkpoint.reference import Generation, generate, guided, load_pipeline
+from fluxc.checkpoint.reference import Generation, guided
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.formats import cpu
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.structs import Budget, Scales
+from fluxc.running.lockstep import CALL
+from fluxc.running.model import PlacedModel, ReferenceModel
+from fluxc.running.placement import Placement
 
 PROMPTS, STEPS = 4, 4
 SEARCHES = 8
@@ -50,39 +54,60 @@ class GroupCost:
 
 
 def record_states(
-    pipeline: Any, checkpoint: Checkpoint, prompts: list[str], generation: Generation, branches: int
+    model: ReferenceModel,
+    transformer: PlacedModel,
+    texts: list[torch.Tensor],
+    empty: torch.Tensor | None,
+    generations: list[Generation],
 ) -> list[State]:
-    """STEPS evenly spaced steps of PROMPTS evenly spaced prompts."""
-    wanted = _evenly(generation.steps, STEPS)
-    states: list[State] = []
-    for number in _evenly(len(prompts), PROMPTS):
-        calls: list[tuple[dict[str, Any], torch.Tensor]] = []
+    """STEPS evenly spaced steps of the image of each of `texts`; `empty` as for ReferenceModel.denoise."""
+    branches, guidance = 1 if empty is None else 2, generations[0].guidance
+    wanted = _evenly(generations[0].steps, STEPS)
+    calls: list[list[tuple[dict[str, Any], torch.Tensor]]] = [[] for _ in texts]
+    passes = [0] * len(texts)
 
-        def keep(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any, calls: list = calls) -> None:
-            calls.append((dict(kwargs), output[0].detach().clone()))
+    def keep(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        number = CALL.get()
+        if passes[number] // branches in wanted:
+            calls[number].append((dict(kwargs), output[0].detach().clone()))
+        passes[number] += 1
 
-        handle = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                generate(pipeline, checkpoint, prompts[number], generation.of_prompt(number))
-        finally:
-            handle.remove()
-        for step in wanted:
-            passes = calls[step * branches : (step + 1) * branches]
-            states.append(State([a for a, _ in passes], guided([v for _, v in passes], generation.guidance)))
-    return states
+    handle = transformer.module.register_forward_hook(keep, with_kwargs=True)
+    try:
+        model.denoise(transformer, texts, empty, generations)
+    finally:
+        handle.remove()
+    return [
+        State([a for a, _ in kept[at : at + branches]], guided([v for _, v in kept[at : at + branches]], guidance))
+        for kept in calls
+        for at in range(0, len(kept), branches)
+    ]
 
 
-def output_error(model: torch.nn.Module, states: list[State], guidance: float) -> float:
-    """Mean over `states` of |v - reference|^2 / |reference|^2, v being the guided velocity that `model` now gives."""
+Velocities = Callable[[list[dict[str, Any]]], list[torch.Tensor]]
+"""What a transformer makes of each of these arguments."""
+
+
+def velocities_of(transformer: PlacedModel) -> Velocities:
+    """Those of `transformer`, as it then is."""
+
+    def velocity(arguments: dict[str, Any]) -> torch.Tensor:
+        found: torch.Tensor = transformer.module(**arguments)[0]
+        return found
+
+    return lambda listed: transformer.run([partial(velocity, arguments) for arguments in listed])
+
+
+def output_error(velocities: Velocities, states: list[State], guidance: float) -> float:
+    """Mean over `states` of |v - reference|^2 / |reference|^2, v being the guided velocity that the transformer now gives."""
+    found = iter(velocities([arguments for state in states for arguments in state.arguments]))
     errors = []
-    with torch.no_grad():
-        for state in states:
-            velocity = guided([model(**arguments)[0] for arguments in state.arguments], guidance)
-            reference = state.velocity.double()
-            errors.append((velocity.double() - reference).square().sum() / reference.square().sum())
-        # Read together: the GPU is waited for once.
-        return float(np.mean(torch.stack(errors).cpu().numpy()))
+    for state in states:
+        velocity = guided([next(found) for _ in state.arguments], guidance)
+        reference = state.velocity.double()
+        errors.append((velocity.double() - reference).square().sum() / reference.square().sum())
+    # Read together: the GPU is waited for once.
+    return float(np.mean(torch.stack(errors).cpu().numpy()))
 
 
 @dataclass(frozen=True)
@@ -95,30 +120,47 @@ class Simulation:
     round_inputs: bool
 
     @contextmanager
-    def of(self, model: torch.nn.Module, entries: list[LayerPlan]) -> Iterator[None]:
-        """`model` with the Linears of `entries` computing as their planned format does; whole fusion groups only.
+    def of(self, transformer: PlacedModel, entries: list[LayerPlan]) -> Iterator[None]:
+        """`transformer` with the Linears of `entries` computing as their planned format does; whole fusion groups only.
 
-        Weights are quantized from the checkpoint, and restored from there.
+        Weights are quantized from the checkpoint; those that stay in memory are restored from there. Those that are read for
+        every run are quantized whenever they were read.
         """
+        model, groups = transformer.module, self._groups(entries)
+        handles = []
+        if self.round_inputs:
+            for entry in entries:
+                if FORMATS[entry.format].calibrated:
+                    hook = self._rounding(entry)
+                    handles.append(model.get_submodule(entry.layer.name).register_forward_pre_hook(hook))
+        try:
+            if transformer.reads_layers:
+                transformer.on_load = lambda part, _: self._quantize(model, groups, part)
+            else:
+                self._quantize(model, groups)
+            yield
+        finally:
+            transformer.on_load = None
+            for handle in handles:
+                handle.remove()
+            for entry in [] if transformer.reads_layers else entries:
+                exact = cpu.values(*self._weight(entry))
+                model.get_submodule(entry.layer.name).get_parameter("weight").data.copy_(torch.from_numpy(exact))
+
+    @staticmethod
+    def _groups(entries: list[LayerPlan]) -> list[list[LayerPlan]]:
         groups: dict[str, list[LayerPlan]] = {}
         for entry in entries:
             groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
-        handles = []
-        try:
-            for members in groups.values():
+        return list(groups.values())
+
+    def _quantize(self, model: torch.nn.Module, groups: list[list[LayerPlan]], part: str | None = None) -> None:
+        """Put rounded weights in place, of one part of the model or of all."""
+        for members in groups:
+            if part is None or f"{members[0].layer.name}.".startswith(f"{part}."):
                 for entry, rounded in zip(members, self._rounded(members), strict=True):
-                    module = model.get_submodule(entry.layer.name)
-                    weight = module.get_parameter("weight")
+                    weight = model.get_submodule(entry.layer.name).get_parameter("weight")
                     weight.data.copy_(torch.from_numpy(rounded))
-                    if self.round_inputs and FORMATS[entry.format].calibrated:
-                        handles.append(module.register_forward_pre_hook(self._rounding(entry, weight.device)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for entry in entries:
-                exact = cpu.values(*self._weight(entry))
-                model.get_submodule(entry.layer.name).get_parameter("weight").data.copy_(torch.from_numpy(exact))
 
     def _weight(self, entry: LayerPlan) -> tuple[np.ndarray, str]:
         ref = self.tensors[f"{entry.layer.name}.weight"]
@@ -135,13 +177,13 @@ class Simulation:
             for weight, found in zip(weights, amaxes, strict=True)
         ]
 
-    def _rounding(self, entry: LayerPlan, device: torch.device) -> Callable[[Any, Any], Any]:
+    def _rounding(self, entry: LayerPlan) -> Callable[[Any, Any], Any]:
         format = FORMATS[entry.format]
-        scale = format.tensor_scale(torch.tensor(self.input_amax[entry.layer.name])).to(device)
+        scale = format.tensor_scale(torch.tensor(self.input_amax[entry.layer.name]))
 
         def rounded(_: Any, inputs: Any) -> Any:
             x = inputs[0]
-            return (format.fake_quantize(x, scale).to(x.dtype), *inputs[1:])
+            return (format.fake_quantize(x, scale.to(x.device)).to(x.dtype), *inputs[1:])
 
         return rounded
 
@@ -170,25 +212,30 @@ ErrorOf = Callable[[list[LayerPlan]], float]
 """The relative squared error of the velocity with these layers quantized."""
 
 
-def prepare(
+@contextmanager
+def prepared(
     checkpoint: Checkpoint,
     prompts: list[str],
     generation: Generation,
     branches: int,
-    dtype: torch.dtype,
+    placement: Placement,
     simulation: Simulation,
-) -> ErrorOf:
-    """The model with the states it is measured at, on the GPU if there is one with room for it."""
-    pipeline = load_pipeline(checkpoint, dtype)
-    pipeline.to(_device(pipeline))
-    model = pipeline.transformer
-    states = record_states(pipeline, checkpoint, prompts, generation, branches)
+) -> Iterator[ErrorOf]:
+    """What gives the error of quantized layers, at PROMPTS evenly spaced prompts, while the body runs."""
+    model, numbers = ReferenceModel(checkpoint, placement), _evenly(len(prompts), PROMPTS)
+    texts = [prompts[number] for number in numbers] + ([""] if branches == 2 else [])
+    with model.component("text_encoder", generation.text_layers) as encoder:
+        embeddings = model.encode(encoder, texts, generation)
+    empty = embeddings.pop() if branches == 2 else None
+    with model.component("transformer") as transformer:
+        generations = [generation.of_prompt(number) for number in numbers]
+        states = record_states(model, transformer, embeddings, empty, generations)
 
-    def error(entries: list[LayerPlan]) -> float:
-        with simulation.of(model, entries):
-            return output_error(model, states, generation.guidance)
+        def error(entries: list[LayerPlan]) -> float:
+            with simulation.of(transformer, entries):
+                return output_error(velocities_of(transformer), states, generation.guidance)
 
-    return error
+        yield error
 
 
 def measure_costs(error: ErrorOf, plan: list[LayerPlan], on_progress: Report | None = None) -> list[GroupCost]:
@@ -264,14 +311,3 @@ def _within(budget: Budget, costs: list[GroupCost], total: int, error: Callable[
 
 def _evenly(count: int, wanted: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, wanted)).round()})
-
-
-def _device(pipeline: Any) -> str:
-    if not torch.cuda.is_available():
-        return "cpu"
-    needed = sum(
-        tensor.nbytes
-        for name in ("transformer", "text_encoder", "vae")
-        for tensor in getattr(pipeline, name).parameters()
-    )
-    return "cuda" if needed < 0.7 * torch.cuda.mem_get_info()[0] else "cpu"

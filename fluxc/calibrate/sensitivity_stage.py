@@ -6,6 +6,7 @@ The first takes long and knows no budget, so another budget measures no group ag
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,8 @@ def run(inputs: CostInputs, folder: Path, report: Report) -> None:
     """Write every group's cost as JSON."""
     from fluxc.calibrate.sensitivity import measure_costs
 
-    costs = measure_costs(_prepared(inputs), inputs.plan, report)
+    with _prepared(inputs) as error:
+        costs = measure_costs(error, inputs.plan, report)
     plain = [{"layers": list(c.layers), "parameters": c.parameters, "cost": c.cost} for c in costs]
     (folder / COSTS).write_text(as_json(plain, "sensitivity", indent=1) + "\n")
 
@@ -70,7 +72,8 @@ def run_choice(inputs: ChoiceInputs, folder: Path, report: Report) -> None:
         GroupCost(tuple(plain["layers"]), plain["parameters"], plain["cost"])
         for plain in json.loads(inputs.costs.read_text())
     ]
-    chosen = choose_layers(_prepared(measured), measured.plan, costs, inputs.budget)
+    with _prepared(measured) as error:
+        chosen = choose_layers(error, measured.plan, costs, inputs.budget)
     on = measured_on(len(request["prompts"]), request["steps"])
     found = {**on, "inputs_rounded": measured.round_inputs, **chosen}
     (folder / RESULT).write_text(as_json(found, "sensitivity", indent=1) + "\n")
@@ -82,23 +85,25 @@ def load_choice(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _prepared(inputs: CostInputs) -> ErrorOf:
+def _prepared(inputs: CostInputs) -> AbstractContextManager[ErrorOf]:
     import torch
 
     from fluxc.calibrate.amax import input_amax
     from fluxc.calibrate.file import read_calibration
-    from fluxc.calibrate.sensitivity import Simulation, prepare
+    from fluxc.calibrate.sensitivity import Simulation, prepared
     from fluxc.calibrate.stage import generation_of
+    from fluxc.running.placement import find_placement
 
     checkpoint = inputs.files.checkpoint
     records = read_calibration(inputs.calibration).records["transformer"]
     amax = input_amax(records, inputs.plan, inputs.settings)
     tensors = checkpoint.components["transformer"].tensors
-    return prepare(
+    placement = find_placement(checkpoint, "auto", getattr(torch, inputs.dtype))
+    return prepared(
         checkpoint,
         inputs.request["prompts"],
         generation_of(inputs.request, inputs.text_layers),
         inputs.rows,
-        getattr(torch, inputs.dtype),
+        placement,
         Simulation(tensors, amax, inputs.scales, inputs.round_inputs),
     )

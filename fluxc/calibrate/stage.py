@@ -43,11 +43,13 @@ def load(folder: Path) -> Path:
 
 def calibrate_into(inputs: CalibrationInputs, path: Path, device: str, report: Report) -> None:
     """Run the model over the prompts and write `path`; finished prompts are kept aside meanwhile."""
-    from fluxc.calibrate.placement import find_placement
+    import torch
+
     from fluxc.calibrate.run import calibrate
+    from fluxc.running.placement import find_placement
 
     checkpoint, request = inputs.files.checkpoint, inputs.request
-    placement = find_placement(checkpoint, device)
+    placement = find_placement(checkpoint, device, torch.bfloat16)
     origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
     model = (inputs.files.hashes(), inputs.rows, list(inputs.text_layers))
     made_by = key_of(*model, request, str(placement), library_versions(), code_digest(__name__))

@@ -90,23 +90,26 @@ def weights_bytes(component: Component) -> int:
     )
 
 
-def empty_model(component: Component) -> Any:
-    """The component's model by its config, its parameters without data (on the meta device); CheckpointError if it has none."""
+def empty_model(component: Component, config: dict[str, Any] | None = None) -> Any:
+    """The component's model by its config, or by `config`, its parameters without data (on the meta device).
+
+    CheckpointError if it has none.
+    """
     import accelerate
     import diffusers
     import transformers
 
     library = diffusers if component.library == "diffusers" else transformers
     model_class = getattr(library, component.class_name)
-    where = component.folder / "config.json"
+    where, config = component.folder / "config.json", config or component.config
     with (
         loading(where, f"{component.library} cannot make the model"),
         accelerate.init_empty_weights(include_buffers=False),
     ):
         if library is diffusers:
-            model = model_class.from_config(component.config)
+            model = model_class.from_config(config)
         else:
-            model = model_class(model_class.config_class.from_dict(component.config))
+            model = model_class(model_class.config_class.from_dict(config))
     return model.eval()
 
 

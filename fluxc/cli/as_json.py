@@ -28,6 +28,13 @@ def bundle_fields(bundle: Bundle) -> dict[str, Any]:
         "text_tokens": manifest.prompting.length,
         "precision": _precision(manifest),
         "targets": [_target(manifest, target) for target in manifest.targets],
+        "compared": None if manifest.fidelity.level is msgspec.UNSET else manifest.fidelity.level,
+        "not_compared": (
+            []
+            if manifest.fidelity.not_compared is msgspec.UNSET
+            else msgspec.to_builtins(manifest.fidelity.not_compared)
+        ),
+        "evidence": msgspec.to_builtins(manifest.recorded),
         "step_cache": msgspec.to_builtins(manifest.step_cache),
         "step_cache_fidelity": manifest.fidelity.step_cache or None,
         "on_target": msgspec.to_builtins(entries_of(manifest)),

@@ -47,7 +47,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 
 @verb(
-    short_help="Check a bundle's files, and generate a recorded image again.",
+    short_help="Check a bundle's files, replay its evidence, generate a recorded image again.",
     arguments=BUNDLE,
     example="fluxc verify artifacts/flux2-nano-nvfp4 --target onnxruntime",
 )
@@ -57,7 +57,10 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @threads_option
 @shows_progress
 def verify(bundle: Path, target: str | None, as_json: bool, progress: ShownProgress) -> None:
-    """Check every file's size and SHA-256, then generate a recorded image again and compare."""
+    """Check every file's size and SHA-256, replay the evidence, then generate a recorded image again and compare.
+
+    `fluxrt verify` does the first two without torch, where the bundle is served.
+    """
     from fluxc.fidelity.verify import verified
 
     checks = []
@@ -79,10 +82,19 @@ def verify(bundle: Path, target: str | None, as_json: bool, progress: ShownProgr
 @threads_option
 @shows_progress
 def finish(bundle: Path, target: str | None, progress: ShownProgress) -> None:
-    """Build the plans of BUNDLE that need this machine's GPU, audit them, and seal the bundle again."""
-    from fluxc.targets.tensorrt.finish import finish_bundle
+    """Build the plans of BUNDLE that need this machine's GPU, audit them, seal the bundle again, and replay its evidence.
 
+    What the replay measures goes into manifest and report, as with `add-evidence`. The exit code is 1 where a stage is further
+    from the recorded one than the bundle's bounds allow.
+    """
+    from fluxc.gpu_check.place import GpuPlace
+    from fluxc.gpu_check.replay import replay_on_gpu
+    from fluxc.targets.tensorrt.finish import finish_bundle, unfinished
+
+    left = unfinished(bundle, target)
     for line in finish_bundle(bundle, target, progress=progress):
+        click.echo(line)
+    for line in replay_on_gpu(bundle, left, GpuPlace(), progress) if left else ():
         click.echo(line)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from fluxc.base.console import new_console, new_table
 from fluxc.cli.doctor import machine_checks, target_checks
 from fluxc.fidelity.on_target import digest_without_entries, entries_of
 from fluxc.gpu_check.evidence import evidence_lines
+from fluxc.report.tiers import UNCOMPARED
 from fluxc.targets.registry import KINDS
 from fluxrt.bundle import Bundle
 from fluxrt.manifest import Manifest
@@ -41,6 +44,8 @@ def print_bundle(bundle: Bundle) -> None:
     for (component, format), (layers, before, after) in totals.items():
         table.add_row(component, format, str(layers), f"{before:,}", f"{after:,}")
     console.print(table)
+    for line in level_lines(manifest):
+        console.print(line)
     table = new_table(
         "target",
         "velocity cosine",
@@ -64,13 +69,39 @@ def print_bundle(bundle: Bundle) -> None:
         shown = KINDS[target.kind].inspect(target) if target.kind in KINDS else None
         if shown:
             console.print(shown)
-    for line in _cache_lines(manifest):
-        console.print(line)
-    for line in evidence_lines(entries_of(manifest), digest_without_entries(manifest)):
+    digest = digest_without_entries(manifest)
+    for line in [*_evidence_words(manifest), *_cache_lines(manifest), *evidence_lines(entries_of(manifest), digest)]:
         console.print(line)
     size = sum(file.size for file in manifest.files.values())
     tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items())
     console.print(f"{len(manifest.files)} files, {size:,} bytes; built with {tools}")
+
+
+def level_lines(manifest: Manifest) -> Iterator[str]:
+    """What a build did not compare: loudly where that is everything."""
+    level = manifest.fidelity.level
+    if level == "none":
+        yield UNCOMPARED[level]
+        return
+    if isinstance(level, str):
+        yield f"compared with {manifest.fidelity.reference}: {'stages and images' if level == 'images' else 'stages alone'}"
+    if not isinstance(manifest.fidelity.not_compared, msgspec.UnsetType):
+        for left_out in manifest.fidelity.not_compared:
+            yield f"not compared: {left_out.what} of {left_out.target}: {left_out.why}"
+
+
+def _evidence_words(manifest: Manifest) -> Iterator[str]:
+    """What there is to say of the evidence."""
+    evidence = manifest.recorded
+    if evidence is None:
+        return
+    count = len(evidence.prompts)
+    size = sum(manifest.files[entry.file].size for entry in evidence.prompts)
+    height, width = evidence.size
+    yield (
+        f"evidence: {count} prompt{'s' if count > 1 else ''} at {height}x{width}, {len(evidence.sigmas)} velocities of "
+        f"{evidence.steps} steps, {size:,} bytes; `fluxrt verify` replays it"
+    )
 
 
 def _cache_lines(manifest: Manifest) -> Iterator[str]:

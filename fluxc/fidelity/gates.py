@@ -6,15 +6,17 @@ then differ by rounding alone, of the target's dtype, of the reference's, and of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fluxc.base.errors import GateError
+from fluxc.base.numbers import significant
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.structs import Gates
 from fluxc.recipe.targets import Target
+from fluxrt.manifest import StageBound
 
 ROUNDING = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.15}
 """The largest relative error of a stage in this dtype: ten times and more what flux2-nano has (1.1e-5, 0.0013, 0.011), since
@@ -22,6 +24,9 @@ larger models have more layers. The stages of another model differ by about 1.4,
 EIGHT_BITS, FOUR_BITS = 0.3, 0.6
 """The same where a layer is stored in so many bits: five times what flux2-nano has, 0.061 in FP8 and 0.107 in NVFP4."""
 STAGES = {"text_error": "text encoder", "prologue_error": "prologue", "decode_error": "decoder"}
+VELOCITY_FACTOR = 2.0
+"""How much larger than measured a velocity's error may be on another machine, or on a target that rounds alike but computes in
+16 bits: flux2-nano's TensorRT-RTX graphs have 1.1 times the error of the CPU target that rounds as they do."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,50 @@ class Bound:
 
 def stage_bounds(target: Target, reference: str, plans: Mapping[str, list[LayerPlan]]) -> dict[str, Bound]:
     """By figure of STAGES, what rounding can come to in `target`, against diffusers in the dtype `reference`."""
-    computed = "float32" if target.activation_bytes == 4 else str(getattr(target, "dtype", "bfloat16"))
-    dtypes = [Bound(ROUNDING[dtype], dtype) for dtype in (computed, reference)]
+    dtypes = [Bound(ROUNDING[dtype], dtype) for dtype in _dtypes(target, reference)]
     prologue = [entry for entry in plans["transformer"] if _is_of_prologue(entry.layer.name)]
     stored = {"text_error": plans["text_encoder"], "prologue_error": prologue, "decode_error": []}
     return {
         figure: max((*dtypes, *_of_formats(layers)), key=lambda bound: bound.error) for figure, layers in stored.items()
     }
+
+
+def evidence_bounds(
+    targets: Sequence[Target],
+    reference: str,
+    plans: Mapping[str, list[LayerPlan]],
+    measured: Mapping[str, float],
+) -> dict[str, dict[str, StageBound]]:
+    """By target and figure of a replay, the largest error that evidence may be replayed with.
+
+    `measured` holds the largest velocity error by target that the build ran. Of text encoder, prologue and decoder the bounds
+    are stage_bounds. A velocity may have VELOCITY_FACTOR times what the target itself had, or the first target that rounds
+    inputs as it does, and always what rounding to its dtype explains; where no such target ran, what formats explain.
+    """
+    alike = {target.rounds_inputs: target.name for target in reversed(targets) if target.name in measured}
+    found = {}
+    for target in targets:
+        bounds = stage_bounds(target, reference, plans)
+        like = target.name if target.name in measured else alike.get(target.rounds_inputs)
+        known = [Bound(ROUNDING[dtype], f"rounding to {dtype}") for dtype in _dtypes(target, reference)]
+        if like is None:
+            stored = _of_formats(plans["transformer"])
+            known += [
+                Bound(bound.error, f"rounding to {bound.of}; no target that rounds alike ran") for bound in stored
+            ]
+        else:
+            of = f"{VELOCITY_FACTOR:g} times what {'it' if like == target.name else like} had when it was built"
+            known.append(Bound(significant(VELOCITY_FACTOR * measured[like]), of))
+        velocity = max(known, key=lambda bound: bound.error)
+        found[target.name] = {
+            figure: StageBound(bound.error, f"rounding to {bound.of}") for figure, bound in bounds.items()
+        } | {"step_error": StageBound(velocity.error, velocity.of)}
+    return found
+
+
+def _dtypes(target: Target, reference: str) -> tuple[str, str]:
+    """What `target` computes in, and what the reference was computed in."""
+    return "float32" if target.activation_bytes == 4 else str(getattr(target, "dtype", "bfloat16")), reference
 
 
 def check_stages(targets: Mapping[str, dict[str, Any]], bounds: Mapping[str, Mapping[str, Bound]]) -> None:

@@ -6,20 +6,12 @@ import math
 
 import numpy as np
 
+from fluxrt.evidence import cosine, relative_error
+
+__all__ = ["SSIM_WINDOW", "cosine", "psnr", "relative_error", "ssim"]
+
 SSIM_WINDOW = 11
 """Pixels a side: 3.5 standard deviations, of 1.5 pixels, in each direction."""
-
-
-def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
-    """|ours - reference| / |reference|, Euclidean norms over all elements, in float64."""
-    difference = np.linalg.norm(ours.astype(np.float64).ravel() - reference.astype(np.float64).ravel())
-    return float(difference) / max(float(np.linalg.norm(reference.astype(np.float64).ravel())), 1e-30)
-
-
-def cosine(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Cosine of the angle between two arrays seen as vectors, in float64."""
-    a, b = ours.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
-    return float(a @ b) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30)
 
 
 def psnr(ours: np.ndarray, reference: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxc.base.cache import Made
-from fluxc.base.progress import Report, of_prompts
+from fluxc.base.progress import OfSteps, Report
 from fluxc.checkpoint.files import CheckpointFiles
 
 if TYPE_CHECKING:
@@ -42,20 +42,21 @@ def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
     import torch
     from safetensors.numpy import save_file
 
-    from fluxc.checkpoint.reference import Generation, load_pipeline
+    from fluxc.checkpoint.reference import Generation
     from fluxc.fidelity.trace import record, tokens_of_final
+    from fluxc.running.model import ReferenceModel
+    from fluxc.running.placement import find_placement
 
     checkpoint = inputs.files.checkpoint
-    pipeline = load_pipeline(checkpoint, getattr(torch, inputs.dtype))
+    model = ReferenceModel(checkpoint, find_placement(checkpoint, "auto", getattr(torch, inputs.dtype)))
     generation = Generation(
         inputs.size, inputs.steps, inputs.guidance, inputs.seed, inputs.text_length, inputs.text_layers
     )
-    for number, prompt in enumerate(inputs.prompts):
-        on_step = of_prompts(report, number, len(inputs.prompts), inputs.steps)
-        trace = record(pipeline, checkpoint, prompt, inputs.rows, generation.of_prompt(number), on_step)
+    counted = OfSteps(report, len(inputs.prompts) + inputs.rows - 1, len(inputs.prompts), inputs.steps)
+    for number, trace in enumerate(record(model, inputs.prompts, inputs.rows, generation, counted)):
         tensors = {f"{name}.{at:04}": array for name in LISTS for at, array in enumerate(getattr(trace, name))}
         tensors |= {f"prologue.{name}": array for name, array in trace.prologue.items()}
-        tensors |= {"sigmas": np.array(trace.sigmas, np.float64), "final": tokens_of_final(trace, pipeline.vae)}
+        tensors |= {"sigmas": np.array(trace.sigmas, np.float64), "final": tokens_of_final(trace, model.vae)}
         tensors["image"] = trace.image
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / _file(number))
 

@@ -1,4 +1,4 @@
-"""The comparison stage: every target of a bundle in the making against the reference: figures, images, their requests."""
+"""The comparison stage: every target of a bundle in the making against the reference: figures, evidence, images."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ class Draft:
 
 @dataclass(frozen=True)
 class CompareInputs:
-    """`reference` is what ReferenceInputs with these prompts, size, steps, guidance and seed came to, `title` says how."""
+    """`reference` is what ReferenceInputs with these prompts, size, steps, guidance and seed came to, `title` says how; None
+    with the `level` "none", where nothing is compared."""
 
     title: str
-    reference: Made
+    level: str
+    reference: Made | None
     prompts: list[str]
     size: tuple[int, int]
     steps: int
@@ -46,10 +48,13 @@ class CompareInputs:
 
 
 def run(inputs: CompareInputs, folder: Path, report: Report) -> None:
-    """Write figures.json, report/images/ and images.json."""
-    from fluxc.fidelity.run import measure
+    """Write figures.json, evidence.json and evidence/, report/images/ and images.json."""
+    from fluxc.fidelity.run import measure, measure_nothing
 
-    measure(folder, inputs, report)
+    if inputs.reference is None:
+        measure_nothing(folder, inputs)
+    else:
+        measure(folder, inputs, report)
 
 
 def load(folder: Path) -> Path:

@@ -1,12 +1,12 @@
-"""`fluxc verify`: every file's hash, then an image generated again against the recorded one."""
+"""`fluxc verify`: every file's hash, the evidence as `fluxrt verify` replays it, then recorded images generated again."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from fluxrt.choose import Machine, obstacle, this_machine
 from fluxrt.manifest import RecordedImage, Target
 from fluxrt.request import Request
 from fluxrt.result import Result
+from fluxrt.verify import NO_EVIDENCE, check_passed, verify_evidence
 
 LEAST_PSNR_DB = 40.0
 LEAST_PSNR_DB_OF_ANOTHER = 25.0
@@ -31,18 +32,21 @@ LEAST_PSNR_DB_OF_ANOTHER = 25.0
 class Verified:
     """A check that passed, or, where it could not be made, why.
 
-    `what` is "files" or a target's name; `psnr_db` the agreement of its image with the recorded one, None where there is none.
+    `what` is "files", "evidence" where the bundle has none, or a target's name. Of a target, `psnr_db` is the agreement of its
+    image with the recorded one, None where the check is not of an image, and `prompts` are what its replay measured
+    (fluxrt.verify).
     """
 
     what: str
     status: Literal["passed", "not run"]
     detail: str
     psnr_db: float | None = None
+    prompts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def line(self) -> str:
         """The check in words."""
-        return f"{'' if self.what == 'files' else 'target '}{self.what}: {self.detail}"
+        return f"{'' if self.what in ('files', 'evidence') else 'target '}{self.what}: {self.detail}"
 
 
 def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
@@ -52,7 +56,8 @@ def verify_bundle(path: Path, target: str | None = None) -> Iterator[str]:
 
 
 def verified(path: Path, target: str | None, progress: StageProgress) -> Iterator[Verified]:
-    """Check the files, then the image of `target`, or of every one; raises BundleError or BuildError at the first that fails.
+    """Check the files, then of `target`, or of every one, the evidence and an image; raises BundleError, VerifyError or
+    BuildError at the first that fails.
 
     Images are compared as 8-bit PNGs. Another CPU may round differently, so they must agree to 40 dB, not to the bit.
     """
@@ -64,6 +69,7 @@ def verified(path: Path, target: str | None, progress: StageProgress) -> Iterato
     yield Verified("files", "passed", f"{len(bundle.manifest.files)} match their SHA-256")
     machine = Machine(None) if all(t.device == "cpu" for t in bundle.manifest.targets) else this_machine()
     entries = [entry for entry in bundle.manifest.targets if target in (None, entry.name)]
+    yield from _replayed(bundle, target, machine, progress)
     found = {entry.name: _what_to_generate(bundle, entry, machine) for entry in entries}
     progress.expect(1 + sum(not isinstance(what, str) for what in found.values()))
     for entry in entries:
@@ -85,6 +91,27 @@ def verified(path: Path, target: str | None, progress: StageProgress) -> Iterato
             )
         exact = "identical" if agreement == 120.0 else f"{agreement:.1f} dB"
         yield Verified(entry.name, "passed", f"the recorded image is generated again ({exact})", agreement)
+
+
+def _replayed(bundle: Bundle, target: str | None, machine: Machine, progress: StageProgress) -> Iterator[Verified]:
+    """The evidence, replayed on each target that runs here; VerifyError naming what does not hold."""
+    if bundle.manifest.recorded is None:
+        yield Verified("evidence", "not run", NO_EVIDENCE)
+        return
+    with progress.stage("replay the evidence") as report:
+
+        def on_part(name: str, done: int, total: int) -> None:
+            report(done, total, f"target {name}, {done}/{total} parts")
+
+        found = list(verify_evidence(bundle, target, chosen_threads(), machine=machine, on_part=on_part))
+    failed = [checked for checked in found if checked.status == "failed"]
+    if failed:
+        check_passed(bundle, failed, target)
+    for checked in found:
+        if checked.status == "passed":
+            yield Verified(checked.target, "passed", checked.line, prompts=[asdict(row) for row in checked.prompts])
+        else:
+            yield Verified(checked.target, "not run", f"evidence not replayed: {checked.why}")
 
 
 def _generated(path: Path, entry: Target, recorded: RecordedImage, report: Report) -> Result:

@@ -1,8 +1,8 @@
-"""`fluxc add-evidence`: what a GPU check found becomes part of the bundle it ran.
+"""`fluxc add-evidence` and `fluxc finish`: what a GPU check or a replay found becomes part of the bundle it ran.
 
 1. The file must be whole (its seal), of a GPU (no rehearsal), and about this very bundle: the digest the bundle has without
    evidence, and the SHA-256 of every graph, plan and weights file.
-2. Of the same GPU with the same driver and libraries there is one entry, the last one added.
+2. Of the same GPU with the same driver and libraries there is one entry of checks and one of replays, the last ones added.
 3. New files of the report have names of their own, the manifest comes last by rename, and only then do older ones go.
 """
 
@@ -28,6 +28,8 @@ from fluxrt.manifest import MANIFEST, CheckFound, Device, File, OnTarget, decode
 
 RAN, FAILED, MATCHED = "ran on the target", "failed on the target", "matched on the target"
 """Tiers: images came out as the CPU's did; they did not, or crashed; and beyond the first, every stage did too."""
+REPLAYED = "evidence:"
+"""What the names of checks begin with that replayed the bundle's evidence; the target's name follows."""
 NAME_DIGITS = 16
 
 
@@ -37,6 +39,11 @@ def add_evidence(path: Path, file: Path) -> str:
     Raises BuildError naming what is wrong with the file, or the hash that differs, and the errors of opening a bundle. The
     bundle is the old one or the new one, whatever happens.
     """
+    return add_record(path, file)
+
+
+def add_record(path: Path, file: Path) -> str:
+    """As add_evidence, of any file of records: one of checks, or one of a replay."""
     record = read_record(file)
     if record.rehearsal:
         raise BuildError(
@@ -44,7 +51,9 @@ def add_evidence(path: Path, file: Path) -> str:
         )
     bundle = open_bundle(path)
     check_same(bundle, record, file)
-    if not any(name.startswith("images:") and found.status != "skipped" for name, found in record.checks.items()):
+    if not any(
+        name.startswith(("images:", REPLAYED)) and found.status != "skipped" for name, found in record.checks.items()
+    ):
         raise BuildError(
             f"{file}: no target of the bundle ran there, so there is nothing to add; see what it says of targets"
         )
@@ -92,9 +101,11 @@ def tiers_of(record: Record) -> dict[str, str]:
     tiers = {}
     for name, found in record.checks.items():
         kind, _, target = name.partition(":")
-        if kind not in ("images", "ranks") or found.status == "skipped":
+        if kind not in ("images", "ranks", REPLAYED[:-1]) or found.status == "skipped":
             continue
-        if found.status != "passed":
+        if found.status == "passed" and name.startswith(REPLAYED):
+            tiers[target] = MATCHED
+        elif found.status != "passed":
             tiers[target] = FAILED
         else:
             stages = record.checks.get(f"stages:{target}")
@@ -103,7 +114,12 @@ def tiers_of(record: Record) -> dict[str, str]:
 
 
 def _same_machine(one: OnTarget, other: OnTarget) -> bool:
-    return (one.device, one.versions) == (other.device, other.versions)
+    return (one.device, one.versions, _is_replay(one)) == (other.device, other.versions, _is_replay(other))
+
+
+def _is_replay(entry: OnTarget) -> bool:
+    """Whether the entry is of a replay, which a GPU check does not replace."""
+    return all(name.startswith(REPLAYED) for name in entry.checks)
 
 
 def _short(digest: str | None) -> str:
@@ -160,5 +176,8 @@ def evidence_lines(entries: tuple[OnTarget, ...], digest: str) -> list[str]:
             timed = ""
             if isinstance(step, dict):
                 timed = f"; a step {step.get('p50_ms')} ms (p50), {step.get('p99_ms')} ms (p99) of {step.get('count')}"
+            replayed = entry.checks.get(f"{REPLAYED}{target}")
+            if replayed:
+                timed = f"; evidence replayed: {', '.join(replayed.figures['stages'])}"
             lines.append(f"{target}: {tier}: {entry.gpu}, driver {entry.device.driver}{timed}{earlier}")
     return lines

@@ -16,7 +16,7 @@ from fluxc.base.numbers import as_json
 
 FORMAT = "fluxc-gpu-check"
 FORMAT_VERSION = 1
-RAN = "What one GPU did with one bundle, written by `fluxc gpu-check`."
+RAN = "What one GPU did with one bundle, written by `fluxc gpu-check` or `fluxc finish`."
 REHEARSED = "REHEARSAL: a made-up GPU on a CPU. No figure in this file means anything."
 
 Status = Literal["passed", "failed", "crashed", "timed out", "skipped"]

@@ -7,13 +7,14 @@ from typing import Any
 
 import msgspec
 
+from fluxc.fidelity.evidence import FOLDER
 from fluxc.fidelity.on_target import entries_of
 from fluxc.quantize.source import Source
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.report.gains import predicted, sizes_of
 from fluxc.report.structs import LayerFigures, Report, StepCacheFigures, TargetFigures, Verdict
 from fluxc.report.tiers import never_run, stages_matched, tiers_of
-from fluxrt.manifest import Manifest, RankFidelity
+from fluxrt.manifest import Manifest, NotCompared, RankFidelity
 
 
 def assemble(
@@ -35,7 +36,7 @@ def assemble(
         name=recipe.name,
         family=manifest.family,
         verdict=verdict,
-        never_run=never_run(tiers, ()),
+        never_run=never_run(tiers, (), figures["level"]),
         tiers=tiers,
         sizes=sizes_of(source),
         file_bytes=file_bytes(manifest),
@@ -51,6 +52,8 @@ def assemble(
         targets=msgspec.convert(figures["targets"], dict[str, TargetFigures]),
         ranks=msgspec.convert(figures["ranks"], dict[str, RankFidelity]),
         not_run=tuple(figures["not_run"]),
+        level=figures["level"],
+        not_compared=msgspec.convert(figures["not_compared"], tuple[NotCompared, ...]),
         engines=figures["engines"],
         layers=_layers(manifest, figures["layers"]),
         sensitivity=figures["sensitivity"],
@@ -73,7 +76,7 @@ def as_it_is(report: Report, manifest: Manifest) -> Report:
     return msgspec.structs.replace(
         report,
         tiers=tiers,
-        never_run=never_run(tiers, entries),
+        never_run=never_run(tiers, entries, report.level),
         engines={name: evidence for name, evidence in found.items() if evidence},
         file_bytes=file_bytes(manifest),
         on_target=entries,
@@ -81,11 +84,12 @@ def as_it_is(report: Report, manifest: Manifest) -> Report:
 
 
 def file_bytes(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the bundle's files by folder; neither the report nor what lies in no folder, which is written after it."""
+    """Bytes of the bundle's files by folder; not of the report, nor of the evidence or what lies in no folder, which are put
+    there after it."""
     total: Counter[str] = Counter()
     for name, file in manifest.files.items():
         folder, in_folder, _ = name.partition("/")
-        if in_folder and folder != "report":
+        if in_folder and folder not in ("report", FOLDER):
             total[folder] += file.size
     return dict(sorted(total.items()))
 

@@ -95,6 +95,7 @@ def _not_comparable(first: Report, second: Report) -> str:
         what
         for what, a, b in (
             ("checkpoint", first.checkpoint, second.checkpoint),
+            ("what was compared (fidelity.level)", first.level, second.level),
             ("prompts", first.prompts, second.prompts),
             ("seed", first.seed, second.seed),
             ("steps", first.steps, second.steps),

@@ -49,7 +49,7 @@ def _images(
     """By prompt that both have, the reference and the images of every target that both ran; those of the second that differ
     most from its reference first."""
     first, second = reports
-    if first.size != second.size:
+    if first.size != second.size or "images" not in (first.level, second.level) or first.level != second.level:
         return []
     targets = [name for name in first.targets if name in second.targets]
     numbers = {prompt: number for number, prompt in enumerate(first.prompts)}

@@ -42,6 +42,7 @@ def render(report: Report, images: Path) -> str:
         total=total,
         bytes=bytes_words,
         quality=_quality(report),
+        cosine=_cosine(report),
         psnr_meaning=PSNR,
         measured=measured_steps(report),
         rows=pictures.rows(report, images),
@@ -140,12 +141,19 @@ def commands(report: Report, number: int) -> list[str]:
 
 def _quality(report: Report) -> dict[str, Any] | None:
     """The images of the target that is farthest from the reference."""
-    if not report.targets:
+    found = {name: f.image_psnr_db for name, f in report.targets.items() if f.image_psnr_db is not None}
+    if not found:
         return None
-    name = min(report.targets, key=lambda name: report.targets[name].image_psnr_db)
-    figures = report.targets[name]
-    words = psnr_words(figures.image_psnr_db)
-    return {"target": name, "psnr": figures.image_psnr_db, "worst": figures.image_psnr_db_worst, "words": words}
+    name = min(found, key=lambda name: found[name])
+    worst, words = report.targets[name].image_psnr_db_worst, psnr_words(found[name])
+    return {"target": name, "psnr": found[name], "worst": worst, "words": words}
+
+
+def _cosine(report: Report) -> tuple[str, float] | None:
+    """Where no image was generated, the target whose velocity is farthest from the reference's, and its cosine."""
+    found = {name: f.step_cosine for name, f in report.targets.items() if f.image_psnr_db is None}
+    name = min(found, key=lambda name: found[name], default=None)
+    return None if name is None else (name, found[name])
 
 
 def _sections(report: Report) -> list[tuple[str, str]]:

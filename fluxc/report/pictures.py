@@ -45,14 +45,16 @@ class Row:
 
 def rows(report: Report, images: Path) -> list[Row]:
     """The MOST_PROMPTS prompts whose images differ most, worst first, from the folder `images`."""
+    if report.level != "images":
+        return []
     order = sorted(range(len(report.prompts)), key=lambda number: worst_psnr(report, number) or 0.0)
     return [_row(report, images, number) for number in order[:MOST_PROMPTS]]
 
 
 def worst_psnr(report: Report, number: int) -> float | None:
-    """The lowest PSNR in dB of the prompt's images on any target; None where no target ran."""
+    """The lowest PSNR in dB of the prompt's images on any target; None where there is none."""
     found = [figures.prompts[number].image_psnr_db for figures in report.targets.values()]
-    return min(found) if found else None
+    return min((psnr for psnr in found if psnr is not None), default=None)
 
 
 def onset(report: Report, images: Path) -> list[Picture]:

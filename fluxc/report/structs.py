@@ -14,13 +14,15 @@ import msgspec
 
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import check_finite
-from fluxrt.manifest import CacheRule, Layer, OnTarget, RankFidelity, Sampling
+from fluxrt.manifest import CacheRule, Layer, NotCompared, OnTarget, RankFidelity, Sampling
 
 FORMAT = "fluxc-report"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Format versions that are read: 1 is 2 of level images, without what was not compared."""
 REPORT_JSON = "report/report.json"
 PAGE = "report/index.html"
-SCHEMA_ID = "fluxc-report-1"
+SCHEMA_ID = "fluxc-report-2"
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -62,8 +64,9 @@ class Tiers(Struct, frozen=True):
     """How far one target was taken.
 
     `built`: its graphs or engines were made. `audited`: what a TensorRT engine runs was read out of it and compared with the
-    plan. `ran`: it generated images while the bundle was built. `matched`: every stage was as near to the reference as rounding
-    explains. `on_target`: it ran on hardware of the kind it is for. `missing` says in a sentence what was not done.
+    plan. `ran`: its stages, or images, were computed while the bundle was built. `matched`: every stage was as near to the
+    reference as rounding explains. `on_target`: it ran on hardware of the kind it is for. `missing` says in a sentence what
+    was not done.
     """
 
     target: str
@@ -112,7 +115,8 @@ class Prediction(Struct, frozen=True):
 
 
 class PromptFigures(Struct, frozen=True):
-    """One held-out prompt on one target; errors are relative (Euclidean norms), a value a step."""
+    """One held-out prompt on one target; errors are relative (Euclidean norms), a value a step. Figures of the image are null
+    where none was generated."""
 
     prompt: str
     seed: int
@@ -121,20 +125,20 @@ class PromptFigures(Struct, frozen=True):
     step_error: tuple[float, ...]
     step_cosine: tuple[float, ...]
     decode_error: float
-    image_psnr_db: float
+    image_psnr_db: float | None
     image_ssim: float | None
 
 
 class TargetFigures(Struct, frozen=True):
-    """One target against the reference: the worst over prompts and steps, of images also the mean."""
+    """One target against the reference: the worst over prompts and steps, of images also the mean; null without images."""
 
     text_error: float
     prologue_error: float
     step_error: float
     step_cosine: float
     decode_error: float
-    image_psnr_db: float
-    image_psnr_db_worst: float
+    image_psnr_db: float | None
+    image_psnr_db_worst: float | None
     image_ssim: float | None
     prompts: tuple[PromptFigures, ...]
 
@@ -207,7 +211,9 @@ class StepCacheFigures(Struct, frozen=True):
 class Report(Struct, frozen=True):
     """The report of one bundle. `targets` and `ranks` are by target: figures against the reference, and of sharded targets
     against the one that runs in one process. `engines` says what was found in what was built; `file_bytes` is by folder of the
-    bundle, without the report and what lies in no folder. `on_target` is what `fluxc add-evidence` added since.
+    bundle, without the report, the evidence and what lies in no folder. `level` is what was compared on `prompts`: nothing,
+    stages, or also images; `not_compared` says of each target what was not, and why. `on_target` is what `fluxc finish` and
+    `fluxc add-evidence` added since.
     """
 
     name: str
@@ -238,6 +244,8 @@ class Report(Struct, frozen=True):
     checkpoint: dict[str, dict[str, str]]
     tools: dict[str, str]
     on_target: tuple[OnTarget, ...] = ()
+    level: Literal["none", "stages", "images"] = "images"
+    not_compared: tuple[NotCompared, ...] = ()
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -265,7 +273,7 @@ def read_report(path: Path) -> Report:
         raise BuildError(f"{path}: cannot be read: {error.strerror}; {advice}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BuildError(f"{path}: damaged: {error}; {advice}") from None
-    if (head.format, head.format_version) != (FORMAT, FORMAT_VERSION):
+    if head.format != FORMAT or head.format_version not in READABLE:
         written = f"report format {head.format_version}" if head.format == FORMAT else "a report of an older fluxc"
         raise BuildError(f"{path}: {written}, this fluxc reads format {FORMAT_VERSION}; {advice}")
     try:

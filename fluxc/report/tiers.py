@@ -10,6 +10,14 @@ from fluxrt.manifest import OnTarget, Target, TensorRTTarget
 MATCHED, FAILED = "matched on the target", "failed on the target"
 
 
+UNCOMPARED = {
+    "none": "NOTHING WAS COMPARED with the original model: fidelity.level is none. Whether this bundle's images are right was "
+    "not looked at, and it carries no evidence that could be replayed.",
+    "stages": "No image was generated: text encoder, prologue, velocity and decoder were compared, each by itself.",
+}
+"""By level of comparison, what it does not show."""
+
+
 def tiers_of(targets: tuple[Target, ...], ran: Mapping[str, bool], entries: tuple[OnTarget, ...]) -> tuple[Tiers, ...]:
     """The tiers of every target; `ran` says of those that ran where the bundle was built whether every stage matched."""
     return tuple(_tiers(target, ran, entries) for target in targets)
@@ -22,9 +30,9 @@ def stages_matched(verdict: Verdict, targets: Mapping[str, object], ranks: Mappi
     return {name: f"target {name}" not in missed for name in targets} | dict.fromkeys(ranks, True)
 
 
-def never_run(tiers: tuple[Tiers, ...], entries: tuple[OnTarget, ...]) -> tuple[str, ...]:
-    """What the figures of this bundle do not show, plainly: first of GPUs, then by target."""
-    lines = []
+def never_run(tiers: tuple[Tiers, ...], entries: tuple[OnTarget, ...], level: str) -> tuple[str, ...]:
+    """What the figures of this bundle do not show, plainly: what was not compared, then of GPUs, then by target."""
+    lines = [UNCOMPARED[level]] if level in UNCOMPARED else []
     if not entries:
         lines.append(
             "Nothing of this bundle has run on a GPU. No time on a GPU was measured; those shown are predicted."

@@ -10,53 +10,83 @@ import torch
 
 from fluxc.checkpoint.reference import guided
 from fluxc.recipe.structs import LAGS
+from fluxc.running.lockstep import CALL
 from fluxc.stepcache.trace import StepTrace
 
 
 class StepObserver:
-    """Hooks on a Flux2Transformer2DModel while it generates with `branches` passes a step and scale `guidance`."""
+    """Hooks on a Flux2Transformer2DModel while it generates with `branches` passes a step and scale `guidance`.
+
+    Images are told apart by the number of the call of PlacedModel.run that generates them.
+    """
+
+    def __init__(self, transformer: Any, branches: int, guidance: float) -> None:
+        self._images: dict[int, _Image] = {}
+
+        def image() -> _Image:
+            return self._images.setdefault(CALL.get(0), _Image(transformer, branches, guidance))
+
+        def on_first_block(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+            image().enter_blocks(kwargs["hidden_states"].detach(), kwargs["temb_mod_img"].detach())
+
+        def on_output_layers(_: Any, args: tuple[Any, ...]) -> None:
+            image().leave_blocks(args[0].detach(), args[1].detach())
+
+        def on_pass(_: Any, __: Any, kwargs: dict[str, Any], output: Any) -> None:
+            latents, velocity = kwargs["hidden_states"].detach().float(), output[0].detach().float()
+            image().end_pass(latents, velocity, float(kwargs["timestep"].flatten()[0]))
+
+        self._handles = [
+            transformer.transformer_blocks[0].register_forward_pre_hook(on_first_block, with_kwargs=True),
+            transformer.norm_out.register_forward_pre_hook(on_output_layers),
+            transformer.register_forward_hook(on_pass, with_kwargs=True),
+        ]
+
+    def take(self, count: int = 1) -> list[StepTrace]:
+        """The traces of the `count` images generated since the last `take`, in order."""
+        images, self._images = self._images, {}
+        return [images[number].trace() for number in range(count)]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Image:
+    """What is known of one image while it is generated."""
 
     def __init__(self, transformer: Any, branches: int, guidance: float) -> None:
         self._model, self._branches, self._guidance = transformer, branches, guidance
         self._comparing = False
-        first, eps = transformer.transformer_blocks[0], transformer.config.eps
-
-        def on_first_block(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
-            self._hidden = kwargs["hidden_states"].detach()
-            if not self._passes:
-                width = self._hidden.shape[-1]
-                modulation = kwargs["temb_mod_img"].detach().float().reshape(1, 1, -1)
-                plain = torch.nn.functional.layer_norm(self._hidden.float(), (width,), eps=eps)
-                self._signal = plain * (1 + modulation[..., width : 2 * width]) + modulation[..., :width]
-
-        def on_output_layers(_: Any, args: tuple[Any, ...]) -> None:
-            if not self._comparing:
-                self._temb = args[1].detach()
-                self._residuals.append(args[0].detach().float() - self._hidden.float())
-
-        def on_pass(_: Any, __: Any, kwargs: dict[str, Any], output: Any) -> None:
-            latents = kwargs["hidden_states"].detach().float()
-            velocity = output[0].detach().float()
-            self._passes.append((latents, velocity))
-            if len(self._passes) == self._branches:
-                self._finish_step(float(kwargs["timestep"].flatten()[0]))
-
-        self._handles = [
-            first.register_forward_pre_hook(on_first_block, with_kwargs=True),
-            transformer.norm_out.register_forward_pre_hook(on_output_layers),
-            transformer.register_forward_hook(on_pass, with_kwargs=True),
-        ]
-        self._start()
-
-    def _start(self) -> None:
+        self._hidden = self._temb = self._signal = torch.empty(0)
         self._passes: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._residuals: list[torch.Tensor] = []
         self._old: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
         self._sigmas: list[float] = []
 
+    def enter_blocks(self, hidden: torch.Tensor, modulation: torch.Tensor) -> None:
+        """A pass comes to the first block; both passes of a step come with the same image tokens."""
+        self._hidden = hidden
+        width = hidden.shape[-1]
+        modulation = modulation.float().reshape(1, 1, -1)
+        plain = torch.nn.functional.layer_norm(hidden.float(), (width,), eps=self._model.config.eps)
+        self._signal = plain * (1 + modulation[..., width : 2 * width]) + modulation[..., :width]
+
+    def leave_blocks(self, hidden: torch.Tensor, temb: torch.Tensor) -> None:
+        """A pass comes out of the last block."""
+        if not self._comparing:
+            self._temb = temb
+            self._residuals.append(hidden.float() - self._hidden.float())
+
+    def end_pass(self, latents: torch.Tensor, velocity: torch.Tensor, sigma: float) -> None:
+        """A pass gave its velocity."""
+        self._passes.append((latents, velocity))
+        if len(self._passes) == self._branches:
+            self._finish_step(sigma)
+
     def _finish_step(self, sigma: float) -> None:
-        step = {
+        step: dict[str, Any] = {
             "signal": self._signal,
             "residuals": self._residuals,
             "latent_residuals": [velocity - latents for latents, velocity in self._passes],
@@ -93,18 +123,13 @@ class StepObserver:
             self._comparing = False
         return list(velocity.split(1))
 
-    def take(self) -> StepTrace:
-        """The trace of the one image generated since the last `take`."""
+    def trace(self) -> StepTrace:
+        """Every step of the image."""
         lengths = np.abs(np.diff([*self._sigmas, 0.0]))[:, None]
         columns = {f.name: np.array([row[f.name] for row in self._rows], np.float64) for f in fields(StepTrace)}
         for name in ("residual_error", "latent_error"):
             columns[name] = columns[name] * lengths
-        self._start()
         return StepTrace(**{name: column[None] for name, column in columns.items()})
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 def _relative(new: torch.Tensor, old: torch.Tensor) -> float:

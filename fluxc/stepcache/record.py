@@ -1,22 +1,25 @@
-"""Runs diffusers' pipeline over prompts and records every step's changes, resumable per prompt."""
+"""Runs diffusers' model over prompts and records every step's changes, resumable per prompt."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fluxc.base.errors import FluxError
 from fluxc.base.measured import Origin
-from fluxc.base.progress import Report, of_prompts
-from fluxc.calibrate.placement import Placement, place
-from fluxc.checkpoint.reference import Generation, generate
+from fluxc.base.progress import OfSteps, Report
+from fluxc.checkpoint.reference import Generation
 from fluxc.checkpoint.source import Checkpoint
+from fluxc.running.model import ReferenceModel
+from fluxc.running.placement import Placement
 from fluxc.stepcache.file import TraceFile, read_trace, write_trace
 from fluxc.stepcache.loop import FullPrecisionLoop
 from fluxc.stepcache.observer import StepObserver
 from fluxc.stepcache.trace import StepTrace, joined
+
+SIDE_BY_SIDE = 2
+"""So many prompts go through the transformer together, where it is read layer by layer: each keeps its last LAGS residuals."""
 
 
 def record_steps(
@@ -27,34 +30,35 @@ def record_steps(
     branches: int,
     origin: Origin,
     placement: Placement,
-    dtype: torch.dtype,
     work: Path,
     on_progress: Report | None = None,
 ) -> StepTrace:
-    """The trace of the prompts numbered `images`, by a model in `dtype`; latents and sigma are fp32 as in the runtime.
+    """The trace of the prompts numbered `images`, in the placement's type; latents and sigma are fp32 as in the runtime.
 
     Prompt i starts from the runtime's noise for `generation.seed` + i. Each prompt's trace is kept below `work` when it is
     complete, and a later call with the same `work` reads it; the caller removes `work` once it has kept the result.
     """
     work.mkdir(parents=True, exist_ok=True)
-    pipeline: Any = None
-    observer: StepObserver | None = None
-    traces = []
-    for done, number in enumerate(images):
-        on_step = of_prompts(on_progress, done, len(images), generation.steps)
-        kept = work / f"image-{number:05}.safetensors"
-        file = _read_if_of(kept, origin, number)
-        if file is None:
-            if observer is None:
-                pipeline = place(checkpoint, placement, dtype)
-                FullPrecisionLoop(pipeline)
-                observer = StepObserver(pipeline.transformer, branches, generation.guidance)
-            generate(pipeline, checkpoint, prompts[number], generation.of_prompt(number), torch.float32, on_step)
-            write_trace(kept, origin, [number], observer.take())
-            file = read_trace(kept)
-        traces.append(file.trace)
-        on_step(generation.steps)
-    return joined(traces)
+    kept = {number: work / f"image-{number:05}.safetensors" for number in images}
+    missing = [number for number in images if _read_if_of(kept[number], origin, number) is None]
+    texts = [prompts[number] for number in missing] + ([""] if branches == 2 and missing else [])
+    report = OfSteps(on_progress, len(texts), len(images), generation.steps)
+    report.images_are_done(len(images) - len(missing))
+    if missing:
+        model = ReferenceModel(checkpoint, placement)
+        with model.component("text_encoder", generation.text_layers) as encoder:
+            embeddings = model.encode(encoder, texts, generation, report)
+        empty = embeddings[-1] if branches == 2 else None
+        with model.component("transformer") as transformer:
+            FullPrecisionLoop(transformer.module)
+            observer = StepObserver(transformer.module, branches, generation.guidance)
+            for group in placement.groups(len(missing), SIDE_BY_SIDE):
+                numbers = [missing[at] for at in group]
+                generations = [generation.of_prompt(number) for number in numbers]
+                model.denoise(transformer, [embeddings[at] for at in group], empty, generations, torch.float32, report)
+                for number, trace in zip(numbers, observer.take(len(group)), strict=True):
+                    write_trace(kept[number], origin, [number], trace)
+    return joined([read_trace(kept[number]).trace for number in images])
 
 
 def _read_if_of(path: Path, origin: Origin, number: int) -> TraceFile | None:

@@ -41,19 +41,18 @@ def trace_into(inputs: StepTraceInputs, images: list[int], path: Path, device: s
     """Trace the prompts numbered `images` and write `path`; finished prompts are kept aside meanwhile."""
     import torch
 
-    from fluxc.calibrate.placement import find_placement
     from fluxc.calibrate.stage import generation_of
+    from fluxc.running.placement import find_placement
     from fluxc.stepcache.file import write_trace
     from fluxc.stepcache.record import record_steps
 
     checkpoint, request = inputs.files.checkpoint, inputs.request
-    dtype = getattr(torch, request["dtype"])
-    placement = find_placement(checkpoint, device, dtype)
+    placement = find_placement(checkpoint, device, getattr(torch, request["dtype"]))
     origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
     model = (inputs.files.hashes(), inputs.rows, list(inputs.text_layers))
     made_by = key_of(*model, request, str(placement), library_versions(), code_digest(__name__))
     work = inputs.aside.folder.with_name(f"{inputs.aside.folder.name}-{made_by}")
     generation, prompts = generation_of(request, inputs.text_layers), request["prompts"]
-    trace = record_steps(checkpoint, prompts, images, generation, inputs.rows, origin, placement, dtype, work, report)
+    trace = record_steps(checkpoint, prompts, images, generation, inputs.rows, origin, placement, work, report)
     write_trace(path, origin, images, trace)
     shutil.rmtree(work)

@@ -21,6 +21,7 @@ from fluxrt.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     NO_JSON,
+    READABLE,
     File,
     Manifest,
     Target,
@@ -153,7 +154,7 @@ def _check_format(path: Path, raw: bytes) -> None:
         raise BundleError(f"{path}: not readable as JSON: {error}; rebuild the bundle") from error
     if head.format != FORMAT:
         raise BundleError(f"{path}: its format is {head.format!r}, not {FORMAT!r}; this is not a fluxc bundle")
-    if head.format_version != FORMAT_VERSION:
+    if head.format_version not in READABLE:
         older = "build the bundle again from its recipe, or take the fluxrt that came with the fluxc that built it"
         raise BundleError(
             f"{path}: it has bundle format {head.format_version}, this fluxrt reads format {FORMAT_VERSION}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from fluxrt.log import write
 from fluxrt.memory import resident
 from fluxrt.output import check_outputs, save
 from fluxrt.parameters import GPUS, GUIDANCE, PATH, SEED, SIZE, STEPS, THREADS, THRESHOLD
-from fluxrt.progress import Progress, shown_time
+from fluxrt.progress import QUIET, Progress, shown_time
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -120,6 +121,62 @@ def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as
             "notes": [*result.notes, *workarounds],
         }
         write(json.dumps(plain), sys.stdout)
+
+
+@commands.command(
+    arguments={"BUNDLE": "the bundle's folder"},
+    example="fluxrt verify artifacts/flux2-nano-nvfp4 --target onnxruntime --json",
+)
+@click.argument("bundle")
+@click.option(
+    "--target", help="Replay on this target alone, which must run here.", show_default="every one that runs here"
+)
+@click.option("--threads", type=THREADS, help="CPU threads of a CPU target.", show_default="all cores")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the tables.")
+@logging_options
+@click.pass_obj
+def verify(logs: Logs, /, bundle: str, target: str | None, threads: int | None, as_json: bool) -> None:
+    """Check a bundle's files, and replay its evidence: recorded inputs of each stage, against recorded results.
+
+    The exit code is 0 only if every target that runs here is as near to the recorded results as the bundle's bounds ask. With
+    --quiet nothing is printed but what is wrong.
+    """
+    from fluxrt.bundle import open_bundle, verify_files
+    from fluxrt.verify import NO_EVIDENCE, check_passed, lines_of, verify_evidence
+
+    opened = open_bundle(bundle)
+    if target is not None:
+        opened.target(target)
+    LOG.info("check the SHA-256 of %d files", len(opened.manifest.files))
+    verify_files(opened)
+    shows = not as_json and logs.threshold <= logging.INFO
+    if shows:
+        write(f"files: {len(opened.manifest.files)} match their SHA-256", sys.stdout)
+    if opened.manifest.recorded is None:
+        LOG.warning("%s: %s", bundle, NO_EVIDENCE)
+    said = time.monotonic()
+
+    def on_part(name: str, done: int, total: int) -> None:
+        nonlocal said
+        if not done or time.monotonic() - said > QUIET:
+            said = time.monotonic()
+            LOG.info("target %s: evidence, %d of %d parts are replayed", name, done, total)
+
+    found = []
+    for checked in verify_evidence(opened, target, threads, on_part=on_part):
+        found.append(checked)
+        for line in lines_of(checked) if shows else ():
+            write(line, sys.stdout)
+    if as_json:
+        plain = {
+            "bundle": opened.manifest.digest,
+            "files": len(opened.manifest.files),
+            "evidence": opened.manifest.recorded is not None,
+            "passed": all(checked.status != "failed" for checked in found),
+            "targets": [checked.as_json() for checked in found],
+        }
+        write(json.dumps(plain), sys.stdout)
+    check_passed(opened, found, target)
 
 
 def _images(request: Request, result: Result, paths: list[Path]) -> list[dict[str, Any]]:

@@ -25,3 +25,7 @@ class BackendError(FluxError):
 
 class OutputError(FluxError):
     """A file that cannot be written: no room, no right, or a name that the system does not take."""
+
+
+class VerifyError(FluxError):
+    """A target that computes something else than what the bundle's evidence records."""

@@ -15,7 +15,9 @@ import msgspec
 from fluxrt.errors import BundleError
 
 FORMAT = "fluxc-bundle"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
+READABLE = (6, 7)
+"""Format versions that are read: 6 is 7 without evidence, and without what `fidelity` says of levels."""
 MANIFEST = "bundle.json"
 NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are no JSON, no UTF-8, or nested too deep."""
@@ -453,14 +455,76 @@ class OnTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.device.gpus[0].name if self.device.gpus else "no GPU"
 
 
+class NotCompared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a build did not compare with the reference: whose (a target's name, or "step cache"), what, and why."""
+
+    target: str
+    what: str
+    why: str
+
+
 class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How near to `reference` each target computes, by its name; docs/bundle-format.md names the figures."""
+    """How near to `reference` each target computes, by its name; docs/bundle-format.md names the figures.
+
+    `level` is what the build compared: none, stages or images.
+    """
 
     reference: str
     targets: dict[str, dict[str, Any]]
     ranks: dict[str, RankFidelity]
     step_cache: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
     on_target: tuple[OnTarget, ...] | msgspec.UnsetType = msgspec.UNSET
+    level: Literal["none", "stages", "images"] | msgspec.UnsetType = msgspec.UNSET
+    not_compared: tuple[NotCompared, ...] | msgspec.UnsetType = msgspec.UNSET
+
+
+class StageErrors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far the stages of a target are from a recorded prompt's: relative errors (Euclidean norms), and of the velocity at
+    each recorded sigma the cosine too. Null where a backend does not give a stage's results, or they are not finite."""
+
+    text_error: float | None
+    prologue_error: float | None
+    step_error: tuple[float | None, ...]
+    step_cosine: tuple[float | None, ...]
+    decode_error: float | None
+
+
+class StageBound(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The largest relative error that a stage may have, and in words what it is derived from."""
+
+    error: float
+    of: str
+
+
+class EvidenceTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What evidence is held to on a target: `bounds` by figure of StageErrors (of `step_error` for every sigma), and by prompt
+    what the build measured, nothing where the target did not run there."""
+
+    bounds: dict[str, StageBound]
+    measured: tuple[StageErrors, ...] = ()
+
+
+class EvidencePrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A recorded prompt: its safetensors file, and by stage the SHA-256 of the bytes of each tensor that is recorded of it."""
+
+    file: str
+    prompt: str
+    seed: int
+    stages: dict[str, dict[str, str]]
+
+
+class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Recorded inputs of every stage and what `fidelity.reference` made of them, to be replayed on any target.
+
+    `sigmas` are those at which velocities are recorded, of a generation with so many `steps`.
+    """
+
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    sigmas: tuple[float, ...]
+    prompts: tuple[EvidencePrompt, ...]
+    targets: dict[str, EvidenceTarget]
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -482,6 +546,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     images: tuple[RecordedImage, ...]
     files: dict[str, File]
     step_cache: StepCache | None = None
+    evidence: Evidence | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def recorded(self) -> Evidence | None:
+        """The evidence; None in a bundle that has none."""
+        return None if isinstance(self.evidence, msgspec.UnsetType) else self.evidence
 
 
 def decode_manifest(raw: bytes) -> Manifest:

@@ -1,13 +1,17 @@
-"""The memory that processes hold, where the system says it (Linux)."""
+"""The memory that processes hold, and what is free for this one, where the system says it (Linux)."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+
+ENOUGH = 1 << 60
+"""A limit of so many bytes is none: cgroup v1 writes the largest number it has."""
 
 
 def resident(processes: Iterable[int] = ()) -> int:
@@ -21,3 +25,76 @@ def resident(processes: Iterable[int] = ()) -> int:
         alone += int(fields[1]) - int(fields[2])
         shared = max(shared, int(fields[2]))
     return (alone + shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_memory(system: Path = Path("/")) -> int:
+    """Bytes that this process can still take without being killed: the least of what these leave.
+
+    1. The machine: MemAvailable; where the system has no /proc/meminfo, all its memory.
+    2. The control group of the process and every group around it, cgroup v2 and v1. What a group holds of files counts as
+       free, since the kernel takes it back first.
+    3. Limits of the process: RLIMIT_AS and RLIMIT_DATA.
+
+    `system` is the root of /proc and /sys.
+    """
+    free = [_free_here(system), *_free_in_groups(system), *_free_in_limits(system)]
+    return max(0, min(free))
+
+
+def _free_here(system: Path) -> int:
+    found = re.search(r"^MemAvailable: +(\d+) kB$", _read(system / "proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_in_groups(system: Path) -> Iterator[int]:
+    """What each control group with a limit leaves; /proc/self/cgroup has a line "number:controllers:path" for a hierarchy."""
+    mounts = system / "sys/fs/cgroup"
+    limits: tuple[str, ...]
+    for line in _read(system / "proc/self/cgroup").splitlines() or ["0::/"]:
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers == "":
+            mount, limits, used, files = (
+                mounts,
+                ("memory.max", "memory.high"),
+                "memory.current",
+                ("active_file", "inactive_file"),
+            )
+        elif "memory" in controllers.split(","):
+            mount, limits, used = mounts / "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
+            files = ("total_active_file", "total_inactive_file")
+        else:
+            continue
+        # A container may see its own group as the root while the path is the host's.
+        for part in (PurePosixPath(path), *PurePosixPath(path).parents):
+            folder = mount / str(part).lstrip("/")
+            limit = min((found for name in limits if (found := _number(folder / name)) is not None), default=ENOUGH)
+            holds = _number(folder / used)
+            if limit < ENOUGH and holds is not None:
+                yield limit - holds + sum(_fields(folder / "memory.stat").get(name, 0) for name in files)
+
+
+def _free_in_limits(system: Path) -> Iterator[int]:
+    sizes = _read(system / "proc/self/statm").split()
+    if len(sizes) < 6:
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    for name, holds in (("Max address space", int(sizes[0])), ("Max data size", int(sizes[5]))):
+        found = re.search(rf"^{name} +(\d+) ", _read(system / "proc/self/limits"), re.MULTILINE)
+        if found:
+            yield int(found[1]) - holds * page
+
+
+def _fields(file: Path) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"^(\w+) (\d+)$", _read(file), re.MULTILINE)}
+
+
+def _number(file: Path) -> int | None:
+    text = _read(file).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

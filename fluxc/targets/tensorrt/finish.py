@@ -31,6 +31,14 @@ from fluxrt.weights import component_weights
 FindGpu = Callable[[], Gpu]
 
 
+def unfinished(path: Path, target: str | None = None) -> list[str]:
+    """The names of targets with plans that are still to be built: `target` alone, or any of the bundle at `path`."""
+    bundle = open_bundle(path)
+    names = [bundle.target(target).name] if target is not None else [t.name for t in bundle.manifest.targets]
+    entries = [t for t in bundle.manifest.targets if isinstance(t, format.TensorRTTarget) and t.name in names]
+    return [entry.name for entry in entries if entry.engine.unfinished]
+
+
 def finish_bundle(
     path: Path,
     target: str | None = None,
@@ -46,11 +54,10 @@ def finish_bundle(
     """
     progress = progress or StageProgress()
     bundle = open_bundle(path)
-    names = [bundle.target(target).name] if target is not None else [t.name for t in bundle.manifest.targets]
+    names = unfinished(path, target)
     with progress.stage("check the files' SHA-256"):
         verify_files(bundle)
-    engines = [t for t in bundle.manifest.targets if isinstance(t, format.TensorRTTarget) and t.name in names]
-    left = [t for t in engines if t.engine.unfinished]
+    left = [t for t in bundle.manifest.targets if isinstance(t, format.TensorRTTarget) and t.name in names]
     if not left:
         yield f"{path}: nothing is left to build"
         return
