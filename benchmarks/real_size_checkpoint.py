@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import struct
 import time
@@ -146,17 +147,24 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Such as klein-4b, or dev 2+4."""
-        return self.widths if self.double is None else f"{self.widths} {self.double}+{self.single}"
+        """Such as klein-4b, or dev 2+4, or klein-4b with 28 text layers."""
+        blocks = "" if self.double is None else f" {self.double}+{self.single}"
+        return f"{self.widths}{blocks}" + (f" with {self.text_layers} text layers" if self.text_layers else "")
 
 
-def make(folder: Path, shape: Shape, seed: int = 0) -> int:
-    """Write the checkpoint of `shape` into `folder`, which appears when it is complete; its bytes on disk."""
+def make(folder: Path, shape: Shape, seed: int = 0, like: Path | None = None) -> int:
+    """Write the checkpoint of `shape` into `folder`, which appears when it is complete; its bytes on disk.
+
+    `like` is another of the same seed: components with the same config are links to its files.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     configs = {"transformer": shape.transformer, "text_encoder": shape.text_encoder, "vae": shape.vae}
     for component, tensors in shape.tensors().items():
+        if like and json.loads((like / component / "config.json").read_text()) == configs[component]:
+            shutil.copytree(like / component, partial / component, copy_function=os.link)
+            continue
         (partial / component).mkdir()
         _write_json(partial / component / "config.json", configs[component])
         write_component(partial / component, component, tensors, seed)
@@ -181,7 +189,8 @@ def write_component(folder: Path, component: str, tensors: dict[str, tuple[int, 
             room = SHARDS[component]
         room -= size
         shards[-1][name] = shape
-    stem, weight_map = STEMS[component], {}
+    stem = STEMS[component]
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         of = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         write_file(folder / f"{stem}{of}.safetensors", component, shard, seed)
