@@ -19,6 +19,7 @@ from fluxc.build.requests import cache_settings, calibration_request, judges_of,
 from fluxc.build.runner import Results, Stage, Step, plan_steps
 from fluxc.calibrate import modelopt_stage, sensitivity_stage, weights_stage
 from fluxc.calibrate import stage as calibration_stage
+from fluxc.calibrate.file import read_calibration
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.checkpoint.files import ComponentFiles, checkpoint_digests
 from fluxc.checkpoint.identify import pixels_per_token
@@ -33,6 +34,7 @@ from fluxc.quantize.source import kept_tensors
 from fluxc.recipe.structs import Calibration, Recipe
 from fluxc.recipe.targets import Target
 from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
+from fluxc.stepcache.file import read_trace
 from fluxc.targets.base import TargetContext
 from fluxc.targets.parts import Weights
 from fluxc.targets.registry import kind_of
@@ -134,6 +136,16 @@ def provenance_tools(recipe: Recipe) -> dict[str, str]:
     for target in recipe.targets:
         versions = versions | kind_of(target.kind).tools()
     return dict(sorted(versions.items()))
+
+
+def provenance_computed(job: Job, results: Results) -> dict[str, str]:
+    """What the model ran on, and in which type, by what it was run for; nothing where it was not run."""
+    calibration = job.given_calibration or results.get("calibrate")
+    found = {"calibration": read_calibration(calibration).origin.ran} if calibration else {}
+    if job.loaded.recipe.step_cache:
+        found["step cache"] = read_trace(_traced(job, results)).origin.ran
+    reference = results.get("reference")
+    return found | ({"reference": reference_stage.ran_as(reference)} if reference else {})
 
 
 def layers_of(results: Results) -> list[dict[str, Any]]:
@@ -317,7 +329,7 @@ def _reference(job: Job) -> Stage[Any, Made] | None:
 def _compare(job: Job, results: Results) -> Stage[Any, Path]:
     recipe, pipeline = job.loaded.recipe, job.original.checkpoint.pipeline_class
     inputs = compare_stage.CompareInputs(
-        title=f"diffusers {pipeline} in {recipe.fidelity.reference}",
+        title=f"diffusers {pipeline} in {reference_stage.ran_as(results['reference']).split()[-1]}",
         level=job.fidelity.level,
         reference=results["reference"],
         prompts=job.fidelity.prompts,
@@ -335,7 +347,6 @@ def _compare(job: Job, results: Results) -> Stage[Any, Path]:
 def _point(job: Job, results: Results, target: str, point: str) -> Stage[Any, Made]:
     """Images with every step ("full"), as the bundle serves them ("chosen"), or with so many steps skipped."""
     from fluxc.stepcache import frontier
-    from fluxc.stepcache.file import read_trace
 
     draft, cache = results[DRAFT], results["step-cache"]
     request = _frontier_request(job, cache)

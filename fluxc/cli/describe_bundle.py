@@ -73,6 +73,9 @@ def print_bundle(bundle: Bundle) -> None:
     for line in [*_evidence_words(manifest), *_cache_lines(manifest), *evidence_lines(entries_of(manifest), digest)]:
         console.print(line)
     size = sum(file.size for file in manifest.files.values())
+    ran = ", ".join(f"{what} on {where}" for what, where in manifest.provenance.computed.items())
+    if ran:
+        console.print(f"computed: {ran}")
     tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items())
     console.print(f"{len(manifest.files)} files, {size:,} bytes; built with {tools}")
 

@@ -15,6 +15,7 @@ from fluxc.checkpoint.files import CheckpointFiles
 if TYPE_CHECKING:
     from fluxc.fidelity.compare import Reference
 
+RAN = "ran.txt"
 LISTS = ("input_ids", "text", "latents", "velocities")
 
 
@@ -38,7 +39,7 @@ class ReferenceInputs:
 
 
 def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
-    """Write a safetensors file for each prompt: tokens, embeddings, prologue, every step, final latents, image."""
+    """Write what it ran on, and for each prompt a safetensors file: tokens, embeddings, prologue, steps, final latents, image."""
     import torch
     from safetensors.numpy import save_file
 
@@ -50,7 +51,9 @@ def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
 
     checkpoint = inputs.files.checkpoint
     asked = Asked(len(inputs.prompts), inputs.rows, inputs.steps, inputs.size, inputs.text_length)
-    model = ReferenceModel(checkpoint, find_placement(checkpoint, "auto", getattr(torch, inputs.dtype), asked))
+    placement = find_placement(checkpoint, "auto", getattr(torch, inputs.dtype), asked)
+    model = ReferenceModel(checkpoint, placement)
+    (folder / RAN).write_text(str(placement))
     generation = Generation(
         inputs.size, inputs.steps, inputs.guidance, inputs.seed, inputs.text_length, inputs.text_layers
     )
@@ -66,6 +69,12 @@ def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
 def load(folder: Path) -> Made:
     """The folder; `read_references` reads it."""
     return Made(folder)
+
+
+def ran_as(made: Made) -> str:
+    """What the reference was computed on, and in which type: of bfloat16 that was asked for, float32 where the CPU does not
+    multiply it."""
+    return (made.folder / RAN).read_text()
 
 
 def read_references(folder: Path, prompts: list[str], seed: int) -> list[Reference]:

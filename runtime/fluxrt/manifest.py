@@ -387,6 +387,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint: dict[str, dict[str, str]]
     tools: dict[str, str]
     built_at: str
+    computed: dict[str, str] = {}
+    """What the model ran on, and in which type, by what it was run for: calibration, step cache, reference."""
 
 
 class RecordedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
