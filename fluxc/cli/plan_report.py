@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fluxc.build.input_scales import input_scales
 from fluxc.build.preflight import Preflight
 from fluxc.build.stages import planned_stages
 from fluxc.quantize.memory import WeightsMemory
@@ -78,6 +79,7 @@ def plan_as_json(ready: Preflight) -> dict[str, Any]:
             for plan in source.plans.values()
             for group, (members, rule) in widened_groups(plan).items()
         },
+        "input_scales": asdict(scales) if (scales := input_scales(ready.job)) else None,
         "weights_bytes": {name: asdict(memory) for name, memory in memory_by_component(source).items()},
         "targets": [target.name for target in recipe.targets],
         "ranks": {
