@@ -11,6 +11,7 @@ QUICK = (
     "calibration.prompts=../tests/data/two-prompts.txt",
     "fidelity.prompts=../tests/data/two-prompts.txt",
     "sampling.steps=3",
+    "calibration.margin=1",
     "precision.transformer.scales=max",
     "gates={}",
 )

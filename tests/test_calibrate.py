@@ -23,7 +23,9 @@ from conftest import NANO, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import CHECKPOINT_PARTS, Origin, check_origin
 from fluxc.build.measure import calibrate_to_file
+from fluxc.build.requests import trace_request
 from fluxc.calibrate.amax import input_amax, least_error, percentile
+from fluxc.calibrate.assumed import assumed_amax
 from fluxc.calibrate.file import Records, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer, add_up
 from fluxc.calibrate.records import BINS, ROWS, LayerInputs, bin_edges, merge
@@ -32,11 +34,16 @@ from fluxc.calibrate.sample import sample_points
 from fluxc.calibrate.summary import outliers
 from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
+from fluxc.families.ranges import ANY_INPUT, DEV, published_range
 from fluxc.formats import fp8, nvfp4
+from fluxc.formats.registry import FORMATS
 from fluxc.models.base import Linear
+from fluxc.models.flux2_transformer import Flux2Transformer
+from fluxc.models.published import MODELS
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import Calibration
+from fluxc.report.structs import REPORT_JSON
 from fluxc.running.model import ReferenceModel
 from fluxc.running.placement import Placement
 from fluxrt.bundle import open_bundle
@@ -233,10 +240,90 @@ def test_members_of_a_fusion_group_share_their_largest_input() -> None:
     plan.append(LayerPlan("transformer", Linear("out", 16, 16), "bf16", "keep", 0))
     records = {name: record_of(np.full((2, 16), value)) for name, value in zip("qkv", (1, 4, 2), strict=True)}
     for method in ("max", "percentile", "mse"):
-        found = input_amax(records, plan, Calibration("prompts", amax=method))
+        found = input_amax(records, plan, Calibration("prompts", amax=method, margin=1))
         assert set(found) == {"q", "k", "v"}
         assert len(set(found.values())) == 1
-    assert input_amax(records, plan, Calibration("prompts")) == {"q": 4.0, "k": 4.0, "v": 4.0}
+    assert input_amax(records, plan, Calibration("prompts", margin=1)) == {"q": 4.0, "k": 4.0, "v": 4.0}
+
+
+def of_format(format: str, name: str = "out") -> LayerPlan:
+    return LayerPlan("transformer", Linear(name, 16, 16), format, "default", 0)
+
+
+@pytest.mark.parametrize(
+    ("format", "method", "asked", "times"),
+    [
+        ("nvfp4", "max", None, 8),
+        ("fp8", "max", None, 1),
+        ("nvfp4", "percentile", None, 1),
+        ("nvfp4", "mse", None, 1),
+        ("fp8", "mse", None, 1),
+        ("nvfp4", "max", 1.0, 1),
+        ("nvfp4", "max", 0.5, 0.5),
+        ("fp8", "max", 3.0, 3),
+        ("nvfp4", "percentile", 2.0, 2),
+    ],
+)
+def test_a_range_is_multiplied_by_the_margin(format: str, method: Any, asked: float | None, times: float) -> None:
+    records = {"out": record_of(np.random.default_rng(5).standard_normal((64, 16)))}
+    plan = [of_format(format)]
+    (plain,) = input_amax(records, plan, Calibration("prompts", amax=method, margin=1)).values()
+    assert input_amax(records, plan, Calibration("prompts", amax=method, margin=asked)) == {"out": plain * times}
+
+
+def test_mxfp4_has_no_range_and_no_margin() -> None:
+    assert input_amax({"out": record_of(np.eye(16))}, [of_format("mxfp4")], Calibration("prompts")) == {}
+    assert assumed_amax([of_format("mxfp4")], 6144, Calibration(engine="none")) == {}
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_every_layer_of_the_published_models_blocks_has_a_published_range(model: str) -> None:
+    transformer = Flux2Transformer.read(MODELS[model])
+    plan = [LayerPlan("transformer", linear, "nvfp4", "default", 0) for linear in transformer.linears]
+    found = assumed_amax(plan, transformer.width, Calibration(engine="none"))
+    blocks = {layer: amax for layer, amax in found.items() if "transformer_blocks." in layer}
+    assert len(blocks) == 12 * transformer.num_layers + 2 * transformer.num_single_layers
+    assert blocks["transformer_blocks.3.ff_context.linear_out"] == 8 * 1224
+    assert blocks["single_transformer_blocks.19.attn.to_out"] == 8 * 87
+    assert ANY_INPUT not in blocks.values()
+    assert {amax for layer, amax in found.items() if layer not in blocks} == {ANY_INPUT}
+    by_one = assumed_amax(plan, transformer.width, Calibration(engine="none", margin=1))
+    assert by_one["transformer_blocks.3.attn.to_q"] == 49.75
+    assert by_one["proj_out"] == ANY_INPUT
+
+
+def test_layers_that_are_fused_have_one_published_range() -> None:
+    for model in MODELS.values():
+        transformer = Flux2Transformer.read(model)
+        groups: dict[str, set[float | None]] = {}
+        for linear in transformer.linears:
+            if linear.group:
+                groups.setdefault(linear.group, set()).add(published_range(linear.name, transformer.width))
+        assert groups
+        assert all(len(ranges) == 1 for ranges in groups.values())
+
+
+def test_another_models_layers_get_the_constant() -> None:
+    plan = [of_format("nvfp4", "transformer_blocks.0.attn.to_q"), of_format("fp8", "proj_out")]
+    assert assumed_amax(plan, 128, Calibration(engine="none", margin=2)) == dict.fromkeys(
+        ("transformer_blocks.0.attn.to_q", "proj_out"), ANY_INPUT
+    )
+    text = LayerPlan("text_encoder", Linear("model.layers.0.mlp.down_proj", 16, 16), "fp8", "default", 0)
+    assert assumed_amax([text], 6144, Calibration(engine="none")) == {"model.layers.0.mlp.down_proj": ANY_INPUT}
+
+
+@pytest.mark.parametrize(("format", "least"), [("nvfp4", 1 / 8), ("fp8", 1)])
+def test_the_constant_costs_nothing_down_to_small_inputs_and_clips_none_of_the_table(format: str, least: float) -> None:
+    """Against a range that is exactly the largest input, for inputs of this root mean square and more."""
+    how, random = FORMATS[format], torch.Generator().manual_seed(6)
+
+    def error(x: torch.Tensor, amax: float) -> float:
+        return float((how.fake_quantize(x, how.tensor_scale(torch.tensor(amax))) - x).norm() / x.norm())
+
+    for root_mean_square in (least, 1.0, 50.0):
+        x = torch.randn(256, 256, generator=random) * root_mean_square
+        assert error(x, ANY_INPUT) < 1.02 * error(x, x.abs().max().item())
+    assert max(DEV.values()) * 3 < ANY_INPUT
 
 
 def test_outliers_are_named_with_their_channels() -> None:
@@ -505,6 +592,61 @@ def test_another_amax_method_does_not_calibrate_again(quick_bundle: Path, worksh
     assert all(after[name] <= before[name] for name in scales)
     assert any(after[name] < before[name] for name in scales)
     assert all(torch.equal(before[name], after[name]) for name in before if name not in scales)
+
+
+def transformer_tensors(bundle: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file as load
+
+    return load(bundle / open_bundle(bundle).manifest.components["transformer"])
+
+
+def test_the_default_margin_changes_input_scales_alone_and_exactly(quick_bundle: Path, workshop: Path) -> None:
+    """The quick bundle has margin 1, and modelopt's input scales (test_build)."""
+    progress = RecordingProgress()
+    other = compile_into(workshop / "margin", *QUICK, "calibration.margin=null", progress=progress)
+    assert "calibrate" in progress.found
+    before, after = transformer_tensors(quick_bundle), transformer_tensors(other)
+    scales = [name for name in before if name.endswith("input_scale")]
+    assert len(scales) == 36
+    assert all(after[name] == 8 * before[name] for name in scales)
+    assert all(torch.equal(before[name], after[name]) for name in before if name not in scales)
+
+
+def test_a_build_without_calibration_runs_no_model_and_its_images_hold(quick_bundle: Path, workshop: Path) -> None:
+    progress = RecordingProgress()
+    none = compile_into(workshop / "none", *QUICK, "calibration={engine: none}", progress=progress)
+    assert "calibrate" not in progress.ran + progress.found
+    tensors = transformer_tensors(none)
+    scales = [value for name, value in tensors.items() if name.endswith("input_scale")]
+    assert {value.item() for value in scales} == {float(np.float32(ANY_INPUT) / np.float32(2688))}
+    measured, report = (json.loads((bundle / REPORT_JSON).read_text()) for bundle in (quick_bundle, none))
+    assert report["targets"]["onnxruntime"] == measured["targets"]["onnxruntime"]
+    rounded = [made["targets"]["onnxruntime-nvfp4"] for made in (measured, report)]
+    before, after = (np.array([row["step_error"] for row in figures["prompts"]]) for figures in rounded)
+    # Which way single codes fall differs with any other scale; over more images the errors are equal (docs/calibration.md).
+    assert np.sqrt(np.mean(after**2)) < 1.1 * np.sqrt(np.mean(before**2))
+    assert rounded[1]["image_psnr_db"] > 35
+    assert {layer["output_snr_db"] for layer in report["layers"]} == {None}
+    assert all(layer["snr_db"] > 15 for layer in report["layers"])
+
+
+def test_measuring_what_runs_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"calibration\.engine: none runs no model, so there is nothing to measure"):
+        calibrate_to_file(
+            load_recipe(RECIPE, ("calibration={engine: none}",)), tmp_path / "file", "auto", RecordingProgress()
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_is_of_a_size_that_is_served_whatever_size_is_calibrated_at() -> None:
+    steps = ("step_cache={skip: auto}", "calibration.prompts=prompts/flux2-nano-steps.txt")
+    for sizes, calibrated, traced in (
+        ("[[64, 64]]", "[32, 32]", [64, 64]),
+        ("[[64, 64], [96, 64]]", "[96, 64]", [96, 64]),
+        ("[[96, 64]]", "null", [96, 64]),
+    ):
+        loaded = load_recipe(RECIPE, (*steps, f"sizes={sizes}", f"calibration.size={calibrated}"))
+        assert trace_request(loaded)["size"] == traced
 
 
 def test_a_percentile_out_of_range_is_refused() -> None:

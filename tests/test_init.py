@@ -245,6 +245,7 @@ PLAN_FIELDS = [
     "precision",
     "formats",
     "widened",
+    "input_scales",
     "weights_bytes",
     "targets",
     "ranks",

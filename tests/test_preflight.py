@@ -58,6 +58,8 @@ FAULTS: list[tuple[tuple[str, ...], str]] = [
     (("text.length=4",), "and text.length is 4; shorten it, or set text.length to at least"),
     (("sizes=[[60, 64]]",), "height and width must be multiples of 8"),
     (("sizes=[[60, 64]]", "precision.transformer.exclude=[x_embeder, proj_uot]"), "3 things are wrong:"),
+    (("calibration.size=[60, 64]",), "calibration.size: 60x64 is not possible"),
+    (("sizes=[[60, 64]]", "calibration.size=[32, 30]"), "2 things are wrong:"),
     (("sizes=[[16384, 16384]]",), "kernels index 2,147,483,647"),
     (("precision.transformer.rules=[{match: 're:(', format: fp8}]",), "is not a regular expression"),
     (("precision.text_encoder.preset=nvidia-blog",), "names layers of the transformer"),
@@ -84,6 +86,14 @@ FAULTS: list[tuple[tuple[str, ...], str]] = [
     (("model.source=./none",), "model.source: "),
     (("model.source=.",), "there is no model_index.json"),
     (("calibration.engine=modelopt",), "calibration.engine: modelopt needs"),
+    (("calibration={engine: none, amax: mse}",), "calibration.amax: mse needs measured inputs"),
+    (("calibration={engine: none, amax: percentile}",), "calibration.amax: percentile needs measured inputs"),
+    (("calibration={engine: none, file: nano.calibration}",), "calibration.file: holds measured inputs"),
+    (
+        ("calibration.engine=none", "precision.transformer={exclude: auto, budget: {share: 0.1}, default: nvfp4}"),
+        "precision.transformer.exclude: auto runs the model on calibration's prompts",
+    ),
+    ((*STEPS, "calibration={engine: none}"), "step_cache.prompts: is missing"),
     (
         ("precision.transformer={exclude: auto, budget: {share: 0.1}, default: bf16}",),
         "auto has nothing to choose from",

@@ -39,11 +39,32 @@ def test_it_plans_for_its_model(recipe: Path, checkpoints: dict[str, Path]) -> N
     assert result.exit_code == 0, result.output
     plan = json.loads(result.output)
     assert plan["formats"]["transformer"]["nvfp4"]["share"] > 0.8
+    scales = plan["input_scales"]
+    measured = (4, 4, [256, 256]) if "klein" in model else (16, 24, [64, 64])
+    assert (scales["prompts"], scales["steps"], scales["size"]) == measured
+    assert scales["margins"]["nvfp4"] == 8
+    assert scales["ranges"] == {}
     for target, shares in plan["ranks"].items():
         assert [share["ranks"] for share in shares] == [int(target.rpartition("-")[2].removesuffix("gpus"))]
         assert all(share["padding"] == 0 for share in shares)
     if recipe.stem.endswith("b200"):
         assert list(plan["ranks"]) == ["tensorrt-2gpus", "tensorrt-4gpus", "tensorrt-8gpus"]
+
+
+def test_klein_without_calibration_is_planned_with_published_ranges(checkpoints: dict[str, Path]) -> None:
+    recipe, options = ROOT / "recipes" / "flux2-klein-4b.yaml", ["--set", "calibration={engine: none}"]
+    options += ["--set", f"model.source={checkpoints['flux2-klein-4b']}"]
+    result = CliRunner().invoke(main, ["plan", str(recipe), "--json", *options])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.output)
+    scales = plan["input_scales"]
+    assert (scales["engine"], scales["prompts"], scales["size"]) == ("none", None, None)
+    assert scales["ranges"]["transformer"]["transformer_blocks.4.attn.to_q"] == 8 * 49.75
+    assert scales["ranges"]["transformer"]["single_transformer_blocks.19.attn.to_qkv_mlp_proj"] == 8 * 14.5625
+    assert set(scales["ranges"]["text_encoder"].values()) == {4096}
+    assert next(stage["result"] for stage in plan["stages"] if stage["name"] == "calibrate") == "nothing to do"
+    result = CliRunner().invoke(main, ["plan", str(recipe), "--no-layers", *options], terminal_width=200)
+    assert "no model is run: a published range times 8 where a layer's kind has one, otherwise 4096" in result.output
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

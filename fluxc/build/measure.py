@@ -31,6 +31,10 @@ def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: St
     An older calibration file at `out` is replaced; BuildError if something else is there. Hashes of the checkpoint and
     finished prompts are kept in `.fluxc/` beside `out`.
     """
+    if loaded.recipe.calibration.engine == "none":
+        raise RecipeError(
+            "calibration.engine: none runs no model, so there is nothing to measure; leave `engine` out, or build as it is"
+        )
     check_output(out, "a calibration file")
     if out.exists():
         try:

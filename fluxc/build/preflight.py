@@ -20,7 +20,7 @@ from fluxc.base.output import check_output, check_writable, names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build.budget import Budget, budget_of, measuring_budget
 from fluxc.build.job import Job, check_prompts, hash_checkpoint, open_job, template_of
-from fluxc.build.requests import calibration_request, judges_of, trace_request
+from fluxc.build.requests import calibration_request, judges_of, trace_request, trace_size
 from fluxc.build.runner import folder_of
 from fluxc.checkpoint.files import Digests, files_read
 from fluxc.recipe.faults import Collected
@@ -165,9 +165,8 @@ def _check_fit(job: Job) -> None:
     from fluxc.stepcache.choose import make_step_cache
     from fluxc.stepcache.file import read_trace
 
-    recipe = job.loaded.recipe
     with _of_recipe("step_cache.trace"):
-        make_step_cache(settings, read_trace(job.trace.path).trace, recipe.calibration.size or recipe.sizes[0])
+        make_step_cache(settings, read_trace(job.trace.path).trace, trace_size(job.loaded.recipe))
 
 
 @contextmanager

@@ -39,12 +39,12 @@ def calibration_request(loaded: LoadedRecipe, is_large: bool) -> dict[str, Any]:
 
 def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
     """What the trace is asked to do, with the prompts themselves: the steps and the size that are served, whatever calibration
-    takes, unless the recipe names a size for it."""
+    takes."""
     recipe, settings = loaded.recipe, cache_settings(loaded)
     request = calibration_request(loaded, is_large=False)
     request |= {
         "steps": recipe.sampling.steps,
-        "size": list(recipe.calibration.size or recipe.sizes[0]),
+        "size": list(trace_size(recipe)),
         "dtype": recipe.fidelity.reference,
     }
     if settings.prompts is not None:
@@ -59,6 +59,12 @@ def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
             f"give at least {LEAST_PROMPTS}, better some dozens"
         )
     return request
+
+
+def trace_size(recipe: Recipe) -> tuple[int, int]:
+    """The size that is traced: calibration's where that is served, otherwise the first of `sizes`."""
+    size = recipe.calibration.size
+    return size if size in recipe.sizes else recipe.sizes[0]
 
 
 @dataclass(frozen=True)

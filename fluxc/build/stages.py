@@ -15,10 +15,11 @@ import msgspec
 from fluxc.base.cache import Made, StageCache, UnknownDigestError, tool_versions
 from fluxc.base.progress import StageProgress
 from fluxc.build.job import Job
-from fluxc.build.requests import cache_settings, calibration_request, judges_of, trace_request
+from fluxc.build.requests import cache_settings, calibration_request, judges_of, trace_request, trace_size
 from fluxc.build.runner import Results, Stage, Step, plan_steps
 from fluxc.calibrate import modelopt_stage, sensitivity_stage, weights_stage
 from fluxc.calibrate import stage as calibration_stage
+from fluxc.calibrate.assumed import assumed_amax
 from fluxc.calibrate.file import read_calibration
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.checkpoint.files import ComponentFiles, checkpoint_digests
@@ -195,7 +196,8 @@ def _version_of(distribution: str) -> str:
 
 
 def _calibrate(job: Job, results: Results, always: bool) -> Stage[Any, Path] | None:
-    if job.given_calibration or not (job.source(results, with_plan=False).quantizes or always):
+    runs_model = job.loaded.recipe.calibration.engine != "none" and not job.given_calibration
+    if not runs_model or not (job.source(results, with_plan=False).quantizes or always):
         return None
     inputs = calibration_inputs(job, "calibration")
     return Stage("calibration", "calibrate", inputs, calibration_stage.run, calibration_stage.load)
@@ -220,8 +222,7 @@ def _traced(job: Job, results: Results) -> Path:
 def _fit(job: Job, results: Results) -> Stage[Any, StepCache]:
     recipe, settings = job.loaded.recipe, cache_settings(job.loaded)
     plain = msgspec.structs.replace(settings, frontier="auto", prompts=None, trace=None)
-    size = recipe.calibration.size or recipe.sizes[0]
-    inputs = fit_stage.FitInputs(plain, _traced(job, results), size)
+    inputs = fit_stage.FitInputs(plain, _traced(job, results), trace_size(recipe))
     return Stage("step-cache", "fit step cache", inputs, fit_stage.run, fit_stage.load)
 
 
@@ -267,7 +268,8 @@ def _choice(job: Job, results: Results) -> Stage[Any, dict[str, Any]] | None:
 
 def _amax_settings(recipe: Recipe) -> Calibration:
     """What decides which input magnitude a scale stands for; nothing else of `calibration`."""
-    return Calibration(prompts="", amax=recipe.calibration.amax, percentile=recipe.calibration.percentile)
+    asked = recipe.calibration
+    return Calibration(prompts="", amax=asked.amax, percentile=asked.percentile, margin=asked.margin)
 
 
 def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
@@ -275,6 +277,9 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
     plan = source.plans.get(component, [])
     precision = getattr(recipe.precision, component, None)
     calibration = _calibration(job, results) if needs_calibration(plan) else None
+    assumed = {}
+    if recipe.calibration.engine == "none":
+        assumed = assumed_amax(plan, source.transformer.width, recipe.calibration)
     apart = [name for target in recipe.targets for name in kind_of(target.kind).apart(component, plan)]
     part = source.checkpoint.components[component]
     files: ComponentFiles | Made
@@ -294,6 +299,7 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
         scales=precision.scales if precision and searches else "max",
         shard_bytes=None if recipe.weights.shard_gib is None else int(recipe.weights.shard_gib * 2**30),
         apart=list(dict.fromkeys(apart)),
+        assumed=assumed,
     )
     return Stage(f"weights-{component}", f"write {component} weights", inputs, weights_stage.run, weights_stage.load)
 

@@ -20,6 +20,7 @@ from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.published import KLEIN_4B, KLEIN_9B, QWEN3_4B, QWEN3_8B
 from fluxc.models.qwen3 import Qwen3
 from fluxc.predict.gpus import GPUS
+from fluxc.quantize.source import is_large
 from fluxc.recipe.schema import FILE as SCHEMA
 from fluxc.recipe.schema import schema_text
 from fluxc.targets.sharding import check_sharding
@@ -54,6 +55,11 @@ class Start:
     def is_distilled(self) -> bool:
         """Whether it was trained to take few steps without guidance."""
         return self.guidance == 1.0
+
+    @property
+    def is_large(self) -> bool:
+        """Whether measuring takes less of it where a recipe does not say."""
+        return is_large(self.transformer)
 
     @property
     def prompts(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fluxc.build.requests import LARGE_PROMPTS, LARGE_SIDE, LARGE_STEPS
 from fluxc.predict.gpus import GPUS
 from fluxc.recipe.schema import FILE as SCHEMA
 from fluxc.recipe.words import flow
@@ -38,6 +39,7 @@ def recipe_text(start: Start, model: str, name: str, on: str, gpus: int) -> str:
         f"sampling: {{steps: {start.steps}, guidance: {start.guidance}}}",
         "",
         "# Prompts like your users' (one a line): what the layers' inputs are measured with.",
+        *_about_calibration(start, on),
         f"calibration: {{prompts: prompts/{start.prompts}-calibration.txt}}",
         "",
         *_precision(start, on),
@@ -50,6 +52,15 @@ def recipe_text(start: Start, model: str, name: str, on: str, gpus: int) -> str:
         *_gates(start),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _about_calibration(start: Start, on: str) -> list[str]:
+    """Of a large model: how little of it calibration takes, and how to do without."""
+    if start.is_quantized or not start.is_large:
+        return []
+    few = f"# Takes {LARGE_PROMPTS} of them, at most {LARGE_STEPS} steps and {LARGE_SIDE}x{LARGE_SIDE} pixels"
+    room = ", and leaves 8 times the range that it sees" if _multiplies_fp4(on) else ""
+    return [f"{few}{room}.", "# With `engine: none` no model is run: docs/calibration.md."]
 
 
 def _about_steps(start: Start) -> str:
@@ -66,7 +77,6 @@ def _precision(start: Start, on: str) -> list[str]:
             "# The checkpoint is quantized already: its layers keep their formats and bytes.",
             "precision: {transformer: {default: bf16}}",
         ]
-    multiplies_fp4 = on == CPU or "nvfp4" in GPUS[on].gemms
     encoder = "  text_encoder: {default: bf16}" if start.is_small else "  text_encoder: {default: fp8}"
     formats = (
         [
@@ -74,13 +84,18 @@ def _precision(start: Start, on: str) -> list[str]:
             "    preset: modelopt-flux2    # NVIDIA's list of layers that stay bf16; `fluxc plan --presets` compares others",
             "    scales: four-over-six     # of two block scales the one that reproduces the block better",
         ]
-        if multiplies_fp4
+        if _multiplies_fp4(on)
         else [
             "    default: fp8              # 8 bits: this GPU does not multiply 4-bit floats",
             "    preset: modelopt-flux2    # NVIDIA's list of layers that stay bf16; `fluxc plan --presets` compares others",
         ]
     )
     return ["# How the layers are stored and multiplied.", "precision:", "  transformer:", *formats, encoder]
+
+
+def _multiplies_fp4(on: str) -> bool:
+    """Whether NVFP4 is what `on` gets: a GPU that multiplies it, or a CPU."""
+    return on == CPU or "nvfp4" in GPUS[on].gemms
 
 
 def _targets(on: str, gpus: int) -> list[str]:

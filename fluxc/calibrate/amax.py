@@ -1,4 +1,5 @@
-"""Which largest input magnitude an `input_scale` stands for: the largest seen, a percentile, or the one of least error."""
+"""Which largest input magnitude an `input_scale` stands for: the largest seen, a percentile, or the one of least error, each
+times a margin for inputs that calibration never saw."""
 
 from __future__ import annotations
 
@@ -10,13 +11,16 @@ from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.structs import Calibration
 
 CANDIDATES = 17
+UNSEEN_MARGIN = 8.0
+"""On a published range, which is of another model, other inputs, or both."""
 
 
 def input_amax(records: dict[str, LayerInputs], plan: list[LayerPlan], calibration: Calibration) -> dict[str, float]:
     """{layer: amax} for the quantized layers of `plan`; members of a fusion group share one.
 
     `max`: the largest magnitude seen. `percentile`: the smallest bin edge that `calibration.percentile` percent of the
-    magnitudes do not exceed. `mse`: see least_error. Layers that calibration never saw are left out.
+    magnitudes do not exceed. `mse`: see least_error. Each is multiplied by margin_of the format. Layers that calibration never
+    saw are left out.
     """
     groups: dict[str, list[LayerPlan]] = {}
     for entry in to_quantize(plan):
@@ -31,8 +35,22 @@ def input_amax(records: dict[str, LayerInputs], plan: list[LayerPlan], calibrati
             amax = max(percentile(record, calibration.percentile) for record in inputs)
         else:
             amax = least_error(inputs, members[0].format)
+        amax *= margin_of(members[0].format, calibration)
         found |= {entry.layer.name: amax for entry in members}
     return found
+
+
+def margin_of(format: str, calibration: Calibration) -> float:
+    """How many times the range that was found an `input_scale` of `format` stands for.
+
+    Where the recipe leaves it out: 1 where it asked for another range than the largest input; otherwise the format's own, and
+    8 for any format where the range was not found on this model.
+    """
+    if calibration.margin is not None:
+        return calibration.margin
+    if calibration.engine == "none":
+        return UNSEEN_MARGIN
+    return FORMATS[format].margin if calibration.amax == "max" else 1.0
 
 
 def percentile(record: LayerInputs, percent: float) -> float:

@@ -1,8 +1,7 @@
-"""What `fluxc calibrate` prints: how inputs are distributed in every kind of layer, and the outliers by name."""
+"""What calibration comes to, in words: how inputs are distributed in every kind of layer, outliers by name, and which range an
+input scale stands for."""
 
 from __future__ import annotations
-
-import re
 
 import numpy as np
 
@@ -10,6 +9,8 @@ from fluxc.base.console import new_console, new_table
 from fluxc.calibrate.amax import percentile
 from fluxc.calibrate.file import CalibrationFile
 from fluxc.calibrate.records import LayerInputs
+from fluxc.families.ranges import ANY_INPUT, kind_of_layer
+from fluxc.recipe.structs import Calibration
 
 OUTLIERS = 10
 
@@ -48,7 +49,7 @@ def print_calibration(file: CalibrationFile) -> None:
         )
         kinds: dict[str, list[LayerInputs]] = {}
         for layer, record in records.items():
-            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", layer, count=1), []).append(record)
+            kinds.setdefault(kind_of_layer(layer), []).append(record)
         for kind, members in kinds.items():
             figures = [max(percentile(record, p) for record in members) for p in (50, 99, 99.9, 99.99)]
             largest = max(record.amax for record in members)
@@ -64,3 +65,18 @@ def print_calibration(file: CalibrationFile) -> None:
         for layer, amax, ratio, channels in outliers(records):
             table.add_row(layer, f"{amax:.4g}", f"{ratio:.1f}x", ", ".join(map(str, channels)))
         console.print(table)
+
+
+def in_words(calibration: Calibration, margins: dict[str, float]) -> str:
+    """Which range a scale stands for, and the margin on it."""
+    if calibration.engine == "none":
+        margin = max(margins.values())
+        return (
+            f"no model is run: a published range times {margin:g} where a layer's kind has one, otherwise {ANY_INPUT:g}"
+        )
+    if calibration.amax == "percentile":
+        found = f"what {calibration.percentile:g} % of a layer's inputs do not exceed"
+    else:
+        found = "the largest input seen" if calibration.amax == "max" else "the range of least squared error"
+    times = ", ".join(f"{margin:g} ({format})" for format, margin in margins.items())
+    return f"{found}, times {times}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fluxc.base.cache import Made
@@ -23,7 +23,8 @@ LAYERS = "layers.json"
 class WeightsInputs:
     """`files` hold the component's `tensors`; `apart` names those that get a file of their own.
 
-    `calibration` and its `settings` are there where a layer is quantized.
+    `calibration` and its `settings` are there where a layer is quantized under a measured range; ranges that were not measured
+    are in `assumed`, by layer.
     """
 
     component: str
@@ -35,6 +36,7 @@ class WeightsInputs:
     scales: Scales
     shard_bytes: int | None
     apart: list[str]
+    assumed: dict[str, float] = field(default_factory=dict)
 
 
 def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
@@ -43,7 +45,7 @@ def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
     from fluxc.calibrate.file import read_calibration
     from fluxc.quantize.writer import write_weights
 
-    records, amax = {}, {}
+    records, amax = {}, inputs.assumed
     if inputs.calibration and inputs.settings:
         records = read_calibration(inputs.calibration).records[inputs.component]
         amax = input_amax(records, inputs.plan, inputs.settings)

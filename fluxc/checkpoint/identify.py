@@ -62,13 +62,13 @@ def pixels_per_token(checkpoint: Checkpoint) -> int:
     return vae_of(checkpoint).pixels_per_token
 
 
-def check_sizes(vae: Flux2VAE, sizes: tuple[tuple[int, int], ...]) -> None:
-    """Refuse sizes that are not whole numbers of tokens of a model with this VAE."""
+def check_sizes(vae: Flux2VAE, sizes: tuple[tuple[int, int], ...], field: str = "sizes") -> None:
+    """Refuse sizes, of that field of a recipe, that are not whole numbers of tokens of a model with this VAE."""
     pixels = vae.pixels_per_token
     for height, width in sizes:
         if height < pixels or width < pixels or height % pixels or width % pixels:
             raise RecipeError(
-                f"sizes: {height}x{width} is not possible: this model's tokens are {pixels}x{pixels} pixels, "
+                f"{field}: {height}x{width} is not possible: this model's tokens are {pixels}x{pixels} pixels, "
                 f"so height and width must be multiples of {pixels}"
             )
 

@@ -11,7 +11,9 @@ from rich.table import Table
 from fluxc.base.console import new_console, new_table
 from fluxc.base.fitted import Column, fitted_table
 from fluxc.base.numbers import as_json as to_json
+from fluxc.build.input_scales import InputScales, input_scales
 from fluxc.build.preflight import preflight
+from fluxc.calibrate.summary import in_words
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.cli.plan_budget import print_budget
 from fluxc.cli.plan_report import (
@@ -52,6 +54,11 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
             console.print(sentence)
         if getattr(recipe.precision, component).exclude == "auto":
             console.print(_auto_sentence(recipe.precision.transformer.budget))
+    scales = input_scales(ready.job)
+    if scales:
+        console.print(_scales_sentence(loaded, scales))
+        for component, ranges in scales.ranges.items():
+            console.print(_range_table(component, ranges))
     console.print(_component_table(source))
     console.print(_memory_table(memory_by_component(source)))
     console.print(
@@ -76,6 +83,34 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
         console.print(_cache_sentence(loaded))
     print_budget(console, ready)
     ready.check_machine()
+
+
+def _scales_sentence(loaded: LoadedRecipe, scales: InputScales) -> str:
+    """What input scales stand for, and where that is measured."""
+    asked = loaded.recipe.calibration
+    words = f"input scales: {in_words(asked, scales.margins)}"
+    if scales.size is None:
+        return words
+    height, width = scales.size
+    measured = f"read from {scales.file}, measured" if scales.file else "measured"
+    text = f"{words}; {measured} on {scales.prompts} prompts, {scales.steps} steps, {height}x{width}"
+    return f"{text}. The transformer's are modelopt's own" if scales.engine == "modelopt" else text
+
+
+def _range_table(component: str, ranges: dict[str, float]) -> Table:
+    """The ranges that are assumed of a component's inputs, by kind of layer."""
+    table = new_table(
+        "inputs of",
+        "layers",
+        "largest, with margin",
+        title=f"{component} inputs, as assumed",
+    )
+    kinds: dict[str, list[str]] = {}
+    for layer in ranges:
+        kinds.setdefault(_kind(layer), []).append(layer)
+    for kind, layers in kinds.items():
+        table.add_row(_numbered(kind, layers), str(len(layers)), f"{ranges[layers[0]]:g}")
+    return table
 
 
 def _cache_sentence(loaded: LoadedRecipe) -> str:

@@ -7,9 +7,14 @@ from collections.abc import Iterator
 import msgspec
 
 from fluxc.base.console import new_console, new_table
+from fluxc.calibrate.amax import margin_of
+from fluxc.calibrate.summary import in_words
 from fluxc.cli.doctor import machine_checks, target_checks
 from fluxc.fidelity.on_target import digest_without_entries, entries_of
+from fluxc.formats.registry import FORMATS
 from fluxc.gpu_check.evidence import evidence_lines
+from fluxc.quantize.plan import IN_SOURCE
+from fluxc.recipe.structs import Calibration
 from fluxc.report.tiers import UNCOMPARED
 from fluxc.targets.registry import KINDS
 from fluxrt.bundle import Bundle
@@ -44,7 +49,7 @@ def print_bundle(bundle: Bundle) -> None:
     for (component, format), (layers, before, after) in totals.items():
         table.add_row(component, format, str(layers), f"{before:,}", f"{after:,}")
     console.print(table)
-    for line in level_lines(manifest):
+    for line in [*level_lines(manifest), *_scale_lines(manifest)]:
         console.print(line)
     table = new_table(
         "target",
@@ -105,6 +110,21 @@ def _evidence_words(manifest: Manifest) -> Iterator[str]:
         f"evidence: {count} prompt{'s' if count > 1 else ''} at {height}x{width}, {len(evidence.sigmas)} velocities of "
         f"{evidence.steps} steps, {size:,} bytes; `fluxrt verify` replays it"
     )
+
+
+def _scale_lines(manifest: Manifest) -> Iterator[str]:
+    """What input scales stand for, where fluxc chose them."""
+    asked = manifest.recipe["calibration"]
+    # A bundle without the field is from before there was a margin.
+    asked = {
+        "margin": 1.0,
+        **{field: asked[field] for field in ("engine", "amax", "percentile", "margin") if field in asked},
+    }
+    calibration = Calibration(**asked)
+    chosen = {layer.format for layer in manifest.precision if not layer.rule.startswith(IN_SOURCE)} & FORMATS.keys()
+    margins = {format: margin_of(format, calibration) for format in sorted(chosen) if FORMATS[format].calibrated}
+    if margins:
+        yield f"input scales: {in_words(calibration, margins)}"
 
 
 def _cache_lines(manifest: Manifest) -> Iterator[str]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fluxc.build.budget import BUNDLE, HASH, budget_as_json, rates_for
+from fluxc.build.input_scales import input_scales
 from fluxc.build.preflight import Preflight
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import LayerPlan, precision_plan, summary_by_format
@@ -78,6 +79,7 @@ def plan_as_json(ready: Preflight) -> dict[str, Any]:
             for plan in source.plans.values()
             for group, (members, rule) in widened_groups(plan).items()
         },
+        "input_scales": asdict(scales) if (scales := input_scales(ready.job)) else None,
         "weights_bytes": {name: asdict(memory) for name, memory in memory_by_component(source).items()},
         "targets": [target.name for target in recipe.targets],
         "ranks": {

@@ -39,7 +39,8 @@ class ReferenceInputs:
 
 
 def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
-    """Write what it ran on, and for each prompt a safetensors file: tokens, embeddings, prologue, steps, final latents, image."""
+    """Write what it ran on, and for each prompt a safetensors file: tokens, embeddings, prologue, steps, final latents and
+    image."""
     import torch
     from safetensors.numpy import save_file
 

@@ -46,7 +46,8 @@ class Format(ABC):
     `algorithm` and `group_size` are ModelOpt's words for it, `variants` its words for the format with a further part
     (`pre_quant_scale`, `svdquant_lora_a`), `bits` and `number` (float or int) those of a value. `scalars` are the parts a
     fusion group shares, `calibrated` whether inputs are rounded under a static scale, which calibration finds.
-    `searches_scales`: whether a recipe's `scales` changes anything.
+    `searches_scales`: whether a recipe's `scales` changes anything. `margin`: how many times the largest input that calibration
+    saw the static scale stands for, where a recipe does not say.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Format(ABC):
     scalars: tuple[str, ...] = ()
     calibrated: bool = True
     searches_scales: bool = False
+    margin: float = 1.0
 
     @abstractmethod
     def parts(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:

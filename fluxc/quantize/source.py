@@ -48,7 +48,7 @@ class Source:
     @property
     def is_large(self) -> bool:
         """Whether measuring takes fewer prompts and steps and a smaller size where the recipe leaves them out."""
-        return sum(linear.out_features * linear.in_features for linear in self.transformer.linears) >= LARGE
+        return is_large(self.transformer)
 
     def linears(self, component: str) -> list[Linear]:
         """Every Linear that the checkpoint has of `component`."""
@@ -77,6 +77,11 @@ class Source:
         """Name prefixes of tensors that no graph needs, by component."""
         extra = f"model.layers.{self.text_layers_kept - 1}."
         return {**UNUSED, "text_encoder": (*UNUSED["text_encoder"], extra)}
+
+
+def is_large(transformer: Flux2Transformer) -> bool:
+    """Whether this is a large model, by the parameters of its Linears."""
+    return sum(linear.out_features * linear.in_features for linear in transformer.linears) >= LARGE
 
 
 def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
@@ -108,6 +113,9 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
     check_tensors(checkpoint.components["vae"], vae_of(checkpoint).tensors, ignored=("bn.num_batches_tracked",))
     with collected.collecting():
         check_sizes(vae_of(checkpoint), recipe.sizes)
+    if recipe.calibration.size:
+        with collected.collecting():
+            check_sizes(vae_of(checkpoint), (recipe.calibration.size,), "calibration.size")
     layers: dict[str, list[Linear]] = {
         "transformer": transformer_model.linears,
         "text_encoder": encoder_model.linears(family.text_layers[-1]),

@@ -107,6 +107,20 @@ def _prompts(recipe: Recipe, refuse: Refuse) -> None:
         refuse("fidelity.prompts", "is missing: a text file, one held-out prompt a line; or set fidelity.level: none")
 
 
+@_reads("calibration", "step_cache")
+def _no_model_is_run(recipe: Recipe, refuse: Refuse) -> None:
+    """What `engine: none` cannot have."""
+    asked, cache = recipe.calibration, recipe.step_cache
+    if asked.engine != "none":
+        return
+    if asked.amax != "max":
+        refuse("calibration.amax", f"{asked.amax} needs measured inputs; leave it out, or `engine: none`")
+    if asked.file is not None:
+        refuse("calibration.file", "holds measured inputs, which `engine: none` does not use; leave one of the two out")
+    if cache is not None and cache.prompts is None and asked.prompts is None:
+        refuse("step_cache.prompts", "is missing: the trace runs the model on them; calibration without one has none")
+
+
 @_reads("calibration.engine", "calibration.algorithm")
 def _algorithm(recipe: Recipe, refuse: Refuse) -> None:
     if recipe.calibration.engine != "modelopt" and recipe.calibration.algorithm != "max":
@@ -133,6 +147,11 @@ def _auto(recipe: Recipe, refuse: Refuse) -> None:
         refuse(
             "precision.transformer.exclude",
             "auto measures fluxc's own quantizer; with calibration.engine: modelopt, list the layers",
+        )
+    if transformer.exclude == "auto" and recipe.calibration.engine == "none":
+        refuse(
+            "precision.transformer.exclude",
+            "auto runs the model on calibration's prompts; with calibration.engine: none, list the layers",
         )
     budget = transformer.budget
     if (transformer.exclude == "auto") != (budget is not None):

@@ -113,7 +113,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: Annotated[
         Size | None,
         about(
-            "[height, width] to measure at",
+            "[height, width] to measure at: any multiple of the model's token, need not be one of `sizes`",
             [256, 256],
             left_out="the first of `sizes`; at most 256x256 pixels for a [large model](#large-models)",
         ),
@@ -124,9 +124,9 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: Annotated[
         Literal["fluxc", "modelopt", "none"],
         about(
-            "`none` runs no model: ranges come from a published table of the family, or from a constant that is safe "
-            "(see [calibration](#calibration)); `modelopt` lets NVIDIA Model Optimizer quantize the transformer under the same "
-            "plan; needs CUDA and nvidia-modelopt (not run on a GPU yet)",
+            "`none` runs no model: ranges come from a published table of the family, or from a constant "
+            "([calibration](calibration.md#without-a-model)); `modelopt` lets NVIDIA Model Optimizer quantize the transformer "
+            "under the same plan; needs CUDA and nvidia-modelopt (not run on a GPU yet)",
             "modelopt",
         ),
     ] = "fluxc"
@@ -148,9 +148,10 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     margin: Annotated[
         Annotated[float, msgspec.Meta(gt=0, le=MOST_MARGIN)] | None,
         about(
-            "an `input_scale` stands for so many times the range that was found, for inputs that calibration never saw",
+            "an `input_scale` stands for so many times the range that was found, for inputs that calibration never saw; less "
+            "than 1 clips inputs that it saw ([calibration](calibration.md#the-margin))",
             8,
-            left_out="8 for NVFP4 layers with `amax: max`, otherwise 1",
+            left_out="8 for NVFP4 layers with `amax: max`, and for the published ranges of `engine: none`; otherwise 1",
         ),
     ] = None
     file: Annotated[
