@@ -75,6 +75,15 @@ SETS = [
 ]
 TOO_MANY_THREADS = "more threads than cores only wait"
 FLAG = [Bad("=1", WRONG)]
+MEMORY = [
+    *(
+        Bad(value, WRONG)
+        for value in ("", "0GiB", "-1GiB", "12", "12G", "GiB", "1e3GB", "12 12GB", "9" * 5000, "\udcff")
+    ),
+    Bad("8", WRONG, "has no unit; write a number and a unit"),
+    Bad("8G", WRONG, "the units are KB, MB, GB, TB and KiB, MiB, GiB, TiB"),
+    Bad("1MiB", FAILED, "and --memory gives 1 MiB; use "),
+]
 LOGS = {
     "quiet": FLAG,
     "verbose": FLAG,
@@ -83,13 +92,14 @@ LOGS = {
 }
 RECIPES = {"recipe": INPUTS, "changes": SETS}
 CASES: dict[str, dict[str, list[Bad]]] = {
-    "build": {**RECIPES, "out": OUTPUTS, "until": CHOICES, "threads": WHOLE, **LOGS},
-    "calibrate": {**RECIPES, "out": OUTPUTS, "device": CHOICES, "threads": WHOLE, **LOGS},
+    "build": {**RECIPES, "out": OUTPUTS, "until": CHOICES, "memory": MEMORY, "threads": WHOLE, **LOGS},
+    "calibrate": {**RECIPES, "out": OUTPUTS, "device": CHOICES, "memory": MEMORY, "threads": WHOLE, **LOGS},
     "trace": {
         **RECIPES,
         "out": OUTPUTS,
         "device": CHOICES,
         "part": [Bad(value) for value in ("", "2/1", "0/1", "-1/2", "1", "a/b", "1/2/3", "99999999999/99999999999")],
+        "memory": MEMORY,
         "threads": WHOLE,
         **LOGS,
     },
@@ -110,7 +120,7 @@ CASES: dict[str, dict[str, list[Bad]]] = {
     },
     "schema": {},
     "merge-traces": {"traces": INPUTS, "out": OUTPUTS},
-    "plan": {**RECIPES, "layers": FLAG, "presets": FLAG, "out": NO_NAMES, "as_json": FLAG},
+    "plan": {**RECIPES, "layers": FLAG, "presets": FLAG, "out": NO_NAMES, "memory": MEMORY[:-1], "as_json": FLAG},
     "predict": {
         "recipe": INPUTS,
         "changes": [Bad("sampling.steps=3", WRONG, "--set goes with a RECIPE")],

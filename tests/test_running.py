@@ -12,17 +12,20 @@ import torch
 from torch import nn
 
 from conftest import NANO
+from fluxc.base.cpu import multiplies_bf16
 from fluxc.base.errors import BuildError, CheckpointError
 from fluxc.checkpoint.dequantized import empty_model
+from fluxc.checkpoint.needs import Asked
 from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import Checkpoint, open_checkpoint
 from fluxc.running import weights as weights_module
 from fluxc.running.lockstep import CALL, Lockstep, wait_for_part
 from fluxc.running.model import ReferenceModel
-from fluxc.running.placement import Placement, choose, find_placement, multiplies_bf16
+from fluxc.running.placement import Placement, find_placement
 from fluxc.running.weights import PartWeights, parts_of
 
 LAYERS = (9, 18, 27)
+ASKED = Asked(3, 1, 2, (64, 64), 32)
 PROMPTS = ["a large red circle", "a small blue ring at the left", "a green cross"]
 
 
@@ -197,24 +200,8 @@ def test_embedding_tables_are_not_copied(nano: Checkpoint) -> None:
     assert torch.equal(rows, stored[ids])
 
 
-@pytest.mark.parametrize(
-    ("gpu", "host", "expected"),
-    [
-        (None, 100, ("cpu", True)),
-        (None, 30, ("cpu", False)),
-        (100, 10, ("cuda", True)),
-        (35, 10, ("cuda", True)),
-        (30, 100, ("cuda", False)),
-    ],
-)
-def test_a_component_is_whole_in_memory_where_the_largest_leaves_room(
-    gpu: int | None, host: int, expected: tuple[str, bool]
-) -> None:
-    assert choose({"transformer": 20, "text_encoder": 15, "vae": 1}, gpu, host) == expected
-
-
 def test_the_budget_decides_how_much_is_in_memory_and_never_the_type(nano: Checkpoint) -> None:
-    found = {memory: find_placement(nano, "cpu", torch.float32, memory) for memory in (1 << 30, 1 << 20)}
+    found = {memory: find_placement(nano, "cpu", torch.float32, ASKED, memory) for memory in (1 << 30, 1 << 20)}
     assert [placement.pieces for placement in found.values()] == ["component", "layer"]
     assert {str(placement) for placement in found.values()} == {"cpu, float32"}
     assert found[1 << 30].groups(3, 8) == [[0], [1], [2]]
@@ -243,5 +230,5 @@ def test_bfloat16_is_multiplied_where_the_cpu_does_and_onednn_may(
 
 def test_a_cpu_without_bfloat16_computes_in_float32(nano: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    placement = find_placement(nano, "cpu", torch.bfloat16)
+    placement = find_placement(nano, "cpu", torch.bfloat16, ASKED)
     assert str(placement) == "cpu, float32"

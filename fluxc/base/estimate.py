@@ -1,8 +1,13 @@
-"""How long a stage has left, from what it reported."""
+"""How long a stage has left, from what it reported, and all stages, from what was predicted of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MANY = 20
+DOUBT_SECONDS = 30.0
+"""So long must stages have taken before what they took counts as much as the prediction."""
+MOST_WRONG = 4.0
 
 
 class Estimate:
@@ -34,6 +39,35 @@ class Estimate:
         if done <= before or last <= first or (before == 0 and self.total >= MANY):
             return None
         return max(0.0, (self.total - done) * (last - first) / (done - before) - (now - last))
+
+
+class WholeEstimate:
+    """What is left of stages that were `predicted` to take so many seconds, corrected by what those that ran took.
+
+    Stages are numbered from 1. Without a prediction for each stage nothing is known.
+    """
+
+    def __init__(self, predicted: Sequence[float] = ()) -> None:
+        self._predicted = list(predicted)
+        self._took = self._expected = DOUBT_SECONDS
+
+    def finished(self, number: int, seconds: float) -> None:
+        """Stage `number` ran and took so long."""
+        if number <= len(self._predicted):
+            self._took += seconds
+            self._expected += self._predicted[number - 1]
+
+    def left(self, number: int, elapsed: float, stage_left: float | None) -> float | None:
+        """Seconds until the last stage is done, while stage `number` has run for `elapsed` and has `stage_left` to go.
+
+        `stage_left` is None where it is not known; so is the result, and in the last stage, whose own time left says it.
+        """
+        if not 1 <= number < len(self._predicted):
+            return None
+        factor = min(MOST_WRONG, max(1 / MOST_WRONG, self._took / self._expected))
+        if stage_left is None:
+            stage_left = max(0.0, factor * self._predicted[number - 1] - elapsed)
+        return stage_left + factor * sum(self._predicted[number:])
 
 
 def in_words(seconds: float) -> str:

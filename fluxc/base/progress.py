@@ -5,7 +5,7 @@ Every stage imports this module, so it changes rarely: its code is part of every
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -62,8 +62,8 @@ class OfSteps:
 class StageProgress:
     """Takes what a command tells, and shows nothing of it."""
 
-    def expect(self, stages: int) -> None:
-        """So many stages are to come, cached ones included, with those that were."""
+    def expect(self, stages: int, predicted: Sequence[float] = ()) -> None:
+        """So many stages are to come, cached ones included, with those that were; `predicted`: seconds of each, where known."""
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Report]:
@@ -75,6 +75,9 @@ class StageProgress:
 
     def say(self, line: str) -> None:
         """A finding that must be seen."""
+
+    def note(self, line: str) -> None:
+        """What is good to know, and no finding."""
 
     def explain(self, line: str) -> None:
         """What only those want to see who look into the work."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fluxc.base.estimate import Estimate, in_words
+from fluxc.base.estimate import Estimate, WholeEstimate, in_words
 from fluxc.base.memory import bytes_in_words, memory_now, memory_peak
 from fluxc.base.progress import Report, StageProgress
 
@@ -27,7 +27,7 @@ class Event:
     """What happened to the stage `title`, number `stage` of `stages` (0: not known).
 
     `done` of `total` units (0: not known) and `text`, where it stands in words; `seconds` since it began and, where known,
-    those that are `left`; memory of the process in bytes.
+    those that are `left`, of the stage and of all stages; memory of the process in bytes.
     """
 
     name: Name
@@ -39,6 +39,7 @@ class Event:
     text: str = ""
     seconds: float = 0.0
     left: float | None = None
+    all_left: float | None = None
     memory: int | None = field(default_factory=memory_now)
     peak: int = field(default_factory=memory_peak)
 
@@ -58,6 +59,7 @@ class Event:
         memory = [bytes_in_words(self.memory)] if self.memory else []
         took = in_words(self.seconds)
         left = [f"about {in_words(self.left)} left"] if self.left is not None else []
+        left += [f"about {in_words(self.all_left)} for all stages"] if self.all_left is not None else []
         said = {
             "begins": ["begins"],
             "runs": [self.place or "runs", f"{took} so far", *left, *memory],
@@ -71,6 +73,7 @@ class Event:
         """The event for JSON; docs/cli.md says what they mean."""
         units = {"done": self.done, "total": self.total} if self.total else {}
         left = {} if self.left is None else {"seconds_left": round(self.left, 1)}
+        left |= {} if self.all_left is None else {"all_seconds_left": round(self.all_left, 1)}
         return {
             "event": self.name,
             "title": self.title,
@@ -101,11 +104,13 @@ class ShownProgress(StageProgress):
         self._logger, self._bar, self._clock, self._life_seconds = logger, bar, clock, life_seconds
         self._began = clock()
         self._stage = self._stages = 0
+        self._whole = WholeEstimate()
         self.ran = self.found = 0
 
-    def expect(self, stages: int) -> None:
-        """So many stages are to come, cached ones included, with those that were."""
+    def expect(self, stages: int, predicted: Sequence[float] = ()) -> None:
+        """So many stages are to come, cached ones included, with those that were; `predicted`: seconds of each, where known."""
         self._stages = stages
+        self._whole = WholeEstimate(predicted if len(predicted) == stages else ())
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Report]:
@@ -123,8 +128,10 @@ class ShownProgress(StageProgress):
             now = self._clock()
             if name != "runs":
                 return Event(name, title, number, self._stages, seconds=now - began)
-            left = estimate.left(now)
-            return Event(name, title, number, self._stages, estimate.done, estimate.total, place, now - began, left)
+            left, elapsed = estimate.left(now), now - began
+            all_left = self._whole.left(number, elapsed, left)
+            done, total = estimate.done, estimate.total
+            return Event(name, title, number, self._stages, done, total, place, elapsed, left, all_left)
 
         # A bar says all of this; then the lines are for the log file.
         level = logging.DEBUG if self._bar else logging.INFO
@@ -135,6 +142,7 @@ class ShownProgress(StageProgress):
             with bar, _repeated(lambda: self._write(level, event("runs")), self._life_seconds):
                 yield report
             completed = True
+            self._whole.finished(number, self._clock() - began)
         finally:
             self._write(logging.INFO, event("done" if completed else "failed"))
         self.ran += 1
@@ -148,6 +156,10 @@ class ShownProgress(StageProgress):
     def say(self, line: str) -> None:
         """Show a finding that must be seen."""
         self._logger.warning("%s", line)
+
+    def note(self, line: str) -> None:
+        """Show what is good to know, unless quiet."""
+        self._logger.info("%s", line)
 
     def explain(self, line: str) -> None:
         """Show what only those want to see who look into the work."""

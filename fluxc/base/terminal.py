@@ -54,6 +54,7 @@ class _Standing:
         yield head
         share = [f"{100 * event.done // event.total} %"] if event.total else []
         left = f", about {as_clock(event.left)} left" if event.left is not None else ""
+        left += f", {as_clock(event.all_left)} for all stages" if event.all_left is not None else ""
         memory = [bytes_in_words(event.memory)] if event.memory else []
         told = "  ".join([*share, as_clock(event.seconds) + left, *memory])
         indent = len(event.counted)

@@ -14,6 +14,8 @@ from fluxc.base.errors import GateError
 from fluxc.base.output import names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build import bundle_writer
+from fluxc.build.budget import Budget, budget_line, budget_lines, predicted_seconds, rates_for
+from fluxc.build.budget_rates import Rates
 from fluxc.build.job import Job, hash_checkpoint, template_of
 from fluxc.build.preflight import preflight
 from fluxc.build.readme import place_readme
@@ -42,12 +44,14 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
     when complete, in place of an older one. Raises the errors of the stages, and GateError when the result misses the recipe's
     gates: the report is then kept in `failed_folder(out)`, until a build of `out` succeeds.
     """
-    ready = preflight(loaded, out)
+    ready = preflight(loaded, out, until)
     ready.check_machine()
     job = ready.job
     _say_where_kernels_are(progress)
+    rates = rates_for(job)
+    _tell_budget(ready.budget, rates, progress)
     with names_place("build", out), locked(out) as workshop, StageCache(job.root, progress) as cache:
-        progress.expect(_count_stages(job, until))
+        progress.expect(_count_stages(job, until), predicted_seconds(ready.budget, rates))
         prompting = job.prompting(run(cache, template_of(job, cache.file_digest)))
         hash_checkpoint(cache, job)
         results = Results()
@@ -67,6 +71,14 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
         cache.remember(str(out.resolve()))
         cache.prune()
     return out
+
+
+def _tell_budget(budget: Budget, rates: Rates, progress: StageProgress) -> None:
+    line = budget_line(budget, rates)
+    if line:
+        progress.note(line)
+    for line in budget_lines(budget, rates):
+        progress.explain(line)
 
 
 def failed_folder(out: Path) -> Path:

@@ -38,7 +38,7 @@ def calibrate_to_file(loaded: LoadedRecipe, out: Path, device: str, progress: St
         except FluxError as error:
             raise RecipeError(f"{out}: exists and is not a calibration file; give another --out") from error
     check_device(device)
-    with measuring(loaded, out, progress) as (_, job), progress.stage("calibrate") as report:
+    with measuring(loaded, out, progress, "calibrate") as (_, job), progress.stage("calibrate") as report:
         calibrate_into(calibration_inputs(job, out.stem), out, device, report)
     return read_calibration(out)
 
@@ -63,7 +63,7 @@ def trace_to_file(
         raise RequestError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
     images = list(range((number - 1) * asked // parts, number * asked // parts))
     check_device(device)
-    with measuring(loaded, out, progress) as (_, job), progress.stage("trace steps") as report:
+    with measuring(loaded, out, progress, "step-trace") as (_, job), progress.stage("trace steps") as report:
         trace_into(step_trace_inputs(job, out.stem), images, out, device, report)
     return read_trace(out)
 

@@ -18,6 +18,7 @@ from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import Measured, check_origin
 from fluxc.base.output import check_output, check_writable, names_place
 from fluxc.base.progress import StageProgress
+from fluxc.build.budget import Budget, budget_of, measuring_budget
 from fluxc.build.job import Job, check_prompts, hash_checkpoint, open_job, template_of
 from fluxc.build.requests import calibration_request, judges_of, trace_request
 from fluxc.build.runner import folder_of
@@ -38,6 +39,7 @@ class Preflight:
     job: Job
     prompting: format.Prompting
     lacking: Collected
+    budget: Budget
 
     def check_machine(self) -> None:
         """Raise BuildError naming everything that this machine lacks for a build; a plan can be shown without."""
@@ -47,8 +49,9 @@ class Preflight:
             raise BuildError(str(error)) from error
 
 
-def preflight(loaded: LoadedRecipe, out: Path) -> Preflight:
-    """The job of building `loaded` into the folder `out`, after refusing all that can be refused before its first stage.
+def preflight(loaded: LoadedRecipe, out: Path, until: str | None = None) -> Preflight:
+    """The job of building `loaded` into the folder `out`, with `until` up to that part, after refusing all that can be refused
+    before its first stage.
 
     Raises RecipeError for recipe and command line, CheckpointError for a damaged checkpoint, BuildError for a place that the
     system does not let be written. What this machine lacks is told by the result.
@@ -65,7 +68,11 @@ def preflight(loaded: LoadedRecipe, out: Path) -> Preflight:
     with collected.collecting():
         _check_fit(job)
     collected.raise_all()
-    return Preflight(job, prompting, lacking_here(loaded))
+    lacking, budget = lacking_here(loaded), budget_of(job, out, until)
+    for fault in budget.faults():
+        with lacking.collecting():
+            raise RecipeError(fault)
+    return Preflight(job, prompting, lacking, budget)
 
 
 def check_place(out: Path) -> None:
@@ -173,11 +180,14 @@ def _of_recipe(field: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def measuring(loaded: LoadedRecipe, out: Path, progress: StageProgress) -> Iterator[tuple[StageCache, Job]]:
-    """The cache and the job for a command that measures the checkpoint into the file `out`; prompts are checked first."""
+def measuring(loaded: LoadedRecipe, out: Path, progress: StageProgress, stage: str) -> Iterator[tuple[StageCache, Job]]:
+    """The cache and the job for a command that measures the checkpoint into the file `out`, as the build's stage `stage` does;
+    prompts and what it needs are checked first."""
     check_workshop(out)
     job = open_job(loaded, cache_root(out), measures=True)
     check_prompts(job, known_prompting(job))
+    for fault in measuring_budget(job, stage).faults():
+        raise BuildError(fault)
     with names_place("measure", out), locked(out), StageCache(job.root, progress) as cache:
         hash_checkpoint(cache, job)
         yield cache, job

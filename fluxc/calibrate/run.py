@@ -16,13 +16,11 @@ from fluxc.calibrate.file import Records, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer
 from fluxc.calibrate.records import merge
 from fluxc.calibrate.sample import sample_points
+from fluxc.checkpoint.needs import SIDE_BY_SIDE
 from fluxc.checkpoint.reference import Generation
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.running.model import ReferenceModel
 from fluxc.running.placement import Placement
-
-SIDE_BY_SIDE = 8
-"""So many prompts go through the transformer together, where it is read layer by layer."""
 
 
 def calibrate(

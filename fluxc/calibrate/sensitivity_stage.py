@@ -91,14 +91,14 @@ def _prepared(inputs: CostInputs) -> AbstractContextManager[ErrorOf]:
     from fluxc.calibrate.amax import input_amax
     from fluxc.calibrate.file import read_calibration
     from fluxc.calibrate.sensitivity import Simulation, prepared
-    from fluxc.calibrate.stage import generation_of
+    from fluxc.calibrate.stage import asked_of, generation_of
     from fluxc.running.placement import find_placement
 
     checkpoint = inputs.files.checkpoint
     records = read_calibration(inputs.calibration).records["transformer"]
     amax = input_amax(records, inputs.plan, inputs.settings)
     tensors = checkpoint.components["transformer"].tensors
-    placement = find_placement(checkpoint, "auto", getattr(torch, inputs.dtype))
+    placement = find_placement(checkpoint, "auto", getattr(torch, inputs.dtype), asked_of(inputs.request, inputs.rows))
     return prepared(
         checkpoint,
         inputs.request["prompts"],

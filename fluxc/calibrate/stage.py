@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,9 @@ from fluxc.base.imports import code_digest
 from fluxc.base.measured import Origin
 from fluxc.base.progress import Report
 from fluxc.calibrate.file import write_calibration
+from fluxc.calibrate.records import BINS, ROWS
 from fluxc.checkpoint.files import Aside, CheckpointFiles
+from fluxc.checkpoint.needs import Asked, Models, models_of
 
 if TYPE_CHECKING:
     from fluxc.checkpoint.reference import Generation
@@ -49,7 +51,8 @@ def calibrate_into(inputs: CalibrationInputs, path: Path, device: str, report: R
     from fluxc.running.placement import find_placement
 
     checkpoint, request = inputs.files.checkpoint, inputs.request
-    placement = find_placement(checkpoint, device, torch.bfloat16)
+    asked = replace(asked_of(request, inputs.rows), observed=observed_bytes(models_of(checkpoint)))
+    placement = find_placement(checkpoint, device, torch.bfloat16, asked)
     origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
     model = (inputs.files.hashes(), inputs.rows, list(inputs.text_layers))
     made_by = key_of(*model, request, str(placement), library_versions(), code_digest(__name__))
@@ -58,6 +61,17 @@ def calibrate_into(inputs: CalibrationInputs, path: Path, device: str, report: R
     records = calibrate(checkpoint, request["prompts"], generation, inputs.rows, origin, placement, work, report)
     write_calibration(path, origin, records)
     shutil.rmtree(work)
+
+
+def observed_bytes(models: Models) -> int:
+    """Bytes that records of the inputs of every Linear take, twice: while they are made, and merged."""
+    layers = [*models.transformer.linears, *models.text_encoder.linears(models.text_layers)]
+    return 2 * (4 * (ROWS + 1) * sum(layer.in_features for layer in layers) + 8 * BINS * len(layers))
+
+
+def asked_of(request: dict[str, Any], rows: int) -> Asked:
+    """What a request asks of the model, in counts."""
+    return Asked(len(request["prompts"]), rows, request["steps"], tuple(request["size"]), request["text_length"])
 
 
 def generation_of(request: dict[str, Any], text_layers: tuple[int, ...]) -> Generation:

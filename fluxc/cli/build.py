@@ -13,6 +13,7 @@ from fluxc.cli.options import (
     PLACE,
     RECIPE,
     SOURCE,
+    memory_option,
     recipe_argument,
     set_option,
     shows_progress,
@@ -38,6 +39,7 @@ device_option = click.option(
 @set_option
 @click.option("--out", type=PLACE, help="Bundle folder.", show_default="artifacts/NAME")
 @click.option("--until", type=click.Choice(BUILD_PARTS), help="Stop after this part; results are kept for later.")
+@memory_option
 @threads_option
 @shows_progress
 def build(recipe: Path, changes: tuple[str, ...], out: Path | None, until: str | None, progress: ShownProgress) -> None:
@@ -83,6 +85,7 @@ def _next_steps(bundle: Path) -> list[str]:
 @set_option
 @click.option("--out", type=PLACE, required=True, help="The calibration file to write.")
 @device_option
+@memory_option
 @threads_option
 @shows_progress
 def calibrate(recipe: Path, changes: tuple[str, ...], out: Path, device: str, progress: ShownProgress) -> None:
@@ -107,6 +110,7 @@ def calibrate(recipe: Path, changes: tuple[str, ...], out: Path, device: str, pr
 @click.option("--out", type=PLACE, required=True, help="The trace file to write.")
 @device_option
 @click.option("--part", metavar="I/N", default="1/1", help="Trace the I-th of N parts of the prompts alone.")
+@memory_option
 @threads_option
 @shows_progress
 def trace(recipe: Path, changes: tuple[str, ...], out: Path, device: str, part: str, progress: ShownProgress) -> None:

@@ -11,10 +11,9 @@ from rich.table import Table
 from fluxc.base.console import new_console, new_table
 from fluxc.base.fitted import Column, fitted_table
 from fluxc.base.numbers import as_json as to_json
-from fluxc.build.job import Job
 from fluxc.build.preflight import preflight
-from fluxc.build.stages import planned_stages
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.cli.plan_budget import print_budget
 from fluxc.cli.plan_report import (
     lacking,
     memory_by_component,
@@ -38,8 +37,8 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
     stages a build into `out` would run. Raises what a build would raise before its first stage, what this machine lacks after
     the tables."""
     ready = preflight(loaded, out)
-    job = ready.job
-    source, context = job.original, TargetContext(loaded.recipe, job.original)
+    source = ready.job.original
+    context = TargetContext(loaded.recipe, source)
     console = new_console()
     recipe = loaded.recipe
     console.print(f"{recipe.name}: {source.checkpoint.pipeline_class} from {recipe.model.source}")
@@ -75,21 +74,8 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
     console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
     if recipe.step_cache:
         console.print(_cache_sentence(loaded))
-    console.print(_stage_table(job))
+    print_budget(console, ready)
     ready.check_machine()
-
-
-def _stage_table(job: Job) -> Table:
-    """Every stage of a build in order, and whether its result is in the cache."""
-    table = new_table(
-        "stage",
-        "part",
-        "result",
-        title="stages of a build here",
-    )
-    for step, found in planned_stages(job):
-        table.add_row(step.name, step.part, found)
-    return table
 
 
 def _cache_sentence(loaded: LoadedRecipe) -> str:

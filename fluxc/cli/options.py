@@ -17,12 +17,13 @@ from unicodedata import category
 import click
 
 from fluxc.base.libraries import quiet_libraries
+from fluxc.base.memory import limited_to, read_bytes
 from fluxc.base.threads import computing_with
 from fluxrt.checks import shown
 from fluxrt.commands import Verb, logging_options
 from fluxrt.cores import usable_cores
 from fluxrt.log import Logs
-from fluxrt.parameters import THREADS, PathText
+from fluxrt.parameters import THREADS, Checked, PathText
 
 if TYPE_CHECKING:
     from fluxc.base.shown import ShownProgress
@@ -118,4 +119,20 @@ threads_option = click.option(
     expose_value=False,
     help="CPU threads to compute with; weights, graphs and engines do not depend on it.",
     show_default="all cores",
+)
+
+
+def _limit_to(context: click.Context, _: click.Parameter, memory: int | None) -> None:
+    if memory is not None:
+        context.with_resource(limited_to(memory))
+
+
+memory_option = click.option(
+    "--memory",
+    type=Checked("SIZE", read_bytes, lambda size: size),
+    metavar="SIZE",
+    callback=_limit_to,
+    expose_value=False,
+    help="Most memory to take, for example 12GiB; what does not fit is refused before anything is written.",
+    show_default="what is free",
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fluxc.cli.options import PLACE, RECIPE, SOURCE, json_option, recipe_argument, set_option, verb
+from fluxc.cli.options import PLACE, RECIPE, SOURCE, json_option, memory_option, recipe_argument, set_option, verb
 from fluxc.models.published import MODELS
 from fluxc.predict.gpus import GPUS
 
@@ -22,6 +22,7 @@ from fluxc.predict.gpus import GPUS
 @click.option("--layers/--no-layers", default=True, help="List every layer, or the summary alone.")
 @click.option("--presets", is_flag=True, help="Compare the presets on this checkpoint instead.")
 @click.option("--out", type=PLACE, help="The bundle folder a build would write.", show_default="artifacts/NAME")
+@memory_option
 @json_option
 def plan(recipe: Path, changes: tuple[str, ...], layers: bool, presets: bool, out: Path | None, as_json: bool) -> None:
     """Show what building RECIPE would do: precision of every layer and why, sizes, memory, targets, stages. Writes nothing."""

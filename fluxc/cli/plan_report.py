@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fluxc.build.budget import BUNDLE, HASH, budget_as_json, rates_for
 from fluxc.build.preflight import Preflight
-from fluxc.build.stages import planned_stages
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import LayerPlan, precision_plan, summary_by_format
 from fluxc.quantize.presets import PRESETS, Preset, absent_parts
@@ -93,8 +93,11 @@ def plan_as_json(ready: Preflight) -> dict[str, Any]:
             "passes": ready.job.rows(recipe.sampling.guidance),
         },
         "stages": [
-            {"name": step.name, "part": step.part, "result": found} for step, found in planned_stages(ready.job)
+            {"name": stage.name, "part": stage.part, "result": stage.result}
+            for stage in ready.budget.stages
+            if stage.name not in (HASH, BUNDLE)
         ],
+        "budget": budget_as_json(ready.budget, rates_for(ready.job)),
         "lacking_here": list(ready.lacking.texts),
     }
 

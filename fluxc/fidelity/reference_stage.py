@@ -42,13 +42,15 @@ def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
     import torch
     from safetensors.numpy import save_file
 
+    from fluxc.checkpoint.needs import Asked
     from fluxc.checkpoint.reference import Generation
     from fluxc.fidelity.trace import record, tokens_of_final
     from fluxc.running.model import ReferenceModel
     from fluxc.running.placement import find_placement
 
     checkpoint = inputs.files.checkpoint
-    model = ReferenceModel(checkpoint, find_placement(checkpoint, "auto", getattr(torch, inputs.dtype)))
+    asked = Asked(len(inputs.prompts), inputs.rows, inputs.steps, inputs.size, inputs.text_length)
+    model = ReferenceModel(checkpoint, find_placement(checkpoint, "auto", getattr(torch, inputs.dtype), asked))
     generation = Generation(
         inputs.size, inputs.steps, inputs.guidance, inputs.seed, inputs.text_length, inputs.text_layers
     )

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 
 from fluxc.base.progress import OfSteps
+from fluxc.checkpoint.needs import SIDE_BY_SIDE
 from fluxc.checkpoint.reference import Generation, guided
 from fluxc.running.lockstep import CALL
 from fluxc.running.model import PlacedModel, ReferenceModel
-
-SIDE_BY_SIDE = 8
-"""So many prompts go through the transformer together, where it is read layer by layer."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from fluxc.base.errors import FluxError
 from fluxc.base.measured import Origin
 from fluxc.base.progress import OfSteps, Report
+from fluxc.checkpoint.needs import TRACED_SIDE_BY_SIDE
 from fluxc.checkpoint.reference import Generation
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.running.model import ReferenceModel
@@ -17,9 +18,6 @@ from fluxc.stepcache.file import TraceFile, read_trace, write_trace
 from fluxc.stepcache.loop import FullPrecisionLoop
 from fluxc.stepcache.observer import StepObserver
 from fluxc.stepcache.trace import StepTrace, joined
-
-SIDE_BY_SIDE = 2
-"""So many prompts go through the transformer together, where it is read layer by layer: each keeps its last LAGS residuals."""
 
 
 def record_steps(
@@ -52,7 +50,7 @@ def record_steps(
         with model.component("transformer") as transformer:
             FullPrecisionLoop(transformer.module)
             observer = StepObserver(transformer.module, branches, generation.guidance)
-            for group in placement.groups(len(missing), SIDE_BY_SIDE):
+            for group in placement.groups(len(missing), TRACED_SIDE_BY_SIDE):
                 numbers = [missing[at] for at in group]
                 generations = [generation.of_prompt(number) for number in numbers]
                 model.denoise(transformer, [embeddings[at] for at in group], empty, generations, torch.float32, report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from fluxc.base.imports import code_digest
 from fluxc.base.measured import Origin
 from fluxc.base.progress import Report
 from fluxc.checkpoint.files import Aside, CheckpointFiles
+from fluxc.checkpoint.needs import TRACED_SIDE_BY_SIDE, Asked, Models, image_tokens, models_of
+from fluxc.recipe.structs import LAGS
 
 RESULT = "trace.safetensors"
 
@@ -37,17 +39,25 @@ def load(folder: Path) -> Path:
     return folder / RESULT
 
 
+def traced(models: Models, asked: Asked) -> Asked:
+    """What a trace takes besides: of every row that is on its way the residuals of the last LAGS steps, in fp32."""
+    residual = 4 * (asked.text_tokens + image_tokens(models, asked.size)) * models.transformer.width
+    rows = asked.rows * min(asked.prompts, TRACED_SIDE_BY_SIDE)
+    return replace(asked, together=TRACED_SIDE_BY_SIDE, observed=rows * (LAGS + 2) * residual)
+
+
 def trace_into(inputs: StepTraceInputs, images: list[int], path: Path, device: str, report: Report) -> None:
     """Trace the prompts numbered `images` and write `path`; finished prompts are kept aside meanwhile."""
     import torch
 
-    from fluxc.calibrate.stage import generation_of
+    from fluxc.calibrate.stage import asked_of, generation_of
     from fluxc.running.placement import find_placement
     from fluxc.stepcache.file import write_trace
     from fluxc.stepcache.record import record_steps
 
     checkpoint, request = inputs.files.checkpoint, inputs.request
-    placement = find_placement(checkpoint, device, getattr(torch, request["dtype"]))
+    asked = traced(models_of(checkpoint), asked_of(request, inputs.rows))
+    placement = find_placement(checkpoint, device, getattr(torch, request["dtype"]), asked)
     origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
     model = (inputs.files.hashes(), inputs.rows, list(inputs.text_layers))
     made_by = key_of(*model, request, str(placement), library_versions(), code_digest(__name__))

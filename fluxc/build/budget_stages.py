@@ -1,0 +1,400 @@
+"""What each stage of a build needs: the most memory of the process, the disk it takes, and its work, from counts alone.
+
+The counts of a model that runs are `fluxc.checkpoint.needs`. Constants were measured on flux2-nano and on klein 4B's widths
+with few blocks (docs/budget.md says how); they are chosen so that a prediction is rather too high than too low.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from fluxc.base.cpu import multiplies_bf16
+from fluxc.build.budget_rates import Rates
+from fluxc.build.job import Job
+from fluxc.build.requests import calibration_request, trace_request
+from fluxc.calibrate.records import ROWS
+from fluxc.calibrate.stage import asked_of, observed_bytes
+from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.checkpoint.identify import vae_of
+from fluxc.checkpoint.needs import (
+    PROCESS,
+    Asked,
+    Models,
+    decoding,
+    decoding_flop,
+    image_tokens,
+    memory_by_component,
+    memory_by_layer,
+    models_of,
+    text_flop,
+    weights_read,
+)
+from fluxc.formats.bf16 import BF16
+from fluxc.models.flux2_vae import Flux2VAE
+from fluxc.predict.work import work_of
+from fluxc.quantize.plan import to_quantize
+from fluxc.quantize.source_memory import memory_by_component as weights_by_component
+from fluxc.recipe.targets import OnnxRuntimeTarget, TensorRTTarget, VisualGenTarget
+from fluxc.stepcache.trace_stage import traced
+from fluxc.targets.sharding import Shards
+
+MIB, GIB = 1 << 20, 1 << 30
+START = 300 * MIB
+"""A process that has imported neither torch nor diffusers."""
+WRITER = 200 * MIB
+"""The chunks that are quantized, and mapped pages of the source."""
+LIBRARY = 300 * MIB
+"""What TensorRT takes while it builds a plan without weights."""
+
+TRACE_SECONDS = {"transformer": 14.0, "text_encoder": 6.0, "vae": 12.0}
+"""Tracing on the meta device and what is imported for it; the same at every size of a model."""
+COMPILE_SECONDS = 5.0
+"""Loading or compiling the kernels that quantize."""
+PLAN_SECONDS = 8.0
+"""Cutting graphs, and building and auditing the plans of all blocks without weights."""
+MODEL_SHARE, RUNTIME_SHARE = 0.6, 0.5
+"""Of the speed of a large product, what a whole model reaches in torch, and in ONNX Runtime, which computes in fp32."""
+CALL_SECONDS = 2e-4
+"""Python's part of a Linear's call, with an observer's."""
+QUANTIZE_SECONDS = {"max": 1.0e-9, "four-over-six": 4.0e-9, "mse": 8.0e-9}
+"""Of one weight on one core, by how block scales are chosen, errors of weight and output included."""
+
+HELD_BYTES = {BF16: 4.0, "fp8": 6.0, "nvfp4": 2.0, "nvfp4 4-bit": 0.6, "mxfp4": 4.0}
+"""Memory of a Linear's weight in a session of ONNX Runtime on the CPU, by its format, scales included."""
+FOLDING_BYTES = {BF16: 9.5, "fp8": 9.0, "nvfp4": 4.5, "nvfp4 4-bit": 0.7, "mxfp4": 12.0}
+"""The same while the session is made: what is folded stays beside what it is folded from until the end."""
+
+GRAPHS_DISK, PLANS_DISK = 8 * MIB, 24 * MIB
+"""Of one component's or target's graphs; of a target's plans without weights."""
+HISTOGRAM_DISK = 16 << 10
+"""Of a layer's histogram, of which the bins between the smallest and the largest input are stored."""
+SMALL_DISK = MIB
+"""Of configs, manifest, report and notes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """`seconds` that depend on no rate; FLOP in fp32 and in bfloat16 (as large products reach them); bytes that are read,
+    hashed and copied."""
+
+    fixed: float = 0.0
+    float32: float = 0.0
+    bfloat16: float = 0.0
+    read: float = 0.0
+    hashed: float = 0.0
+    copied: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        names = ("fixed", "float32", "bfloat16", "read", "hashed", "copied")
+        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    def __mul__(self, times: float) -> Work:
+        names = ("fixed", "float32", "bfloat16", "read", "hashed", "copied")
+        return Work(*(getattr(self, name) * times for name in names))
+
+    def seconds(self, rates: Rates) -> float:
+        """At these rates; reading goes on beside computing."""
+        computing = self.fixed + (self.float32 / rates.float32 if self.float32 else 0.0)
+        if self.bfloat16:
+            computing += self.bfloat16 / rates.bfloat16
+        reading = self.read / rates.reading if self.read else 0.0
+        rest = (self.hashed / rates.hashing if self.hashed else 0.0) + (
+            self.copied / rates.copying if self.copied else 0
+        )
+        return max(computing, reading) + rest
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes: `memory` the most of the process, `disk` what the stage leaves, `scratch` what it takes besides while it runs.
+
+    `how` is the way the model runs.
+
+    `cures`: changes of the recipe that take less memory, in words, with what the stage would then need.
+    """
+
+    memory: int
+    disk: int = SMALL_DISK
+    scratch: int = 0
+    work: Work = field(default_factory=Work)
+    how: str = ""
+    cures: tuple[tuple[str, int], ...] = ()
+
+
+class Needs:
+    """What the stages of `job` need where the process may take `limit` bytes of memory; `cores` compute."""
+
+    def __init__(self, job: Job, limit: int, cores: int) -> None:
+        self.job, self.limit, self.cores = job, limit, cores
+        self.recipe, self.source = job.loaded.recipe, job.original
+
+    def of(self, name: str, part: str) -> Need:
+        """Of the step `name`, which is of `part`."""
+        first, _, rest = name.partition("-")
+        found: Callable[[str], Need] | None = {
+            "export": self._export,
+            "calibrate": self._calibrate,
+            "modelopt": self._modelopt,
+            "weights": self._weights,
+            "target": self._target,
+            "reference": self._reference,
+            "compare": self._compare,
+            "frontier": self._frontier,
+            "sensitivity": self._sensitivity,
+        }.get(first)
+        if name == "step-trace":
+            return self._step_trace()
+        if found is not None:
+            return found(rest)
+        return self._compare("") if part == "fidelity" else Need(PROCESS, work=Work(1.0))
+
+    @cached_property
+    def hashing(self) -> Need:
+        """Of hashing the checkpoint's files."""
+        size = sum(file.stat().st_size for part in WEIGHTS_FILE for file in self._component(part).weight_files)
+        return Need(START, work=Work(read=size, hashed=size))
+
+    def bundle(self, copies: bool) -> Need:
+        """Of putting the bundle together; `copies`: its weights are copied, since the cache keeps its own."""
+        stored = self.weights_bytes["all"] if copies else 0
+        return Need(PROCESS, SMALL_DISK + stored, work=Work(1.0, hashed=stored, copied=stored))
+
+    @cached_property
+    def weights_bytes(self) -> dict[str, int]:
+        """Bytes of each component's weights in the bundle, and of `all`."""
+        return {name: memory.planned for name, memory in weights_by_component(self.source).items()}
+
+    @cached_property
+    def models(self) -> Models:
+        """The checkpoint's networks."""
+        return models_of(self.source.checkpoint)
+
+    @cached_property
+    def _vae(self) -> Flux2VAE:
+        return vae_of(self.source.checkpoint)
+
+    def _component(self, name: str) -> Any:
+        return self.source.checkpoint.components[name]
+
+    def _export(self, rest: str) -> Need:
+        return Need(PROCESS, GRAPHS_DISK, work=Work(TRACE_SECONDS[rest.partition("-")[0]]))
+
+    def _running(self, asked: Asked, dtype: str, passes: float | None = None) -> Need:
+        """Of running the model, its transformer `passes` times, by default as `asked`."""
+        whole, layers = memory_by_component(self.models, asked), memory_by_layer(self.models, asked)
+        by_layer = whole > self.limit
+        texts = asked.prompts + (asked.rows > 1)
+        passes = asked.prompts * asked.rows * asked.steps if passes is None else passes
+        flop = passes * self._pass_flop(asked) + texts * text_flop(self.models, asked.text_tokens)
+        flop = (flop + asked.prompts * decoding_flop(self._vae, asked.size)) / MODEL_SHARE
+        calls = passes * len(self.models.transformer.linears) + texts * 7 * self.models.text_layers
+        work = Work(CALL_SECONDS * calls, **{dtype: flop}, read=weights_read(self.models, asked, by_layer))
+        return Need(
+            layers if by_layer else whole, work=work, how="layer by layer" if by_layer else "a component at a time"
+        )
+
+    def _pass_flop(self, asked: Asked) -> float:
+        """FLOP of the transformer for one row."""
+        tokens, model = image_tokens(self.models, asked.size), self.models.transformer
+        shards = Shards(1, asked.size, model.num_attention_heads, asked.text_tokens, tokens, 0, 0)
+        return work_of(model, self.source.plans["transformer"], shards, 1).flop
+
+    def _asked(self, request: dict[str, Any], rows: int, dtype: str) -> tuple[Asked, str]:
+        """The request as counts, and the type that it is computed in here."""
+        dtype = "bfloat16" if dtype == "bfloat16" and multiplies_bf16() else "float32"
+        item = 2 if dtype == "bfloat16" else 4
+        return replace(asked_of(request | {"text_length": self.recipe.text.length}, rows), itemsize=item), dtype
+
+    def _calibrate(self, _: str) -> Need:
+        request = calibration_request(self.job.loaded, self.job.is_large)
+        asked, dtype = self._asked(request, self.job.rows(request["guidance"]), "bfloat16")
+        layers = [*self.models.transformer.linears, *self.models.text_encoder.linears(self.models.text_layers)]
+        columns = sum(layer.in_features for layer in layers)
+        asked = replace(asked, observed=observed_bytes(self.models))
+        ranges = columns * 4 + len(layers) * HISTOGRAM_DISK
+        cures = [("calibration.engine: none", PROCESS)] if self.recipe.calibration.engine == "fluxc" else []
+        need = self._running(asked, dtype)
+        return replace(
+            need,
+            disk=ranges + columns * 2 * ROWS,
+            scratch=asked.prompts * ranges + columns * 2 * ROWS,
+            cures=(*self._smaller("calibration", asked, dtype), *cures),
+        )
+
+    def _smaller(self, field: str, asked: Asked, dtype: str) -> tuple[tuple[str, int], ...]:
+        """What fewer prompts and a smaller size would take."""
+        side = 16 * self._vae.pixels_per_token
+        changes = []
+        if asked.prompts > 1:
+            changes.append((f"{field}.max_prompts: 1", replace(asked, prompts=1)))
+        if math.prod(asked.size) > side * side:
+            changes.append((f"{field}.size: [{side}, {side}]", asked.with_size((side, side))))
+        if len(changes) == 2:
+            both = replace(asked, prompts=1).with_size((side, side))
+            changes.append((f"{field}.max_prompts: 1 with {field}.size: [{side}, {side}]", both))
+        return tuple((text, self._running(less, dtype).memory) for text, less in changes)
+
+    def _modelopt(self, _: str) -> Need:
+        need = self._calibrate("")
+        return replace(need, memory=PROCESS + 2 * GIB, disk=self.weights_bytes["transformer"], how="on the GPU")
+
+    def _step_trace(self) -> Need:
+        request = trace_request(self.job.loaded)
+        asked, dtype = self._asked(request, self.job.rows(request["guidance"]), request["dtype"])
+        asked = replace(traced(self.models, asked), itemsize=asked.itemsize)
+        need = self._running(asked, dtype)
+        return replace(need, disk=SMALL_DISK + asked.prompts * asked.steps**2 * 64)
+
+    def _sensitivity(self, rest: str) -> Need:
+        """Costs: a pass of every state for each fusion group; the choice: for each of some budgets."""
+        from fluxc.calibrate.sensitivity import PROMPTS, SEARCHES, STEPS
+
+        request = calibration_request(self.job.loaded, self.job.is_large)
+        asked, dtype = self._asked(request, self.job.rows(request["guidance"]), self.recipe.fidelity.reference)
+        groups = {entry.layer.group or entry.layer.name for entry in to_quantize(self.source.plans["transformer"])}
+        states = min(PROMPTS, asked.prompts) * min(STEPS, asked.steps) * asked.rows
+        recorded = min(PROMPTS, asked.prompts) * asked.steps * asked.rows
+        times = len(groups) if rest == "costs" else SEARCHES + 2
+        return self._running(replace(asked, prompts=min(PROMPTS, asked.prompts)), dtype, recorded + times * states)
+
+    def _weights(self, component: str) -> Need:
+        plan = self.source.plans.get(component, [])
+        before = sum(ref.nbytes for ref in self._component(component).tensors.values())
+        values = sum(entry.parameters for entry in to_quantize(plan))
+        scales = getattr(getattr(self.recipe.precision, component, None), "scales", "max")
+        seconds = values * QUANTIZE_SECONDS[scales] / self.cores + (COMPILE_SECONDS if values else 0.0)
+        stored = self.weights_bytes[component]
+        copied = before - 2 * values + stored
+        return Need(
+            PROCESS + WRITER, stored + SMALL_DISK, work=Work(seconds, read=before, hashed=stored, copied=copied)
+        )
+
+    def _target(self, name: str) -> Need:
+        target = next(target for target in self.recipe.targets if target.name == name)
+        if isinstance(target, OnnxRuntimeTarget):
+            if target.device != "cpu":
+                return Need(PROCESS, GRAPHS_DISK, work=Work(1.0))
+            folded = self._loaded(target, FOLDING_BYTES).values()
+            work = Work(1.0, copied=sum(folded))
+            cures = self._lighter(target, lambda other: PROCESS + max(self._loaded(other, FOLDING_BYTES).values()))
+            return Need(PROCESS + max(folded), GRAPHS_DISK, work=work, cures=cures)
+        if isinstance(target, TensorRTTarget):
+            if target.weights == "bound":
+                return Need(PROCESS + LIBRARY, PLANS_DISK, work=Work(PLAN_SECONDS))
+            baked = self.weights_bytes["all"]
+            cures = ((f"weights: bound for {target.name}", PROCESS + LIBRARY),)
+            memory = PROCESS + int(target.memory_gib * GIB)
+            return Need(memory, PLANS_DISK + baked, work=Work(PLAN_SECONDS, copied=8 * baked), cures=cures)
+        if isinstance(target, VisualGenTarget):
+            from fluxc.targets.visual_gen.folder import is_split
+
+            halves = sum(entry.bytes_after for entry in self.source.plans["transformer"] if is_split(entry.layer.name))
+            return Need(PROCESS, SMALL_DISK + halves, work=Work(1.0, read=halves, copied=halves))
+        return Need(PROCESS, GRAPHS_DISK, work=Work(1.0))
+
+    def _loaded(self, target: OnnxRuntimeTarget, table: Mapping[str, float]) -> dict[str, int]:
+        """Bytes of each component's weights in ONNX Runtime on the CPU, by the `table` of a value's."""
+        found = {}
+        for name in WEIGHTS_FILE:
+            size = 0.0
+            for entry in self.source.plans.get(name, []):
+                kind = entry.format
+                if kind == "nvfp4" and target.weights_in_memory == "4-bit":
+                    kind = "nvfp4 4-bit"
+                size += entry.parameters * table.get(kind, table["mxfp4"])
+            if name == "vae":
+                decoder = (shape for part, shape in self._vae.tensors.items() if part.startswith("decoder."))
+                size = table[BF16] * sum(map(math.prod, decoder))
+            found[name] = int(size)
+        return found
+
+    def _lighter(
+        self, target: OnnxRuntimeTarget, memory: Callable[[OnnxRuntimeTarget], int]
+    ) -> tuple[tuple[str, int], ...]:
+        """What 4-bit weights in memory would take."""
+        if target.device != "cpu" or target.weights_in_memory == "4-bit":
+            return ()
+        other = msgspec.structs.replace(target, weights_in_memory="4-bit")
+        return ((f"weights_in_memory: 4-bit for {target.name}", memory(other)),)
+
+    @property
+    def _fidelity(self) -> tuple[Asked, str]:
+        asked, recipe = self.job.fidelity, self.recipe
+        request = {"prompts": asked.prompts, "steps": asked.steps, "size": asked.size}
+        return self._asked(request, self.job.rows(recipe.sampling.guidance), recipe.fidelity.reference)
+
+    def _reference(self, _: str) -> Need:
+        asked, dtype = self._fidelity
+        none = (("fidelity.level: none", 0),)
+        need = self._running(asked, dtype)
+        return replace(need, disk=self._recorded(asked), cures=(*self._smaller("fidelity", asked, dtype), *none))
+
+    def _recorded(self, asked: Asked) -> int:
+        """Bytes in fp32 of embeddings, the prologue's outputs, latents and velocities of every step, and the image."""
+        model, tokens = self.models.transformer, image_tokens(self.models, asked.size)
+        text = asked.text_tokens * model.joint_attention_dim
+        prologue = (tokens + asked.text_tokens) * (model.width + 2 * model.attention_head_dim) + 12 * model.width
+        steps = 2 * asked.steps * tokens * model.in_channels
+        return SMALL_DISK + 4 * asked.prompts * (asked.rows * text + prologue + steps + 3 * math.prod(asked.size))
+
+    def _compare(self, _: str) -> Need:
+        asked, _dtype = self._fidelity
+        here = [target for target in self.recipe.targets if isinstance(target, OnnxRuntimeTarget) and target.runs_here]
+        if not here or not asked.prompts:
+            return Need(PROCESS)
+        work = sum((self._generating(asked) for _ in here), Work())
+        memory = max(self._compared(target, asked) for target in here)
+        heaviest = max(here, key=lambda target: self._compared(target, asked))
+        cures = (
+            *self._lighter(heaviest, lambda other: self._compared(other, asked)),
+            ("fidelity.level: none", 0),
+        )
+        disk = SMALL_DISK + asked.prompts * (len(here) + 1) * 3 * math.prod(asked.size)
+        return Need(memory, disk, work=work, cures=cures)
+
+    def _compared(self, target: OnnxRuntimeTarget, asked: Asked) -> int:
+        """Memory of `target` while it is compared: all components held where they fit, else one after the other; the making of
+        the largest session; and activations."""
+        held, folding = self._loaded(target, HELD_BYTES), self._loaded(target, FOLDING_BYTES)
+        activations = self._activations(asked)
+        making = max(folding[name] - held[name] for name in held)
+        whole = PROCESS + sum(held.values()) + max(making, activations)
+        in_turn = PROCESS + max(max(folding.values()), max(held.values()) + activations)
+        return whole if whole <= self.limit else in_turn
+
+    def _activations(self, asked: Asked) -> int:
+        plain = replace(asked, itemsize=4, observed=0)
+        model, tokens = self.models.transformer, asked.text_tokens + image_tokens(self.models, asked.size)
+        scores = 2 * model.num_attention_heads * tokens**2
+        step = asked.rows * (tokens * (14 * model.width + 5 * model.mlp_width) + scores)
+        return max(4 * step, decoding(self._vae, plain))
+
+    def _generating(self, asked: Asked, times: float = 2.0) -> Work:
+        """What a target computes on this CPU for all prompts, its transformer `times` for every step."""
+        passes = times * asked.prompts * asked.rows * asked.steps
+        flop = passes * self._pass_flop(asked) + 2 * asked.prompts * decoding_flop(self._vae, asked.size)
+        flop += (asked.prompts + 1) * text_flop(self.models, asked.text_tokens)
+        calls = passes * len(self.models.transformer.linears)
+        loaded = sum(self._loaded(OnnxRuntimeTarget(), FOLDING_BYTES).values())
+        return Work(1.0 + CALL_SECONDS * calls / 10, float32=flop / RUNTIME_SHARE, copied=loaded)
+
+    def _frontier(self, rest: str) -> Need:
+        asked, _ = self._fidelity
+        targets = [
+            target for target in self.recipe.targets if isinstance(target, OnnxRuntimeTarget) and target.runs_here
+        ]
+        if not targets or not rest:
+            return Need(PROCESS, work=Work(1.0))
+        cache = self.recipe.step_cache
+        size = self.recipe.calibration.size or self.recipe.sizes[0]
+        asked = replace(asked, steps=self.recipe.sampling.steps, size=size)
+        methods = 1 if rest in ("full", "chosen") else 2
+        disk = SMALL_DISK + methods * asked.prompts * 3 * math.prod(size)
+        work = self._generating(asked, methods * 1.0) if cache else Work()
+        return Need(self._compared(targets[0], asked), disk, work=work, cures=(("fidelity.level: none", 0),))
