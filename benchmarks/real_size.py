@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -77,6 +78,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder to work in (default: a temporary one in this folder)")
     parser.add_argument("--keep", action="store_true", help="leave checkpoint and bundles in --work")
     options = parser.parse_args()
+    # What is running must end with it, and what was mounted and written must go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with folder_of(options) as work:
         place = Place(work, options)
         print(f"{cpu_name()}, {memory_of_machine() / GIB:.0f} GiB, Python {platform.python_version()}.")

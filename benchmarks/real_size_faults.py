@@ -43,9 +43,14 @@ def kills(place: Place) -> None:
             after: float = stage.seconds / 2,
             timers: list[threading.Timer] = timers,
         ) -> None:
+            for timer in timers:
+                timer.cancel()
             if at == number:
                 timers.append(threading.Timer(after, kill_group, [process]))
                 timers[-1].start()
+            elif at > number:
+                # It was quicker than before: its result is there, and no later stage's work shall be.
+                kill_group(process)
 
         try:
             run = place.build(recipe, out, limit, on_begin)
@@ -54,7 +59,8 @@ def kills(place: Place) -> None:
                 timer.cancel()
         if run.status not in (0, -signal.SIGKILL) or run.over_limit:
             raise SystemExit(ended(run))
-        how = f"{stage.seconds / 2:.2f}" if run.status else "was over before"
+        was_in_it = run.status and real_stages(run.stages)[-1].title == stage.title
+        how = f"{stage.seconds / 2:.2f}" if was_in_it else "when it was over"
         print(
             f"| {stage.title} | {how} | {stage.seconds:.2f} | {half_made(out)} | {found_by(run)} | {state(out)} |",
             flush=True,

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from conftest import exported
+from conftest import NANO, exported
 from fluxc.base.safetensors import TensorRef
+from fluxc.families.klein import KLEIN
 from fluxc.graph.bind import argument_names, bind
-from fluxc.graph.compose import compose_body
+from fluxc.graph.compose import compose_body, compose_text_layer
+from fluxc.graph.export import trace_text_encoder
 from fluxc.models.flux2_transformer import Flux2Transformer
+from fluxc.models.published import QWEN3_4B
 from fluxc.quantize.plan import precision_plan
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.targets.onnxruntime.lower import lower
@@ -51,6 +58,21 @@ def test_every_tensor_of_a_published_model_is_bound_once(config: dict[str, Any],
         if entry.layer.group and not entry.layer.name.endswith(("to_q", "add_q_proj"))
     }
     assert sorted(bound) == sorted(set(refs) - shared)
+
+
+def test_rotary_tables_of_a_text_of_512_tokens_are_constants() -> None:
+    config = json.loads((NANO / "text_encoder" / "config.json").read_text())
+    qwen = {**config, "head_dim": QWEN3_4B["head_dim"]}
+    pieces = trace_text_encoder(qwen, 512, KLEIN, torch.bfloat16)
+    layer = compose_text_layer(pieces)
+    assert [value.name for value in layer.graph.input if "." not in value.name] == ["hidden", "attends"]
+
+    settings = Qwen3Config.from_dict(qwen)
+    tables = Qwen3RotaryEmbedding(settings)(torch.empty(1, 1, 1, dtype=torch.bfloat16), torch.arange(512)[None])
+    stored = {tensor.name: tensor for tensor in layer.graph.initializer}
+    for name, expected in zip(("cos", "sin"), tables, strict=True):
+        made = torch.frombuffer(bytearray(stored[name].raw_data), dtype=torch.bfloat16)
+        assert torch.equal(made, expected.flatten())
 
 
 def reference(name: str, dtype: str, shape: tuple[int, ...]) -> TensorRef:

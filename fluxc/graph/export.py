@@ -43,6 +43,9 @@ from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
 
 Input = tuple[torch.Tensor, dict[int, str] | None]
+FOLDED_VALUES = 1 << 24
+"""The largest constant that is computed when a graph is made, in values: rotary tables and masks of thousands of tokens. The
+optimizer's own limit, 8192, leaves the rotary tables of 512 tokens uncomputed, and TensorRT's layers take them as constants."""
 
 
 def trace_transformer(
@@ -257,7 +260,7 @@ def trace(
         elif constants and name in constants:
             value.const_value = onnx_ir.tensor(constants[name].numpy(), name=name)
     with _quiet():
-        optimizer.optimize(ir_model)
+        optimizer.optimize(ir_model, input_size_limit=FOLDED_VALUES, output_size_limit=FOLDED_VALUES)
     model = onnx_ir.to_proto(ir_model)
     _check(model, tuple(inputs), outputs)
     _name_dimensions(model, inputs)
