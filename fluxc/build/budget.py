@@ -126,10 +126,17 @@ def budget_of(job: Job, out: Path, until: str | None = None) -> Budget:
     wanted = [step.name for step in up_to([*steps(job, until), *comparing(job)], until)]
     found = [(step, result) for step, result in planned_stages(job) if step.name in wanted]
     stages = [_planned(HASH, "", "to run" if job.digests is None else "cached", lambda: needs.hashing)]
+    compared = {step.name for step in comparing(job)}
+    before = [result for step, result in found if step.name not in compared]
+    # What is compared is the bundle in the making, so whether that was done before is not known until it is made again.
+    done = (out / format.MANIFEST).is_file() and stages[0].need is None and "to run" not in before
     for step, result in found:
-        stages.append(_planned(step.name, step.part, result, partial(needs.of, step.name, step.part)))
+        need = partial(needs.of, step.name, step.part)
+        if done and step.name in compared:
+            stages.append(Planned(step.name, step.part, result, None))
+        else:
+            stages.append(_planned(step.name, step.part, result, need))
     if until in (None, "bundle"):
-        done = all(stage.result != "to run" for stage in stages) and (out / format.MANIFEST).is_file()
         copies = job.root != beside(out)
         stages.append(_planned(BUNDLE, "bundle", "cached" if done else "to run", lambda: needs.bundle(copies)))
     return Budget(tuple(stages), limit, chosen_memory(), _disks(job, out, stages))
@@ -169,14 +176,14 @@ def budget_line(budget: Budget, rates: Rates) -> str | None:
     name, peak = budget.peak
     how = next(need.how for stage, need in budget.to_run if stage.name == name)
     most = f"{bytes_in_words(peak)} of memory at most ({name}{f', {how}' if how else ''}; {budget.memory_there})"
-    return f"predicted: about {predicted_time(budget.seconds(rates))}, {most}, {bytes_in_words(budget.disk)} of disk"
+    return f"predicted: {predicted_time(budget.seconds(rates))}, {most}, {bytes_in_words(budget.disk)} of disk"
 
 
 def budget_lines(budget: Budget, rates: Rates) -> list[str]:
     """Every stage that is to run, in a line: memory, disk, time."""
     return [
         f"predicted, {stage.name}: {bytes_in_words(need.memory)} of memory, {bytes_in_words(need.disk)} of disk, "
-        f"about {predicted_time(need.work.seconds(rates))}{f', {need.how}' if need.how else ''}"
+        f"{predicted_time(need.work.seconds(rates))}{f', {need.how}' if need.how else ''}"
         for stage, need in budget.to_run
     ]
 
@@ -185,8 +192,8 @@ def predicted_time(seconds: float) -> str:
     """A predicted time with the digits that mean something: tens of minutes of hours, minutes of minutes, tens of seconds."""
     for unit, least in ((600, 3600.0), (60, 120.0), (10, 20.0)):
         if seconds >= least:
-            return in_words(unit * round(seconds / unit)).removesuffix(" 0 min").removesuffix(" 0 s")
-    return f"{round(seconds)} s" if seconds >= 1 else "under 1 s"
+            return f"about {in_words(unit * round(seconds / unit))}".removesuffix(" 0 min").removesuffix(" 0 s")
+    return f"about {round(seconds)} s" if seconds >= 1 else "under 1 s"
 
 
 def budget_as_json(budget: Budget, rates: Rates) -> dict[str, Any]:

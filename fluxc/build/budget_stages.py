@@ -7,12 +7,10 @@ with few blocks (docs/budget.md says how); they are chosen so that a prediction 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
-
-import msgspec
 
 from fluxc.base.cpu import multiplies_bf16
 from fluxc.build.budget_rates import Rates
@@ -45,10 +43,12 @@ from fluxc.stepcache.trace_stage import traced
 from fluxc.targets.sharding import Shards
 
 MIB, GIB = 1 << 20, 1 << 30
-START = 300 * MIB
-"""A process that has imported neither torch nor diffusers."""
+START = 600 * MIB
+"""A process that has not imported diffusers yet."""
 WRITER = 200 * MIB
 """The chunks that are quantized, and mapped pages of the source."""
+SESSION = 100 * MIB
+"""What ONNX Runtime's sessions take without weights."""
 LIBRARY = 300 * MIB
 """What TensorRT takes while it builds a plan without weights."""
 
@@ -58,17 +58,20 @@ COMPILE_SECONDS = 5.0
 """Loading or compiling the kernels that quantize."""
 PLAN_SECONDS = 8.0
 """Cutting graphs, and building and auditing the plans of all blocks without weights."""
+LOAD_SECONDS = 5.0
+"""Importing diffusers and making its pipeline."""
 MODEL_SHARE, RUNTIME_SHARE = 0.6, 0.5
 """Of the speed of a large product, what a whole model reaches in torch, and in ONNX Runtime, which computes in fp32."""
+UNFOLDING = 4
+"""ONNX Runtime moves so many bytes for each that it unfolds of a weight."""
 CALL_SECONDS = 2e-4
 """Python's part of a Linear's call, with an observer's."""
 QUANTIZE_SECONDS = {"max": 1.0e-9, "four-over-six": 4.0e-9, "mse": 8.0e-9}
 """Of one weight on one core, by how block scales are chosen, errors of weight and output included."""
 
-HELD_BYTES = {BF16: 4.0, "fp8": 6.0, "nvfp4": 2.0, "nvfp4 4-bit": 0.6, "mxfp4": 4.0}
-"""Memory of a Linear's weight in a session of ONNX Runtime on the CPU, by its format, scales included."""
-FOLDING_BYTES = {BF16: 9.5, "fp8": 9.0, "nvfp4": 4.5, "nvfp4 4-bit": 0.7, "mxfp4": 12.0}
-"""The same while the session is made: what is folded stays beside what it is folded from until the end."""
+UNFOLDED_BYTES = {BF16: 4.0, "fp8": 4.0, "nvfp4": 8.0, "mxfp4": 12.0}
+"""Memory of a Linear's weight in ONNX Runtime on the CPU while it is multiplied, by its format. Between two products it lies in
+a map of the file."""
 
 GRAPHS_DISK, PLANS_DISK = 8 * MIB, 24 * MIB
 """Of one component's or target's graphs; of a target's plans without weights."""
@@ -76,6 +79,8 @@ HISTOGRAM_DISK = 16 << 10
 """Of a layer's histogram, of which the bins between the smallest and the largest input are stored."""
 SMALL_DISK = MIB
 """Of configs, manifest, report and notes."""
+
+NOT_COMPARED = ("fidelity.level: none", 0)
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,8 @@ class Needs:
         flop = passes * self._pass_flop(asked) + texts * text_flop(self.models, asked.text_tokens)
         flop = (flop + asked.prompts * decoding_flop(self._vae, asked.size)) / MODEL_SHARE
         calls = passes * len(self.models.transformer.linears) + texts * 7 * self.models.text_layers
-        work = Work(CALL_SECONDS * calls, **{dtype: flop}, read=weights_read(self.models, asked, by_layer))
+        read = weights_read(self.models, asked, by_layer)
+        work = Work(LOAD_SECONDS + CALL_SECONDS * calls, **{dtype: flop}, read=read, copied=read)
         return Need(
             layers if by_layer else whole, work=work, how="layer by layer" if by_layer else "a component at a time"
         )
@@ -280,10 +286,7 @@ class Needs:
         if isinstance(target, OnnxRuntimeTarget):
             if target.device != "cpu":
                 return Need(PROCESS, GRAPHS_DISK, work=Work(1.0))
-            folded = self._loaded(target, FOLDING_BYTES).values()
-            work = Work(1.0, copied=sum(folded))
-            cures = self._lighter(target, lambda other: PROCESS + max(self._loaded(other, FOLDING_BYTES).values()))
-            return Need(PROCESS + max(folded), GRAPHS_DISK, work=work, cures=cures)
+            return Need(PROCESS + SESSION, GRAPHS_DISK, work=Work(1.0))
         if isinstance(target, TensorRTTarget):
             if target.weights == "bound":
                 return Need(PROCESS + LIBRARY, PLANS_DISK, work=Work(PLAN_SECONDS))
@@ -298,30 +301,11 @@ class Needs:
             return Need(PROCESS, SMALL_DISK + halves, work=Work(1.0, read=halves, copied=halves))
         return Need(PROCESS, GRAPHS_DISK, work=Work(1.0))
 
-    def _loaded(self, target: OnnxRuntimeTarget, table: Mapping[str, float]) -> dict[str, int]:
-        """Bytes of each component's weights in ONNX Runtime on the CPU, by the `table` of a value's."""
-        found = {}
-        for name in WEIGHTS_FILE:
-            size = 0.0
-            for entry in self.source.plans.get(name, []):
-                kind = entry.format
-                if kind == "nvfp4" and target.weights_in_memory == "4-bit":
-                    kind = "nvfp4 4-bit"
-                size += entry.parameters * table.get(kind, table["mxfp4"])
-            if name == "vae":
-                decoder = (shape for part, shape in self._vae.tensors.items() if part.startswith("decoder."))
-                size = table[BF16] * sum(map(math.prod, decoder))
-            found[name] = int(size)
-        return found
-
-    def _lighter(
-        self, target: OnnxRuntimeTarget, memory: Callable[[OnnxRuntimeTarget], int]
-    ) -> tuple[tuple[str, int], ...]:
-        """What 4-bit weights in memory would take."""
-        if target.device != "cpu" or target.weights_in_memory == "4-bit":
-            return ()
-        other = msgspec.structs.replace(target, weights_in_memory="4-bit")
-        return ((f"weights_in_memory: 4-bit for {target.name}", memory(other)),)
+    @cached_property
+    def _unfolded(self) -> int:
+        """Bytes of the weight that takes the most while it is multiplied in ONNX Runtime on the CPU."""
+        entries = [entry for plan in self.source.plans.values() for entry in plan]
+        return int(max(entry.parameters * UNFOLDED_BYTES.get(entry.format, 12.0) for entry in entries))
 
     @property
     def _fidelity(self) -> tuple[Asked, str]:
@@ -331,9 +315,8 @@ class Needs:
 
     def _reference(self, _: str) -> Need:
         asked, dtype = self._fidelity
-        none = (("fidelity.level: none", 0),)
         need = self._running(asked, dtype)
-        return replace(need, disk=self._recorded(asked), cures=(*self._smaller("fidelity", asked, dtype), *none))
+        return replace(need, disk=self._recorded(asked), cures=(*self._smaller("fidelity", asked, dtype), NOT_COMPARED))
 
     def _recorded(self, asked: Asked) -> int:
         """Bytes in fp32 of embeddings, the prologue's outputs, latents and velocities of every step, and the image."""
@@ -345,28 +328,28 @@ class Needs:
 
     def _compare(self, _: str) -> Need:
         asked, _dtype = self._fidelity
-        here = [target for target in self.recipe.targets if isinstance(target, OnnxRuntimeTarget) and target.runs_here]
+        here = [target for target in self.recipe.targets if target.runs_here]
         if not here or not asked.prompts:
             return Need(PROCESS)
-        work = sum((self._generating(asked) for _ in here), Work())
-        memory = max(self._compared(target, asked) for target in here)
-        heaviest = max(here, key=lambda target: self._compared(target, asked))
-        cures = (
-            *self._lighter(heaviest, lambda other: self._compared(other, asked)),
-            ("fidelity.level: none", 0),
-        )
+        work = self._generating(asked) * len(here)
         disk = SMALL_DISK + asked.prompts * (len(here) + 1) * 3 * math.prod(asked.size)
-        return Need(memory, disk, work=work, cures=cures)
+        return Need(self._compared(asked), disk, work=work, cures=self._lighter(asked))
 
-    def _compared(self, target: OnnxRuntimeTarget, asked: Asked) -> int:
-        """Memory of `target` while it is compared: all components held where they fit, else one after the other; the making of
-        the largest session; and activations."""
-        held, folding = self._loaded(target, HELD_BYTES), self._loaded(target, FOLDING_BYTES)
-        activations = self._activations(asked)
-        making = max(folding[name] - held[name] for name in held)
-        whole = PROCESS + sum(held.values()) + max(making, activations)
-        in_turn = PROCESS + max(max(folding.values()), max(held.values()) + activations)
-        return whole if whole <= self.limit else in_turn
+    def _compared(self, asked: Asked, text_encoder: int | None = None) -> int:
+        """Memory of a target while it is compared: all components where they fit, else one after the other; `text_encoder` in
+        place of its bytes."""
+        stored = {name: self.weights_bytes[name] for name in WEIGHTS_FILE}
+        stored["text_encoder"] = text_encoder or stored["text_encoder"]
+        working = PROCESS + SESSION + max(self._unfolded, self._activations(asked))
+        every = working + sum(stored.values())
+        return every if every <= self.limit else working + max(stored.values())
+
+    def _lighter(self, asked: Asked) -> tuple[tuple[str, int], ...]:
+        """What comparing would take with the text encoder in FP8, and none of it."""
+        text = weights_by_component(self.source)["text_encoder"]
+        if text.fp8 >= text.planned:
+            return (NOT_COMPARED,)
+        return (("precision.text_encoder.default: fp8", self._compared(asked, text.fp8)), NOT_COMPARED)
 
     def _activations(self, asked: Asked) -> int:
         plain = replace(asked, itemsize=4, observed=0)
@@ -381,20 +364,15 @@ class Needs:
         flop = passes * self._pass_flop(asked) + 2 * asked.prompts * decoding_flop(self._vae, asked.size)
         flop += (asked.prompts + 1) * text_flop(self.models, asked.text_tokens)
         calls = passes * len(self.models.transformer.linears)
-        loaded = sum(self._loaded(OnnxRuntimeTarget(), FOLDING_BYTES).values())
-        return Work(1.0 + CALL_SECONDS * calls / 10, float32=flop / RUNTIME_SHARE, copied=loaded)
+        unfolded = UNFOLDING * passes / asked.rows * self.weights_bytes["transformer"]
+        return Work(1.0 + CALL_SECONDS * calls / 10, float32=flop / RUNTIME_SHARE, copied=unfolded)
 
     def _frontier(self, rest: str) -> Need:
         asked, _ = self._fidelity
-        targets = [
-            target for target in self.recipe.targets if isinstance(target, OnnxRuntimeTarget) and target.runs_here
-        ]
-        if not targets or not rest:
+        if not rest:
             return Need(PROCESS, work=Work(1.0))
-        cache = self.recipe.step_cache
         size = self.recipe.calibration.size or self.recipe.sizes[0]
         asked = replace(asked, steps=self.recipe.sampling.steps, size=size)
         methods = 1 if rest in ("full", "chosen") else 2
         disk = SMALL_DISK + methods * asked.prompts * 3 * math.prod(size)
-        work = self._generating(asked, methods * 1.0) if cache else Work()
-        return Need(self._compared(targets[0], asked), disk, work=work, cures=(("fidelity.level: none", 0),))
+        return Need(self._compared(asked), disk, work=self._generating(asked, methods), cures=self._lighter(asked))

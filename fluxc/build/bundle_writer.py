@@ -25,7 +25,7 @@ from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import Recipe
 from fluxc.report.page import write_report
 from fluxc.report.structs import Report
-from fluxc.targets.parts import Weights, link_or_copy, read_entry
+from fluxc.targets.parts import Weights, copy_file, link_or_copy, read_entry
 from fluxc.targets.registry import kind_of
 from fluxrt import manifest as format
 from fluxrt.bundle import is_ignored, open_bundle
@@ -224,7 +224,7 @@ def _take_weights(cached: Path, target: Path, cache: StageCache, out: Path) -> N
         with cache.relinking([source]):
             link_or_copy(source, target)
     else:
-        shutil.copyfile(source, target)
+        copy_file(source, target)
     sealed = json.loads((cached.parent / SEAL).read_text())[cached.name]
     if cache.file_digest(target) != sealed:
         raise BuildError(f"{source}: it changed while the bundle was made; build again")

@@ -29,7 +29,7 @@ def print_budget(console: Console, ready: Preflight) -> None:
         need = stage.need
         figures = ["", "", "", ""]
         if need is not None:
-            time = predicted_time(need.work.seconds(rates))
+            time = predicted_time(need.work.seconds(rates)).removeprefix("about ")
             figures = [bytes_in_words(need.memory), bytes_in_words(need.disk), time, need.how]
         rows.append([stage.name, stage.part, stage.result, *figures])
     console.print(fitted_table(console, COLUMNS, rows, "stages of a build here, with what is predicted"))
@@ -47,5 +47,5 @@ def summary(budget: Budget, rates: Rates) -> str:
     )
     return (
         f"At most {bytes_in_words(peak)} of memory, in {name}; {budget.memory_there}. Disk: {disks}. "
-        f"Time: about {predicted_time(budget.seconds(rates))} in all."
+        f"Time: {predicted_time(budget.seconds(rates))}."
     )

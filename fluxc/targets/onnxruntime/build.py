@@ -26,6 +26,8 @@ COMPONENT_OF = {
     "epilogue": "transformer",
     "vae_decoder": "vae",
 }
+FOLDED = 1 << 20
+"""Bytes of the largest constant that is folded where a graph is only loaded."""
 DTYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.INT64: "int64",
@@ -103,6 +105,8 @@ def check_loads(folder: Path, files: list[str], for_gpu: bool = False) -> None:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Whether a graph loads does not depend on it, and folded weights take up to ten times the memory of the file.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(FOLDED))
     for file in files:
         try:
             onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
