@@ -236,7 +236,7 @@ def test_an_image_that_is_generated_otherwise_fails_verification(quick_copy: Pat
     name = "transformer/diffusion_pytorch_model.safetensors"
     reseal(quick_copy, lambda m: m["files"][name].update(sha256=sha256_file(weights)))
     verify_files(open_bundle(quick_copy))
-    with pytest.raises(VerifyError, match="the velocity at sigma .* do not serve with it"):
+    with pytest.raises(VerifyError, match=r"the velocity at sigma .* do not serve with it"):
         list(verify_bundle(quick_copy))
     reseal(quick_copy, lambda m: m.pop("evidence"))
     for file in (quick_copy / "evidence").iterdir():
