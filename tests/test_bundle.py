@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import fluxrt
 from fluxc.base.errors import BuildError
 from fluxc.fidelity.verify import verify_bundle
-from fluxrt import BundleError
+from fluxrt import BundleError, VerifyError
 from fluxrt.bundle import open_bundle, verify_files
 from fluxrt.manifest import decode_manifest, encode_manifest, manifest_digest
 
@@ -33,8 +34,8 @@ def reseal(bundle: Path, edit) -> None:
 def test_a_whole_bundle_verifies_and_generates_its_image_again(quick_bundle: Path) -> None:
     lines = list(verify_bundle(quick_bundle))
     assert "match their SHA-256" in lines[0]
-    assert [line for line in lines[1:] if "generated again" in line] == lines[1:]
-    assert len(lines) == 3
+    assert ["evidence replayed: text encoder" in line for line in lines[1:]] == [True, True, False, False]
+    assert ["generated again (identical)" in line for line in lines[1:]] == [False, False, True, True]
 
 
 def test_a_changed_byte_is_found_and_named(quick_copy: Path) -> None:
@@ -131,7 +132,7 @@ def test_an_edited_manifest_is_refused(quick_copy: Path) -> None:
 )
 def test_another_format_version_names_both(quick_copy: Path, version: int, way_out: str) -> None:
     edit_manifest(quick_copy, lambda m: m.update(format_version=version))
-    with pytest.raises(BundleError, match=f"bundle format {version}, this fluxrt reads format 6; {way_out}"):
+    with pytest.raises(BundleError, match=f"bundle format {version}, this fluxrt reads format 7; {way_out}"):
         open_bundle(quick_copy)
 
 
@@ -223,7 +224,7 @@ def test_the_build_time_is_outside_the_digest_and_everything_else_inside(quick_b
 
 
 def test_an_image_that_is_generated_otherwise_fails_verification(quick_copy: Path) -> None:
-    """Weights that are wrong but sealed: hashes cannot find them, the image does."""
+    """Weights that are wrong but sealed: hashes cannot find them, the evidence does, and where there is none the image."""
     from fluxrt.bundle import sha256_file
 
     weights = quick_copy / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -235,7 +236,13 @@ def test_an_image_that_is_generated_otherwise_fails_verification(quick_copy: Pat
     name = "transformer/diffusion_pytorch_model.safetensors"
     reseal(quick_copy, lambda m: m["files"][name].update(sha256=sha256_file(weights)))
     verify_files(open_bundle(quick_copy))
-    with pytest.raises(BuildError, match="do not serve with it"):
+    with pytest.raises(VerifyError, match=r"the velocity at sigma .* do not serve with it"):
+        list(verify_bundle(quick_copy))
+    reseal(quick_copy, lambda m: m.pop("evidence"))
+    for file in (quick_copy / "evidence").iterdir():
+        reseal(quick_copy, lambda m, file=file: m["files"].pop(f"evidence/{file.name}"))
+    shutil.rmtree(quick_copy / "evidence")
+    with pytest.raises(BuildError, match=r"dB of the image recorded in .* do not serve with it"):
         list(verify_bundle(quick_copy))
 
 

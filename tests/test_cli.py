@@ -52,6 +52,10 @@ def test_plan_totals_equal_what_a_build_writes(nano_bundle: Path) -> None:
     assert f"{weights - header - 8:,}" in invoke("plan", RECIPE, "--no-layers").output
 
 
+GATES = "gates={layer_snr_db: 15}"
+"""A large model is compared without images, so that the recipe's gate on those would be refused."""
+
+
 @pytest.fixture(scope="module")
 def klein_4b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with klein-4B's configs and headers, and flux2-nano's VAE; the large weights are holes."""
@@ -67,7 +71,7 @@ def plan_json(*arguments: object) -> Any:
 def test_plan_shows_memory_against_bf16_and_fp8(klein_4b: Path) -> None:
     preset = "precision.transformer={default: nvfp4, preset: modelopt-flux2}"
     encoder = "precision.text_encoder.default=fp8"
-    arguments = ("--set", f"model.source={klein_4b}", "--set", preset, "--set", encoder)
+    arguments = ("--set", f"model.source={klein_4b}", "--set", GATES, "--set", preset, "--set", encoder)
     result = invoke("plan", RECIPE, "--no-layers", *arguments)
     assert result.exit_code == 0, result.output
     # klein-4B has 3.88e9 parameters; docs/recipe.md gives 2.29 GiB for this preset.
@@ -83,6 +87,8 @@ def test_plan_as_json_says_what_the_tables_say(klein_4b: Path) -> None:
     plan = plan_json(
         "--set",
         f"model.source={klein_4b}",
+        "--set",
+        GATES,
         "--set",
         "precision.transformer={default: nvfp4, preset: nvidia-blog, rules: [{match: '*.0.attn.to_q', format: fp8}]}",
     )
@@ -120,14 +126,14 @@ def test_plan_lists_groups_that_were_widened() -> None:
 
 
 def test_plan_compares_the_presets_on_the_checkpoint(klein_4b: Path) -> None:
-    result = invoke("plan", RECIPE, "--presets", "--set", f"model.source={klein_4b}")
+    result = invoke("plan", RECIPE, "--presets", "--set", f"model.source={klein_4b}", "--set", GATES)
     assert result.exit_code == 0, result.output
     for name, preset in PRESETS.items():
         assert name in result.output
         assert preset.source in result.output
     for expected in ("9.90%", "2.54", "5.03%", "2.29", "0.28%", "2.05", "(this recipe)", "(all FP8)", "3.61"):
         assert expected in result.output
-    compared = plan_json("--presets", "--set", f"model.source={klein_4b}")
+    compared = plan_json("--presets", "--set", f"model.source={klein_4b}", "--set", GATES)
     assert [row["name"] for row in compared] == list(PRESETS)
     assert compared[0]["share"] == pytest.approx(0.0990, abs=5e-5)
 

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,9 +25,12 @@ from onnx.reference import ReferenceEvaluator
 from conftest import compile_into
 from fluxc.base.errors import BuildError
 from fluxc.cli.main import main
+from fluxc.fidelity.on_target import digest_without_entries, entries_of
 from fluxc.fidelity.verify import verify_bundle
 from fluxc.rehearsal.gpu import FakeDriver, FakeLibrary
 from fluxc.rehearsal.operators import DTYPES, E2M1, OPERATORS
+from fluxc.rehearsal.place import MadeUpPlace
+from fluxc.report.bundles import page_of, report_of
 from fluxc.targets.tensorrt import finish, library
 from fluxc.targets.tensorrt.audit import Audit, Expected, Finding
 from fluxc.targets.tensorrt.build import build_audited
@@ -35,7 +39,7 @@ from fluxc.targets.tensorrt.finish import finish_bundle
 from fluxc.targets.tensorrt.timing import LooseFiles, time_program
 from fluxc.targets.tensorrt.trial import Place, try_forms
 from fluxc.targets.tensorrt.weight_forms import Baked, bake
-from fluxrt.bundle import Bundle, open_bundle
+from fluxrt.bundle import Bundle, open_bundle, verify_files
 from fluxrt.cuda import Gpu
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.manifest import TensorRTTarget, dimension_size
@@ -101,6 +105,35 @@ def test_finish_builds_audits_and_records_where(bundle: Path) -> None:
     assert next(iter(verify_bundle(bundle, "onnxruntime-nvfp4"))).endswith("match their SHA-256")
     assert [p.name for p in bundle.parent.iterdir()] == [bundle.name]
     assert list(finish_bundle(bundle, find_gpu=lambda: GPU)) == [f"{bundle}: nothing is left to build"]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_what_is_finished_is_compared_with_the_evidence(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb, on the fakes of the driver and of TensorRT: figures in manifest and report, and the digest of what runs."""
+    monkeypatch.setattr(finish, "finish_bundle", partial(finish_bundle, find_gpu=lambda: GPU))
+    monkeypatch.setattr("fluxc.gpu_check.place.GpuPlace", lambda: MadeUpPlace(GPU, is_rehearsal=False))
+    result = CliRunner().invoke(main, ["finish", str(bundle)])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[18].endswith("finished for a made-up RTX PRO (compute capability 12.0, driver 13.0)")
+    assert lines[19].startswith("target tensorrt: evidence replayed: text encoder 0.0")
+    assert lines[20].endswith("a made-up RTX PRO: tensorrt matched on the target; entries of 1 machines in all")
+    opened = open_bundle(bundle)
+    verify_files(opened)
+    (entry,) = entries_of(opened.manifest)
+    assert entry.bundle == digest_without_entries(opened.manifest)
+    assert opened.target("tensorrt").engine.unfinished == []
+    evidence = opened.manifest.recorded
+    assert evidence is not None
+    assert evidence.targets["tensorrt"].measured == ()
+    rows = entry.checks["evidence:tensorrt"].figures["prompts"]
+    assert [row["prompt"] for row in rows] == [recorded.prompt for recorded in evidence.prompts]
+    velocity = [stage for stage in rows[0]["stages"] if stage["stage"] == "velocity"]
+    assert all(0 < stage["error"] < stage["bound"] for stage in velocity)
+    assert {stage["of"] for stage in velocity} == {"2 times what onnxruntime-nvfp4 had when it was built"}
+    (tensorrt, _) = report_of(bundle).tiers
+    assert (tensorrt.matched, tensorrt.on_target, tensorrt.missing) == ("yes", "yes", "")
+    assert "evidence:tensorrt" in page_of(bundle).read_text()
 
 
 def no_inputs_are_fused(module: ModuleType, request: PlanRequest, expected: Expected, path: Path) -> Audit:

@@ -273,7 +273,7 @@ def test_damaged_reports_and_those_of_an_older_fluxc_are_refused(quick_bundle: P
     plain = json.loads((quick_bundle / REPORT_JSON).read_text())
     for content, said in (
         (json.dumps({"name": "x", "targets": {}}), "a report of an older fluxc"),
-        (json.dumps(plain | {"format_version": 9}), "report format 9, this fluxc reads format 1"),
+        (json.dumps(plain | {"format_version": 9}), "report format 9, this fluxc reads format 2"),
         (json.dumps(plain | {"steps": "many"}), r"damaged: Expected `int`, got `str` - at `\$.steps`"),
         ("{", "damaged: "),
     ):
@@ -450,7 +450,7 @@ def test_tiers_of_targets_that_did_not_run() -> None:
         ("yes", "yes", "no", "no", "no"),
         ("yes", "does not apply", "yes", "no", "yes"),
     ]
-    said = never_run(tiers, ())
+    said = never_run(tiers, (), "images")
     assert said[0].startswith("Nothing of this bundle has run on a GPU.")
     assert said[1:] == (
         "none: its engines are not built yet; `fluxc finish` builds them on the GPU they are for",

@@ -133,9 +133,9 @@ def _gates(start: Start) -> list[str]:
     if start.is_small:
         return [first, "gates: {layer_snr_db: 15, step_cosine: 0.98, image_psnr_db: 30}"]
     if start.is_quantized:
-        return [first, "# gates: {step_cosine: 0.98, image_psnr_db: 30}"]
+        return [first, "# gates: {step_cosine: 0.98}"]
     return [
         first,
-        "# Once you have seen a report, add step_cosine and image_psnr_db.",
+        "# Once you have seen a report, add step_cosine; image_psnr_db needs `fidelity.level: images`.",
         "gates: {layer_snr_db: 15}",
     ]

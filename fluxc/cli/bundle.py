@@ -85,16 +85,18 @@ def finish(bundle: Path, target: str | None, progress: ShownProgress) -> None:
     """Build the plans of BUNDLE that need this machine's GPU, audit them, seal the bundle again, and replay its evidence.
 
     What the replay measures goes into manifest and report, as with `add-evidence`. The exit code is 1 where a stage is further
-    from the recorded one than the bundle's bounds allow.
+    from the recorded one than the bundle's bounds allow. Where no plan is left to build, every target for a GPU is replayed.
     """
     from fluxc.gpu_check.place import GpuPlace
     from fluxc.gpu_check.replay import replay_on_gpu
     from fluxc.targets.tensorrt.finish import finish_bundle, unfinished
+    from fluxrt.bundle import open_bundle
 
     left = unfinished(bundle, target)
     for line in finish_bundle(bundle, target, progress=progress):
         click.echo(line)
-    for line in replay_on_gpu(bundle, left, GpuPlace(), progress) if left else ():
+    left = left or [entry.name for entry in open_bundle(bundle).manifest.targets if entry.device != "cpu"]
+    for line in replay_on_gpu(bundle, left if target is None else [target], GpuPlace(), progress):
         click.echo(line)
 
 

@@ -69,9 +69,10 @@ def verified(path: Path, target: str | None, progress: StageProgress) -> Iterato
     yield Verified("files", "passed", f"{len(bundle.manifest.files)} match their SHA-256")
     machine = Machine(None) if all(t.device == "cpu" for t in bundle.manifest.targets) else this_machine()
     entries = [entry for entry in bundle.manifest.targets if target in (None, entry.name)]
-    yield from _replayed(bundle, target, machine, progress)
     found = {entry.name: _what_to_generate(bundle, entry, machine) for entry in entries}
-    progress.expect(1 + sum(not isinstance(what, str) for what in found.values()))
+    images = sum(not isinstance(what, str) for what in found.values())
+    progress.expect(1 + (bundle.manifest.recorded is not None) + images)
+    yield from _replayed(bundle, target, machine, progress)
     for entry in entries:
         what = found[entry.name]
         if isinstance(what, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxrt.errors import BackendError, BundleError, FluxError, OutputError, RequestError
+from fluxrt.errors import BackendError, BundleError, FluxError, OutputError, RequestError, VerifyError
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -24,6 +24,7 @@ __all__ = [
     "RankedPipeline",
     "Request",
     "RequestError",
+    "VerifyError",
     "load",
 ]
 

@@ -168,11 +168,13 @@ def verify(logs: Logs, /, bundle: str, target: str | None, threads: int | None, 
         for line in lines_of(checked) if shows else ():
             write(line, sys.stdout)
     if as_json:
+        statuses = {checked.status for checked in found}
+        has_evidence = opened.manifest.recorded is not None
         plain = {
             "bundle": opened.manifest.digest,
             "files": len(opened.manifest.files),
-            "evidence": opened.manifest.recorded is not None,
-            "passed": all(checked.status != "failed" for checked in found),
+            "evidence": has_evidence,
+            "passed": "passed" in statuses and "failed" not in statuses if has_evidence else None,
             "targets": [checked.as_json() for checked in found],
         }
         write(json.dumps(plain), sys.stdout)

@@ -165,14 +165,21 @@ def faults_of(target: str, bounds: EvidenceTarget, prompts: Sequence[Recorded], 
         built = bounds.measured[number] if number < len(bounds.measured) else None
         for figure, stage in FIGURES.items():
             bound = bounds.bounds[figure]
-            for where, value, before in _values(figure, recorded, errors, built):
-                # Written as "not at most", so that a NaN is a fault.
-                if value is not None and not value <= bound.error:
-                    told = "" if before is None else f"; the build measured {before:.4g}"
-                    faults.append(
-                        f"target {target}: the {stage}{where} of {recorded.prompt!r} has relative error {value:.4g}, at most "
-                        f"{bound.error:.4g} is expected ({bound.of}){told}"
-                    )
+            # Written as "not at most", so that a NaN is a fault.
+            beyond = [
+                (where, value, before)
+                for where, value, before in _values(figure, recorded, errors, built)
+                if value is not None and not value <= bound.error
+            ]
+            if not beyond:
+                continue
+            where, value, before = max(beyond, key=lambda one: math.inf if math.isnan(one[1]) else one[1])
+            told = "" if before is None else f"; the build measured {before:.4g}"
+            told += f"; {len(beyond)} of {len(recorded.sigmas)} sigmas are beyond it" if len(beyond) > 1 else ""
+            faults.append(
+                f"target {target}: the {stage}{where} of {recorded.prompt!r} has relative error {value:.4g}, at most "
+                f"{bound.error:.4g} is expected ({bound.of}){told}"
+            )
     return faults
 
 
