@@ -627,7 +627,7 @@ def test_a_build_without_calibration_runs_no_model_and_its_images_hold(quick_bun
     assert np.sqrt(np.mean(after**2)) < 1.1 * np.sqrt(np.mean(before**2))
     assert rounded[1]["image_psnr_db"] > 35
     assert {layer["output_snr_db"] for layer in report["layers"]} == {None}
-    assert all(layer["snr_db"] > 15 for layer in report["layers"])
+    assert all(layer["snr_db"] > 15 for layer in report["layers"] if layer["format"] == "nvfp4")
 
 
 def test_measuring_what_runs_no_model_is_refused(tmp_path: Path) -> None:
