@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -34,6 +35,7 @@ from fluxc.calibrate.sample import sample_points
 from fluxc.calibrate.summary import outliers
 from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
+from fluxc.cli.main import main
 from fluxc.families.ranges import ANY_INPUT, DEV, published_range
 from fluxc.formats import fp8, nvfp4
 from fluxc.formats.registry import FORMATS
@@ -628,6 +630,8 @@ def test_a_build_without_calibration_runs_no_model_and_its_images_hold(quick_bun
     assert rounded[1]["image_psnr_db"] > 35
     assert {layer["output_snr_db"] for layer in report["layers"]} == {None}
     assert all(layer["snr_db"] > 15 for layer in report["layers"] if layer["format"] == "nvfp4")
+    for bundle, words in ((none, "no model is run: a published range times 8"), (quick_bundle, "times 1 (nvfp4)")):
+        assert words in CliRunner().invoke(main, ["inspect", str(bundle)], terminal_width=200).output
 
 
 def test_measuring_what_runs_no_model_is_refused(tmp_path: Path) -> None:
