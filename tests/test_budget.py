@@ -218,23 +218,12 @@ def test_every_stage_of_a_build_stays_below_its_prediction(tmp_path: Path, own_c
     events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     peaks = [event["peak_memory_bytes"] for event in events if event.get("event") == "finished"]
     assert peaks[-1] <= budget.peak[1] <= AT_MOST * peaks[-1], (peaks, budget.peak)
-    written = (
-        {
-            file.stat().st_ino: file.stat().st_blocks * 512
-            for file in tmp_path.rglob("*")
-            if file.is_file(follow_symlinks=False)
-        }
-        if sys.version_info >= (3, 13)
-        else {
-            file.stat().st_ino: file.stat().st_blocks * 512
-            for file in tmp_path.rglob("*")
-            if file.is_file() and not file.is_symlink()
-        }
-    )
+    files = [file for file in tmp_path.rglob("*") if file.is_file() and not file.is_symlink()]
+    written = {file.stat().st_ino: file.stat().st_blocks * 512 for file in files}
     seeded = sum(file.stat().st_size for file in (tmp_path / ".fluxc").glob("export-*/*"))
     assert sum(written.values()) - seeded <= 1.25 * budget.disk
     # The weights lie on the disk once.
-    weights = [file for file in tmp_path.rglob("*.safetensors") if "diffusion" in file.name and not file.is_symlink()]
+    weights = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"]
     assert len({file.stat().st_ino for file in weights}) == 2
     assert predicted_seconds(budget, Rates())[0] == 0.0
     shown = {event["stage"]: event["stages"] for event in events if event.get("event") in ("done", "cached")}
@@ -311,9 +300,7 @@ def test_what_does_not_fit_is_refused_with_figures_and_what_would_do(
     assert result.exit_code == 1
     told = result.stderr
     assert "stage calibrate needs" in told
-    assert (
-        "of memory, even layer by layer, and --memory gives 1.2 GiB; use calibration.engine: none (900 MiB), " in told
-    )
+    assert "of memory, even layer by layer, and --memory gives 1.2 GiB; use calibration.engine: none, " in told
     assert "stage reference needs" in told
     assert "stage compare needs" in told
     assert "fidelity.level: none" in told

@@ -224,7 +224,7 @@ class Needs:
         columns = sum(layer.in_features for layer in layers)
         asked = replace(asked, observed=observed_bytes(self.models))
         ranges = columns * 4 + len(layers) * HISTOGRAM_DISK
-        cures = [("calibration.engine: none", PROCESS)] if self.recipe.calibration.engine == "fluxc" else []
+        cures = [("calibration.engine: none", 0)] if self.recipe.calibration.engine == "fluxc" else []
         need = self._running(asked, dtype)
         return replace(
             need,
@@ -235,15 +235,16 @@ class Needs:
 
     def _smaller(self, field: str, asked: Asked, dtype: str) -> tuple[tuple[str, int], ...]:
         """What fewer prompts and a smaller size would take."""
-        side = 16 * self._vae.pixels_per_token
+        side = self._small_side
         changes = []
         if asked.prompts > 1:
             changes.append((f"{field}.max_prompts: 1", replace(asked, prompts=1)))
         if math.prod(asked.size) > side * side:
-            changes.append((f"{field}.size: [{side}, {side}]", asked.with_size((side, side))))
+            added = self._added((side, side)) if field == "fidelity" else ""
+            changes.append((f"{field}.size: [{side}, {side}]{added}", asked.with_size((side, side))))
         if len(changes) == 2:
             both = replace(asked, prompts=1).with_size((side, side))
-            changes.append((f"{field}.max_prompts: 1 with {field}.size: [{side}, {side}]", both))
+            changes.append((f"{field}.max_prompts: 1 with {changes[-1][0]}", both))
         return tuple((text, self._running(less, dtype).memory) for text, less in changes)
 
     def _modelopt(self, _: str) -> Need:
@@ -331,7 +332,8 @@ class Needs:
         here = [target for target in self.recipe.targets if target.runs_here]
         if not here or not asked.prompts:
             return Need(PROCESS)
-        work = self._generating(asked) * len(here)
+        # Velocities at recorded latents, and, for images, a step loop of its own.
+        work = self._generating(asked, 2.0 if self.job.fidelity.level == "images" else 1.0) * len(here)
         disk = SMALL_DISK + asked.prompts * (len(here) + 1) * 3 * math.prod(asked.size)
         return Need(self._compared(asked), disk, work=work, cures=self._lighter(asked))
 
@@ -345,11 +347,29 @@ class Needs:
         return every if every <= self.limit else working + max(stored.values())
 
     def _lighter(self, asked: Asked) -> tuple[tuple[str, int], ...]:
-        """What comparing would take with the text encoder in FP8, and none of it."""
+        """What comparing would take at a smaller size, and with the text encoder in FP8."""
+        side, cures = self._small_side, [NOT_COMPARED]
+        if math.prod(asked.size) > side * side:
+            cures.insert(
+                0,
+                (
+                    f"fidelity.size: [{side}, {side}]{self._added((side, side))}",
+                    self._compared(asked.with_size((side, side))),
+                ),
+            )
         text = weights_by_component(self.source)["text_encoder"]
-        if text.fp8 >= text.planned:
-            return (NOT_COMPARED,)
-        return (("precision.text_encoder.default: fp8", self._compared(asked, text.fp8)), NOT_COMPARED)
+        if text.fp8 < text.planned:
+            cures.insert(0, ("precision.text_encoder.default: fp8", self._compared(asked, text.fp8)))
+        return tuple(cures)
+
+    def _added(self, size: tuple[int, int]) -> str:
+        """What must be said of a size to compare at: it must be one of those that are served."""
+        return "" if size in self.recipe.sizes else ", added to sizes"
+
+    @property
+    def _small_side(self) -> int:
+        """Pixels of a square image of 256 tokens."""
+        return 16 * self._vae.pixels_per_token
 
     def _activations(self, asked: Asked) -> int:
         plain = replace(asked, itemsize=4, observed=0)
@@ -358,7 +378,7 @@ class Needs:
         step = asked.rows * (tokens * (14 * model.width + 5 * model.mlp_width) + scores)
         return max(4 * step, decoding(self._vae, plain))
 
-    def _generating(self, asked: Asked, times: float = 2.0) -> Work:
+    def _generating(self, asked: Asked, times: float) -> Work:
         """What a target computes on this CPU for all prompts, its transformer `times` for every step."""
         passes = times * asked.prompts * asked.rows * asked.steps
         flop = passes * self._pass_flop(asked) + 2 * asked.prompts * decoding_flop(self._vae, asked.size)
@@ -371,7 +391,7 @@ class Needs:
         asked, _ = self._fidelity
         if not rest:
             return Need(PROCESS, work=Work(1.0))
-        size = self.recipe.calibration.size or self.recipe.sizes[0]
+        size = tuple(trace_request(self.job.loaded)["size"])
         asked = replace(asked, steps=self.recipe.sampling.steps, size=size)
         methods = 1 if rest in ("full", "chosen") else 2
         disk = SMALL_DISK + methods * asked.prompts * 3 * math.prod(size)
