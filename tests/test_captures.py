@@ -128,6 +128,29 @@ def test_memory_that_is_refused_at_any_moment_is_given_back(one_gpu: Bundle) -> 
     assert outcomes.count("generated") == 2 * (outcomes.count("refused") - 2)
 
 
+def test_a_part_is_read_while_the_gpu_copies_the_one_before(
+    one_gpu: Bundle,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of several parts each: when one is read from its file, the copy of the last one was asked for and is not done."""
+    monkeypatch.setattr(uploading, "PART", 4096)
+    driver = FakeDriver()
+    backend = pipeline_of(one_gpu, driver).backend
+    backend.prepare({"branches": 1, "tokens": 64, "rows": 8, "columns": 8})
+    parts: dict[int, bool] = {}
+    read = uploading._Files.read
+
+    def watched(files: uploading._Files, path: Path, offset: int, into: np.ndarray) -> None:
+        parts.setdefault(sum(entry.startswith("upload") for entry in driver.log), not driver.is_idle)
+        read(files, path, offset, into)
+
+    monkeypatch.setattr(uploading._Files, "read", watched)
+    arena = backend._upload("epilogue", backend._engine.programs["epilogue"]).arena
+    assert list(parts) == list(range(-(-arena.nbytes // 4096)))
+    assert len(parts) > 3
+    assert list(parts.values()) == [False] + [True] * (len(parts) - 1)
+
+
 @pytest.mark.parametrize("part", [256, 4096 + 7, 1 << 20])
 def test_weights_arrive_in_parts(one_gpu: Bundle, part: int, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Tensors cut by the end of a part, several in one part: nothing is written over before the GPU has copied it."""
@@ -179,7 +202,7 @@ def on_ranks(
         library = FakeLibrary(bundle, target, driver, None, group)
         prepare(group.rank, driver, library)
         backend = TensorRTBackend(bundle, target, driver, library, group, CAPSULE)
-        pipeline = Pipeline(bundle, target=target.name, group=group, backend=backend)
+        pipeline = Pipeline(bundle, target=target.name, group=group, backend=backend, text_cache=0)
         for seed in range(images):
             pipeline.generate(Request(PROMPT, seed=seed, **request))
         return driver, pipeline.notes, pipeline.latents()

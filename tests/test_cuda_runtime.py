@@ -47,7 +47,8 @@ def backend_of(bundle: Bundle, driver: FakeDriver, version: str | None = None) -
 
 
 def pipeline_of(bundle: Bundle, driver: FakeDriver) -> Pipeline:
-    pipeline = Pipeline(bundle, target="onnxruntime-nvfp4")
+    """Everything stays on the GPU, and every text is encoded (test_staged.py has the rest)."""
+    pipeline = Pipeline(bundle, target="onnxruntime-nvfp4", memory="resident", text_cache=0)
     pipeline.target = bundle.target("tensorrt_rtx")
     pipeline.backend = backend_of(bundle, driver)
     return pipeline

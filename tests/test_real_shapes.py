@@ -49,6 +49,14 @@ def test_every_tensor_of_a_published_model_is_bound_once(config: dict[str, Any],
         lowered = lower(neutral, argument_names(neutral), {n: r.dtype for n, r in refs.items()}, plan, "nvfp4")
         bound += bind(lowered, argument_names(neutral), refs)
         assert len(lowered.SerializeToString()) < 4_000_000
+        # ONNX Runtime would unfold the weights of all layers before the first is computed, were they not in front.
+        computed = argument_names(neutral)
+        depends = []
+        for node in lowered.graph.node:
+            depends.append(not computed.isdisjoint(node.input))
+            computed |= set(node.output) if depends[-1] else set()
+        assert depends == sorted(depends)
+        assert not depends[0]
         if graph == "body":
             assert sum(node.op_type == "MatMulNBits" for node in lowered.graph.node) == products
     # A fusion group rounds its common input once, with one of the members' equal input scales.

@@ -113,20 +113,18 @@ def _memory_table(scaling: Scaling) -> Table:
 
 
 def _first_rank_sentence(scaling: Scaling) -> str:
-    """What rank 0 holds for whom, and whether it would fit without the text encoder where it does not fit with it."""
+    """What rank 0 holds for whom, and what the hungriest component takes where they take turns."""
     subject, first = scaling.subject, scaling.predictions[0].first
     unit, size = _unit(first)
     parts = [(subject.weights, "transformer"), (subject.text_encoder, "text encoder"), (subject.vae, "VAE")]
     held = ", ".join(f"{nbytes / size:.2f} the {name}'s" for nbytes, name in parts)
     step = scaling.predictions[0].work.working_bytes
+    turns = ", ".join(f"{memory.total / size:.2f} the {name}" for name, memory in scaling.predictions[0].stages.items())
     text = (
         f"Of rank 0's weights, {held} ({unit}). All plans share the working memory of the largest: a step takes "
-        f"{step / size:.2f}, decoding the image {subject.decoder / size:.2f}."
+        f"{step / size:.2f}, decoding the image {subject.decoder / size:.2f}. Resident: all components stay; staged (--memory "
+        f"staged, or auto where not all fit): they take turns, and with buffers {turns} takes."
     )
-    if first.total > scaling.gpu.memory:
-        left = first.total - subject.text_encoder
-        fits = "fits" if left < scaling.gpu.memory else "does not fit either"
-        text += f" Without the text encoder rank 0 holds {left / size:.2f}, {left / scaling.gpu.memory:.1%}: {fits}."
     return text
 
 
@@ -135,10 +133,11 @@ def _unit(memory: RankMemory) -> tuple[str, int]:
 
 
 def _ranks(prediction: Prediction) -> list[tuple[str, RankMemory]]:
+    first = [("0, resident", prediction.first), ("0, staged", prediction.staged)]
     if prediction.others is None:
-        return [("0", prediction.first)]
+        return first
     others = f"1 to {prediction.gpus - 1}" if prediction.gpus > 2 else "1"
-    return [("0", prediction.first), (others, prediction.others)]
+    return [*first, (others, prediction.others)]
 
 
 def _points_table() -> Table:

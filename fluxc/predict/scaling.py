@@ -71,13 +71,22 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One number of GPUs: the step of a rank, and memory of the first rank and of each other (None: there is none)."""
+    """One number of GPUs: the step of a rank, and memory of the first rank and of each other (None: there is none).
+
+    `first` is with all components there; `stages` are the first rank's where they take turns, by component.
+    """
 
     gpus: int
     work: Work
     time: StepTime
     first: RankMemory
     others: RankMemory | None
+    stages: Mapping[str, RankMemory]
+
+    @property
+    def staged(self) -> RankMemory:
+        """The first rank's memory where components take turns: that of the hungriest."""
+        return max(self.stages.values(), key=lambda memory: memory.total)
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,13 @@ def _predict(subject: Subject, gpu: Gpu, count: int) -> Prediction:
     held = rank_memory(subject, work)
     weights = held.weights + subject.text_encoder + subject.vae
     first = RankMemory(weights, max(held.working, subject.decoder), held.buffers)
-    return Prediction(count, work, step_time(work, gpu, calibrated()), first, held if count > 1 else None)
+    # A layer of the text encoder works on fewer tokens than a block of the transformer, in the same way.
+    stages = {
+        "text encoder": RankMemory(subject.text_encoder, held.working, held.buffers),
+        "transformer": held,
+        "VAE": RankMemory(subject.vae, subject.decoder, held.buffers),
+    }
+    return Prediction(count, work, step_time(work, gpu, calibrated()), first, held if count > 1 else None, stages)
 
 
 def rank_memory(subject: Subject, work: Work) -> RankMemory:
@@ -214,6 +229,7 @@ def scaling_as_json(scaling: Scaling) -> dict[str, Any]:
                 "moved_bytes": p.work.moved_bytes,
                 "sent_bytes": p.work.sent_bytes,
                 "first_rank_bytes": asdict(p.first),
+                "first_rank_staged_bytes": asdict(p.staged),
                 "other_ranks_bytes": None if p.others is None else asdict(p.others),
             }
             for p in scaling.predictions

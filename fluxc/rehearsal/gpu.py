@@ -59,7 +59,7 @@ class FakeDriver:
     """fluxrt.cuda.Driver over host memory.
 
     `capacity` limits it, `refuses_capture` makes every capture fail, and the allocations numbered in `fails_at`, counted from 0
-    over the GPU's and page-locked memory, find no room.
+    over the GPU's and page-locked memory, find no room. `most` are the most bytes that were allocated on the GPU at once.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class FakeDriver:
         fails_at: frozenset[int] = frozenset(),
     ) -> None:
         self.gpu, self.stream, self.capacity, self.refuses_capture = gpu, 77, capacity, refuses_capture
-        self.fails_at, self.allocations = fails_at, 0
+        self.fails_at, self.allocations, self.most = fails_at, 0, 0
         self.blocks: dict[int, np.ndarray] = {}
         self.pinned: dict[int, np.ndarray] = {}
         self.graphs: dict[int, list[Action]] = {}
@@ -110,6 +110,7 @@ class FakeDriver:
         address, self._next = self._next, self._next + -(-nbytes // 256) * 256 + 4096
         # What a GPU's fresh memory holds is anything; NaN shows whoever reads before writing.
         self.blocks[address] = np.full(nbytes, 0xFF, np.uint8)
+        self.most = max(self.most, self.capacity - self.memory()[0])
         return address
 
     def free(self, address: int) -> None:

@@ -36,6 +36,8 @@ def load(
     threads: int | None = None,
     gpus: int | None = None,
     require: str | None = None,
+    memory: str = "auto",
+    text_cache: int | None = None,
 ) -> AnyPipeline:
     """Open the bundle at `path` and return what generates with `target`, by default the best that this machine runs.
 
@@ -48,17 +50,22 @@ def load(
     would serve. The logger `fluxrt` gets a line with the target, and one for each better target with the reason why it does not
     run, as a warning where the machine has a GPU.
 
+    `memory` is "staged" (text encoder, transformer and decoder are loaded, used and freed in turn), "resident" (all stay), or
+    "auto": staged where not everything fits into the memory that is free. Images are the same to the bit. `text_cache` is how
+    many bytes of encoded prompts are kept for requests that repeat them, 64 MiB by default; 0 keeps none.
+
     Raises BundleError for a damaged bundle, RequestError for a target it does not have or one for other `gpus`, BackendError
     where the target asked for does not run on this machine.
     """
-    from fluxrt.checks import check_gpus, check_name, check_path, check_threads
+    from fluxrt.checks import check_gpus, check_memory, check_name, check_path, check_text_cache, check_threads
 
     threads = None if threads is None else check_threads(threads)
     gpus = None if gpus is None else check_gpus(gpus)
     target = None if target is None else check_name("target", target)
     require = None if require is None else check_name("require", require)
+    memory, text_cache = check_memory(memory), check_text_cache(text_cache)
     root = check_path(path)
-    from fluxrt.backends.registry import make_pipeline
+    from fluxrt.backends.registry import Holding, make_pipeline
     from fluxrt.bundle import open_bundle
     from fluxrt.choose import pick
 
@@ -69,7 +76,7 @@ def load(
 
         said = "threads %d changes nothing: target %s computes on the GPU"
         logging.getLogger("fluxrt").warning(said, threads, picked.name)
-    return make_pipeline(bundle, picked, threads, gpus)
+    return make_pipeline(bundle, picked, threads, gpus, Holding(memory, text_cache))
 
 
 def __getattr__(name: str) -> object:

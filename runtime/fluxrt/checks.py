@@ -9,6 +9,8 @@ from numbers import Real
 from typing import Any
 
 from fluxrt.errors import RequestError
+from fluxrt.memory import MODES, Memory
+from fluxrt.texts import TEXT_CACHE
 
 LARGEST_SEED = 2**64 - 1
 MOST_STEPS = 100_000
@@ -65,6 +67,24 @@ def check_size(given: Any) -> tuple[int, int]:
         raise RequestError(f"size must be (height, width) in pixels, got {shown(given)}")
     height, width = (whole("size", side) for side in given)
     return height, width
+
+
+def check_memory(given: Any) -> Memory:
+    """How a model is held in memory."""
+    for mode in MODES:
+        if isinstance(given, str) and given == mode:
+            return mode
+    raise RequestError(f"memory must be one of {', '.join(MODES)}, got {shown(given)}")
+
+
+def check_text_cache(given: Any) -> int:
+    """Bytes of encoded prompts to keep; None is the default."""
+    if given is None:
+        return TEXT_CACHE
+    nbytes = whole("text_cache", given)
+    if nbytes < 0:
+        raise RequestError(f"text_cache must be a number of bytes, at least 0, got {shown(nbytes)}")
+    return nbytes
 
 
 def check_name(field: str, given: Any) -> str:

@@ -14,7 +14,7 @@ import click
 import fluxrt
 from fluxrt.commands import CommandLine, logging_options
 from fluxrt.log import write
-from fluxrt.memory import resident
+from fluxrt.memory import MODES, resident
 from fluxrt.output import check_outputs, save
 from fluxrt.parameters import GPUS, GUIDANCE, PATH, SEED, SIZE, STEPS, THREADS, THRESHOLD
 from fluxrt.progress import QUIET, Progress, shown_time
@@ -74,6 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
     show_default="one",
 )
 @click.option("--threads", type=THREADS, help="CPU threads of each rank.", show_default="all cores, divided")
+@click.option(
+    "--memory",
+    type=click.Choice(MODES),
+    default="auto",
+    help="staged loads, uses and frees text encoder, transformer and decoder in turn; resident keeps all of them; auto is "
+    "staged where not everything fits into what is free. Images are the same.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the images' paths.")
 @logging_options
 @click.pass_obj
@@ -190,7 +197,7 @@ def _images(request: Request, result: Result, paths: list[Path]) -> list[dict[st
 
 
 def _loaded(bundle: str, options: dict[str, Any]) -> AnyPipeline:
-    asked = {name: options[name] for name in ("target", "threads", "gpus", "require")}
+    asked = {name: options[name] for name in ("target", "threads", "gpus", "require", "memory")}
     pipeline = fluxrt.load(bundle, **asked)
     if pipeline.target.kind == "onnxruntime":
         import onnxruntime

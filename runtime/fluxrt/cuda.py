@@ -220,6 +220,15 @@ def first_gpu() -> Gpu:
     return _describe(api, _call(api, "cuDeviceGet", 0))
 
 
+def free_memory() -> int:
+    """Bytes that are free on the GPU a CudaDriver would use; BackendError without one."""
+    driver = CudaDriver()
+    try:
+        return driver.memory()[0]
+    finally:
+        driver.close()
+
+
 def count_gpus() -> int:
     """How many GPUs CUDA shows; BackendError without any."""
     return _driver_api()[1]

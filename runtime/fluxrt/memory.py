@@ -1,17 +1,59 @@
-"""The memory that processes hold, and what is free for this one, where the system says it (Linux)."""
+"""The memory that processes hold, what is free for this one, where the system says it (Linux), and which way of holding a model
+fits.
+
+`staged`: text encoder, transformer and decoder are loaded, used and freed in turn. `resident`: all of them stay.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 ENOUGH = 1 << 60
 """A limit of so many bytes is none: cgroup v1 writes the largest number it has."""
+
+Memory = Literal["auto", "staged", "resident"]
+MODES: tuple[Memory, ...] = ("auto", "staged", "resident")
+
+ENCODE, DENOISE, DECODE = ("text_encoder",), ("prologue", "signal", "body", "epilogue"), ("vae_decoder",)
+"""The graphs of each stage of a request."""
+STAGES = (ENCODE, DENOISE, DECODE)
+
+ROOM = 0.9
+"""The part of the free memory that a model may be predicted to take: what libraries take for themselves is not predicted."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a model is predicted to take with everything loaded, and those that it may take; None where nothing says it.
+
+    `where` names the memory, as in "of the GPU's memory".
+    """
+
+    resident: int
+    free: int | None
+    where: str
+
+
+def choose(need: Need | None) -> tuple[bool, str]:
+    """Whether components must take turns for `need` to be met, and why, as half a sentence."""
+    if need is None:
+        return False, "this backend does not say what it needs"
+    if need.free is None:
+        return False, f"how much {need.where} is free is not known here"
+    takes = f"everything at once takes {_gib(need.resident)} of {need.where}, and {_gib(need.free)} are free"
+    return need.resident > ROOM * need.free, takes
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
 
 
 def resident(processes: Iterable[int] = ()) -> int:
@@ -91,6 +133,13 @@ def _fields(file: Path) -> dict[str, int]:
 def _number(file: Path) -> int | None:
     text = _read(file).strip()
     return int(text) if text.isdecimal() else None
+
+
+def return_memory() -> None:
+    """Give memory that was freed back to the system, which glibc else keeps for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)
 
 
 def _read(file: Path) -> str:

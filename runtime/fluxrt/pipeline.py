@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fluxrt.backends import Backend, run
@@ -11,16 +13,18 @@ from fluxrt.backends.registry import make_backend
 from fluxrt.choose import pick
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.manifest import dimension_size
+from fluxrt.memory import DECODE, DENOISE, ENCODE, Memory, choose
 from fluxrt.prompt import PromptEncoder, load_encoder
 from fluxrt.resolve import Resolved, branches, grid_of, resolve
 from fluxrt.result import Result
 from fluxrt.schedule import SCHEDULES
 from fluxrt.sharding import rank_of
 from fluxrt.stepcache import Decisions, decisions_for
+from fluxrt.texts import TEXT_CACHE, Texts, Words, key_of
 from fluxrt.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import numpy as np
     from PIL.Image import Image
@@ -30,7 +34,29 @@ if TYPE_CHECKING:
     from fluxrt.request import Request
     from fluxrt.result import OnImage, OnStep
 
+LOG = logging.getLogger("fluxrt")
 STEP = ("prologue", "body", "epilogue")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Embeddings of `branches` prompts as a backend saved them."""
+
+    branches: int
+    content: np.ndarray
+
+
+@dataclass
+class _Begun:
+    """A request whose components take turns: the text of each image, and the latents of those that have made all steps."""
+
+    request: Request
+    found: Resolved
+    texts: dict[bytes, Saved]
+    finished: list[np.ndarray]
+
+
+SECONDS = ("text", "steps", "decode")
 
 
 class Pipeline:
@@ -39,6 +65,10 @@ class Pipeline:
     Any number of threads may call `generate`: one is served at a time, the others wait. The methods below it are its steps,
     for one thread that generates nothing meanwhile. Every rank is asked for the same images. Rank 0 encodes the text and
     decodes the images, the others return none. `backend` replaces the one that the target's kind has.
+
+    `memory` says whether text encoder, transformer and decoder take turns (staged), or stay (resident); auto takes turns where
+    not everything fits at once, which the first request finds out, and a later one for a larger image. Images are the same to
+    the bit. At most `text_cache` bytes of encoded prompts are kept.
     """
 
     def __init__(
@@ -49,6 +79,8 @@ class Pipeline:
         threads: int | None = None,
         group: Group | None = None,
         backend: Backend | None = None,
+        memory: Memory = "auto",
+        text_cache: int = TEXT_CACHE,
     ) -> None:
         self.bundle = bundle
         self.target = pick(bundle) if target is None else bundle.target(target)
@@ -58,11 +90,16 @@ class Pipeline:
                 f"target {self.target.name!r} is sharded for {self.target.gpus} ranks, not {ranks}; "
                 f"load the bundle with gpus={self.target.gpus} (fluxrt generate --gpus {self.target.gpus})"
             )
-        self._rank = rank_of(group, self.target)
+        self._rank, self._group = rank_of(group, self.target), group
         self.backend: Backend = backend or make_backend(bundle, self.target, threads, group)
         self._encoder: PromptEncoder | None = None
         self._sizes: dict[str, int] = {}
         self._turns = Turns()
+        self._memory = memory
+        self._is_staged: bool | None = None
+        self._chosen_for = (0, 0)
+        self._texts = Texts(text_cache)
+        self._begun: _Begun | None = None
 
     def __enter__(self) -> Pipeline:
         return self
@@ -87,40 +124,175 @@ class Pipeline:
         Raises RequestError, before any work, for what the bundle cannot do, and when it is called from on_step or on_image.
         """
         with self._turns.turn():
-            return self._generate(request, resolve(self.bundle, self.target, request, self.encoder), on_step, on_image)
+            return self._generate(request, self.resolve(request), on_step, on_image)
+
+    def resolve(self, request: Request) -> Resolved:
+        """What a request comes to; RequestError for what the bundle cannot do."""
+        return resolve(self.bundle, self.target, request, self.encoder)
 
     def _generate(self, request: Request, found: Resolved, on_step: OnStep | None, on_image: OnImage | None) -> Result:
-        sampling, cache = self.bundle.manifest.sampling, self.bundle.manifest.step_cache
-        tokens = found.grid[0] * found.grid[1]
-        sigmas = SCHEDULES[sampling.schedule](tokens, found.steps)
-        seconds = {"text": 0.0, "steps": 0.0, "decode": 0.0}
+        is_staged, why = self.choose_memory(found)
+        say_memory(is_staged, why)
+        if is_staged:
+            return self._generate_in_turns(request, found, on_step, on_image)
+        seconds = dict.fromkeys(SECONDS, 0.0)
         images: list[Image] = []
         skipped: list[tuple[int, ...]] = []
         for number, words in enumerate(found.tokens):
-            start = starting_latents(request.of_image(number), tokens, sampling.latent_channels)
-            began = time.perf_counter()
-            self.begin(start, found.grid, found.guidance, words)
-            self.backend.synchronize()
-            encoded = time.perf_counter()
-            decisions, _ = decisions_for(cache, found.steps, found.size, request.step_cache, request.threshold)
-            left_out = []
-            for step, skips in enumerate(self.denoise(sigmas, decisions)):
-                left_out += [step] if skips else []
-                if on_step:
-                    # A GPU is asked for steps long before it does them.
-                    self.backend.synchronize()
-                    on_step(number * found.steps + step + 1, found.steps * len(found.tokens))
-            skipped.append(tuple(left_out))
-            final = self.latents()
-            stepped = time.perf_counter()
+            final, left_out = self._steps(request, found, number, words, seconds, on_step)
+            skipped.append(left_out)
             if self._rank.is_first:
-                images.append(to_image(self.decode(final, found.grid)[0]))
-            decoded = time.perf_counter()
-            for what, took in (("text", encoded - began), ("steps", stepped - encoded), ("decode", decoded - stepped)):
-                seconds[what] += took
-            if on_image and self._rank.is_first:
-                on_image(number, images[-1], skipped[-1])
+                images.append(self._decoded(final, found, seconds))
+                if on_image:
+                    on_image(number, images[-1], skipped[-1])
         return Result(images, seconds, skipped, found.notes, self.target.name)
+
+    def _generate_in_turns(
+        self, request: Request, found: Resolved, on_step: OnStep | None, on_image: OnImage | None
+    ) -> Result:
+        """Text of all prompts, then the steps of all images, then all images: each component is loaded once.
+
+        Where something ends it in the middle of the steps, the images that have made theirs are decoded and given first.
+        """
+        seconds = dict.fromkeys(SECONDS, 0.0)
+        skipped: list[tuple[int, ...]] = []
+        images: list[Image] = []
+        is_refused = False
+
+        def give() -> None:
+            nonlocal is_refused
+            for number in range(len(images), len(skipped)):
+                images.append(self._next_image(seconds))
+                if on_image:
+                    is_refused = True
+                    on_image(number, images[-1], skipped[number])
+                    is_refused = False
+
+        self.encode_texts(request, found, seconds)
+        try:
+            for number in range(len(found.tokens)):
+                skipped.append(self.denoise_one(number, seconds, on_step))
+            if self._rank.is_first:
+                give()
+        except BaseException:
+            if on_image and self._rank.is_first and len(images) < len(skipped):
+                rescue(None if is_refused else give, len(skipped) - len(images))
+            raise
+        return Result(images, seconds, skipped, found.notes, self.target.name)
+
+    def choose_memory(self, found: Resolved) -> tuple[bool, str]:
+        """Whether components take turns for a request, the same on every rank, and why: empty where it was told before."""
+        size = (len(found.tokens[0][0]), found.grid[0] * found.grid[1])
+        most_yet = (max(size[0], self._chosen_for[0]), max(size[1], self._chosen_for[1]))
+        if self._is_staged or (self._is_staged is False and most_yet == self._chosen_for):
+            return self._is_staged, ""
+        self._chosen_for = most_yet
+        chosen, why = self._memory == "staged", "as asked"
+        if self._memory == "auto":
+            chosen, why = choose(self.backend.need(self._rank.sizes(size[0], found.grid)))
+            if self._group:
+                # A rank with less room decides for all.
+                most = self._group.agree(why if chosen else "")
+                chosen, why = bool(most), most or why
+        is_new = self._is_staged is None or chosen
+        self._is_staged = chosen
+        return chosen, why if is_new else ""
+
+    def encode_texts(self, request: Request, found: Resolved, seconds: dict[str, float]) -> None:
+        """Begin a request whose components take turns: encode all of its prompts that are not known. Rank 0 alone has work."""
+        began = time.perf_counter()
+        self._begun = _Begun(request, found, {}, [])
+        for words in found.tokens if self._rank.is_first else ():
+            known = self._texts.find(words)
+            if known is not None:
+                self._begun.texts[key_of(words)] = Saved(len(words[0]), known)
+        unknown = {key_of(words): words for words in found.tokens if key_of(words) not in self._begun.texts}
+        if unknown:
+            self.backend.keep(ENCODE)
+            self._prepare(len(found.tokens[0][0]), found.grid)
+        for key, words in unknown.items() if self._rank.is_first else ():
+            self._begun.texts[key] = self._encode(words)
+        self.backend.synchronize()
+        seconds["text"] += time.perf_counter() - began
+
+    def denoise_one(self, number: int, seconds: dict[str, float], on_step: OnStep | None) -> tuple[int, ...]:
+        """The steps of image `number` of the request that `encode_texts` began; those that were skipped."""
+        assert self._begun is not None
+        request, found = self._begun.request, self._begun.found
+        words = found.tokens[number]
+        self.backend.keep(DENOISE)
+        text = self._begun.texts[key_of(words)] if self._rank.is_first else words
+        final, skipped = self._steps(request, found, number, text, seconds, on_step)
+        self._begun.finished.append(final)
+        return skipped
+
+    def decode_next(self, seconds: dict[str, float]) -> Image | None:
+        """The next image that has made its steps; None on ranks that decode none."""
+        return self._next_image(seconds) if self._rank.is_first else None
+
+    def _next_image(self, seconds: dict[str, float]) -> Image:
+        assert self._begun is not None
+        self.backend.keep(DECODE)
+        image = self._decoded(self._begun.finished[0], self._begun.found, seconds)
+        # Not before: an interrupted image is decoded again.
+        del self._begun.finished[0]
+        return image
+
+    def _steps(
+        self,
+        request: Request,
+        found: Resolved,
+        number: int,
+        text: Words | Saved,
+        seconds: dict[str, float],
+        on_step: OnStep | None,
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Image `number` from its text to its last step: its latents, and the steps it skipped."""
+        sampling = self.bundle.manifest.sampling
+        tokens = found.grid[0] * found.grid[1]
+        start = starting_latents(request.of_image(number), tokens, sampling.latent_channels)
+        began = time.perf_counter()
+        self.begin(start, found.grid, found.guidance, self._known(text))
+        if isinstance(text, tuple) and self._rank.is_first and self._texts.limit and self._texts.find(text) is None:
+            self._texts.keep(text, self.backend.save("text"))
+        self.backend.synchronize()
+        encoded = time.perf_counter()
+        cache = self.bundle.manifest.step_cache
+        decisions, _ = decisions_for(cache, found.steps, found.size, request.step_cache, request.threshold)
+        sigmas = SCHEDULES[sampling.schedule](tokens, found.steps)
+        left_out = []
+        for step, skips in enumerate(self.denoise(sigmas, decisions)):
+            left_out += [step] if skips else []
+            if on_step:
+                # A GPU is asked for steps long before it does them.
+                self.backend.synchronize()
+                on_step(number * found.steps + step + 1, found.steps * len(found.tokens))
+        final = self.latents()
+        seconds["text"] += encoded - began
+        seconds["steps"] += time.perf_counter() - encoded
+        return final, tuple(left_out)
+
+    def _known(self, text: Words | Saved) -> Words | Saved:
+        """`text`, as it was encoded before if it was."""
+        if isinstance(text, Saved):
+            return text
+        known = self._texts.find(text)
+        return text if known is None else Saved(len(text[0]), known)
+
+    def _decoded(self, final: np.ndarray, found: Resolved, seconds: dict[str, float]) -> Image:
+        began = time.perf_counter()
+        image = to_image(self.decode(final, found.grid)[0])
+        seconds["decode"] += time.perf_counter() - began
+        return image
+
+    def _encode(self, words: Words) -> Saved:
+        """Embeddings of the branches `words`, in the buffer `text` and kept."""
+        self.backend.put("input_ids", words[0])
+        self.backend.put("attention_mask", words[1])
+        self.backend.run(ENCODE)
+        content = self.backend.save("text")
+        self._texts.keep(words, content)
+        return Saved(len(words[0]), content)
 
     def grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Token rows and columns of `size` (height, width), which must have been compiled."""
@@ -153,23 +325,27 @@ class Pipeline:
         latents: np.ndarray,
         grid: tuple[int, int],
         guidance: float,
-        text: np.ndarray | tuple[np.ndarray, np.ndarray],
+        text: np.ndarray | Words | Saved,
     ) -> None:
         """Fill the buffers an image starts from.
 
-        `latents` fp32 [1, tokens, channels]; `text` are embeddings [branches, length, features], or the (input_ids,
-        attention_mask) of the branches, which are then encoded in place.
+        `latents` fp32 [1, tokens, channels]; `text` are embeddings [branches, length, features], those that a backend saved, or
+        the (input_ids, attention_mask) of the branches, which are then encoded in place.
         """
         import numpy as np
 
-        given = text[0] if isinstance(text, tuple) else text
-        self._prepare(len(given), grid)
-        if isinstance(text, tuple) and self._rank.is_first:
-            self.backend.put("input_ids", text[0])
-            self.backend.put("attention_mask", text[1])
-            self.backend.run(("text_encoder",))
+        if isinstance(text, Saved):
+            self._prepare(text.branches, grid)
+            self.backend.restore("text", text.content)
         elif not isinstance(text, tuple):
+            self._prepare(len(text), grid)
             self.backend.put("text", text)
+        else:
+            self._prepare(len(text[0]), grid)
+            if self._rank.is_first:
+                self.backend.put("input_ids", text[0])
+                self.backend.put("attention_mask", text[1])
+                self.backend.run(ENCODE)
         self._rank.put_shard(self.backend)
         self.backend.put("latents", np.ascontiguousarray(self._rank.shard(latents), dtype=np.float32))
         self.backend.put("columns", np.array(grid[1], dtype=np.int64))
@@ -232,6 +408,25 @@ class Pipeline:
     def _prepare(self, branches: int, grid: tuple[int, int]) -> None:
         self._sizes = self._rank.sizes(branches, grid)
         self.backend.prepare(self._sizes)
+
+
+def say_memory(is_staged: bool, why: str) -> None:
+    """Log what `choose_memory` gave, if it was not told before."""
+    if why:
+        what = "staged, components take turns" if is_staged else "resident, all components stay"
+        LOG.info("memory: %s: %s", what, why, extra={"fields": {"memory": what.partition(",")[0], "reason": why}})
+
+
+def rescue(give: Callable[[], None] | None, finished: int) -> None:
+    """After what ended a request: decode and give the `finished` images, or say that they are lost, as where `give` is None."""
+    try:
+        if give:
+            LOG.info("ended with %d finished images to be decoded; decoding them first", finished)
+            give()
+            return
+    except Exception as error:
+        LOG.warning("%s", error)
+    LOG.warning("%d images that had made all their steps are lost: they were not decoded", finished)
 
 
 def starting_latents(request: Request, tokens: int, channels: int) -> np.ndarray:

@@ -18,6 +18,8 @@ import msgspec
 from fluxrt.channel import Channel
 from fluxrt.errors import FluxError, RequestError
 from fluxrt.group import Group, PeerError
+from fluxrt.memory import Memory
+from fluxrt.texts import TEXT_CACHE
 
 HEARTBEAT = 0.5
 """Seconds between signs of life."""
@@ -37,6 +39,8 @@ class Start:
     root: str
     target: str
     threads: int
+    holding: Memory = "auto"
+    text_cache: int = TEXT_CACHE
 
     def to_json(self) -> str:
         return msgspec.json.encode(asdict(self)).decode()
@@ -53,7 +57,7 @@ def main(argument: str) -> int:
         pipeline = _load(start, control)
         control.send({"kind": "ready"})
         while (message := control.receive()) is not None:
-            control.send(_generate(pipeline, message["request"], control))
+            control.send(_answer(pipeline, message, control))
     except PeerError as error:
         return _report(control, "peer", error)
     except FluxError as error:
@@ -79,27 +83,52 @@ def _load(start: Start, control: Channel) -> Any:
         control.send({"kind": "quiet", "what": what, "seconds": seconds})
 
     group = Group(start.rank, peers, memory, start.half, start.timeout, announce)
-    return Pipeline(bundle, target=start.target, threads=start.threads, group=group)
+    return Pipeline(
+        bundle,
+        target=start.target,
+        threads=start.threads,
+        group=group,
+        memory=start.holding,
+        text_cache=start.text_cache,
+    )
 
 
-def _generate(pipeline: Any, request: bytes, control: Channel) -> dict[str, Any]:
-    """Serve an encoded request for one image; every rank refuses one that the bundle cannot serve, before any exchange."""
+def _answer(pipeline: Any, message: dict[str, Any], control: Channel) -> dict[str, Any]:
+    """Do one stage of a request: `memory` chooses how the model is held, `image` makes an image from its text on; where
+    components take turns they are `texts`, then for each image `steps`, then for each image `decode`.
+
+    Every rank refuses a request that the bundle cannot serve, before any exchange.
+    """
     from fluxrt.request import decode_request
 
     def on_step(done: int, total: int) -> None:
         control.send({"kind": "step", "done": done, "total": total})
 
+    answer: dict[str, Any] = {"kind": "done"}
+    seconds = {"text": 0.0, "steps": 0.0, "decode": 0.0}
     try:
-        result = pipeline.generate(decode_request(request), on_step)
+        if message["stage"] == "memory":
+            answer["staged"], answer["why"] = pipeline.choose_memory(
+                pipeline.resolve(decode_request(message["request"]))
+            )
+        elif message["stage"] == "image":
+            result = pipeline.generate(decode_request(message["request"]), on_step)
+            seconds, answer["skipped"] = result.seconds, result.skipped[0]
+            answer["image"] = _plain(result.images[0] if result.images else None)
+        elif message["stage"] == "texts":
+            request = decode_request(message["request"])
+            pipeline.encode_texts(request, pipeline.resolve(request), seconds)
+        elif message["stage"] == "steps":
+            answer["skipped"] = pipeline.denoise_one(message["number"], seconds, on_step)
+        else:
+            answer["image"] = _plain(pipeline.decode_next(seconds))
     except RequestError as error:
         return {"kind": "refused", "text": str(error)}
-    return {
-        "kind": "done",
-        "image": {"size": result.images[0].size, "data": result.images[0].tobytes()} if result.images else None,
-        "seconds": result.seconds,
-        "skipped": result.skipped[0],
-        "backend_notes": pipeline.notes,
-    }
+    return answer | {"seconds": seconds, "backend_notes": pipeline.notes}
+
+
+def _plain(image: Any) -> dict[str, Any] | None:
+    return None if image is None else {"size": image.size, "data": image.tobytes()}
 
 
 def _report(control: Channel, kind: str, error: FluxError) -> int:

@@ -16,6 +16,7 @@ import tempfile
 import time
 import weakref
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -28,16 +29,21 @@ from fluxrt.checks import check_threads
 from fluxrt.cores import usable_cores
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.manifest import Target, dimension_size
+from fluxrt.pipeline import rescue, say_memory
 from fluxrt.prompt import load_encoder
 from fluxrt.rank import Start
 from fluxrt.resolve import resolve
 from fluxrt.result import Result
 from fluxrt.sharding import Shard
+from fluxrt.texts import TEXT_CACHE
 from fluxrt.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from PIL.Image import Image
+
+    from fluxrt.memory import Memory
     from fluxrt.prompt import PromptEncoder
     from fluxrt.request import Request
     from fluxrt.resolve import Resolved
@@ -86,18 +92,44 @@ class _Rank:
         return self.log.read().decode(errors="replace").strip()
 
 
+@dataclass
+class _Made:
+    """What a request has come to so far."""
+
+    images: list[Image] = field(default_factory=list)
+    skipped: list[tuple[int, ...]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, plain: dict[str, Any]) -> None:
+        """Add an image as a rank sent it."""
+        from PIL import Image
+
+        self.images.append(Image.frombytes("RGB", tuple(plain["size"]), plain["data"]))
+
+
 class RankedPipeline:
     """A bundle ready to generate with a sharded target, on as many GPUs, or on a CPU in as many processes, as it has ranks.
 
     `threads` are those of each rank, by default the CPU's, divided among them. A rank that others wait for longer than
-    `timeout` seconds ends them all. Any number of threads may call `generate`: one is served at a time. Close it, or use it in
+    `timeout` seconds ends them all. `memory` and `text_cache` are as of Pipeline; the ranks agree on one way. Any number of
+    threads may call `generate`: one is served at a time. Close it, or use it in
     a `with` statement; ranks end with it.
     """
 
-    def __init__(self, bundle: Bundle, target: Target, *, threads: int | None = None, timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: Target,
+        *,
+        threads: int | None = None,
+        timeout: float = 600.0,
+        memory: Memory = "auto",
+        text_cache: int = TEXT_CACHE,
+    ) -> None:
         self.bundle, self.target = bundle, target
         threads = None if threads is None else check_threads(threads)
         self.notes: list[str] = []
+        self._holding: tuple[Memory, int] = (memory, text_cache)
         self._turns = Turns()
         self._encoder: PromptEncoder | None = None
         self._calls_back = False
@@ -108,8 +140,8 @@ class RankedPipeline:
         self._finalizer = weakref.finalize(self, _end, self._ranks, self._logs)
         half = -(-_largest_exchange(bundle, target) // 64) * 64
         try:
-            with _common_memory(2 * target.gpus * half) as memory:
-                self._start(memory.fileno(), half, threads or max(1, usable_cores() // target.gpus), timeout)
+            with _common_memory(2 * target.gpus * half) as common:
+                self._start(common.fileno(), half, threads or max(1, usable_cores() // target.gpus), timeout)
             self._send({"manifest": msgspec.json.encode(bundle.manifest)})
             self._wait("ready")
         except BaseException:
@@ -149,30 +181,76 @@ class RankedPipeline:
                 self._calls_back = False
 
     def _generate(self, request: Request, found: Resolved, on_step: OnStep | None, on_image: OnImage | None) -> Result:
-        from PIL import Image
-
         # An image that an earlier request gave up.
         self._collect("done")
-        count = len(found.tokens)
-        images: list[Image.Image] = []
-        skipped: list[tuple[int, ...]] = []
-        seconds: dict[str, float] = {}
-        for number in range(count):
+        chosen = self._ask("memory", request=request.encode())
+        say_memory(chosen["staged"], chosen["why"])
+        made = _Made()
+        if chosen["staged"]:
+            self._generate_in_turns(request, made, on_step, on_image)
+        else:
+            for number in range(len(found.tokens)):
 
-            def step(done: int, total: int, before: int = number * found.steps) -> None:
-                if on_step:
-                    on_step(before + done, total * count)
+                def step(done: int, total: int, before: int = number * found.steps) -> None:
+                    if on_step:
+                        on_step(before + done, total * len(found.tokens))
 
-            self._send({"request": request.of_image(number).encode()})
-            done = self._wait("done", step)[0]
-            self.notes = done["backend_notes"]
-            image = done["image"]
-            images.append(Image.frombytes("RGB", tuple(image["size"]), image["data"]))
-            skipped.append(tuple(done["skipped"]))
-            seconds = {what: seconds.get(what, 0.0) + took for what, took in done["seconds"].items()}
-            if on_image:
-                self._call_back(on_image, number, images[-1], skipped[-1])
-        return Result(images, seconds, skipped, found.notes, self.target.name)
+                self._add(made, self._ask("image", step, request=request.of_image(number).encode()))
+                self._give(made, on_image)
+        return Result(made.images, made.seconds, made.skipped, found.notes, self.target.name)
+
+    def _generate_in_turns(
+        self, request: Request, made: _Made, on_step: OnStep | None, on_image: OnImage | None
+    ) -> None:
+        """As Pipeline does where components take turns: the text of all images, their steps, then all images."""
+
+        def decode() -> None:
+            while len(made.images) < len(made.skipped):
+                self._add(made, self._ask("decode"))
+                self._give(made, on_image)
+
+        self._add(made, self._ask("texts", request=request.encode()))
+        try:
+            for number in range(len(request.prompts)):
+                self._add(made, self._ask("steps", on_step, number=number))
+            decode()
+        except BaseException:
+            self._rescue(decode if on_image else None, made)
+            raise
+
+    def _add(self, made: _Made, answer: dict[str, Any]) -> None:
+        """Add what a stage came to."""
+        self.notes = answer["backend_notes"]
+        for what, took in answer["seconds"].items():
+            made.seconds[what] = made.seconds.get(what, 0.0) + took
+        if "skipped" in answer:
+            made.skipped.append(tuple(answer["skipped"]))
+        if answer.get("image"):
+            made.add(answer["image"])
+
+    def _give(self, made: _Made, on_image: OnImage | None) -> None:
+        if on_image:
+            number = len(made.images) - 1
+            self._call_back(on_image, number, made.images[-1], made.skipped[number])
+
+    def _rescue(self, decode: Callable[[], None] | None, made: _Made) -> None:
+        """After what ended the steps of a request: decode the images that have made theirs, if the ranks can be asked to, or
+        say that they are lost."""
+        if decode is None or len(made.skipped) == len(made.images):
+            return
+        # What on_step raised leaves the ranks in good order, in the middle of an image; on_image has refused to take one.
+        was_callback = self._calls_back
+        was_step = was_callback and not made.images
+        if was_step:
+            self._calls_back = False
+            self._collect("done")
+        rescue(decode if was_step else None, len(made.skipped) - len(made.images))
+        self._calls_back = was_callback
+
+    def _ask(self, stage: str, on_step: OnStep | None = None, **more: Any) -> dict[str, Any]:
+        """Rank 0's answer when every rank has done `stage`."""
+        self._send({"stage": stage, **more})
+        return self._wait("done", on_step)[0]
 
     def _call_back(self, call: Callable[..., None], *arguments: Any) -> None:
         """Call something of the caller's: what it raises is not the ranks' fault."""
@@ -209,6 +287,8 @@ class RankedPipeline:
                 root=str(self.bundle.root.resolve()),
                 target=self.target.name,
                 threads=threads,
+                holding=self._holding[0],
+                text_cache=self._holding[1],
             )
             process = subprocess.Popen(
                 [sys.executable, "-m", "fluxrt.rank", start.to_json()],

@@ -1,16 +1,20 @@
 """How ONNX Runtime computes a Linear of each format. Free of onnx, for checks before any stage.
 
-1. bf16: Cast to fp32, Transpose, MatMul (the first two are folded when a session is made).
-2. fp8: DequantizeLinear of the E4M3 weight, then as above.
-3. nvfp4, weights 8-bit in memory: com.microsoft::MatMulNBits. Twice an E2M1 value is an integer of at most 12, so codes
-   + 128 with half the block scale are exact; a table turns the packed bytes into them, folded when a session is made.
-4. nvfp4, weights 4-bit in memory: com.microsoft::GatherBlockQuantized, which ONNX Runtime does not fold, unfolds them at
-   every use; then Transpose and MatMul. Half the memory of 3, and slower.
+1. bf16: Cast to fp32, Transpose, MatMul.
+2. fp8: DequantizeLinear of the E4M3 weight, then com.microsoft::FusedMatMul, which takes it as it lies; a Transpose is not
+   fused behind DequantizeLinear, and doubles the time. On CUDA: Cast, Transpose, MatMul.
+3. nvfp4, 8-bit: com.microsoft::MatMulNBits. Twice an E2M1 value is an integer of at most 12, so codes + 128 with half the
+   block scale are exact; a table turns the packed bytes into them.
+4. nvfp4, 4-bit: com.microsoft::GatherBlockQuantized of every row, then Transpose and MatMul. Slower than 3, with a smaller
+   peak while a layer is computed.
 5. nvfp4 on CUDA: com.microsoft::MatMulBlockQuantizedFp4Weight, which takes codes and block scales as they lie in the file.
 6. Any other format, on the CPU: its reference form, then as 1.
 7. Where inputs are rounded, those of nvfp4 layers pass `fluxc::NVFP4FakeQuantize`, and those of fp8 layers an E4M3
    QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer. 5 and 6
    take inputs as they are.
+
+A session of fluxrt's folds nothing large (fluxrt/backends/onnxruntime.py): weights stay in memory as the file has them, and
+each layer unfolds its own when it is computed.
 """
 
 from __future__ import annotations
@@ -46,8 +50,11 @@ def fp8(graph: Nodes, layer: Linear, x: str, output: str) -> None:
     """2, in the type products are computed in."""
     weight, scale = f"{layer.name}.weight", graph.tensor(f"{layer.name}.weight_scale")
     dense = graph.node("DequantizeLinear", [graph.tensor(weight), scale], f"{weight}/fp32")
-    dense = graph.narrowed(dense, weight)
-    graph.product(graph.rounded(x, layer, _e4m3_input), dense, layer, output)
+    x = graph.rounded(x, layer, _e4m3_input)
+    if graph.is_full_precision:
+        graph.node("FusedMatMul", [x, dense], output, domain=VENDOR, transB=1)
+    else:
+        graph.product(x, graph.narrowed(dense, weight), layer, output)
 
 
 def nvfp4_8_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:

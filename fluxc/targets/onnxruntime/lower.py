@@ -2,7 +2,8 @@
 
 1. A layer with `pre_quant_scale` (AWQ, SVDQuant) has its input multiplied by it before any rounding, on its own; one with
    `svdquant_lora_a` and `_b` gets (x a^T) b^T added, x being that product, not rounded.
-2. Every other weight is cast to the type it was traced in, if it is stored in another.
+2. Rows that are gathered from a weight, a token embedding's, are gathered as they are stored and cast then.
+3. Every other weight is cast to the type it was traced in, if it is stored in another.
 
 A graph that was traced in 16 bits is for the CUDA provider, whose forms differ; inputs are not rounded there.
 """
@@ -51,14 +52,36 @@ def lower(
             layer = planned.layer if planned else Linear(name, *(d.dim_value for d in weights[weight].shape.dim))
             _add_linear(nodes, forms.of(planned.format if planned else BF16, name), layer, x, node.output[0])
             continue
+        if node.op_type == "Gather" and node.input[0] in weights:
+            _add_gather(nodes, node, weights[node.input[0]].elem_type)
+            continue
         inputs = [nodes.full(name, weights[name].elem_type) if name in weights else name for name in node.input]
         copy = graph.node.add()
         copy.CopyFrom(node)
         copy.input[:] = inputs
+    _put_weights_first(graph, arguments)
     lowered = make_model(graph)
     if any(node.op_type == FAKE_QUANTIZE for node in graph.node):
         lowered.functions.append(fake_quantize_function())
     return lowered
+
+
+def _put_weights_first(graph: onnx.GraphProto, arguments: set[str]) -> None:
+    """Move what depends on weights alone to the front, in place.
+
+    ONNX Runtime runs the inputs of a node in the order of its list, last ones first: weights that stand behind the layer before
+    would all be unfolded before any layer is computed, and lie in memory together.
+    """
+    computed = set(arguments)
+    first: list[onnx.NodeProto] = []
+    rest: list[onnx.NodeProto] = []
+    for node in graph.node:
+        depends = any(name in computed for name in node.input)
+        computed.update(node.output if depends else ())
+        (rest if depends else first).append(node)
+    ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*first, *rest)]
+    del graph.node[:]
+    graph.node.extend(ordered)
 
 
 def _add_linear(graph: Nodes, form: LinearForm, layer: Linear, x: str, output: str) -> None:
@@ -75,6 +98,18 @@ def _add_linear(graph: Nodes, form: LinearForm, layer: Linear, x: str, output: s
         name = f"{layer.name}.{factor}"
         low = graph.node("MatMul", [low, graph.turned(graph.full(name), name)], f"{output}/{factor}")
     graph.node("Add", [f"{output}/quantized", low], output)
+
+
+def _add_gather(graph: Nodes, node: onnx.NodeProto, to: int) -> None:
+    """`node`, which gathers from a weight traced as `to`; the whole table in that type would take twice its bytes or more."""
+    table, indices = node.input
+    result = node.output[0]
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if graph.is_stored_as(table, to):
+        graph.node("Gather", [graph.tensor(table), indices], result, **attributes)
+        return
+    rows = graph.node("Gather", [graph.tensor(table), indices], f"{result}/stored", **attributes)
+    graph.node("Cast", [rows], result, to=to)
 
 
 def fake_quantize_function() -> onnx.FunctionProto:

@@ -44,9 +44,18 @@ class Nodes:
         """The tensor `name` as `to`, by default the type products are computed in."""
         to = self._dtype if to is None else to
         source = self.tensor(name)
-        if STORED.get(self._stored[name], to) == to:
+        if self.is_stored_as(name, to):
             return source
         return self.node("Cast", [source], f"{name}/{TYPE_NAMES[to]}", to=to)
+
+    def is_stored_as(self, name: str, to: int) -> bool:
+        """Whether the tensor `name` needs no cast to `to`."""
+        return not self.holds(name) or STORED.get(self._stored[name], to) == to
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether products are computed in fp32."""
+        return self._dtype == TensorProto.FLOAT
 
     def narrowed(self, value: str, name: str) -> str:
         """`value`, the fp32 form of tensor `name`, in the type products are computed in."""

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from fluxrt.memory import Need
+
 
 class Backend(Protocol):
     """Holds named buffers, on the host or on a GPU, and runs graphs that read and write them.
@@ -39,6 +41,25 @@ class Backend(Protocol):
 
     def outputs(self, graph: str) -> tuple[str, ...]:
         """The buffers a graph leaves its results in."""
+        ...
+
+    def save(self, name: str) -> np.ndarray:
+        """A copy on the host of a buffer's content, as it lies there, for `restore`; it stays what it is whatever runs."""
+        ...
+
+    def restore(self, name: str, saved: np.ndarray) -> None:
+        """Fill a buffer with what `save` gave, to the bit."""
+        ...
+
+    def need(self, sizes: dict[str, int]) -> Need | None:
+        """What an image of `sizes` takes with everything loaded, and what is free for it; None where that is not known."""
+        ...
+
+    def keep(self, graphs: tuple[str, ...] | None) -> None:
+        """From here on only `graphs` run: give back the weights of all others, and what memory only they need. None: all run.
+
+        Buffers keep their content. A graph that runs all the same is loaded again.
+        """
         ...
 
     def synchronize(self) -> None:

@@ -30,10 +30,12 @@ JOINING = 120.0
 
 @dataclass
 class Context:
-    """TensorRT's execution context of one plan for one of its profiles, and the sizes its shapes were set for."""
+    """TensorRT's execution context of one plan for one of its profiles, the sizes its shapes were set for, and the working
+    memory (address, bytes) it was given."""
 
     handle: Any
     sizes: Sizes = field(default_factory=dict)
+    scratch: tuple[int, int] = (0, 0)
 
 
 class Engines:

@@ -10,6 +10,8 @@ from fluxrt.checks import check_threads
 from fluxrt.cores import allowed_cores, usable_cores
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.manifest import dimension_size
+from fluxrt.memory import Need, available_memory, return_memory
+from fluxrt.weights import component_weights, weights_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +24,13 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger("fluxrt")
+FOLDED = 1 << 20
+"""Bytes of the largest constant that ONNX Runtime computes when a session is made. Weights in fp32 would take several times
+what the file does, and twice as much while they are made: docs/performance.md, "Memory on a CPU"."""
+
+UNFOLDED = {"U8": 16, "F8_E4M3": 4, "BF16": 2, "F16": 2}
+"""Bytes that a weight takes while it is multiplied, by the bytes that are stored."""
+DECODER_ACTIVATIONS = 8
 
 
 def session_options() -> Any:
@@ -36,6 +45,23 @@ def session_options() -> Any:
     for pool in ("intra_op", "inter_op"):
         options.add_session_config_entry(f"session.{pool}.allow_spinning", "0")
     return options
+
+
+def open_session(path: str, threads: int | None, has_arena: bool, folded: int | None = FOLDED) -> Any:
+    """A session on the CPU of the graph file at `path`; `folded` None lets ONNX Runtime fold constants of any size.
+
+    An arena keeps what the widest layer took for the next one: faster, and too much where components take turns.
+    """
+    import onnxruntime
+
+    options = session_options()
+    if folded is not None:
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
+    options.enable_cpu_mem_arena = has_arena
+    if threads:
+        options.intra_op_num_threads = threads
+    # Otherwise it prints what goes wrong and tries again.
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 def _default_threads() -> int | None:
@@ -62,6 +88,7 @@ class OnnxRuntimeBackend:
         self._sessions: dict[str, Any] = {}
         self._buffers: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
+        self._takes_turns = False
         self.notes: list[str] = []
 
     def prepare(self, sizes: dict[str, int]) -> None:
@@ -91,6 +118,39 @@ class OnnxRuntimeBackend:
         """The results of `graph`."""
         last = self._target.sharding.body[-1] if graph == "body" and self._target.sharding else graph
         return tuple(port.name for port in self._described(str(last)).outputs)
+
+    def save(self, name: str) -> np.ndarray:
+        """A buffer's array: a graph's result is a new one, so none is written to again."""
+        return self.get(name)
+
+    def restore(self, name: str, saved: np.ndarray) -> None:
+        """Put what `save` gave."""
+        self.put(name, saved)
+
+    def keep(self, graphs: tuple[str, ...] | None) -> None:
+        """Drop the sessions of other graphs, with what they mapped, and return their memory to the system."""
+        self._takes_turns = graphs is not None
+        others = [name for name in self._sessions if graphs is not None and name.partition("-")[0] not in graphs]
+        for name in others:
+            del self._sessions[name]
+        if others:
+            return_memory()
+
+    def need(self, sizes: dict[str, int]) -> Need | None:
+        """The weights, each file once, which stay in memory as they are stored, and what computing takes; see working_memory.
+
+        The ranks of a sharded target map the same files.
+        """
+        described = self._target.graphs.values()
+        weights = {file for graph in described for file in weights_files(self._bundle, graph.weights)}
+        ranks = self._group.ranks if self._group else 1
+        working = working_memory(self._target, self._bundle, sizes)
+        return Need(sum(file.stat().st_size for file in weights) + ranks * working, self._free_memory(), self._where)
+
+    _where = "memory"
+
+    def _free_memory(self) -> int | None:
+        return available_memory()
 
     def synchronize(self) -> None:
         """Nothing to wait for: a session returns when it is done."""
@@ -151,13 +211,7 @@ class OnnxRuntimeBackend:
 
     def _open(self, graph: str, path: str) -> Any:
         """A session of the graph file at `path`."""
-        import onnxruntime
-
-        options = session_options()
-        if self._threads:
-            options.intra_op_num_threads = self._threads
-        # Otherwise it prints what goes wrong and tries again.
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        return open_session(path, self._threads, has_arena=not self._takes_turns)
 
     def _shape_of(self, result: Any) -> tuple[int, ...]:
         shape: tuple[int, ...] = result.shape
@@ -199,3 +253,30 @@ class OnnxRuntimeBackend:
                     "the bundle names the version it was built with under provenance.tools"
                 ) from error
         return self._sessions[graph]
+
+
+def working_memory(target: OnnxRuntimeTarget, bundle: Bundle, sizes: dict[str, int]) -> int:
+    """Bytes that the hungriest graph of `target` takes beside weights, estimated.
+
+    The decoder: DECODER_ACTIVATIONS activations of the last block in fp32, one a pixel and channel (benchmarks/vae_memory.py).
+    A block of the transformer: the widest Linear's weight unfolded, and attention's scores of all heads before and after
+    softmax (benchmarks/cpu_memory.py).
+    """
+    graphs = target.graphs
+    pixels = bundle.manifest.sampling.pixels_per_token**2 * sizes["rows"] * sizes["columns"]
+    decoder = component_weights(bundle, graphs["vae_decoder"].weights)
+    last = decoder.get("decoder.conv_out.weight")
+    # fp32 or bf16 [3, width, 3, 3].
+    width = last.nbytes // (27 * (4 if last.dtype == "F32" else 2)) if last else 128
+    decoding = DECODER_ACTIVATIONS * 4 * width * pixels
+    weights = component_weights(bundle, graphs["prologue"].weights)
+    widest = max(
+        (UNFOLDED[tensor.dtype] * tensor.nbytes for tensor in weights.values() if tensor.dtype in UNFOLDED), default=0
+    )
+    rope = next((port for port in graphs["prologue"].outputs if port.name == "rope_cos"), None)
+    hidden = next((port for port in graphs["prologue"].outputs if port.name == "hidden"), None)
+    scores = 0
+    if rope and hidden:
+        tokens, channels, head = dimension_size(rope.shape[0], sizes), hidden.shape[-1], rope.shape[-1]
+        scores = 2 * 4 * sizes["branches"] * int(channels) // int(head) * tokens**2
+    return max(decoding, widest + scores)

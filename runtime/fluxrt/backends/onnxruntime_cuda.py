@@ -8,14 +8,16 @@ that out before the first image.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.backends.numbers import to_bf16
 from fluxrt.backends.onnxruntime import OnnxRuntimeBackend, session_options
 from fluxrt.backends.trials import Trials
-from fluxrt.cuda import first_gpu
+from fluxrt.cuda import first_gpu, free_memory
 from fluxrt.errors import BackendError
 from fluxrt.install import extra_requirements, install_instead
 from fluxrt.manifest import dimension_size
@@ -46,7 +48,10 @@ WORK = {
     "LayerNormalization",
     "RMSNormalization",
 }
-ONNX_BF16 = 16
+ONNX_TYPES = {"bfloat16": 16, "float16": 10, "float32": 1}
+ONNX_BF16 = ONNX_TYPES["bfloat16"]
+HOST = ("text",)
+"""Results that go to the host at once: the text is kept there while the text encoder and its arena on the GPU are gone."""
 _FAILED_NODE = re.compile(r"while running (\w+) node\. Name:'([^']*)'")
 
 
@@ -108,6 +113,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
                 digest = files[described.file].sha256
                 if trials is None or not trials.has_run(digest):
                     self._try(name, described)
+                    # Before the next one: whether all of them fit at once is not known yet.
+                    self._sessions.clear()
                     if trials is not None:
                         trials.remember(digest)
         except BackendError:
@@ -163,6 +170,28 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         array: np.ndarray = value.numpy()
         return array.astype(np.float32) if array.dtype == np.float16 else array
 
+    def save(self, name: str) -> np.ndarray:
+        """The bytes of a buffer that lies on the host, one of HOST: bf16, fp16 as uint16, for numpy has no bf16."""
+        import numpy as np
+
+        value = self._buffer(name)
+        kind, shape = np.dtype(np.float32 if self._dtypes[name] == "float32" else np.uint16), value.shape()
+        return np.frombuffer(ctypes.string_at(value.data_ptr(), kind.itemsize * math.prod(shape)), kind).reshape(shape)
+
+    def restore(self, name: str, saved: np.ndarray) -> None:
+        """An OrtValue of what `save` gave."""
+        from onnxruntime import OrtValue
+
+        self._buffers[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(saved, ONNX_TYPES[self._dtypes[name]])
+
+    _where = "GPU memory"
+
+    def _free_memory(self) -> int | None:
+        """What the driver says is free, where cuda-bindings is there to ask it."""
+        with contextlib.suppress(BackendError):
+            return free_memory()
+        return None
+
     def _shape_of(self, result: Any) -> tuple[int, ...]:
         return tuple(result.shape())
 
@@ -171,7 +200,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         for port in described.inputs:
             binding.bind_ortvalue_input(port.name, self._buffers[port.name])
         for port in described.outputs:
-            binding.bind_output(port.name, self._device)
+            binding.bind_output(port.name, "cpu" if port.name in HOST else self._device)
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions share no base class

@@ -21,6 +21,7 @@ from fluxrt.manifest import (
     VisualGenTarget,
     kind_name,
 )
+from fluxrt.texts import TEXT_CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
     from fluxrt.machine import Machine
+    from fluxrt.memory import Memory
     from fluxrt.request import Request
     from fluxrt.result import OnImage, OnStep, Result
 
@@ -62,13 +64,24 @@ class AnyPipeline(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def backend_pipeline(bundle: Bundle, target: Target, threads: int | None, gpus: int | None) -> AnyPipeline:
+@dataclass(frozen=True)
+class Holding:
+    """How a pipeline holds a model: `memory`, and bytes of encoded prompts that it keeps."""
+
+    memory: Memory = "auto"
+    text_cache: int = TEXT_CACHE
+
+
+def backend_pipeline(
+    bundle: Bundle, target: Target, threads: int | None, gpus: int | None, holding: Holding | None = None
+) -> AnyPipeline:
     """The pipeline of a kind that has a backend: of a sharded target one that starts its ranks."""
     from fluxrt.backends.library import check_gpus
     from fluxrt.machine import this_machine
     from fluxrt.pipeline import Pipeline
     from fluxrt.ranked import RankedPipeline
 
+    held = holding or Holding()
     if gpus is not None and target.gpus != gpus:
         raise RequestError(
             f"target {target.name!r} is for {target.gpus} GPUs, not {gpus}; leave gpus out, or the target"
@@ -77,8 +90,8 @@ def backend_pipeline(bundle: Bundle, target: Target, threads: int | None, gpus: 
         if target.device == "cuda":
             # Before ranks are started, which may be minutes until one of them says so.
             check_gpus(target, this_machine())
-        return RankedPipeline(bundle, target, threads=threads)
-    return Pipeline(bundle, target=target.name, threads=threads)
+        return RankedPipeline(bundle, target, threads=threads, memory=held.memory, text_cache=held.text_cache)
+    return Pipeline(bundle, target=target.name, threads=threads, memory=held.memory, text_cache=held.text_cache)
 
 
 @dataclass(frozen=True)
@@ -122,11 +135,21 @@ def make_backend(bundle: Bundle, target: Target, threads: int | None, group: Gro
     return kind.backend(bundle, target, threads, group)
 
 
-def make_pipeline(bundle: Bundle, target: Target, threads: int | None, gpus: int | None) -> AnyPipeline:
-    """The pipeline that generates with `target`; BackendError when this fluxrt has none, RequestError for other `gpus`."""
+def make_pipeline(
+    bundle: Bundle, target: Target, threads: int | None, gpus: int | None, holding: Holding | None = None
+) -> AnyPipeline:
+    """The pipeline that generates with `target`; BackendError when this fluxrt has none, RequestError for other `gpus`, and for
+    a way of holding the model where the kind's own pipeline sees to that."""
     kind = find_kind(target)
     if kind is None:
         raise _unknown(bundle, target)
+    if kind.pipeline is backend_pipeline:
+        return backend_pipeline(bundle, target, threads, gpus, holding)
+    if holding and holding.memory != "auto":
+        raise RequestError(
+            f"target {target.name!r}, of kind {target.kind}, sees to its memory itself; leave --memory out, or choose another "
+            "--target"
+        )
     return kind.pipeline(bundle, target, threads, gpus)
 
 

@@ -3,7 +3,8 @@
 1. Everything that can be wrong with library, GPU and bundle is checked before anything is loaded.
 2. A plan is read only after its SHA-256 matched.
 3. Buffers and working memory keep their addresses for as long as the sizes stay the same, so what was captured stays valid.
-   Both are as large as any program of this rank needs before the first one runs.
+   Both are as large as any program of this rank needs before the first one runs; where components take turns (`keep`), the
+   working memory is as large as any program of the present ones needs, and what was captured goes when a component does.
 4. A sequence of graphs runs eagerly the first time (TensorRT-RTX compiles kernels then). The second time it runs eagerly and
    as a CUDA graph, from the same state; if both leave the same bytes, the graph is launched from then on. What the host puts
    goes before the launch.
@@ -33,6 +34,7 @@ from fluxrt.backends.numbers import from_bf16, to_bf16
 from fluxrt.backends.upload import upload
 from fluxrt.cuda import CudaDriver, Driver, OutOfMemoryError
 from fluxrt.errors import BackendError, RequestError
+from fluxrt.memory import Need
 from fluxrt.sharding import FIRST_RANK
 from fluxrt.weights import component_weights
 
@@ -103,6 +105,8 @@ class TensorRTBackend:
         self._engines = Engines(bundle, target, self._driver, self._trt, ranks, self.notes)
         others = group is not None and group.rank > 0
         self._stages = [stage for stage in self._engine.programs if not (others and stage in FIRST_RANK)]
+        self._kept = self._stages
+        self._arenas: dict[str, Arena] = {}
         self._programs: dict[str, _Loaded] = {}
         self._sequences: dict[tuple[tuple[str, ...], Moves], _Sequence] = {}
         self._sizes: Sizes | None = None
@@ -125,11 +129,11 @@ class TensorRTBackend:
         check_sizes(self._engine, sizes)
         buffers = plan_buffers(self._engine, sizes, self._stages)
         self._forget()
-        self._reserve_scratch(sizes)
+        self._reserve_scratch(self._kept, sizes)
         offsets, end = {}, 0
         for name, buffer in buffers.items():
             offsets[name] = end
-            end += -(-max(buffer.nbytes, 1) // ALIGNMENT) * ALIGNMENT
+            end += _aligned(buffer)
         self._buffer_memory = self._allocate(end, f"the buffers of {sizes['tokens']} image tokens")
         self._buffers, self._sizes = buffers, dict(sizes)
         self._addresses = {name: self._buffer_memory + offset for name, offset in offsets.items()}
@@ -176,6 +180,47 @@ class TensorRTBackend:
         else:
             self._capture(sequence)
         sequence.runs += 1
+
+    def save(self, name: str) -> np.ndarray:
+        """A buffer's bytes."""
+        self._driver.activate()
+        return self._read((name,))[name]
+
+    def restore(self, name: str, saved: np.ndarray) -> None:
+        """Put back what `save` read."""
+        self._driver.activate()
+        self._buffer(name)
+        self._write({name: saved})
+        self._written.add(name)
+
+    def keep(self, graphs: tuple[str, ...] | None) -> None:
+        """Give back weights and CUDA graphs of other programs, and the working memory that only they need.
+
+        Their contexts stay: they are small, hold compiled kernels, and making one anew takes all ranks.
+        """
+        self._driver.activate()
+        self._kept = [stage for stage in self._stages if graphs is None or stage in graphs]
+        self.synchronize()
+        for sequence in self._sequences.values():
+            if not set(sequence.graphs) <= set(self._kept):
+                self._drop_graph(sequence)
+        for name in [name for name in self._programs if name not in self._kept]:
+            loaded = self._programs.pop(name)
+            if loaded.arena.nbytes:
+                self._free(loaded.address)
+        if self._sizes is not None:
+            wanted = self._engines_wanted(self._kept, self._sizes)
+            if wanted != self._scratch[1]:
+                self._resize_scratch(wanted)
+
+    def need(self, sizes: dict[str, int]) -> Need | None:
+        """All weights of this rank, the buffers, and the working memory of its hungriest plan; nothing of TensorRT's own."""
+        self._driver.activate()
+        check_sizes(self._engine, sizes)
+        weights = sum(self._arena(stage).nbytes for stage in self._stages)
+        buffers = sum(_aligned(buffer) for buffer in plan_buffers(self._engine, sizes, self._stages).values())
+        free = self._driver.memory()[0] + sum(self._memory.values())
+        return Need(weights + buffers + self._engines_wanted(self._stages, sizes), free, "GPU memory")
 
     def outputs(self, graph: str) -> tuple[str, ...]:
         """The buffers the program `graph` leaves its results in."""
@@ -328,30 +373,41 @@ class TensorRTBackend:
         programs = {graph: self._program(graph) for graph in sequence.graphs}
         if self._sizes is None:
             raise BackendError(f"{', '.join(programs)}: no sizes were prepared")
+        self._reserve_scratch(sequence.graphs, self._sizes)
         for name in self._plans_of(sequence):
             profile = profile_for(name, self._engine.plans[name], self._sizes)
             if (name, profile) not in sequence.contexts:
-                context = self._engines.make_context(name, profile)
+                sequence.contexts[name, profile] = self._engines.make_context(name, profile)
+            context = sequence.contexts[name, profile]
+            if context.scratch != self._scratch:
                 context.handle.set_device_memory(*self._scratch)
-                sequence.contexts[name, profile] = context
-            self._engines.set_shapes(name, sequence.contexts[name, profile], self._sizes)
+                context.scratch = self._scratch
+            self._engines.set_shapes(name, context, self._sizes)
         for graph, program in programs.items():
             if graph not in self._programs:
                 self._programs[graph] = self._upload(graph, program)
 
-    def _reserve_scratch(self, sizes: Sizes) -> None:
-        """Working memory for the hungriest plan of this rank; what was captured with other memory must be dropped before."""
-        wanted = self._engines.working_memory(self._plans_in(self._stages), sizes)
+    def _reserve_scratch(self, stages: Iterable[str], sizes: Sizes) -> None:
+        """Working memory for the hungriest plan of `stages`, unless there is as much."""
+        wanted = self._engines_wanted(stages, sizes)
+        if wanted > self._scratch[1]:
+            self._resize_scratch(wanted)
+
+    def _resize_scratch(self, wanted: int) -> None:
+        """Working memory of `wanted` bytes, in place of another; what was captured with that is dropped. Contexts get it when
+        their sequence runs next."""
+        self.synchronize()
+        self._drop_graphs()
         address, size = self._scratch
-        if wanted <= size:
-            return
         if size:
             self._scratch = (0, 0)
             self._free(address)
-        self._scratch = (self._allocate(wanted, "the plans' working memory"), wanted)
-        for sequence in self._sequences.values():
-            for context in sequence.contexts.values():
-                context.handle.set_device_memory(*self._scratch)
+        if wanted:
+            self._scratch = (self._allocate(wanted, "the plans' working memory"), wanted)
+
+    def _engines_wanted(self, stages: Iterable[str], sizes: Sizes) -> int:
+        plans = self._plans_in(stages)
+        return self._engines.working_memory(plans, sizes) if plans else 0
 
     def _plans_of(self, sequence: _Sequence) -> list[str]:
         return self._plans_in(sequence.graphs)
@@ -365,12 +421,19 @@ class TensorRTBackend:
 
     def _upload(self, graph: str, program: Program) -> _Loaded:
         stored = component_weights(self._bundle, program.weights)
-        arena = plan_arena(program, self._engine, stored)
+        arena = self._arenas[graph] = plan_arena(program, self._engine, stored)
         if not arena.nbytes:
             return _Loaded(arena, 0)
         address = self._allocate(arena.nbytes, f"the weights of {graph}")
         upload(self._driver, address, arena, stored)
         return _Loaded(arena, address)
+
+    def _arena(self, graph: str) -> Arena:
+        """Where the weights of a program lie, from the headers of its files."""
+        if graph not in self._arenas:
+            program = self._program(graph)
+            self._arenas[graph] = plan_arena(program, self._engine, component_weights(self._bundle, program.weights))
+        return self._arenas[graph]
 
     def _read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The bytes of buffers, once the GPU has done what it was asked for."""
@@ -412,7 +475,7 @@ class TensorRTBackend:
         self._release()
         return OutOfMemoryError(
             f"{self._driver.gpu.name} has no room for {what}: {error}. Everything this bundle held there is free again; ask "
-            "for a smaller size or guidance 1, free the GPU, or choose another --target"
+            "for a smaller size or guidance 1, load it with --memory staged, free the GPU, or choose another --target"
         )
 
     def _free(self, address: int) -> None:
@@ -421,14 +484,19 @@ class TensorRTBackend:
 
     def _drop_graphs(self) -> None:
         for sequence in self._sequences.values():
-            if sequence.graph is not None:
-                self._driver.destroy(sequence.graph)
-            sequence.graph, sequence.runs, sequence.refused = None, 0, False
+            self._drop_graph(sequence)
+
+    def _drop_graph(self, sequence: _Sequence) -> None:
+        if sequence.graph is not None:
+            self._driver.destroy(sequence.graph)
+        sequence.graph, sequence.runs = None, 0
 
     def _forget(self) -> None:
         """Give the buffers back, and the graphs that hold their addresses."""
         self.synchronize()
         self._drop_graphs()
+        for sequence in self._sequences.values():
+            sequence.refused = False
         if self._buffer_memory:
             self._free(self._buffer_memory)
         self._buffer_memory, self._sizes, self._buffers, self._addresses = 0, None, {}, {}
@@ -445,6 +513,10 @@ class TensorRTBackend:
         self._memory, self._scratch, self._buffer_memory = {}, (0, 0), 0
         self._sizes, self._buffers, self._addresses = None, {}, {}
         self._written.clear()
+
+
+def _aligned(buffer: Buffer) -> int:
+    return -(-max(buffer.nbytes, 1) // ALIGNMENT) * ALIGNMENT
 
 
 def _to_device(array: np.ndarray, dtype: str) -> np.ndarray:
