@@ -334,10 +334,12 @@ def _reference(job: Job) -> Stage[Any, Made] | None:
 
 def _compare(job: Job, results: Results) -> Stage[Any, Path]:
     recipe, pipeline = job.loaded.recipe, job.original.checkpoint.pipeline_class
+    reference = results["reference"]
+    how = f" in {reference_stage.ran_as(reference).split()[-1]}" if reference else ""
     inputs = compare_stage.CompareInputs(
-        title=f"diffusers {pipeline} in {reference_stage.ran_as(results['reference']).split()[-1]}",
+        title=f"diffusers {pipeline}{how}",
         level=job.fidelity.level,
-        reference=results["reference"],
+        reference=reference,
         prompts=job.fidelity.prompts,
         size=job.fidelity.size,
         steps=job.fidelity.steps,
