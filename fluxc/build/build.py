@@ -44,8 +44,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
     when complete, in place of an older one. Raises the errors of the stages, and GateError when the result misses the recipe's
     gates: the report is then kept in `failed_folder(out)`, until a build of `out` succeeds.
     """
-    ready = preflight(loaded, out, until)
-    ready.check_machine()
+    ready = preflight(loaded, out, until, is_build=True)
     job = ready.job
     _say_where_kernels_are(progress)
     rates = rates_for(job)

@@ -43,22 +43,33 @@ class Preflight:
 
     def check_machine(self) -> None:
         """Raise BuildError naming everything that this machine lacks for a build; a plan can be shown without."""
-        try:
-            self.lacking.raise_all()
-        except RecipeError as error:
-            raise BuildError(str(error)) from error
+        _raise_lacking(self.lacking)
 
 
-def preflight(loaded: LoadedRecipe, out: Path, until: str | None = None) -> Preflight:
+def _raise_lacking(lacking: Collected) -> None:
+    try:
+        lacking.raise_all()
+    except RecipeError as error:
+        raise BuildError(str(error)) from error
+
+
+def preflight(loaded: LoadedRecipe, out: Path, until: str | None = None, is_build: bool = False) -> Preflight:
     """The job of building `loaded` into the folder `out`, with `until` up to that part, after refusing all that can be refused
     before its first stage.
 
     Raises RecipeError for recipe and command line, CheckpointError for a damaged checkpoint, BuildError for a place that the
-    system does not let be written. What this machine lacks is told by the result.
+    system does not let be written. What this machine lacks is told by the result; where it is a build (`is_build`), it is a
+    BuildError at once, before the chat template is rendered, which takes seconds of imports.
     """
     check_place(out)
     root = cache_root(out)
     job = open_job(loaded, root)
+    lacking, budget = lacking_here(loaded), budget_of(job, out, until)
+    for fault in budget.faults():
+        with lacking.collecting():
+            raise RecipeError(fault)
+    if is_build:
+        _raise_lacking(lacking)
     prompting = known_prompting(job)
     collected = Collected(loaded.places)
     with collected.collecting():
@@ -68,10 +79,6 @@ def preflight(loaded: LoadedRecipe, out: Path, until: str | None = None) -> Pref
     with collected.collecting():
         _check_fit(job)
     collected.raise_all()
-    lacking, budget = lacking_here(loaded), budget_of(job, out, until)
-    for fault in budget.faults():
-        with lacking.collecting():
-            raise RecipeError(fault)
     return Preflight(job, prompting, lacking, budget)
 
 

@@ -5,15 +5,28 @@ Patterns are uint16 [rows, columns] for safetensors dtypes BF16 and F16, uint32 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fluxc.base.errors import CheckpointError
 from fluxc.base.safetensors import TensorRef
-from fluxc.formats import kernels
 from fluxc.formats.constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, MX_BLOCK
 from fluxc.recipe.structs import Scales
+
+if TYPE_CHECKING:
+    from fluxc.formats import kernels
+else:
+
+    class _Kernels:
+        """The module, imported when its first kernel is called: numba takes a second, and a plan calls none."""
+
+        def __getattr__(self, name: str) -> Any:
+            from fluxc.formats import kernels
+
+            return getattr(kernels, name)
+
+    kernels = _Kernels()
 
 PATTERNS: dict[str, np.dtype] = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.uint16), "F32": np.dtype(np.uint32)}
 E2M1 = np.array(E2M1_VALUES, np.float32)
