@@ -26,7 +26,7 @@ EIGHT_BITS, FOUR_BITS = 0.3, 0.6
 STAGES = {"text_error": "text encoder", "prologue_error": "prologue", "decode_error": "decoder"}
 VELOCITY_FACTOR = 2.0
 """How much larger than measured a velocity's error may be on another machine, or on a target that rounds alike but computes in
-16 bits: flux2-nano's TensorRT-RTX graphs have 1.1 times the error of the CPU target that rounds as they do."""
+16 bits: flux2-nano's TensorRT-RTX graphs have less than 1.3 times the error of the CPU target that rounds as they do."""
 
 
 @dataclass(frozen=True)
