@@ -24,6 +24,7 @@ from fluxc.checkpoint.source import Checkpoint
 from fluxc.running.lockstep import CALL, Lockstep, Row, result_of, wait_for_part
 from fluxc.running.placement import Placement
 from fluxc.running.weights import PartWeights
+from fluxrt.memory import return_memory
 
 T = TypeVar("T")
 
@@ -134,6 +135,8 @@ class ReferenceModel:
             yield PlacedModel(module.requires_grad_(False), weights, self.placement)
         finally:
             weights.close()
+            # glibc keeps what was freed in pieces of less than 32 MB, and most weights are that.
+            return_memory()
 
     def encode(
         self,
