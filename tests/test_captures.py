@@ -92,8 +92,8 @@ def test_seconds_and_on_step_wait_for_the_gpu(one_gpu: Bundle, monkeypatch: pyte
 
     monkeypatch.setattr("fluxrt.pipeline.time.perf_counter", counted)
     pipeline.generate(Request(PROMPT, steps=2), lambda done, total: idle.append(driver.is_idle))
-    # The clock at the beginning, after the text, after the steps and at the end; on_step twice.
-    assert idle == [True] * 6
+    # The clock at the beginning, after the text, after the steps, before and after the decoder; on_step twice.
+    assert idle == [True] * 7
 
 
 def test_another_library_of_the_thread_may_use_the_gpu(one_gpu: Bundle) -> None:  # noqa: F811

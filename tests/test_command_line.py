@@ -39,6 +39,7 @@ from fluxrt.signals import Terminated
 PROMPT = "a large red circle"
 WHOLE = ["", " ", "x", "1.5", "1e3", "nan", "1_0", "0x10", "\u0663", "-1", "9" * 5000, "\x1b[31m", "\udc80"]
 BAD = {
+    "memory": ["", "none", "Staged", "8GiB", "0"],
     "bundle": ["", "none", "file", "empty", "n" * 300, "file/below", "a\nb", "\x1b[2J", "\udc80", "nul\0"],
     "prompts": ["", " \t\n", "\x00", "\x1b[2J", "half \udc80", "red " * 60],
     "out": [
@@ -323,6 +324,7 @@ def test_piped_there_is_a_line_a_stage(generate: Any) -> None:
     assert out == ["a-0.png", "a-1.png"]
     starts = ("target onnxruntime: onnxruntime on the CPU", "1/3 load, ")
     starts += ("2 images of 64x64 (height x width), 2 steps, guidance 1.5, seeds 0, 1",)
+    starts += ("memory: resident, ",)
     starts += ("2/3 image 1 of 2: a-0.png, ", "3/3 image 2 of 2: a-1.png, ", "2 images in ")
     assert len(told) == len(starts)
     for line, start in zip(told, starts, strict=True):
@@ -369,7 +371,8 @@ def test_json_and_the_log_say_the_same_to_scripts(generate: Any) -> None:
     lines = [json.loads(line) for line in told]
     # What is worth knowing of a request is said before it is served.
     assert lines[3]["message"] == plain["notes"][0]
-    assert {"stage": "image", "number": 2, "count": 2}.items() <= lines[4].items()
+    assert lines[4]["memory"] == "resident"
+    assert {"stage": "image", "number": 2, "count": 2}.items() <= lines[5].items()
     assert all({"time", "level", "tool", "message"} <= set(line) for line in lines)
     kept = [json.loads(line) for line in Path("x.log").read_text().splitlines()]
     assert [line for line in kept if line["level"] != "debug"] == lines

@@ -251,6 +251,7 @@ PLAN_FIELDS = [
     "ranks",
     "sampling",
     "stages",
+    "budget",
     "lacking_here",
 ]
 PREDICTION_FIELDS = [

@@ -72,6 +72,15 @@ class MadeUpCudaBackend(OnnxRuntimeBackend):
             raise BackendError(f"{name!r} is bf16, which ONNX Runtime does not give to numpy; read what it leads to")
         return array.astype(np.float32) if array.dtype == np.float16 else array
 
+    def save(self, name: str) -> np.ndarray:
+        """A buffer in its type, bf16 too."""
+        array: np.ndarray = self._buffer(name)
+        return array
+
+    def restore(self, name: str, saved: np.ndarray) -> None:
+        """Put what `save` gave."""
+        self._buffers[name] = saved
+
     def _open(self, graph: str, path: str) -> ReferenceEvaluator:
         return ReferenceEvaluator(onnx.load(path), new_ops=OPERATORS)
 

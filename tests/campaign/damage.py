@@ -299,6 +299,8 @@ def campaign(bundle: Path, calibration: Path, work: Path, cases: int, seed: int,
         "fluxc.stepcache.choose",
         "fluxrt.pipeline",
         "onnx",
+        # A plan measures how fast it multiplies; while it is imported it starts a program.
+        "torch",
     ):
         importlib.import_module(name)
     for name in ("tokenizers", "PIL.PngImagePlugin", "fluxrt.backends.onnxruntime", "fluxrt.cli", "rich.table"):
