@@ -131,7 +131,7 @@ def _targets(on: str, gpus: int) -> list[str]:
 def _gates(start: Start) -> list[str]:
     first = "# The worst result that a build may have; a build that misses a gate fails and writes no bundle."
     if start.is_small:
-        return [first, "gates: {layer_snr_db: 15, step_cosine: 0.98, image_psnr_db: 30}"]
+        return [first, "gates: {layer_snr_db: 15, step_cosine: 0.97, image_psnr_db: 30}"]
     if start.is_quantized:
         return [first, "# gates: {step_cosine: 0.98}"]
     return [
