@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -161,7 +161,7 @@ class ReferenceModel:
             found: torch.Tensor = embeddings
             return found
 
-        return encoder.run([lambda prompt=prompt: encoded(prompt) for prompt in prompts])  # type: ignore[misc]
+        return encoder.run([partial(encoded, prompt) for prompt in prompts])
 
     def denoise(
         self,
@@ -206,8 +206,7 @@ class ReferenceModel:
             )[0]
             return found
 
-        pairs = zip(texts, generations, strict=True)
-        return transformer.run([lambda text=text, how=how: denoised(text, how) for text, how in pairs])  # type: ignore[misc]
+        return transformer.run([partial(denoised, *pair) for pair in zip(texts, generations, strict=True)])
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """The image fp32 [height, width, 3] in 0..1 of one of the results of `denoise`."""
