@@ -49,7 +49,7 @@ class PlacedModel:
             for part in weights.parts:
                 weights.load(part)
             return
-        self._lockstep = Lockstep(self._load, weights.free)
+        self._lockstep = Lockstep(self._load, self._free)
         for part in weights.parts:
             module.get_submodule(part).register_forward_pre_hook(_waiting(part))
 
@@ -88,6 +88,11 @@ class PlacedModel:
             self.on_load(part, self.module)
         if self.on_progress:
             self.on_progress(self.parts.index(part) / len(self.parts), self._calls)
+
+    def _free(self, part: str) -> None:
+        self._weights.free(part)
+        # Weights and activations of other sizes come and go in turn; what glibc keeps between them grows from step to step.
+        return_memory()
 
 
 def _waiting(part: str) -> Callable[[nn.Module, Any], None]:
