@@ -59,6 +59,7 @@ def test_regular_expressions_match_whole_names() -> None:
         ("norm_out", "norm_out.linear"),
         ("*.atn.to_out.0", "attn.to_out.0"),
         ("re:single.*to_qkv_mlp", "to_qkv_mlp_proj"),
+        ("*modulaton*", "did you mean '*modulation*'"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error_with_near_matches(pattern: str, suggestion: str | None) -> None:

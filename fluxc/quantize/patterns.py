@@ -20,7 +20,7 @@ def matching(pattern: str, names: Iterable[str], field: str) -> list[str]:
     if not found:
         raise RecipeError(
             f"{field}: the pattern {pattern!r} matches no layer{_suggest(pattern, names) or '.'} "
-            "Patterns match a layer's whole name; `fluxc plan` lists the names"
+            "Patterns match a layer's whole name; without this one, `fluxc plan` lists the names"
         )
     return found
 
@@ -40,14 +40,17 @@ def matched(pattern: str, names: Iterable[str], field: str) -> list[str]:
 
 
 def _suggest(pattern: str, names: list[str]) -> str:
-    """Near matches among whole names, their last parts, and names with block numbers starred."""
+    """Near matches among whole names, their last parts, names with block numbers starred, or else the words of names."""
     bare = pattern.removeprefix("re:").strip("*").rstrip(".")
     starred = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     inside = [name for name in starred if bare and bare in name]
     if inside:
         return f"; did you mean {', '.join(repr(n) for n in inside[:3])}?"
     candidates = {name.split("*.", 1)[-1]: f"*{name.split('*.', 1)[-1]}" if "*." in name else name for name in starred}
-    clause = nearest(bare.replace("*.", ""), candidates)
+    word = bare.replace("*.", "")
+    if not nearest(word, candidates):
+        candidates = {part: f"*{part}*" for name in starred for part in re.split(r"[._]", name) if part.isalpha()}
+    clause = nearest(word, candidates)
     for short, full in candidates.items():
         clause = clause.replace(repr(short), repr(full))
     return clause
