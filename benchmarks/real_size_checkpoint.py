@@ -1,7 +1,7 @@
 """Makes a checkpoint of a published FLUX.2 model's shapes with random weights, for `real_size.py`.
 
-    python benchmarks/real_size_checkpoint.py /work/klein-4b                                # klein 4B whole: 15.8 GB
-    python benchmarks/real_size_checkpoint.py /work/dev --widths dev --blocks 2+4 --text-layers 28
+    python benchmarks/real_size_checkpoint.py klein-4b                                # klein 4B whole: 15.8 GB
+    python benchmarks/real_size_checkpoint.py dev --widths dev --blocks 2+4 --text-layers 28
 
 Every tensor has the name, shape, dtype (bf16) and file that it has in the published checkpoint. Numbers are Gaussian and
 follow from `--seed` and the tensor's name, so that they depend neither on the other tensors nor on the machine. They are

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
@@ -156,8 +157,8 @@ def _close(stage: StageUse, memory: Memory, began: float, ended: str) -> None:
         stage.seconds, stage.ended = time.monotonic() - began, ended
 
 
-def _read(name: str, stream: object, lines: queue.Queue[tuple[str, bytes | None]]) -> None:
-    for line in stream:  # type: ignore[attr-defined]
+def _read(name: str, stream: IO[bytes], lines: queue.Queue[tuple[str, bytes | None]]) -> None:
+    for line in stream:
         lines.put((name, line))
     lines.put((name, None))
 

@@ -365,8 +365,8 @@ def test_times_follow_work_and_rates() -> None:
     rates = SimpleNamespace(float32=1e9, bfloat16=4e9, hashing=1e8, copying=1e9, reading=1e7)
     work = Work(1.0, float32=2e9, bfloat16=4e9, read=5e7, hashed=1e8, copied=1e9)
     # Reading takes 5 s beside computing (1 + 2 + 1 s); hashing and copying come on top.
-    assert work.seconds(rates) == pytest.approx(5 + 1 + 1)  # type: ignore[arg-type]
-    assert (work * 2 + work).seconds(rates) == pytest.approx(21)  # type: ignore[arg-type]
+    assert work.seconds(rates) == pytest.approx(5 + 1 + 1)
+    assert (work * 2 + work).seconds(rates) == pytest.approx(21)
 
 
 def test_rates_are_measured_once_and_only_where_they_are_needed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -85,8 +85,8 @@ NOT_COMPARED = ("fidelity.level: none", 0)
 
 @dataclass(frozen=True)
 class Work:
-    """`seconds` that depend on no rate; FLOP in fp32 and in bfloat16 (as large products reach them); bytes that are read,
-    hashed and copied."""
+    """`fixed` seconds, which depend on no rate; FLOP in fp32 and in bfloat16 (as large products reach them); bytes that are
+    read, hashed and copied."""
 
     fixed: float = 0.0
     float32: float = 0.0
@@ -96,12 +96,10 @@ class Work:
     copied: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        names = ("fixed", "float32", "bfloat16", "read", "hashed", "copied")
-        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
+        return Work(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, times: float) -> Work:
-        names = ("fixed", "float32", "bfloat16", "read", "hashed", "copied")
-        return Work(*(getattr(self, name) * times for name in names))
+        return Work(*(one * times for one in astuple(self)))
 
     def seconds(self, rates: Rates) -> float:
         """At these rates; reading goes on beside computing."""
