@@ -116,12 +116,10 @@ def run_contender(kind: str, place: Path, detail: str, side: int, steps: int) ->
 
 
 def peak_mib() -> float:
-    """Largest resident set of this process in MiB, as the kernel counts it.
+    """Largest resident set of this process in MiB."""
+    from fluxc.base.memory import memory_peak
 
-    Not getrusage: its ru_maxrss starts at the parent's, which built a bundle.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    return memory_peak() / 2**20
 
 
 def diffusers_step(checkpoint: Path, dtype: str, side: int):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 from cpu_step import cpu_name
 
+from fluxc.base.memory import memory_peak
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.published import MODELS
@@ -155,7 +155,7 @@ def write_random(file: Path, tensors: dict[str, TensorRef]) -> None:
 
 
 def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return memory_peak() / 2**30
 
 
 if __name__ == "__main__":

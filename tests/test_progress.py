@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -106,6 +107,14 @@ def test_memory_is_that_of_this_process() -> None:
     now = memory_now()
     assert now is not None
     assert 10 * 2**20 < now <= memory_peak() * 1.1
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_it() -> None:
+    held = np.ones(300 << 20, np.uint8)
+    command = [sys.executable, "-c", "from fluxc.base.memory import memory_peak; print(memory_peak())"]
+    # As a shell starts it: without preexec_fn, Python shares its memory with the new process until that runs.
+    told = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=os.getpid).stdout
+    assert 10 * 2**20 < int(told) < len(held) / 2
     assert [bytes_in_words(size) for size in (820 * 2**20, 1434 * 2**20)] == ["820 MiB", "1.4 GiB"]
 
 

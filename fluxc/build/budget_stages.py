@@ -45,8 +45,8 @@ from fluxc.targets.sharding import Shards
 MIB, GIB = 1 << 20, 1 << 30
 START = 600 * MIB
 """A process that has not imported diffusers yet."""
-WRITER = 480 * MIB
-"""The chunks that are quantized, mapped pages of the source, and compiling the kernels where that was not done before."""
+WRITER = 200 * MIB
+"""The chunks that are quantized, and mapped pages of the source."""
 SESSION = 100 * MIB
 """What ONNX Runtime's sessions take without weights."""
 LIBRARY = 300 * MIB
