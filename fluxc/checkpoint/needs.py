@@ -88,7 +88,7 @@ def parts_of(tensors: Mapping[str, Shape]) -> Counter[str]:
 
 def memory_by_component(models: Models, asked: Asked) -> int:
     """Bytes of the process at its peak, with one component in memory at a time."""
-    peak = ALLOCATOR * decoding(models.vae, asked)
+    peak = 0.0
     for component in (_TextEncoder(models, asked), _Transformer(models, asked)):
         weights = asked.itemsize * sum(component.parts.values()) + component.largest_read
         peak = max(peak, weights + ALLOCATOR * (component.kept + component.activations))
@@ -97,7 +97,7 @@ def memory_by_component(models: Models, asked: Asked) -> int:
 
 def memory_by_layer(models: Models, asked: Asked) -> int:
     """Bytes of the process at its peak, with two parts of a component in memory at a time."""
-    peak = ALLOCATOR * decoding(models.vae, asked)
+    peak = 0.0
     for component in (_TextEncoder(models, asked), _Transformer(models, asked)):
         weights = asked.itemsize * sum(size for _, size in component.parts.most_common(2)) + component.largest_read
         peak = max(peak, weights + ALLOCATOR * (component.calls * component.kept + component.activations))
@@ -178,7 +178,8 @@ class _TextEncoder(_Component):
 
 
 class _Transformer(_Component):
-    """Residual streams, modulation and rotary embeddings are kept; a single-stream block has the most activations."""
+    """Residual streams, modulation and rotary embeddings are kept; a single-stream block has the most activations, or the VAE,
+    which decodes the images while the transformer is still there."""
 
     def __init__(self, models: Models, asked: Asked) -> None:
         model, item = models.transformer, asked.itemsize
@@ -187,7 +188,8 @@ class _Transformer(_Component):
         self.largest_read = _converted(model.tensors, item)
         self.calls = min(asked.prompts, asked.together) * asked.rows
         self.kept = tokens * (3 * model.width * item + 2 * model.attention_head_dim * 4)
-        self.activations = tokens * (14 * model.width + 5 * model.mlp_width) * item
+        of_block = tokens * (14 * model.width + 5 * model.mlp_width) * item
+        self.activations = max(of_block, decoding(models.vae, asked))
 
 
 def _converted(tensors: Mapping[str, Shape], itemsize: int) -> int:
