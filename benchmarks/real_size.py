@@ -1,12 +1,14 @@
 """Compiles a checkpoint of a real model's size and shows what that takes: time, memory, disk, and what ends it.
 
     python benchmarks/real_size.py build --memory 12GiB --again 8GiB    # stages, one image beside diffusers, equal bytes
+    python benchmarks/real_size.py build --memory 12GiB --grown         # the same with weights that make flux2-nano's images
     python benchmarks/real_size.py depth --memory 6GiB                  # memory by depth, at klein 9B's and dev's widths
     python benchmarks/real_size.py kills --memory 12GiB                 # SIGKILL in each stage, then on to the same bytes
     python benchmarks/real_size.py disk --memory 12GiB                  # a full disk in each stage, then the same (root)
     python benchmarks/real_size.py refuse                               # limits below what is needed
 
-The checkpoint has random weights (`real_size_checkpoint.py`). It is klein 4B's whole, unless `--widths`, `--blocks` or
+The checkpoint has random weights (`real_size_checkpoint.py`) or, with `--grown`, those of flux2-nano at its size, for 64x64
+images (`real_size_grown.py`). It is klein 4B's whole, unless `--widths`, `--blocks` or
 `--text-layers` say otherwise, and is compiled as recipes/flux2-klein-4b.yaml is, for 256x256 images, for `onnxruntime` and
 `tensorrt_rtx`. Memory is measured and limited as `real_size_watch.py` says. Everything is removed at the end, unless `--keep`
 leaves it for the next command with the same `--work`. Tables go to stdout as Markdown, what happens meanwhile to stderr.
@@ -24,7 +26,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +59,9 @@ from real_size_place import (
 )
 from real_size_watch import Run, limited_by, watched
 
+Pair = tuple[Path, "Path | None"]
+"""What diffusers recorded, and the image of fluxrt, where there is one."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,6 +75,11 @@ def main() -> None:
     add_shape_options(parser)
     parser.add_argument(
         "--nano", action="store_true", help="flux2-nano, not of a real size: tries the command in minutes"
+    )
+    parser.add_argument(
+        "--grown",
+        action="store_true",
+        help="weights that compute what flux2-nano does (real_size_grown.py), not random ones",
     )
     parser.add_argument("--depths", default="2+4,4+8", help="of depth: blocks to compare (default: 2+4,4+8)")
     parser.add_argument("--all-widths", default="klein-9b,dev", help="of depth (default: klein-9b,dev)")
@@ -130,9 +140,8 @@ def image(place: Place, bundle: Path) -> None:
     """One image by fluxrt and diffusers: seconds and memory; how far apart, and how far the same recipe is on flux2-nano."""
     options, checkpoint = place.options, place.checkpoint()
     picture, record = place.work / "image.png", place.work / "reference.npz"
-    is_nano = checkpoint == NANO
-    size, text = (NANO_SIZE, NANO_TEXT) if is_nano else (SIZE, TEXT)
-    prompt = held_out(is_nano)[0]
+    size, text = (NANO_SIZE, NANO_TEXT) if place.is_nano else (SIZE, TEXT)
+    prompt = held_out(place.is_nano)[0]
     generate = [sys.executable, "-m", "fluxrt", "generate", str(bundle), "--prompt", prompt, "--out", str(picture)]
     generate += ["--target", "onnxruntime", "--seed", "0", "--json", "--log-format", "json"]
     tell("fluxrt generate")
@@ -150,28 +159,47 @@ def image(place: Place, bundle: Path) -> None:
     print(flush=True)
     if theirs.status:
         raise SystemExit(ended(theirs))
-    rows = [distances(place.name, bundle, [(record, picture if ours.status == 0 else None)])]
-    rows.append(nano(place))
+    pairs: list[Pair] = [(record, picture if ours.status == 0 else None)]
+    if options.grown:
+        pairs += pairs_of(place, checkpoint, bundle, range(1, NANO_PROMPTS))
+    small, nano_pairs = nano(place)
+    rows = [
+        distances(place.name, bundle, pairs),
+        distances(f"{NANO.name}, {len(nano_pairs)} prompts", small, nano_pairs),
+    ]
     print("| | text error | velocity error | cosine of velocity | PSNR of the image, dB |\n|---|---|---|---|---|")
     print("\n".join(rows) + "\n", flush=True)
+    if options.grown:
+        same = [
+            psnr(*(np.load(reference)["image"] for reference, _ in both))
+            for both in zip(pairs, nano_pairs, strict=True)
+        ]
+        words = f"PSNR between diffusers' images of {place.name} and of {NANO.name}"
+        print(f"{words}: {np.mean(same):.1f} dB on average, {min(same):.1f} dB at least.\n", flush=True)
 
 
-def nano(place: Place) -> str:
-    """The row of flux2-nano, compiled by the same recipe."""
+def nano(place: Place) -> tuple[Path, list[Pair]]:
+    """flux2-nano, compiled by the same recipe: its bundle, and what it and diffusers make of the held-out prompts."""
     out = place.work / "build-nano" / "bundle"
-    tell("build of flux2-nano")
+    tell(f"build of {NANO.name}")
     run = place.build(place.recipe(NANO), out, None)
     if run.status:
         raise SystemExit(ended(run))
-    prompts = held_out(is_nano=True)[:NANO_PROMPTS]
-    pairs: list[tuple[Path, Path | None]] = []
-    for number, prompt in enumerate(prompts):
-        record, picture = place.work / f"nano-{number}.npz", place.work / f"nano-{number}.png"
-        checked(script("reference", NANO, record, prompt, NANO_SIZE, NANO_TEXT, number))
-        generate = [sys.executable, "-m", "fluxrt", "generate", str(out), "--prompt", prompt, "--out", str(picture)]
+    return out, pairs_of(place, NANO, out, range(NANO_PROMPTS))
+
+
+def pairs_of(place: Place, checkpoint: Path, bundle: Path, numbers: Iterable[int]) -> list[Pair]:
+    """What diffusers records, and the image of fluxrt, for flux2-nano's held-out prompts of these numbers."""
+    pairs: list[Pair] = []
+    for number in numbers:
+        prompt = held_out(is_nano=True)[number]
+        record, picture = (place.work / f"{checkpoint.name}-{number}{suffix}" for suffix in (".npz", ".png"))
+        tell(f"image {number} of {checkpoint.name}")
+        checked(script("reference", checkpoint, record, prompt, NANO_SIZE, NANO_TEXT, number))
+        generate = [sys.executable, "-m", "fluxrt", "generate", str(bundle), "--prompt", prompt, "--out", str(picture)]
         checked([*generate, "--target", "onnxruntime", "--seed", str(number)])
         pairs.append((record, picture))
-    return distances(f"flux2-nano, {len(prompts)} prompts", out, pairs)
+    return pairs
 
 
 def held_out(is_nano: bool) -> list[str]:
@@ -180,7 +208,7 @@ def held_out(is_nano: bool) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-def distances(name: str, bundle: Path, pairs: list[tuple[Path, Path | None]]) -> str:
+def distances(name: str, bundle: Path, pairs: list[Pair]) -> str:
     """A row: the largest errors over prompts and steps, the smallest cosine, the mean PSNR."""
     from PIL import Image
 

@@ -27,9 +27,10 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ TEXT_ENCODERS: dict[str, dict[str, Any]] = {
 }
 RESIDUAL_OUTLIERS, FEED_FORWARD_OUTLIERS = 500, 1000
 """One channel of so many."""
+Pieces = Callable[[str, tuple[int, ...]], Iterable[Callable[[], bytes]]]
+"""Of a tensor's name and shape, what gives its bytes piece by piece, in order."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def make(folder: Path, shape: Shape, seed: int = 0, like: Path | None = None) ->
             continue
         (partial / component).mkdir()
         _write_json(partial / component / "config.json", configs[component])
-        write_component(partial / component, component, tensors, seed)
+        write_component(partial / component, component, tensors, random_pieces(component, seed))
     write_tokenizer(partial / "tokenizer")
     shutil.copytree(NANO / "scheduler", partial / "scheduler")
     index = json.loads((NANO / "model_index.json").read_text()) | {"is_distilled": True}
@@ -178,7 +181,7 @@ def make(folder: Path, shape: Shape, seed: int = 0, like: Path | None = None) ->
     return size
 
 
-def write_component(folder: Path, component: str, tensors: dict[str, tuple[int, ...]], seed: int) -> None:
+def write_component(folder: Path, component: str, tensors: dict[str, tuple[int, ...]], pieces: Pieces) -> None:
     """The weights of a component: one safetensors file, or shards and their index where they are more than SHARDS."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = SHARDS[component]
@@ -193,7 +196,7 @@ def write_component(folder: Path, component: str, tensors: dict[str, tuple[int, 
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         of = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        write_file(folder / f"{stem}{of}.safetensors", component, shard, seed)
+        write_file(folder / f"{stem}{of}.safetensors", shard, pieces)
         weight_map |= dict.fromkeys(shard, f"{stem}{of}.safetensors")
     if len(shards) > 1:
         total = sum(_bytes_of(name, shape) for name, shape in tensors.items())
@@ -201,8 +204,8 @@ def write_component(folder: Path, component: str, tensors: dict[str, tuple[int, 
         _write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-def write_file(path: Path, component: str, tensors: dict[str, tuple[int, ...]], seed: int) -> None:
-    """A safetensors file of random tensors, drawn two chunks at a time and written in order."""
+def write_file(path: Path, tensors: dict[str, tuple[int, ...]], pieces: Pieces) -> None:
+    """A safetensors file of bf16 tensors, whose pieces are made two at a time and written in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape in tensors.items():
@@ -212,14 +215,23 @@ def write_file(path: Path, component: str, tensors: dict[str, tuple[int, ...]], 
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    work = (item for name, shape in tensors.items() for item in chunks_of(component, name, shape, seed))
+    work = (piece for name, shape in tensors.items() for piece in pieces(name, shape))
     with path.open("wb") as out, ThreadPoolExecutor(2) as pool:
         out.write(struct.pack("<Q", len(text)) + text)
-        # Few at a time: what is drawn and not written yet is in memory.
-        waiting = [pool.submit(draw, chunk) for chunk in islice(work, 3)]
+        # Few at a time: what is made and not written yet is in memory.
+        waiting = [pool.submit(piece) for piece in islice(work, 3)]
         while waiting:
             out.write(waiting.pop(0).result())
-            waiting += [pool.submit(draw, chunk) for chunk in islice(work, 1)]
+            waiting += [pool.submit(piece) for piece in islice(work, 1)]
+
+
+def random_pieces(component: str, seed: int) -> Pieces:
+    """Random numbers for the tensors of a component."""
+
+    def pieces(name: str, shape: tuple[int, ...]) -> Iterator[Callable[[], bytes]]:
+        return (partial(draw, chunk) for chunk in chunks_of(component, name, shape, seed))
+
+    return pieces
 
 
 @dataclass(frozen=True)
@@ -255,7 +267,7 @@ def chunks_of(component: str, name: str, shape: tuple[int, ...], seed: int) -> I
 
 
 def draw(chunk: Chunk) -> bytes:
-    """The chunk's numbers as bf16, rounded to nearest even."""
+    """The chunk's numbers as bf16."""
     if chunk.counter:
         return bytes(8)
     if chunk.deviation == 0:
@@ -269,6 +281,11 @@ def draw(chunk: Chunk) -> bytes:
         for row in chunk.outliers:
             if chunk.first <= row < chunk.first + chunk.shape[0]:
                 values[row - chunk.first] *= np.float32(chunk.factor)
+    return in_bf16(values)
+
+
+def in_bf16(values: np.ndarray) -> bytes:
+    """fp32 `values`, which are overwritten, rounded to bf16."""
     bits = values.view(np.uint32)
     bits += ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
     return (bits >> np.uint32(16)).astype(np.uint16).tobytes()

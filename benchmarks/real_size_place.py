@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from real_size_checkpoint import Shape, make, shape_of
+from real_size_grown import configs_of
+from real_size_grown import make as make_grown
 from real_size_watch import BETWEEN, OnBegin, Run, StageUse, watched
 
 HERE = Path(__file__).resolve().parent
@@ -51,23 +53,30 @@ class Place:
     @property
     def name(self) -> str:
         """What is compiled, in words."""
-        return NANO.name if self.options.nano else self.shape.name
+        if self.options.nano:
+            return NANO.name
+        return f"{self.shape.name}, grown from {NANO.name}" if self.options.grown else self.shape.name
+
+    @property
+    def is_nano(self) -> bool:
+        """Whether what is compiled computes what flux2-nano does, so that its sizes and prompts suit it."""
+        return bool(self.options.nano or self.options.grown)
 
     def checkpoint(self, shape: Shape | None = None, like: Path | None = None) -> Path:
         """The checkpoint of `shape`, by default the one that the options ask for, made where it is not there."""
         if shape is None and self.options.nano:
             return NANO
         shape = shape or self.shape
-        folder = self.work / "checkpoints" / shape.name.replace(" ", "-")
+        folder = self.work / "checkpoints" / (shape.name.replace(" ", "-") + ("-grown" if self.options.grown else ""))
         if not (folder / "model_index.json").is_file():
             began = time.monotonic()
-            size = make(folder, shape, like=like)
+            size = make_grown(folder, configs_of(shape)) if self.options.grown else make(folder, shape, like=like)
             tell(f"made {folder}: {size / 1e9:.1f} GB in {time.monotonic() - began:.0f} s")
         return folder
 
     def recipe(self, checkpoint: Path) -> Path:
         """The recipe that compiles `checkpoint`."""
-        nano = checkpoint == NANO
+        nano = self.is_nano or checkpoint == NANO
         prompts = "flux2-nano" if nano else "natural"
         path = self.work / f"{checkpoint.name}.yaml"
         path.write_text(
@@ -103,7 +112,8 @@ class Place:
 
     def undisturbed(self, limit: int | None) -> tuple[Path, list[StageUse], dict[str, str]]:
         """(bundle, stages, hashes) of a build that nothing disturbs: an earlier one's where it was kept."""
-        out = self.work / f"build-{in_words(limit).replace(' ', '-')}" / "bundle"
+        grown = "-grown" if self.options.grown else ""
+        out = self.work / f"build{grown}-{in_words(limit).replace(' ', '-')}" / "bundle"
         note = out.parent / "stages.json"
         if not note.is_file():
             tell(f"build of {self.name} in {in_words(limit)}")

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import real_size_checkpoint as made
 import real_size_faults
+import real_size_grown as grown
 import real_size_place
 from real_size_watch import START, watched
 
@@ -51,6 +52,47 @@ def test_tensors_are_those_of_diffusers_and_transformers(widths: str) -> None:
         if shape.text_encoder["tie_word_embeddings"]:
             expected.pop("lm_head.weight", None)
         assert tensors == expected
+
+
+def test_a_grown_checkpoint_makes_the_image_of_flux2_nano_in_diffusers(tmp_path: Path) -> None:
+    from diffusers import Flux2KleinPipeline
+
+    small, text = (
+        json.loads((made.NANO / name / "config.json").read_text()) for name in ("transformer", "text_encoder")
+    )
+    configs = {
+        "transformer": small
+        | {
+            "attention_head_dim": 64,
+            "axes_dims_rope": [16] * 4,
+            "num_attention_heads": 8,
+            "joint_attention_dim": 3 * 64,
+        }
+        | {"num_layers": 3, "num_single_layers": 8, "timestep_guidance_channels": 256},
+        "text_encoder": text
+        | {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500}
+        | {"intermediate_size": 200, "num_hidden_layers": 30, "max_window_layers": 30}
+        | {"layer_types": ["full_attention"] * 30},
+    }
+    grown.make(tmp_path / "grown", configs)
+    images = []
+    for folder in (made.NANO, tmp_path / "grown"):
+        pipeline = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        latents = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(1))
+        arguments = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0, "latents": latents}
+        text_arguments = {"max_sequence_length": 32, "text_encoder_out_layers": (9, 18, 27)}
+        images.append(pipeline(prompt="a red circle", output_type="np", **arguments, **text_arguments).images[0])
+    assert images[0].std() > 0.1
+    assert np.sqrt(np.mean((images[1] - images[0]) ** 2)) < 0.002
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_a_grown_checkpoint_has_the_tensors_of_its_size(component: str) -> None:
+    config = grown.configs_of(made.Shape())[component]
+    same = made.Shape().tensors()[component]
+    found = grown.tensors_of(component, config)
+    other = {"x_embedder.weight", "proj_out.weight"} if component == "transformer" else set()
+    assert {name for name in {*found, *same} if found.get(name) != same.get(name)} == other
 
 
 def test_published_klein_4b_is_as_large_as_published() -> None:
