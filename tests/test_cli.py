@@ -149,6 +149,7 @@ def test_inspect_prints_the_manifest_in_words(quick_bundle: Path) -> None:
     assert result.exit_code == 0, result.output
     for expected in ("flux2-nano-nvfp4", "Flux2KleinPipeline", "nvfp4", "onnxruntime", "64x64", "torch 2.13.0"):
         assert expected in result.output
+    assert "(2 prompts, 3 steps, 64x64); reference on" in " ".join(result.output.split())
 
 
 def test_verify_says_what_it_checked(quick_bundle: Path) -> None:

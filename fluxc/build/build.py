@@ -20,7 +20,16 @@ from fluxc.build.job import Job, hash_checkpoint, template_of
 from fluxc.build.preflight import preflight
 from fluxc.build.readme import place_readme
 from fluxc.build.runner import Results, count_steps, run, run_steps, up_to
-from fluxc.build.stages import DRAFT, comparing, layers_of, provenance_computed, provenance_tools, sampling_entry, steps
+from fluxc.build.stages import (
+    DRAFT,
+    comparing,
+    layers_of,
+    provenance_computed,
+    provenance_measured,
+    provenance_tools,
+    sampling_entry,
+    steps,
+)
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.fidelity.evidence import evidence_entry
 from fluxc.fidelity.gates import check_gates, check_stages, stage_bounds
@@ -215,6 +224,7 @@ def _draft(
             tools=provenance_tools(recipe),
             built_at="",
             computed=provenance_computed(job, results),
+            measured=provenance_measured(job, results),
         ),
         components={name: written.entry for name, written in weights.items()},
         precision=bundle_writer.precision_entries(source),

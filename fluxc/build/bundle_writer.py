@@ -137,7 +137,7 @@ def precision_entries(source: Source) -> tuple[format.Layer, ...]:
 
 
 def resolved_recipe(loaded: LoadedRecipe) -> dict[str, Any]:
-    """The recipe with every default filled in and the prompts themselves in place of their files."""
+    """The recipe with the defaults filled in that do not depend on the model, and the prompts in place of their files."""
     recipe: dict[str, Any] = msgspec.to_builtins(loaded.recipe)
     for field in ("calibration", "fidelity", "step_cache"):
         if recipe[field] and recipe[field]["prompts"]:

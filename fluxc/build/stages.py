@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
@@ -149,6 +149,18 @@ def provenance_computed(job: Job, results: Results) -> dict[str, str]:
     return found | ({"reference": reference_stage.ran_as(reference)} if reference else {})
 
 
+def provenance_measured(job: Job, results: Results) -> dict[str, str]:
+    """What the model was asked, by what it was run for; a recipe leaves some of that to the size of the model."""
+    found = {}
+    if job.given_calibration or results.get("calibrate"):
+        asked = calibration_request(job.loaded, job.is_large)
+        found["calibration"] = _asked_in_words(len(asked["prompts"]), asked["steps"], asked["size"])
+    if results.get("reference"):
+        request = job.fidelity
+        found["reference"] = _asked_in_words(len(request.prompts), request.steps, request.size)
+    return found
+
+
 def layers_of(results: Results) -> list[dict[str, Any]]:
     """Every quantized layer with its errors, from what the weights stages wrote."""
     return [
@@ -156,6 +168,11 @@ def layers_of(results: Results) -> list[dict[str, Any]]:
         for name in WEIGHTS_FILE
         for layer in json.loads((results[f"weights-{name}"] / weights_stage.LAYERS).read_text())
     ]
+
+
+def _asked_in_words(prompts: int, steps: int, size: Sequence[int]) -> str:
+    height, width = size
+    return f"{prompts} prompt{'s' * (prompts != 1)}, {steps} step{'s' * (steps != 1)}, {height}x{width}"
 
 
 def _made(stage: Stage[Any, Any]) -> Any:

@@ -78,7 +78,11 @@ def print_bundle(bundle: Bundle) -> None:
     for line in [*_evidence_words(manifest), *_cache_lines(manifest), *evidence_lines(entries_of(manifest), digest)]:
         console.print(line)
     size = sum(file.size for file in manifest.files.values())
-    ran = ", ".join(f"{what} on {where}" for what, where in manifest.provenance.computed.items())
+    measured = manifest.provenance.measured
+    ran = "; ".join(
+        f"{what} on {where}" + (f" ({measured[what]})" if what in measured else "")
+        for what, where in manifest.provenance.computed.items()
+    )
     if ran:
         console.print(f"computed: {ran}")
     tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items())

@@ -389,6 +389,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     built_at: str
     computed: dict[str, str] = {}
     """What the model ran on, and in which type, by what it was run for: calibration, step cache, reference."""
+    measured: dict[str, str] = {}
+    """How many prompts and steps that was, at which size, where the recipe may leave it open: calibration, reference."""
 
 
 class RecordedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
