@@ -24,6 +24,7 @@ from fluxc.base.errors import BuildError
 from fluxc.base.output import names_place
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
+from fluxrt.memory import return_memory
 
 Inputs = TypeVar("Inputs")
 Result = TypeVar("Result")
@@ -96,6 +97,8 @@ def run(cache: StageCache, stage: Stage[Inputs, Result]) -> Result:
 
     def work(path: Path, report: Report) -> None:
         stage.run(stage.inputs, path, report)
+        # glibc keeps what a stage freed, and the next one has a need of its own.
+        return_memory()
         for file, before in given.items():
             if not file.is_relative_to(cache.root) and not (file.is_file() and cache.file_digest(file) == before):
                 raise BuildError(f"{file}: it changed while the build read it ({stage.title}); build again")
