@@ -22,7 +22,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def tensors_of(component: str, config: dict[str, Any]) -> dict[str, tuple[int, .
     return encoder.tensors(encoder.num_hidden_layers)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Spread:
     """How a tensor of flux2-nano becomes a larger one: of each output and input, the channel that it repeats or NOTHING.
 
@@ -92,7 +92,6 @@ class Spread:
     inputs: np.ndarray | None = None
     factor: float = 1.0
     shared: bool = True
-    name: str = field(default="", compare=False)
 
 
 def grown(small: np.ndarray, spread: Spread, generator: np.random.Generator) -> np.ndarray:
@@ -124,7 +123,7 @@ def pieces_of(component: str, config: dict[str, Any]) -> Pieces:
         with safe_open(file, "pt") as tensors:
             values = tensors.get_tensor(source).float().numpy()
         spread = spread_of(name)
-        spread.factor *= factor
+        spread = replace(spread, factor=spread.factor * factor)
         larger = grown(values, spread, np.random.default_rng(list(name.encode())))
         assert larger.shape == shape, (name, larger.shape, shape)
         return in_bf16(larger)
@@ -296,8 +295,7 @@ def _by_end(maps: dict[str, Spread], name: str) -> Spread:
     """The map of the tensor, found by how its name ends; the longest end counts."""
     stem = name.removesuffix(".weight")
     end = max((end for end in maps if stem.endswith(end)), key=len)
-    found = maps[end]
-    return Spread(found.outputs, found.inputs, found.factor, found.shared)
+    return maps[end]
 
 
 def _config(component: str) -> dict[str, Any]:

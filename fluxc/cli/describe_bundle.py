@@ -78,10 +78,9 @@ def print_bundle(bundle: Bundle) -> None:
     for line in [*_evidence_words(manifest), *_cache_lines(manifest), *evidence_lines(entries_of(manifest), digest)]:
         console.print(line)
     size = sum(file.size for file in manifest.files.values())
-    measured = manifest.provenance.measured
+    computed, measured = manifest.provenance.computed or {}, manifest.provenance.measured or {}
     ran = "; ".join(
-        f"{what} on {where}" + (f" ({measured[what]})" if what in measured else "")
-        for what, where in manifest.provenance.computed.items()
+        f"{what} on {where}" + (f" ({measured[what]})" if what in measured else "") for what, where in computed.items()
     )
     if ran:
         console.print(f"computed: {ran}")

@@ -17,7 +17,7 @@ from fluxrt.errors import BundleError
 FORMAT = "fluxc-bundle"
 FORMAT_VERSION = 7
 READABLE = (6, 7)
-"""Format versions that are read: 6 is 7 without evidence, and without what `fidelity` says of levels."""
+"""Format versions that are read: 6 is 7 without evidence, without what `fidelity` says of levels, and `provenance` of runs."""
 MANIFEST = "bundle.json"
 NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are no JSON, no UTF-8, or nested too deep."""
@@ -387,9 +387,9 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint: dict[str, dict[str, str]]
     tools: dict[str, str]
     built_at: str
-    computed: dict[str, str] = {}
+    computed: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
     """What the model ran on, and in which type, by what it was run for: calibration, step cache, reference."""
-    measured: dict[str, str] = {}
+    measured: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
     """How many prompts and steps that was, at which size, where the recipe may leave it open: calibration, reference."""
 
 
