@@ -37,6 +37,7 @@ from real_size_faults import disk, kills, refuse
 from real_size_image import psnr
 from real_size_place import (
     GIB,
+    GROWN_PROMPTS,
     HERE,
     NANO,
     NANO_PROMPTS,
@@ -161,7 +162,7 @@ def image(place: Place, bundle: Path) -> None:
         raise SystemExit(ended(theirs))
     pairs: list[Pair] = [(record, picture if ours.status == 0 else None)]
     if options.grown:
-        pairs += pairs_of(place, checkpoint, bundle, range(1, NANO_PROMPTS))
+        pairs += pairs_of(place, checkpoint, bundle, range(1, GROWN_PROMPTS))
     small, nano_pairs = nano(place)
     rows = [
         distances(place.name, bundle, pairs),
