@@ -39,7 +39,8 @@ def main() -> None:
 
 
 def reference(options: argparse.Namespace) -> dict[str, Any]:
-    """What diffusers computes: text [1, S, features], latents and velocities [steps, 1, tokens, channels], sigmas, image."""
+    """What diffusers computes: text [1, S, features], latents and velocities [steps, 1, tokens, channels], image, and sigmas as
+    its timesteps were rounded there."""
     import torch
     from diffusers import Flux2KleinPipeline
 
@@ -52,7 +53,8 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
     def on_pass(_module: Any, _arguments: Any, given: dict[str, Any], output: Any) -> None:
         text[:] = [given["encoder_hidden_states"].float().numpy()]
         found["latents"].append(given["hidden_states"].float().numpy().copy())
-        found["sigmas"].append(float(given["timestep"][0]))
+        # As diffusers goes on: it multiplies by 1000 in the type of the latents, where 957 becomes 956.
+        found["sigmas"].append(float(given["timestep"][0].to(given["hidden_states"].dtype) * 1000) / 1000)
         found["velocities"].append(output[0].float().numpy().copy())
 
     pipeline.transformer.register_forward_hook(on_pass, with_kwargs=True)
