@@ -295,12 +295,12 @@ def test_a_limit_decides_between_components_and_layers(klein: Path, tmp_path: Pa
 def test_what_does_not_fit_is_refused_with_figures_and_what_would_do(
     verb: str, klein: Path, tmp_path: Path, own_cache: None
 ) -> None:
-    arguments = [verb, str(RECIPE), *klein_sets(klein), "--memory", "1200MiB", "--out", str(tmp_path / "bundle")]
+    arguments = [verb, str(RECIPE), *klein_sets(klein), "--memory", "1600MiB", "--out", str(tmp_path / "bundle")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
     told = result.stderr
     assert "stage calibrate needs" in told
-    assert "of memory, even layer by layer, and --memory gives 1.2 GiB; use calibration.engine: none, " in told
+    assert "of memory, even layer by layer, and --memory gives 1.6 GiB; use calibration.engine: none, " in told
     assert "stage reference needs" in told
     assert "stage compare needs" in told
     assert "fidelity.level: none" in told

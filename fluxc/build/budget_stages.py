@@ -276,9 +276,10 @@ class Needs:
         seconds = values * QUANTIZE_SECONDS[scales] / self.cores + (COMPILE_SECONDS if values else 0.0)
         stored = self.weights_bytes[component]
         copied = before - 2 * values + stored
-        return Need(
-            PROCESS + WRITER, stored + SMALL_DISK, work=Work(seconds, read=before, hashed=stored, copied=copied)
-        )
+        memory = PROCESS + WRITER
+        if self.recipe.calibration.engine == "fluxc":
+            memory += observed_bytes(self.models) // 2
+        return Need(memory, stored + SMALL_DISK, work=Work(seconds, read=before, hashed=stored, copied=copied))
 
     def _target(self, name: str) -> Need:
         target = next(target for target in self.recipe.targets if target.name == name)
