@@ -128,7 +128,7 @@ def test_shards_hold_what_one_file_would(tmp_path: Path, monkeypatch: pytest.Mon
     for folder, limit in (("one", 10**9), ("several", 90_000)):
         (tmp_path / folder).mkdir()
         monkeypatch.setitem(made.SHARDS, "text_encoder", limit)
-        made.write_component(tmp_path / folder, "text_encoder", tensors, seed=1)
+        made.write_component(tmp_path / folder, "text_encoder", tensors, made.random_pieces("text_encoder", seed=1))
     index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
     assert sorted(set(index["weight_map"].values())) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
     with safe_open(tmp_path / "one" / "model.safetensors", "pt") as whole:
