@@ -2,7 +2,7 @@
 
     python benchmarks/real_size.py build --memory 12GiB --again 8GiB    # stages, one image beside diffusers, equal bytes
     python benchmarks/real_size.py build --memory 12GiB --grown         # the same with weights that make flux2-nano's images
-    python benchmarks/real_size.py depth --memory 6GiB                  # memory by depth, at klein 9B's and dev's widths
+    python benchmarks/real_size.py depth --memory 10GiB                  # memory by depth, at klein 9B's and dev's widths
     python benchmarks/real_size.py kills --memory 12GiB                 # SIGKILL in each stage, then on to the same bytes
     python benchmarks/real_size.py disk --memory 12GiB                  # a full disk in each stage, then the same (root)
     python benchmarks/real_size.py refuse                               # limits below what is needed
