@@ -2,16 +2,16 @@
 
     python benchmarks/real_size.py build --memory 12GiB --again 8GiB    # stages, one image beside diffusers, equal bytes
     python benchmarks/real_size.py build --memory 12GiB --grown         # the same with weights that make flux2-nano's images
-    python benchmarks/real_size.py depth --memory 10GiB                  # memory by depth, at klein 9B's and dev's widths
+    python benchmarks/real_size.py depth --memory 10GiB                 # memory by depth, at klein 9B's and dev's widths
     python benchmarks/real_size.py kills --memory 12GiB                 # SIGKILL in each stage, then on to the same bytes
     python benchmarks/real_size.py disk --memory 12GiB                  # a full disk in each stage, then the same (root)
     python benchmarks/real_size.py refuse                               # limits below what is needed
 
 The checkpoint has random weights (`real_size_checkpoint.py`) or, with `--grown`, those of flux2-nano at its size, for 64x64
-images (`real_size_grown.py`). It is klein 4B's whole, unless `--widths`, `--blocks` or
-`--text-layers` say otherwise, and is compiled as recipes/flux2-klein-4b.yaml is, for 256x256 images, for `onnxruntime` and
-`tensorrt_rtx`. Memory is measured and limited as `real_size_watch.py` says. Everything is removed at the end, unless `--keep`
-leaves it for the next command with the same `--work`. Tables go to stdout as Markdown, what happens meanwhile to stderr.
+images (`real_size_grown.py`). It is klein 4B's whole, unless `--widths`, `--blocks` or `--text-layers` say otherwise, and is
+compiled as recipes/flux2-klein-4b.yaml is, for 256x256 images, for `onnxruntime` and `tensorrt_rtx`. Memory is measured and
+limited as `real_size_watch.py` says. Everything is removed at the end, unless `--keep` leaves it for the next command with the
+same `--work`. Tables go to stdout as Markdown, what happens meanwhile to stderr.
 
 `build` with klein 4B writes 16 GB of checkpoint and 6 GB of bundle; `depth` at most 45 GB, one model after the other.
 """
@@ -144,15 +144,17 @@ def image(place: Place, bundle: Path) -> None:
     size, text = (NANO_SIZE, NANO_TEXT) if place.is_nano else (SIZE, TEXT)
     prompt = held_out(place.is_nano)[0]
     generate = [sys.executable, "-m", "fluxrt", "generate", str(bundle), "--prompt", prompt, "--out", str(picture)]
-    generate += ["--target", "onnxruntime", "--seed", "0", "--json", "--log-format", "json"]
-    tell("fluxrt generate")
-    ours = watched(generate, options.image_memory)
+    generate += ["--target", "onnxruntime", "--seed", "0", "--json", "--log-format", "json", "--memory"]
+    runs: dict[str, Run] = {}
+    for memory in ("staged", "resident"):
+        tell(f"fluxrt generate --memory {memory}")
+        runs[f"fluxrt, `--memory {memory}`"] = watched([*generate, memory], options.image_memory)
+    ours = runs["fluxrt, `--memory resident`"]
     tell("diffusers")
-    theirs = watched(script("reference", checkpoint, record, prompt, size, text, 0))
-    print(f"### One image of {size}x{size}, {STEPS} steps\n")
+    theirs = runs["diffusers, bf16"] = watched(script("reference", checkpoint, record, prompt, size, text, 0))
+    print(f"### One image of {size}x{size}, {STEPS} steps; fluxrt in {in_words(options.image_memory)}\n")
     print("| | s | held, GiB | resident, GiB | ended |\n|---|---|---|---|---|")
-    limit = in_words(options.image_memory)
-    for name, run in ((f"fluxrt, at most {limit}", ours), ("diffusers, bf16, no limit", theirs)):
+    for name, run in runs.items():
         how = "done" if run.status == 0 else ended(run)
         print(f"| {name} | {run.seconds:.0f} | {run.held / GIB:.2f} | {run.resident / GIB:.2f} | {how} |")
     if ours.status == 0:
@@ -164,16 +166,15 @@ def image(place: Place, bundle: Path) -> None:
     if options.grown:
         pairs += pairs_of(place, checkpoint, bundle, range(1, GROWN_PROMPTS))
     small, nano_pairs = nano(place)
-    rows = [
-        distances(place.name, bundle, pairs),
-        distances(f"{NANO.name}, {len(nano_pairs)} prompts", small, nano_pairs),
-    ]
-    print("| | text error | velocity error | cosine of velocity | PSNR of the image, dB |\n|---|---|---|---|---|")
-    print("\n".join(rows) + "\n", flush=True)
+    print("| | prompts | text error | velocity error | cosine of velocity | PSNR of the image, dB |")
+    print("|---|---|---|---|---|---|")
+    print(distances(place.name, bundle, pairs))
+    print(distances(NANO.name, small, nano_pairs) + "\n", flush=True)
     if options.grown:
+        # The same prompts and noise.
         same = [
-            psnr(*(np.load(reference)["image"] for reference, _ in both))
-            for both in zip(pairs, nano_pairs, strict=True)
+            psnr(np.load(one)["image"], np.load(other)["image"])
+            for (one, _), (other, _) in zip(pairs, nano_pairs, strict=False)
         ]
         words = f"PSNR between diffusers' images of {place.name} and of {NANO.name}"
         print(f"{words}: {np.mean(same):.1f} dB on average, {min(same):.1f} dB at least.\n", flush=True)
@@ -221,7 +222,7 @@ def distances(name: str, bundle: Path, pairs: list[Pair]) -> str:
     text, velocity = max(one["text"] for one in found), max(max(one["velocity"]) for one in found)
     cosine = min(min(one["cosine"]) for one in found)
     decibels = f"{np.mean(psnrs):.1f}" if psnrs else "none"
-    return f"| {name} | {text:.4f} | {velocity:.4f} | {cosine:.5f} | {decibels} |"
+    return f"| {name} | {len(pairs)} | {text:.4f} | {velocity:.4f} | {cosine:.5f} | {decibels} |"
 
 
 def depth(place: Place) -> None:
