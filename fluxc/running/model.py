@@ -30,9 +30,10 @@ T = TypeVar("T")
 
 LayerHook = Callable[[str, nn.Module], None]
 """Called with the name of a part and the module that has it, when the part has its weights."""
-TRIMMED_EVERY = 4
-"""Where a component stays in memory, glibc gives back what was freed after so many parts: kept, it grows to several times the
-activations; given back after every part, it is asked for again so often that a pass takes a fifth longer."""
+TRIMMED_FROM, TRIMMED_EVERY = 1 << 29, 4
+"""Where a component of at least so many bytes stays in memory, glibc gives back what was freed after so many parts. Kept, it
+grows to several times the activations; given back after every part, it is asked for again so often that a pass takes a fifth
+longer. A small component's passes are so short that giving back would be most of the work."""
 
 
 class PlacedModel:
@@ -49,9 +50,10 @@ class PlacedModel:
         self._calls = 0
         self._lockstep: Lockstep | None = None
         if placement.pieces == "component":
-            for number, part in enumerate(weights.parts, 1):
+            for part in weights.parts:
                 weights.load(part)
-                if number % TRIMMED_EVERY == 0:
+            if sum(parameter.nbytes for parameter in module.parameters()) >= TRIMMED_FROM:
+                for part in weights.parts[::TRIMMED_EVERY]:
                     module.get_submodule(part).register_forward_hook(lambda *_: return_memory())
             return
         self._lockstep = Lockstep(self._load, self._free)
