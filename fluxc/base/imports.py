@@ -64,8 +64,10 @@ def _imported(node: ast.AST) -> Iterator[str]:
 
 
 def _run_time(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those that only type checkers see."""
+    """Every statement but those that only type checkers see; an expression holds no import."""
     for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            continue
         if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
             for other in child.orelse:
                 yield other
