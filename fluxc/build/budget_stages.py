@@ -17,7 +17,7 @@ from fluxc.build.budget_rates import Rates
 from fluxc.build.job import Job
 from fluxc.build.requests import calibration_request, trace_request
 from fluxc.calibrate.records import ROWS
-from fluxc.calibrate.stage import asked_of, observed_bytes
+from fluxc.calibrate.stage import asked_of, records_bytes
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.checkpoint.identify import vae_of
 from fluxc.checkpoint.needs import (
@@ -220,7 +220,7 @@ class Needs:
         asked, dtype = self._asked(request, self.job.rows(request["guidance"]), "bfloat16")
         layers = [*self.models.transformer.linears, *self.models.text_encoder.linears(self.models.text_layers)]
         columns = sum(layer.in_features for layer in layers)
-        asked = replace(asked, observed=observed_bytes(self.models))
+        asked = replace(asked, observed=2 * records_bytes(self.models))
         ranges = columns * 4 + len(layers) * HISTOGRAM_DISK
         cures = [("calibration.engine: none", 0)] if self.recipe.calibration.engine == "fluxc" else []
         need = self._running(asked, dtype)
@@ -278,7 +278,7 @@ class Needs:
         copied = before - 2 * values + stored
         memory = PROCESS + WRITER
         if self.recipe.calibration.engine == "fluxc":
-            memory += observed_bytes(self.models) // 2
+            memory += records_bytes(self.models)
         return Need(memory, stored + SMALL_DISK, work=Work(seconds, read=before, hashed=stored, copied=copied))
 
     def _target(self, name: str) -> Need:

@@ -51,7 +51,7 @@ def calibrate_into(inputs: CalibrationInputs, path: Path, device: str, report: R
     from fluxc.running.placement import find_placement
 
     checkpoint, request = inputs.files.checkpoint, inputs.request
-    asked = replace(asked_of(request, inputs.rows), observed=observed_bytes(models_of(checkpoint)))
+    asked = replace(asked_of(request, inputs.rows), observed=2 * records_bytes(models_of(checkpoint)))
     placement = find_placement(checkpoint, device, torch.bfloat16, asked)
     origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
     model = (inputs.files.hashes(), inputs.rows, list(inputs.text_layers))
@@ -63,10 +63,10 @@ def calibrate_into(inputs: CalibrationInputs, path: Path, device: str, report: R
     shutil.rmtree(work)
 
 
-def observed_bytes(models: Models) -> int:
-    """Bytes that records of the inputs of every Linear take, twice: while they are made, and merged."""
+def records_bytes(models: Models) -> int:
+    """Bytes that records of the inputs of every Linear take; a calibration holds them twice, made and merged."""
     layers = [*models.transformer.linears, *models.text_encoder.linears(models.text_layers)]
-    return 2 * (4 * (ROWS + 1) * sum(layer.in_features for layer in layers) + 8 * BINS * len(layers))
+    return 4 * (ROWS + 1) * sum(layer.in_features for layer in layers) + 8 * BINS * len(layers)
 
 
 def asked_of(request: dict[str, Any], rows: int) -> Asked:

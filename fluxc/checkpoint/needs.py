@@ -1,7 +1,7 @@
 """What running a model takes, counted from its configs: bytes of memory, FLOP. No weight is read and no torch imported.
 
-Text encoder, transformer and VAE run one after the other, each for all prompts, as diffusers' own modules; the VAE stays in
-memory.
+Text encoder and transformer run one after the other, each for all prompts, as diffusers' own modules; the VAE stays in memory,
+and decodes while the transformer is there.
 
 1. A component at a time: its weights in the type that is computed in, and the activations of one row.
 2. Layer by layer: two parts of it, the one that runs and the one that is being read; the activations of one row; and what
@@ -88,20 +88,20 @@ def parts_of(tensors: Mapping[str, Shape]) -> Counter[str]:
 
 def memory_by_component(models: Models, asked: Asked) -> int:
     """Bytes of the process at its peak, with one component in memory at a time."""
-    peak = 0.0
+    peaks = []
     for component in (_TextEncoder(models, asked), _Transformer(models, asked)):
         weights = asked.itemsize * sum(component.parts.values()) + component.largest_read
-        peak = max(peak, weights + ALLOCATOR * (component.kept + component.activations))
-    return PROCESS + int(peak) + _besides(models, asked)
+        peaks.append(weights + ALLOCATOR * (component.kept + component.activations))
+    return PROCESS + int(max(peaks)) + _besides(models, asked)
 
 
 def memory_by_layer(models: Models, asked: Asked) -> int:
     """Bytes of the process at its peak, with two parts of a component in memory at a time."""
-    peak = 0.0
+    peaks = []
     for component in (_TextEncoder(models, asked), _Transformer(models, asked)):
         weights = asked.itemsize * sum(size for _, size in component.parts.most_common(2)) + component.largest_read
-        peak = max(peak, weights + ALLOCATOR * (component.calls * component.kept + component.activations))
-    return PROCESS + int(peak) + _besides(models, asked)
+        peaks.append(weights + ALLOCATOR * (component.calls * component.kept + component.activations))
+    return PROCESS + int(max(peaks)) + _besides(models, asked)
 
 
 def weights_read(models: Models, asked: Asked, by_layer: bool) -> int:

@@ -17,7 +17,7 @@ from fluxrt.errors import BundleError
 FORMAT = "fluxc-bundle"
 FORMAT_VERSION = 7
 READABLE = (6, 7)
-"""Format versions that are read: 6 is 7 without evidence, without what `fidelity` says of levels, and `provenance` of runs."""
+"""Format versions that are read: 6 is 7 without evidence, levels of `fidelity`, and what the model was run on."""
 MANIFEST = "bundle.json"
 NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are no JSON, no UTF-8, or nested too deep."""
