@@ -27,15 +27,16 @@ from fluxc.base.progress import StageProgress
 from fluxc.build.build import WRITE_BUNDLE, build
 from fluxc.build.runner import run
 from fluxc.build.stages import export_of
+from fluxc.families.registry import FAMILIES
 from fluxc.graph.stage import ExportInputs
 from fluxc.models.flux2_transformer import Flux2Transformer
-from fluxc.models.qwen3 import Qwen3
 from fluxc.recipe.load import LoadedRecipe, load_recipe
 from fluxc.report.structs import REPORT_JSON, encode_report, read_report
 from quick import QUICK, results_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "models" / "flux2-nano"
+NANO_DEV = ROOT / "models" / "flux2-nano-dev"
 RECIPE = ROOT / "recipes" / "flux2-nano.yaml"
 sys.path.insert(0, str(NANO))
 pytest.register_assert_rewrite("predicted")
@@ -77,9 +78,9 @@ def exported(component: str, config: dict[str, Any], text_length: int, **how: An
         return {path.stem: onnx.load(path) for path in folder.glob("*.onnx")}
 
 
-def copy_checkpoint(target: Path) -> Path:
-    """flux2-nano's own files, to be damaged."""
-    shutil.copytree(NANO, target, ignore=shutil.ignore_patterns(".work", "*.py", "__pycache__", "*.md"))
+def copy_checkpoint(target: Path, source: Path = NANO) -> Path:
+    """flux2-nano's own files, or another's of models/, to be damaged."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".work", "*.py", "__pycache__", "*.md"))
     return target
 
 
@@ -121,12 +122,16 @@ def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         file.truncate(8 + len(encoded) + position)
 
 
-def hollow_checkpoint(root: Path, transformer: dict[str, Any], text_encoder: dict[str, Any]) -> Path:
-    """A checkpoint with these configs, as published, and flux2-nano's VAE; the large weights are holes."""
-    copy_checkpoint(root)
+def hollow_checkpoint(
+    root: Path, transformer: dict[str, Any], text_encoder: dict[str, Any], small: Path = NANO
+) -> Path:
+    """A checkpoint with these configs, as published, and the rest of `small`'s; the large weights are holes."""
+    copy_checkpoint(root, small)
+    index = json.loads((root / "model_index.json").read_text())
+    encoder = FAMILIES[index["_class_name"]].text_encoder.read(text_encoder)
     parts: list[tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] = [
         ("transformer", "diffusion_pytorch_model.safetensors", transformer, Flux2Transformer.read(transformer).tensors),
-        ("text_encoder", "model.safetensors", text_encoder, Qwen3.read(text_encoder).tensors(36)),
+        ("text_encoder", "model.safetensors", text_encoder, encoder.tensors(encoder.num_hidden_layers)),
     ]
     for name, weights, config, shapes in parts:
         (root / name / "config.json").write_text(json.dumps(config))

@@ -114,6 +114,18 @@ def test_a_model_that_is_not_distilled_takes_many_steps(here: Path, checkpoints:
     assert plain(here / "klein-base.yaml")["sampling"] == {"steps": 50, "guidance": 4.0}
 
 
+def test_dev_is_started_from_with_one_pass_a_step(here: Path) -> None:
+    init("dev", "--for", "b200", "--gpus", "4")
+    text = (here / "flux2-dev-b200.yaml").read_text()
+    assert "The scale of the guidance is an input of this transformer: one pass a step." in text
+    recipe = plain(here / "flux2-dev-b200.yaml")
+    assert recipe["model"] == {"source": "black-forest-labs/FLUX.2-dev"}
+    assert recipe["sampling"] == {"steps": 50, "guidance": 4.0}
+    assert [target.get("gpus", 1) for target in recipe["targets"]] == [1, 4, 1]
+    init("flux2-nano-dev")
+    assert plain(here / "flux2-nano-dev.yaml")["text"] == {"length": 64}
+
+
 def test_a_bundle_is_started_from_as_it_is_quantized(here: Path, quick_bundle: Path) -> None:
     init(quick_bundle, "--out", "again.yaml")
     assert plain(here / "again.yaml")["precision"] == {"transformer": {"default": "bf16"}}
@@ -135,8 +147,6 @@ def test_a_hub_id_is_known_or_its_configs_are_fetched(here: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["dev"], "FLUX.2 dev is not compiled yet, since its text encoder (Mistral) is not supported"),
-        (["black-forest-labs/FLUX.2-dev"], "FLUX.2 dev is not compiled yet"),
         (["klien-4b"], "did you mean 'klein-4b'"),
         (["."], "there is no model_index.json"),
         (["mine.yaml"], "names a recipe"),

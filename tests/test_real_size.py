@@ -141,12 +141,12 @@ def test_shards_hold_what_one_file_would(tmp_path: Path, monkeypatch: pytest.Mon
 def test_tokenizer_has_qwens_special_tokens(tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     made.write_tokenizer(folder)
-    prefix, suffix, pad = render_template(folder, "Qwen2Tokenizer", KLEIN.template_options, folder)
-    assert pad == 151643
-    assert (prefix, suffix) == (
-        "<|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-    )
+    rendered = render_template(folder, "Qwen2Tokenizer", KLEIN.prompts, folder)
+    assert rendered == {
+        "prefix": "<|im_start|>user\n",
+        "suffix": "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "pad_id": 151643,
+    }
 
 
 def test_a_stage_is_measured_and_ended_above_the_limit() -> None:

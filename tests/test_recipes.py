@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from conftest import NANO, ROOT, hollow_checkpoint, write_hollow
+from conftest import NANO, NANO_DEV, ROOT, hollow_checkpoint, write_hollow
 from fluxc.cli.main import main
 from fluxc.models.flux2_vae import Flux2VAE
-from fluxc.models.published import KLEIN_4B, KLEIN_9B, QWEN3_4B, QWEN3_8B
+from fluxc.models.published import DEV, KLEIN_4B, KLEIN_9B, MISTRAL_SMALL, QWEN3_4B, QWEN3_8B
 from fluxc.recipe.load import load_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -22,11 +22,17 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By what a recipe's file name begins with: a checkpoint of that model's shapes."""
     folder = tmp_path_factory.mktemp("klein")
-    found = {"flux2-nano": NANO}
-    for name, transformer, encoder in (("klein-4b", KLEIN_4B, QWEN3_4B), ("klein-9b", KLEIN_9B, QWEN3_8B)):
-        root = found[f"flux2-{name}"] = hollow_checkpoint(folder / name, transformer, encoder)
+    found = {"flux2-nano-dev": NANO_DEV, "flux2-nano": NANO}
+    for name, transformer, encoder, small, distilled in (
+        ("klein-4b", KLEIN_4B, QWEN3_4B, NANO, {"is_distilled": True}),
+        ("klein-9b", KLEIN_9B, QWEN3_8B, NANO, {"is_distilled": True}),
+        ("klein-base-4b", KLEIN_4B, QWEN3_4B, NANO, {"is_distilled": False}),
+        ("klein-base-9b", KLEIN_9B, QWEN3_8B, NANO, {"is_distilled": False}),
+        ("dev", DEV, MISTRAL_SMALL, NANO_DEV, {}),
+    ):
+        root = found[f"flux2-{name}"] = hollow_checkpoint(folder / name, transformer, encoder, small)
         index = json.loads((root / "model_index.json").read_text())
-        (root / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+        (root / "model_index.json").write_text(json.dumps(index | distilled))
         (root / "vae" / "config.json").write_text("{}")
         write_hollow(root / "vae" / "diffusion_pytorch_model.safetensors", Flux2VAE.read({}).tensors)
     return found
@@ -40,7 +46,7 @@ def test_it_plans_for_its_model(recipe: Path, checkpoints: dict[str, Path]) -> N
     plan = json.loads(result.output)
     assert plan["formats"]["transformer"]["nvfp4"]["share"] > 0.8
     scales = plan["input_scales"]
-    measured = (4, 4, [256, 256]) if "klein" in model else (16, 24, [64, 64])
+    measured = (16, 24, [64, 64]) if "nano" in model else (4, 4, [256, 256])
     assert (scales["prompts"], scales["steps"], scales["size"]) == measured
     assert scales["margins"]["nvfp4"] == 8
     assert scales["ranges"] == {}

@@ -30,6 +30,7 @@ from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.build.job import open_job
 from fluxc.checkpoint.components import WEIGHTS_FILE, weights_tensors
+from fluxc.families.base import Prompts
 from fluxc.families.klein import KLEIN
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import precision_plan
@@ -446,7 +447,7 @@ def test_guidance_that_the_model_does_not_use_is_no_obstacle(checkpoint: Path, t
     open_job(load_recipe(RECIPE, changes), Path("unused"))
 
 
-@pytest.mark.parametrize("other", [{"text_layers": (3, 6, 9)}, {"template_options": {}}, {"schedule": "another"}])
+@pytest.mark.parametrize("other", [{"text_layers": (3, 6, 9)}, {"prompts": Prompts()}, {"schedule": "another"}])
 def test_another_familys_way_to_read_prompts_and_steps_is_refused(other: dict[str, Any]) -> None:
     recipe = load_recipe(RECIPE, (PLAIN,)).recipe
     with pytest.raises(RecipeError, match=r"targets\[0\]: VisualGen reads prompts .*, Flux2KleinPipeline does not"):

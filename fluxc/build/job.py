@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fluxc.base.cache import PROGRESS, StageCache
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import Origin, check_origin, check_request
@@ -24,7 +26,7 @@ from fluxc.checkpoint import template_stage
 from fluxc.checkpoint.components import small_files
 from fluxc.checkpoint.files import Aside, CheckpointFiles, Digests, checkpoint_digests
 from fluxc.checkpoint.source import check_source
-from fluxc.families.prompting import check_tokenizer
+from fluxc.families.prompting import check_tokenizer, system_message
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import to_quantize
 from fluxc.quantize.source import Source, read_source, with_auto
@@ -34,6 +36,7 @@ from fluxc.stepcache.file import check_complete, read_trace
 from fluxc.targets.base import TargetContext
 from fluxc.targets.registry import kind_of
 from fluxrt.manifest import Prompting
+from fluxrt.prompt import PromptEncoder
 
 MEASURED_AT = {
     "step_cosine": ("stages", "images"),
@@ -96,7 +99,8 @@ class Job:
 
     def prompting(self, rendered: dict[str, Any]) -> Prompting:
         """The manifest's `prompting`, of the chat template as the template stage rendered it."""
-        return Prompting(tokenizer="tokenizer/tokenizer.json", length=self.loaded.recipe.text.length, **rendered)
+        length = self.loaded.recipe.text.length
+        return msgspec.convert({"tokenizer": "tokenizer/tokenizer.json", "length": length} | rendered, Prompting)
 
     def rows(self, guidance: float) -> int:
         """Rows of a CFG batch at this guidance: conditional and unconditional, or one."""
@@ -204,21 +208,19 @@ def template_of(job: Job, digest: Callable[[Path], str]) -> Stage[Any, dict[str,
     component = checkpoint.components["tokenizer"]
     hashes = {file.name: digest(file) for file in small_files(component)}
     files = CheckpointFiles(checkpoint, {"tokenizer": hashes}, ("tokenizer",))
-    inputs = template_stage.TemplateInputs(files, component.class_name, job.original.family.template_options)
+    prompts = job.original.family.prompts
+    system = system_message(prompts.system) if prompts.system else None
+    inputs = template_stage.TemplateInputs(files, component.class_name, prompts, system)
     return Stage("template", "render chat template", inputs, template_stage.run, template_stage.load)
 
 
 def check_prompts(job: Job, prompting: Prompting) -> None:
     """Refuse prompts of the recipe that are longer than the compiled text; diffusers would cut them without a word."""
-    from tokenizers import Tokenizer
-
     loaded, length = job.loaded, job.loaded.recipe.text.length
-    tokenizer = Tokenizer.from_file(str(job.original.checkpoint.components["tokenizer"].folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    encoder = PromptEncoder(prompting, job.original.checkpoint.components["tokenizer"].folder / "tokenizer.json")
 
     def tokens(prompt: str) -> int:
-        return len(tokenizer.encode(prompting.prefix + prompt + prompting.suffix).ids)
+        return len(encoder.tokens(prompt))
 
     collected = Collected()
     for name in ("calibration", "fidelity", "step_cache"):

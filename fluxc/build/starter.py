@@ -17,8 +17,7 @@ from fluxc.checkpoint.identify import family_of, text_encoder_of, transformer_of
 from fluxc.checkpoint.source import Checkpoint, open_checkpoint
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
-from fluxc.models.published import KLEIN_4B, KLEIN_9B, QWEN3_4B, QWEN3_8B
-from fluxc.models.qwen3 import Qwen3
+from fluxc.models.published import MODELS, TEXT_ENCODERS
 from fluxc.predict.gpus import GPUS
 from fluxc.quantize.source import is_large
 from fluxc.recipe.schema import FILE as SCHEMA
@@ -26,12 +25,19 @@ from fluxc.recipe.schema import schema_text
 from fluxc.targets.sharding import check_sharding
 
 CPU = "cpu"
-NANO = "flux2-nano"
+NANO, NANO_DEV = "flux2-nano", "flux2-nano-dev"
 NANO_SHAPE = (2, 6, 4)
-"""Double and single blocks and heads of flux2-nano, by which a copy of it is recognized."""
+"""Double and single blocks and heads of flux2-nano and flux2-nano-dev, by which a copy of them is recognized."""
 LONGEST_MODEL = 1000
 """Characters of what names a model."""
-DEV = ("dev", "flux2-dev", "flux.2-dev")
+PUBLISHED = (
+    ("klein-4b", "klein-4B", 4, 1.0),
+    ("klein-9b", "klein-9B", 4, 1.0),
+    ("klein-4b", "klein-base-4B", 50, 4.0),
+    ("klein-9b", "klein-base-9B", 50, 4.0),
+    ("dev", "dev", 50, 4.0),
+)
+"""Published models: whose shapes they have, what they are called, and the steps and the guidance that they were made for."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class Start:
     def is_distilled(self) -> bool:
         """Whether it was trained to take few steps without guidance."""
         return self.guidance == 1.0
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the scale of the guidance is an input of the transformer, so that it takes one pass a step."""
+        return self.transformer.guidance_embeds
 
     @property
     def is_large(self) -> bool:
@@ -127,13 +138,8 @@ def find_start(model: str, base: Path) -> Start:
     folder = _folder(model)
     if folder is not None:
         return _local(folder, base)
-    if model == NANO:
-        return _nano(base)
-    if model.casefold().rpartition("/")[2] in DEV:
-        raise RecipeError(
-            f"{model}: FLUX.2 dev is not compiled yet, since its text encoder (Mistral) is not supported; `fluxc predict "
-            f"--model dev --on GPU` predicts its speed. init takes {can}"
-        )
+    if model in (NANO, NANO_DEV):
+        return _nano(model, base)
     if model.endswith((".yaml", ".yml")):
         raise RecipeError(f"{model}: names a recipe, and init starts from a model; `fluxc plan {model}` shows a recipe")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
@@ -151,32 +157,39 @@ def _folder(model: str) -> Path | None:
 
 
 def _names() -> list[str]:
-    return [*(start.name.removeprefix("flux2-") for start in _known().values()), NANO]
+    return [*(start.name.removeprefix("flux2-") for start in _known().values()), NANO, NANO_DEV]
 
 
 def _known() -> dict[str, Start]:
     """The published models that can be compiled."""
     found = {}
-    for size, config, encoder in (("4B", KLEIN_4B, QWEN3_4B), ("9B", KLEIN_9B, QWEN3_8B)):
-        transformer = Flux2Transformer.read(config)
-        shapes = [transformer.tensors, Qwen3.read(encoder).tensors(encoder["num_hidden_layers"]), Flux2VAE().tensors]
-        nbytes = sum(2 * math.prod(shape) for tensors in shapes for shape in tensors.values())
-        name = f"flux2-klein-{size.lower()}"
-        source = f"black-forest-labs/FLUX.2-klein-{size}"
-        found[name] = Start(name, f"FLUX.2 klein {size}", source, transformer, Flux2VAE().pixels_per_token, nbytes)
+    for model, called, steps, guidance in PUBLISHED:
+        transformer, (encoder, _) = Flux2Transformer.read(MODELS[model]), TEXT_ENCODERS[model]
+        shapes = [transformer.tensors, encoder.tensors(encoder.num_hidden_layers), Flux2VAE().tensors]
+        start = Start(
+            name=f"flux2-{called.lower()}",
+            title=f"FLUX.2 {called.replace('-', ' ')}",
+            source=f"black-forest-labs/FLUX.2-{called}",
+            transformer=transformer,
+            pixels_per_token=Flux2VAE().pixels_per_token,
+            nbytes=sum(2 * math.prod(shape) for tensors in shapes for shape in tensors.values()),
+            steps=steps,
+            guidance=guidance,
+        )
+        found[start.name] = start
     return found
 
 
-def _nano(base: Path) -> Start:
-    folder = Path(fluxc.__file__).resolve().parent.parent / "models" / NANO
+def _nano(model: str, base: Path) -> Start:
+    folder = Path(fluxc.__file__).resolve().parent.parent / "models" / model
     if not folder.is_dir():
         raise RecipeError(
-            f"{NANO}: is part of fluxc's repository, which this fluxc was not installed from; clone it, or give another model: "
-            f"{', '.join(_names()[:-1])}, a diffusers folder or a hub id"
+            f"{model}: is part of fluxc's repository, which this fluxc was not installed from; clone it, or give another model: "
+            f"{', '.join(_names()[:-2])}, a diffusers folder or a hub id"
         )
     relative = Path(os.path.relpath(folder, base.resolve()))
     is_inside = base.resolve().is_relative_to(folder.parent.parent)
-    return replace(_local(folder, base), name=NANO, source=str(relative if is_inside else folder))
+    return replace(_local(folder, base), name=model, source=str(relative if is_inside else folder))
 
 
 def _local(folder: Path, base: Path) -> Start:
@@ -222,7 +235,8 @@ def _of_checkpoint(checkpoint: Checkpoint, called: str, source: str) -> Start:
         ),
     )
     if is_nano:
-        return replace(start, size=(64, 64), text_length=32, steps=24, guidance=1.5, is_small=True)
+        length, guidance = (64, 2.5) if transformer.guidance_embeds else (32, 1.5)
+        return replace(start, size=(64, 64), text_length=length, steps=24, guidance=guidance, is_small=True)
     return start if is_distilled else replace(start, steps=50, guidance=4.0)
 
 

@@ -64,9 +64,9 @@ def _about_calibration(start: Start, on: str) -> list[str]:
 
 
 def _about_steps(start: Start) -> str:
-    if start.is_small:
-        return " Guidance over 1 takes two passes of the transformer a step."
-    if start.is_distilled:
+    if start.embeds_guidance:
+        return " The scale of the guidance is an input of this transformer: one pass a step."
+    if start.is_distilled and not start.is_small:
         return f" This model is distilled to {start.steps} steps, without guidance."
     return " Guidance over 1 takes two passes of the transformer a step."
 

@@ -48,15 +48,6 @@ def small_files(component: Component) -> list[Path]:
     ]
 
 
-def text_encoder_config(config: dict[str, Any], kept_layers: int) -> dict[str, Any]:
-    """The text encoder's config for its first `kept_layers` layers."""
-    config = without_machine(config) | {"num_hidden_layers": kept_layers}
-    if config.get("layer_types"):
-        config["layer_types"] = config["layer_types"][:kept_layers]
-    # Prompts are encoded without the language-model head, which is not stored; tied, it needs no tensor.
-    return config | {"tie_word_embeddings": True}
-
-
 def without_machine(config: dict[str, Any]) -> dict[str, Any]:
     """A config without the fields that name a machine."""
     return {key: value for key, value in config.items() if key not in MACHINE_FIELDS}

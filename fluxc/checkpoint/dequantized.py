@@ -17,6 +17,7 @@ from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.quantized import FLOATS, format_of, parts_beside_weights
 from fluxc.checkpoint.source import Component
 from fluxc.formats.base import Format
+from fluxc.models.text_encoder import TextEncoder
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -111,6 +112,41 @@ def empty_model(component: Component, config: dict[str, Any] | None = None) -> A
         else:
             model = model_class(model_class.config_class.from_dict(config))
     return model.eval()
+
+
+def empty_text_encoder(component: Component, kind: type[TextEncoder], layers: int) -> Any:
+    """The first `layers` layers of a text encoder, without a head, their parameters without data (on the meta device).
+
+    The module's names are those of the checkpoint's tensors. It is called as the component's own class is, and gives what the
+    class without a head gives. CheckpointError if the config makes none.
+    """
+    import accelerate
+    import transformers
+
+    model_class = getattr(transformers, kind.model_class)
+    config = kind.of_text(kind.with_layers(component.config, layers), component.folder)
+    with (
+        loading(component.folder / "config.json", "transformers cannot make the model"),
+        accelerate.init_empty_weights(include_buffers=False),
+    ):
+        model = model_class(model_class.config_class.from_dict(config))
+    return _Under(kind.prefix, model).eval()
+
+
+class _Under(torch.nn.Module):
+    """A module whose names begin with `prefix`."""
+
+    def __init__(self, prefix: str, module: torch.nn.Module) -> None:
+        super().__init__()
+        first, *names = prefix.rstrip(".").split(".")
+        inner = module
+        for name in reversed(names):
+            inner = torch.nn.ModuleDict({name: inner})
+        self.add_module(first, inner)
+        self._path = prefix.rstrip(".")
+
+    def forward(self, **arguments: Any) -> Any:
+        return self.get_submodule(self._path)(**arguments)
 
 
 def load_dequantized(component: Component, dtype: torch.dtype) -> Any:

@@ -7,7 +7,7 @@ from fluxc.checkpoint.source import Checkpoint
 from fluxc.families.registry import FAMILIES, Family
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
-from fluxc.models.qwen3 import Qwen3
+from fluxc.models.text_encoder import TextEncoder
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -45,7 +45,7 @@ def transformer_of(checkpoint: Checkpoint) -> Flux2Transformer:
     return family_of(checkpoint).transformer.read(component.config, component.folder)
 
 
-def text_encoder_of(checkpoint: Checkpoint) -> Qwen3:
+def text_encoder_of(checkpoint: Checkpoint) -> TextEncoder:
     """The checkpoint's text encoder."""
     component = checkpoint.components["text_encoder"]
     return family_of(checkpoint).text_encoder.read(component.config, component.folder)

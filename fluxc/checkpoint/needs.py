@@ -23,10 +23,10 @@ from fluxc.checkpoint.source import Checkpoint
 from fluxc.models.base import Shape
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
-from fluxc.models.qwen3 import Qwen3
+from fluxc.models.text_encoder import TextEncoder
 
-PART = re.compile(r"((?:\w+\.)*?\w+\.\d+|(?:model\.)?\w+)\.")
-TABLE = "model.embed_tokens.weight"
+PART = re.compile(r"((?:\w+\.)*?\w+\.\d+|(?:(?:language_model\.)?model\.)?\w+)\.")
+TABLE = "embed_tokens.weight"
 PROCESS = 1000 << 20
 """Bytes of a process with torch, diffusers, onnx and numba imported, and what earlier stages of a build left with the
 allocator."""
@@ -41,7 +41,7 @@ class Models:
     """The networks of a checkpoint; of the text encoder `text_layers` layers are run, and the outputs of `text_taken` kept."""
 
     transformer: Flux2Transformer
-    text_encoder: Qwen3
+    text_encoder: TextEncoder
     vae: Flux2VAE
     text_layers: int
     text_taken: int
@@ -80,7 +80,7 @@ def parts_of(tensors: Mapping[str, Shape]) -> Counter[str]:
     """Values of each part by its name, from the names and shapes of a component's tensors; no table of embeddings."""
     found: Counter[str] = Counter()
     for name, shape in tensors.items():
-        if name != TABLE:
+        if not name.endswith(TABLE):
             matched = PART.match(name)
             found[matched[1] if matched else name] += math.prod(shape)
     return found
@@ -194,7 +194,7 @@ class _Transformer(_Component):
 
 def _converted(tensors: Mapping[str, Shape], itemsize: int) -> int:
     """Bytes of the largest tensor as it is stored, beside its converted copy; none where nothing is converted."""
-    largest = max(math.prod(shape) for name, shape in tensors.items() if name != TABLE)
+    largest = max(math.prod(shape) for name, shape in tensors.items() if not name.endswith(TABLE))
     return 0 if itemsize == 2 else 2 * largest
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from fluxc.base.loading import loading
-from fluxc.checkpoint.exact_folder import exact_folder
+from fluxc.checkpoint.exact_folder import exact_component, exact_folder
 from fluxc.checkpoint.identify import family_of, pixels_per_token, transformer_of
-from fluxc.checkpoint.source import Checkpoint
+from fluxc.checkpoint.source import Checkpoint, Component
+from fluxc.families.prompting import load_tokenizer
 from fluxrt.pipeline import starting_noise
 
 
@@ -46,6 +47,10 @@ def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, **components: Any)
 
     from fluxc.checkpoint.dequantized import load_dequantized
 
+    tokenizer = checkpoint.components["tokenizer"]
+    alone = tokenizer.class_name.endswith("Processor")
+    if alone:
+        components["tokenizer"] = None
     for name in ("transformer", "text_encoder"):
         if name not in components and checkpoint.components[name].quantization is not None:
             components[name] = load_dequantized(checkpoint.components[name], dtype)
@@ -57,7 +62,15 @@ def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, **components: Any)
         with exact_folder(checkpoint) as folder, loading(checkpoint.root):
             pipeline = pipeline_class.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **components)
     pipeline.set_progress_bar_config(disable=True)
+    if alone:
+        pipeline.tokenizer = _tokenizer_alone(tokenizer)
     return pipeline
+
+
+def _tokenizer_alone(tokenizer: Component) -> Any:
+    """The tokenizer of a processor: diffusers asks either for the tokens of a conversation in the same words."""
+    with exact_component(tokenizer) as folder:
+        return load_tokenizer(folder, tokenizer.class_name, tokenizer.folder)
 
 
 def guided(velocities: list[Any], guidance: float) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
 from fluxc.base.errors import CheckpointError
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.qwen3 import Qwen3
+from fluxc.models.text_encoder import TextEncoder
 
 FLUX2_SCHEDULE = {
     "use_dynamic_shifting": True,
@@ -24,19 +25,36 @@ FLUX2_SCHEDULE = {
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """How a pipeline makes a conversation of a prompt, and tokens of that.
+
+    The chat template is rendered with `options`, around the text that `system`, "module:NAME", holds, if one is named. Strings
+    of `removed` are taken out of a prompt before. `padding` is the side that is filled up. `special_tokens`: whether the
+    tokenizer adds those of its own to what was rendered. With `parts` the content of a message is a list of its parts.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
+    removed: tuple[str, ...] = ()
+    padding: Literal["left", "right"] = "right"
+    special_tokens: bool = True
+    parts: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of FLUX.2 pipeline: the models it is composed of, how it reads prompts, its schedule.
 
     `pipeline_class` is what model_index.json says, `diffusers_class` the pipeline of diffusers that is the reference, by
-    default the same. `text_layers` are the hidden states taken, `template_options` go to the chat template. `schedule` names
-    fluxrt's, `scheduler` holds the settings of the checkpoint's scheduler under which that schedule is its own.
+    default the same. `text_layers` are the hidden states taken, `prompts` is how prompts are read. `schedule` names fluxrt's,
+    `scheduler` holds the settings of the checkpoint's scheduler under which that schedule is its own.
     """
 
     pipeline_class: str
     text_layers: tuple[int, ...]
-    template_options: dict[str, Any] = field(default_factory=dict)
+    prompts: Prompts = field(default_factory=Prompts)
     transformer: type[Flux2Transformer] = Flux2Transformer
-    text_encoder: type[Qwen3] = Qwen3
+    text_encoder: type[TextEncoder] = Qwen3
     vae: type[Flux2VAE] = Flux2VAE
     scheduler_class: str = "FlowMatchEulerDiscreteScheduler"
     schedule: str = "flux2-flow-match"
@@ -59,7 +77,7 @@ class Family:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a stage's key takes of it: every field, of models the name of their class."""
-        values = {found.name: getattr(self, found.name) for found in fields(self)}
+        values = {found.name: getattr(self, found.name) for found in fields(self)} | {"prompts": asdict(self.prompts)}
         return {"classes": self.classes()} | {name: v for name, v in values.items() if not isinstance(v, type)}
 
     def cfg_batch(self, guidance_embeds: bool, index: dict[str, Any]) -> bool:

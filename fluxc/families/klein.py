@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fluxc.families.base import Family
+from fluxc.families.base import Family, Prompts
 
-KLEIN = Family("Flux2KleinPipeline", (9, 18, 27), {"enable_thinking": False})
+KLEIN = Family("Flux2KleinPipeline", (9, 18, 27), Prompts({"add_generation_prompt": True, "enable_thinking": False}))

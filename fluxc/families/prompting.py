@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 from fluxc.base.errors import CheckpointError
 from fluxc.base.json_object import read_json
 from fluxc.base.loading import loading
+from fluxc.families.base import Prompts
 
-PROBES = ("", "a cat", " two  spaces ", "line\nbreak", "<|im_end|>", "Ünïcödé 猫")
+PROBES = ("", "a cat", " two  spaces ", "line\nbreak", "<|im_end|>", "[INST]", "Ünïcödé 猫")
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -35,23 +37,22 @@ def check_tokenizer(folder: Path) -> None:
     _check_syntax(template, folder)
 
 
-def render_template(folder: Path, class_name: str, options: dict[str, Any], where: Path) -> tuple[str, str, int]:
-    """(prefix, suffix, pad id) of the chat template of the tokenizer in `folder` around one user message.
+def render_template(folder: Path, class_name: str, prompts: Prompts, where: Path) -> dict[str, Any]:
+    """The fields of the manifest's `prompting` that follow from the tokenizer in `folder`: text before and after a prompt, and
+    how it is padded.
 
     `class_name` is the tokenizer's in transformers, `where` what messages call the folder. Raises CheckpointError when the
-    template does more to the message than to surround it, since the runtime could not repeat that without the template
-    engine, and when transformers reads other tokens than the runtime does, from tokenizer.json alone.
+    template does more to a message than to surround it, since the runtime could not repeat that without the template engine,
+    when it leaves the system message out or changes it, and when transformers reads other tokens than the runtime does, from
+    tokenizer.json alone.
     """
-    import transformers
     from tokenizers import Tokenizer
 
-    with loading(where, f"transformers cannot read the tokenizer as {class_name}"):
-        tokenizer = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder, class_name, where)
 
     def render(message: str) -> str:
-        messages = [{"role": "user", "content": message}]
         with loading(where, "its chat template cannot be rendered"):
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+            return str(tokenizer.apply_chat_template(conversation(message, prompts), tokenize=False, **prompts.options))
 
     marker = "\u2063fluxc-prompt\u2063"
     prefix, found, suffix = render(marker).partition(marker)
@@ -59,19 +60,72 @@ def render_template(folder: Path, class_name: str, options: dict[str, Any], wher
         raise CheckpointError(
             f"{where}: the chat template changes the message it is given, so it cannot be rendered once at compile time"
         )
-    if tokenizer.pad_token_id is None or tokenizer.padding_side != "right":
-        raise CheckpointError(f"{where}: the tokenizer must have a pad token and pad on the right")
+    if prompts.system is not None and (prefix + suffix).count(system_message(prompts.system)) != 1:
+        raise CheckpointError(
+            f"{where}: the chat template does not hold the system message of FLUX.2 as it is given to it, which the model was "
+            "trained with; use the template as published"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.padding_side != prompts.padding:
+        raise CheckpointError(
+            f"{where}: the tokenizer must have a pad token and pad on the {prompts.padding}; it pads on the "
+            f"{tokenizer.padding_side} with {tokenizer.pad_token!r}, use it as published"
+        )
     with loading(where / "tokenizer.json", "it is not a tokenizer"):
         ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
         ours.no_padding()
         ours.no_truncation()
+    added = prompts.special_tokens
     for text in (prefix + probe + suffix for probe in PROBES):
-        if ours.encode(text).ids != tokenizer(text)["input_ids"]:
+        if ours.encode(text, add_special_tokens=added).ids != tokenizer(text, add_special_tokens=added)["input_ids"]:
             raise CheckpointError(
                 f"{where}: transformers reads other tokens of {text!r} than tokenizer.json alone gives, which the runtime "
                 "reads; its files are not of one tokenizer, use them as published"
             )
-    return prefix, suffix, int(tokenizer.pad_token_id)
+    return {"prefix": prefix, "suffix": suffix, "pad_id": int(tokenizer.pad_token_id)} | _unusual(prompts)
+
+
+def _unusual(prompts: Prompts) -> dict[str, Any]:
+    """Fields of `prompting` that bundles have had since dev, where they are not what all bundles had before."""
+    found = {"padding": prompts.padding, "removed": list(prompts.removed), "special_tokens": prompts.special_tokens}
+    usual = {"padding": "right", "removed": [], "special_tokens": True}
+    return {name: value for name, value in found.items() if value != usual[name]}
+
+
+def conversation(prompt: str, prompts: Prompts) -> list[dict[str, Any]]:
+    """What the chat template is given for `prompt`: the system message, if there is one, and one message of the user."""
+    messages = [("system", system_message(prompts.system))] if prompts.system else []
+    for text in prompts.removed:
+        prompt = prompt.replace(text, "")
+    return [
+        {"role": role, "content": [{"type": "text", "text": text}] if prompts.parts else text}
+        for role, text in (*messages, ("user", prompt))
+    ]
+
+
+def system_message(named: str) -> str:
+    """The text that `named`, "module:NAME", holds in an installed library."""
+    module, _, name = named.partition(":")
+    return str(getattr(importlib.import_module(module), name))
+
+
+def load_tokenizer(folder: Path, class_name: str, where: Path) -> Any:
+    """The tokenizer in `folder` as transformers has it; of a processor, which takes images too, its tokenizer alone.
+
+    The processor itself needs torchvision. Its template may be in a file that only processors read.
+    """
+    import transformers
+
+    processor = class_name.endswith("Processor")
+    with loading(where, f"transformers cannot read the tokenizer as {class_name}"):
+        if not processor:
+            return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not tokenizer.is_fast:
+            # With mistral-common installed, AutoTokenizer may take that for Mistral's; diffusers reads tokenizer.json.
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _template(folder)
+        return tokenizer
 
 
 def _template(folder: Path) -> str | None:
@@ -80,8 +134,11 @@ def _template(folder: Path) -> str | None:
     if file.is_file():
         with loading(file, "it cannot be read"):
             return file.read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    found = read_json(config).get("chat_template") if config.is_file() else None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        config = folder / name
+        found = read_json(config).get("chat_template") if config.is_file() else None
+        if found is not None:
+            break
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")

@@ -12,6 +12,8 @@ from fluxc.base.errors import BuildError
 from fluxc.graph.export import make_model
 from fluxc.graph.values import inline, renamed
 
+EMBEDDING = "embed_tokens.weight"
+
 
 class Composition:
     """A graph that grows by inlining neutral graphs and adding nodes; every weight stays a named input."""
@@ -101,18 +103,24 @@ def compose_text_encoder(pieces: dict[str, onnx.ModelProto], text_layers: tuple[
     stem, layer = pieces["text_stem"], pieces["text_layer"]
     encoder.arguments(value for value in stem.graph.input if value.name in ("input_ids", "attention_mask"))
     wired = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
-    hidden, attends, cos, sin = encoder.inline(stem, wired)
+    hidden, *shared = encoder.inline(stem, wired)
+    # `seen` is there where prompts are padded on the left.
+    constant = dict(zip(("attends", "cos", "sin", "seen"), shared, strict=False))
     taken = []
     for number in range(text_layers[-1]):
-        (hidden,) = encoder.inline(
-            layer, {"hidden": hidden, "attends": attends, "cos": cos, "sin": sin}, f"model.layers.{number}."
-        )
+        (hidden,) = encoder.inline(layer, {"hidden": hidden, **constant}, layer_prefix(stem, number))
         if number + 1 in text_layers:
             taken.append(hidden)
     encoder.node("Concat", taken, "text", axis=-1)
     text = renamed(stem.graph.output[0], "text")
     text.type.tensor_type.shape.dim[2].dim_value *= len(text_layers)
     return encoder.finish([text])
+
+
+def layer_prefix(stem: onnx.ModelProto, number: int) -> str:
+    """What the names of a text encoder's layer begin with: what its embedding's does, and its number."""
+    (table,) = (value.name for value in stem.graph.input if value.name.endswith(EMBEDDING))
+    return f"{table.removesuffix(EMBEDDING)}layers.{number}."
 
 
 def compose_steps(pieces: dict[str, onnx.ModelProto], text_length: int) -> dict[str, onnx.ModelProto]:
@@ -160,7 +168,10 @@ def compose_steps(pieces: dict[str, onnx.ModelProto], text_length: int) -> dict[
 
 
 def compose_text_layer(pieces: dict[str, onnx.ModelProto]) -> onnx.ModelProto:
-    """hidden, attends -> hidden_out: a layer with the rotary tables, which are constants of a text length, inside."""
+    """hidden, attends, and `seen` if there is one -> hidden_out: a layer with the rotary tables inside.
+
+    They are constants of a text length.
+    """
     tables = {tensor.name: tensor for tensor in pieces["text_stem"].graph.initializer}
     layer = onnx.ModelProto()
     layer.CopyFrom(pieces["text_layer"])

@@ -30,6 +30,7 @@ from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.modules import (
     DoubleBlock,
     Epilogue,
+    LeftPaddedTextStem,
     PartPrologue,
     Prologue,
     Signal,
@@ -181,18 +182,18 @@ def trace_text_encoder(
     """The neutral graphs `text_stem` (embedding, mask, rotary tables) and `text_layer` (one decoder layer) in `dtype`."""
     import transformers
 
-    model_class = getattr(transformers, family.text_encoder.class_name)
-    small = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-    small |= {"num_hidden_layers": 1, "attn_implementation": "sdpa"}
-    if small.get("layer_types"):
-        small["layer_types"] = small["layer_types"][:1]
+    kind = family.text_encoder
+    model_class = getattr(transformers, kind.model_class)
+    described = kind.of_text(kind.with_layers(config, 1))
+    small = {key: value for key, value in described.items() if key not in ("dtype", "torch_dtype")}
+    small |= {"attn_implementation": "sdpa"}
     with _making("text_encoder"):
-        model = model_class(model_class.config_class.from_dict(small)).model.eval().to(dtype)
+        model = model_class(model_class.config_class.from_dict(small)).eval().to(dtype)
     # transformers computes the rotary frequencies when a model is made; on the meta device they have no values.
     rotary = type(model.rotary_emb)(model.config)
-    constants = {f"model.rotary_emb.{name}": value for name, value in rotary.named_buffers()}
+    constants = {f"{kind.prefix}rotary_emb.{name}": value for name, value in rotary.named_buffers()}
     tokens = torch.empty(2, text_length, dtype=torch.int64, device="meta")
-    shape = family.text_encoder.read(config)
+    shape = kind.read(config)
     branches = {0: "branches"}
     stem_inputs: dict[str, Input] = {"input_ids": (tokens, branches), "attention_mask": (tokens, branches)}
     layer_inputs: dict[str, Input] = {
@@ -201,10 +202,13 @@ def trace_text_encoder(
         "cos": (_meta(1, text_length, shape.head_width, dtype=dtype), None),
         "sin": (_meta(1, text_length, shape.head_width, dtype=dtype), None),
     }
+    stem: TextStem = TextStem(model, kind.prefix)
+    outputs: tuple[str, ...] = ("hidden", "attends", "rotary_cos", "rotary_sin")
+    if family.prompts.padding == "left":
+        stem, outputs = LeftPaddedTextStem(model, kind.prefix), (*outputs, "seen")
+        layer_inputs["seen"] = (_meta(2, text_length, 1, dtype=dtype), branches)
     return {
-        "text_stem": trace(
-            TextStem(model), stem_inputs, ("hidden", "attends", "rotary_cos", "rotary_sin"), constants=constants
-        ),
+        "text_stem": trace(stem, stem_inputs, outputs, constants=constants),
         "text_layer": trace(TextLayer(model.layers[0]), layer_inputs, ("hidden_out",), strip="layer."),
     }
 

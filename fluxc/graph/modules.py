@@ -150,31 +150,67 @@ class Epilogue(nn.Module):
 class TextStem(nn.Module):
     """input_ids, attention_mask int64 [B, L] -> hidden [B, L, D], attends bool [B, 1, L, L], cos and sin [1, L, head_dim].
 
-    A token attends to itself and to earlier tokens that are not padding.
+    A token attends to itself and to earlier tokens that are not padding. `prefix` is what the embedding's name begins with.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, prefix: str) -> None:
         super().__init__()
-        # Nested as in the checkpoint, so that the embedding keeps its name, model.embed_tokens.weight.
-        self.model = nn.ModuleDict({"embed_tokens": model.embed_tokens, "rotary_emb": model.rotary_emb})
+        # Nested as in the checkpoint, so that the embedding keeps its name.
+        inner: nn.Module = nn.ModuleDict({"embed_tokens": model.embed_tokens, "rotary_emb": model.rotary_emb})
+        outermost, *names = prefix.rstrip(".").split(".")
+        for name in reversed(names):
+            inner = nn.ModuleDict({name: inner})
+        self.add_module(outermost, inner)
+        self.path = prefix.rstrip(".")
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        hidden = self.model["embed_tokens"](input_ids)
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden, place = self._embedded(input_ids)
         causal = place[:, None] >= place[None, :]
         attends = causal[None, None] & attention_mask.bool()[:, None, None, :]
-        cos, sin = self.model["rotary_emb"](hidden, place[None])
-        return hidden, attends, cos, sin
+        return hidden, attends, *self._rotary(hidden, place)
+
+    def _embedded(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.get_submodule(f"{self.path}.embed_tokens")(input_ids)
+        return hidden, torch.arange(input_ids.shape[1], device=input_ids.device)
+
+    def _rotary(self, hidden: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.get_submodule(f"{self.path}.rotary_emb")(hidden, place[None])
+        return cos, sin
+
+
+class LeftPaddedTextStem(TextStem):
+    """The same for padding on the left: hidden, attends, cos and sin, and seen [B, L, 1] in the type of hidden.
+
+    Nothing precedes the padding, so a row of padding attends to nothing. The softmax of nothing is NaN in one engine and an
+    average in another; torch's attention gives zero. Such a row attends to itself here, and `seen`, 0 for it and 1 for a token,
+    takes away what comes of that.
+    """
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden, place = self._embedded(input_ids)
+        causal, itself = place[:, None] >= place[None, :], place[:, None] == place[None, :]
+        attends = causal[None, None] & (attention_mask.bool()[:, None, None, :] | itself[None, None])
+        return hidden, attends, *self._rotary(hidden, place), attention_mask[:, :, None].to(hidden.dtype)
 
 
 class TextLayer(nn.Module):
-    """One decoder layer: hidden, attends, cos, sin -> hidden."""
+    """One decoder layer: hidden, attends, cos, sin, and `seen` where padding is on the left -> hidden."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
-    def forward(self, hidden, attends, cos, sin):
+    def forward(self, hidden, attends, cos, sin, seen=None):
+        if seen is None:
+            return self._run(hidden, attends, cos, sin)
+        projection = self.layer.get_submodule("self_attn.o_proj")
+        handle = projection.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * seen,))
+        try:
+            return self._run(hidden, attends, cos, sin)
+        finally:
+            handle.remove()
+
+    def _run(self, hidden, attends, cos, sin):
         output = self.layer(hidden, attention_mask=attends, position_embeddings=(cos, sin))
         return output[0] if isinstance(output, tuple) else output
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from fluxc.models.mistral3 import Mistral3
+from fluxc.models.qwen3 import Qwen3
+from fluxc.models.text_encoder import TextEncoder
+
 KLEIN_4B: dict[str, Any] = {
     "num_layers": 5,
     "num_single_layers": 20,
@@ -41,12 +45,24 @@ QWEN3_4B: dict[str, Any] = {
 }
 QWEN3_8B: dict[str, Any] = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288}
 MISTRAL_SMALL: dict[str, Any] = {
-    **QWEN3_4B,
-    "vocab_size": 131072,
-    "hidden_size": 5120,
-    "intermediate_size": 32768,
-    "num_hidden_layers": 40,
+    "text_config": {
+        "vocab_size": 131072,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e9,
+        "sliding_window": None,
+        "max_position_embeddings": 131072,
+    }
 }
-"""Mistral-Small 3.2 in the fields of Qwen3, whose Linears it has; of Qwen3's norms it lacks those of queries and keys."""
-TEXT_ENCODERS = {"klein-4b": (QWEN3_4B, 27), "klein-9b": (QWEN3_8B, 27), "dev": (MISTRAL_SMALL, 30)}
+"""Mistral-Small 3.2's language model."""
+TEXT_ENCODERS: dict[str, tuple[TextEncoder, int]] = {
+    "klein-4b": (Qwen3.read(QWEN3_4B), 27),
+    "klein-9b": (Qwen3.read(QWEN3_8B), 27),
+    "dev": (Mistral3.read(MISTRAL_SMALL), 30),
+}
 """The text encoders of MODELS, and how many of their layers are used."""

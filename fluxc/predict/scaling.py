@@ -11,7 +11,6 @@ from fluxc.checkpoint.identify import check_sizes, vae_of
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.published import MODELS, TEXT_ENCODERS
-from fluxc.models.qwen3 import Qwen3
 from fluxc.predict.gpus import Gpu
 from fluxc.predict.published import calibrated, checked, steps_computed_with_teacache
 from fluxc.predict.rates import StepTime, step_time
@@ -104,8 +103,7 @@ def published_model(name: str, size: tuple[int, int] = SIZE) -> Subject:
     list, the text encoder in FP8. RecipeError for a size that is no whole number of tokens or too large to be decoded."""
     model, vae = Flux2Transformer.read(MODELS[name]), Flux2VAE()
     plan = precision_plan("transformer", model.linears, ComponentPrecision("nvfp4", preset=PRESET))
-    config, layers = TEXT_ENCODERS[name]
-    encoder = Qwen3.read(config)
+    encoder, layers = TEXT_ENCODERS[name]
     text_plan = precision_plan("text_encoder", encoder.linears(layers), ComponentPrecision("fp8"))
     check_sizes(vae, (size,))
     rows, columns = (side // vae.pixels_per_token for side in size)

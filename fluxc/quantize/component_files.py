@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fluxc.checkpoint.components import WEIGHTS_FILE, small_files, text_encoder_config, without_machine
+from fluxc.checkpoint.components import WEIGHTS_FILE, small_files, without_machine
+from fluxc.checkpoint.identify import family_of
 from fluxc.checkpoint.source import HF_QUANT_CONFIG, QUANTIZATION, Checkpoint
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan
@@ -30,7 +31,7 @@ def write_small_files(
             continue
         config = without_machine(component.config)
         if name == "text_encoder":
-            config = text_encoder_config(config, kept_text_layers)
+            config = family_of(checkpoint).text_encoder.with_layers(config, kept_text_layers)
         quantization = quantization_config(plans.get(name, []))
         if quantization:
             if name == "text_encoder":

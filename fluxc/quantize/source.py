@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fluxc.base.errors import RecipeError
+from fluxc.base.errors import CheckpointError, RecipeError
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.identify import check_sizes, family_of, has_cfg_batch, text_encoder_of, transformer_of, vae_of
 from fluxc.checkpoint.quantized import SourceLayer, as_stored, quantized_layers
@@ -15,6 +15,7 @@ from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint
 from fluxc.families.base import Family
 from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import Flux2Transformer
+from fluxc.models.text_encoder import TextEncoder
 from fluxc.quantize.plan import LayerPlan, needs_calibration, precision_plan, to_quantize
 from fluxc.recipe.faults import Collected
 from fluxc.recipe.load import LoadedRecipe
@@ -24,7 +25,6 @@ LARGE = 1_000_000_000
 """Parameters of a transformer from which the defaults of measuring are those of a large model (docs/recipe.md)."""
 UNUSED = {
     "vae": ("encoder.", "quant_conv.", "bn.num_batches_tracked"),
-    "text_encoder": ("model.norm.",),
 }
 
 
@@ -75,8 +75,8 @@ class Source:
     @property
     def unused(self) -> dict[str, tuple[str, ...]]:
         """Name prefixes of tensors that no graph needs, by component."""
-        extra = f"model.layers.{self.text_layers_kept - 1}."
-        return {**UNUSED, "text_encoder": (*UNUSED["text_encoder"], extra)}
+        prefix = self.family.text_encoder.prefix
+        return {**UNUSED, "text_encoder": (f"{prefix}norm.", f"{prefix}layers.{self.text_layers_kept - 1}.")}
 
 
 def is_large(transformer: Flux2Transformer) -> bool:
@@ -109,7 +109,8 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
     check_tensors(transformer, as_stored(transformer_model.tensors, quantized["transformer"]))
     kept = family.text_layers_stored(text_layers)
     every_layer = as_stored(encoder_model.tensors(text_layers), quantized["text_encoder"])
-    check_tensors(encoder, every_layer, ignored=("lm_head.",))
+    check_tensors(encoder, every_layer, ignored=encoder_model.unread)
+    _check_window(encoder_model, recipe.text.length, encoder.folder)
     check_tensors(checkpoint.components["vae"], vae_of(checkpoint).tensors, ignored=("bn.num_batches_tracked",))
     with collected.collecting():
         check_sizes(vae_of(checkpoint), recipe.sizes)
@@ -128,6 +129,15 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
                 _check_auto(recipe, plans[name])
     collected.raise_all()
     return Source(checkpoint, family, has_cfg_batch(checkpoint, family), kept, plans, quantized)
+
+
+def _check_window(encoder: TextEncoder, length: int, folder: Path) -> None:
+    """Refuse a text encoder in which a token does not attend to all tokens before it."""
+    if encoder.window is not None and encoder.window < length:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: sliding_window is {encoder.window} tokens, and text.length is {length}; fluxc compiles "
+            "text encoders whose tokens attend to all tokens before them, as FLUX.2's do; use the text encoder as published"
+        )
 
 
 def _check_auto(recipe: Recipe, plan: list[LayerPlan]) -> None:

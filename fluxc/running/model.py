@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from fluxc.base.progress import OfSteps
-from fluxc.checkpoint.components import text_encoder_config
-from fluxc.checkpoint.dequantized import empty_model
+from fluxc.checkpoint.dequantized import empty_model, empty_text_encoder
+from fluxc.checkpoint.identify import text_encoder_of
 from fluxc.checkpoint.reference import Generation, grid_of, load_pipeline, noise_for, spread
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.running.lockstep import CALL, Lockstep, Row, result_of, wait_for_part
@@ -137,9 +137,9 @@ class ReferenceModel:
         """
         component = self.checkpoint.components[name]
         if name == "text_encoder":
-            kept = min(component.config["num_hidden_layers"], text_layers[-1] + 1)
-            module = empty_model(component, text_encoder_config(component.config, kept))
-            module.lm_head = nn.Identity()
+            encoder = text_encoder_of(self.checkpoint)
+            kept = min(encoder.num_hidden_layers, text_layers[-1] + 1)
+            module = empty_text_encoder(component, type(encoder), kept)
         else:
             module = empty_model(component)
         weights = PartWeights(module, component, self.placement.dtype, self._device)
@@ -201,10 +201,11 @@ class ReferenceModel:
             pipeline = self._with(transformer=called)
             size = generation.size
             noise = spread(noise_for(self.checkpoint, size, generation.seed), grid_of(self.checkpoint, size))
+            # A pipeline without classifier-free guidance has no such argument.
+            negative = {} if empty is None else {"negative_prompt_embeds": empty}
             found: torch.Tensor = pipeline(
                 prompt=None,
                 prompt_embeds=text,
-                negative_prompt_embeds=empty,
                 height=size[0],
                 width=size[1],
                 num_inference_steps=generation.steps,
@@ -215,8 +216,9 @@ class ReferenceModel:
                 output_type="latent",
                 return_dict=False,
                 callback_on_step_end=after_step,
+                **negative,
             )[0]
-            return found
+            return found if found.ndim == 4 else self._unpacked(found, grid_of(self.checkpoint, size))
 
         return transformer.run([partial(denoised, *pair) for pair in zip(texts, generations, strict=True)])
 
@@ -225,6 +227,17 @@ class ReferenceModel:
         with torch.no_grad():
             image = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         found: np.ndarray = self._pipeline.image_processor.postprocess(image, output_type="np")[0]
+        return found
+
+    def _unpacked(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """What the VAE's decoder takes of `tokens` [1, S, C]: dev's pipeline, unlike klein's, stops before it makes that."""
+        vae = self.vae
+        spread = tokens.reshape(1, *grid, -1).permute(0, 3, 1, 2)
+        mean, variance = (value.view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
+        std = torch.sqrt(variance + vae.config.batch_norm_eps)
+        found: torch.Tensor = self._pipeline._unpatchify_latents(
+            spread * std.to(tokens.device, tokens.dtype) + mean.to(tokens.device, tokens.dtype)
+        )
         return found
 
     def _with(self, **components: Any) -> Any:

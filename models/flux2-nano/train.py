@@ -52,9 +52,11 @@ def run_stage(
     lr: float,
     ema_decay: float | None = None,
     on_checkpoint: Callable[[torch.nn.Module], None] | None = None,
+    steps: int | None = None,
+    work: Path = WORK,
 ) -> torch.nn.Module:
-    """Train `model` for STEPS[name] steps of AdamW (warm-up, cosine to 2 %), resuming from `.work/NAME.pt`."""
-    total, path = STEPS[name], WORK / f"{name}.pt"
+    """Train `model` for `steps` (else STEPS[name]) steps of AdamW (warm-up, cosine to 2 %), resuming from NAME.pt in `work`."""
+    total, path = steps or STEPS[name], work / f"{name}.pt"
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(len(name) * 1000 + 17)

@@ -325,13 +325,20 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Prompting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a prompt becomes tokens: `prefix + prompt + suffix`, encoded, padded with `pad_id` to `length`."""
+    """How a prompt becomes tokens: `prefix + prompt + suffix`, encoded, padded with `pad_id` to `length`.
+
+    Where these are not set, prompts are padded on the right, nothing is `removed` from a prompt before, and the tokenizer adds
+    special tokens of its own.
+    """
 
     tokenizer: str
     prefix: str
     suffix: str
     length: int
     pad_id: int
+    padding: Literal["left", "right"] | msgspec.UnsetType = msgspec.UNSET
+    removed: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    special_tokens: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -38,6 +38,15 @@ class PromptEncoder:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
+    def tokens(self, prompt: str) -> list[int]:
+        """The ids of `prompt` within its template, however many there are."""
+        spec = self._prompting
+        for text in spec.removed or ():
+            prompt = prompt.replace(text, "")
+        added = spec.special_tokens is not False
+        found: list[int] = self._tokenizer.encode(spec.prefix + prompt + spec.suffix, add_special_tokens=added).ids
+        return found
+
     def encode(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, attention_mask), int64 [prompts, length]; a prompt that does not fit is a RequestError."""
         import numpy as np
@@ -45,17 +54,17 @@ class PromptEncoder:
         spec = self._prompting
         ids = np.full((len(prompts), spec.length), spec.pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
-        frame = len(self._tokenizer.encode(spec.prefix + spec.suffix).ids)
         for row, prompt in enumerate(prompts):
-            tokens = self._tokenizer.encode(spec.prefix + prompt + spec.suffix).ids
+            tokens = self.tokens(prompt)
             if len(tokens) > spec.length:
                 raise RequestError(
                     f"the prompt {_shorten(prompt)!r} is {len(tokens)} tokens long with its chat template "
-                    f"({frame} tokens), but this bundle was compiled for {spec.length}; "
+                    f"({len(self.tokens(''))} tokens), but this bundle was compiled for {spec.length}; "
                     "shorten it, or rebuild with a larger text.length in the recipe"
                 )
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
+            place = slice(spec.length - len(tokens), None) if spec.padding == "left" else slice(len(tokens))
+            ids[row, place] = tokens
+            mask[row, place] = 1
         return ids, mask
 
 

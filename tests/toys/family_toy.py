@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fluxc.families.base import Family, register
+from fluxc.families.base import Family, Prompts, register
 
 TOY = Family(
     "ToyPipeline",
     text_layers=(4, 11, 20),
-    template_options={"enable_thinking": False},
+    prompts=Prompts({"add_generation_prompt": True, "enable_thinking": False}),
     diffusers_class="Flux2KleinPipeline",
 )
 

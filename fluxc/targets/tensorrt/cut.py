@@ -24,6 +24,7 @@ from fluxc.graph.compose import (
     compose_steps,
     compose_text_join,
     compose_text_layer,
+    layer_prefix,
     one_output_each,
 )
 from fluxc.graph.ulysses import COLLECTIVE, ranks_of
@@ -127,7 +128,8 @@ class Cutter:
         for number in range(taken[-1]):
             to = f"taken_{taken.index(number + 1)}" if number + 1 in taken else free[0]
             wired = {"hidden": at, "hidden_out": to}
-            calls.append(self._call("text_layer", layer, component, f"model.layers.{number}.", wired))
+            prefix = layer_prefix(pieces["text_stem"], number)
+            calls.append(self._call("text_layer", layer, component, prefix, wired))
             at, free = to, (free[::-1] if to == free[0] else free)
         calls.append(self._call("text_join", compose_text_join(pieces, len(taken)), component))
         self._program("text_encoder", component, calls, ("text",))

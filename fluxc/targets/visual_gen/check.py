@@ -124,7 +124,7 @@ def faults_of(folder: Path, text_tokens: int = WARM_UP_TOKENS) -> list[str]:
         return [
             *_component_faults(folder),
             *_transformer_faults(folder / "transformer", config, transformer),
-            *_text_encoder_faults(folder / "text_encoder"),
+            *_text_encoder_faults(folder),
             *_settings_faults(folder, transformer.num_attention_heads, text_tokens),
         ]
     except (OSError, ValueError, FluxError) as error:
@@ -243,14 +243,33 @@ def _group_faults(config: QuantizationConfig) -> Iterator[str]:
         yield f'quantization_config.config_groups.group_0.targets: must be ["Linear"], not {group.targets}'
 
 
-def _text_encoder_faults(folder: Path) -> Iterator[str]:
+def _text_encoder_faults(root: Path) -> Iterator[str]:
+    folder, index = root / "text_encoder", json.loads((root / "model_index.json").read_text())
     tensors, faults = _tensors(folder, WEIGHTS_FILE["text_encoder"])
     yield from faults
     other = sorted({ref.dtype for ref in tensors.values()} - {"BF16"})
     if other or not tensors:
         yield f"text_encoder: must be bf16, holds {', '.join(other) or 'no weights'}"
-    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+    config = json.loads((folder / "config.json").read_text())
+    if "quantization_config" in config:
         yield "text_encoder/config.json: has a quantization_config, which VisualGen does not take"
+    named = index["text_encoder"][1]
+    family = next((known for known in BUILT_IN if known.text_encoder.class_name == named), None)
+    if family is None:
+        yield f"model_index.json: text_encoder is a {named}, and VisualGen would take hidden states of layers that are dev's"
+        return
+    encoder = family.text_encoder.read(config, folder)
+    if encoder.num_hidden_layers <= family.text_layers[-1]:
+        yield (
+            f"text_encoder/config.json: {encoder.num_hidden_layers} layers; VisualGen takes the output of layer "
+            f"{family.text_layers[-1]}, which would be normalised as the last one's"
+        )
+    expected = encoder.tensors(encoder.num_hidden_layers)
+    missing = sorted(name for name in expected if name not in tensors)
+    if missing:
+        yield f"text_encoder: {len(missing)} tensors are missing and would be random, the first {missing[0]}"
+    if named == DEV.text_encoder.class_name and not any((root / "tokenizer" / name).is_file() for name in PROCESSOR):
+        yield f"tokenizer: holds none of {', '.join(PROCESSOR)}, so AutoProcessor finds no processor"
 
 
 def _settings_faults(folder: Path, heads: int, text_tokens: int) -> Iterator[str]:

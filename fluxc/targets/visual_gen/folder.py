@@ -22,6 +22,8 @@ from fluxc.base.errors import RecipeError
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import ITEM_BITS, TensorRef
 from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE
+from fluxc.families.dev import DEV
+from fluxc.families.klein import KLEIN
 from fluxc.quantize.component_files import quantization_config
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.sharding import undivided
@@ -29,7 +31,7 @@ from fluxrt.manifest import StepCache
 from fluxrt.visual_gen import PIXELS_PER_TOKEN
 
 if TYPE_CHECKING:
-    from fluxc.families.base import Family
+    from fluxc.families.base import Family, Prompts
     from fluxc.quantize.writer import View
     from fluxc.recipe.structs import Recipe
 
@@ -41,9 +43,8 @@ HALVES_FILE = "gate_up.safetensors"
 README = "README.md"
 WARM_UP_TOKENS = 512
 """Text tokens that VisualGen warms up with, whatever requests ask for; a prompt's length where one does not say."""
-TEXT_LAYERS = (9, 18, 27)
-TEMPLATE_OPTIONS = {"enable_thinking": False}
-SCHEDULE = "flux2-flow-match"
+BUILT_IN = (KLEIN, DEV)
+"""Families whose way to read prompts and steps VisualGen has built in."""
 FUSED = {
     "attn.to_q": "attn.qkv_proj",
     "attn.to_k": "attn.qkv_proj",
@@ -111,6 +112,10 @@ def check_visual_gen(
             )
 
 
+def _reads(family: Family) -> tuple[tuple[int, ...], Prompts, str]:
+    return family.text_layers, family.prompts, family.schedule
+
+
 def check_built_in(field: str, recipe: Recipe, family: Family, cfg_batch: bool, pixels_per_token: int) -> None:
     """Refuse what VisualGen would compute otherwise, without a word, because it has the answer built in (pipeline_flux2.py).
 
@@ -121,10 +126,9 @@ def check_built_in(field: str, recipe: Recipe, family: Family, cfg_batch: bool, 
             f"{field}: VisualGen takes every image token for {PIXELS_PER_TOKEN} pixels a side, this checkpoint's VAE decodes "
             f"one to {pixels_per_token}, so images would have another size; leave this target out"
         )
-    reads = (family.text_layers, family.template_options, family.schedule)
-    if reads != (TEXT_LAYERS, TEMPLATE_OPTIONS, SCHEDULE):
+    if not any(_reads(family) == _reads(known) for known in BUILT_IN):
         raise RecipeError(
-            f"{field}: VisualGen reads prompts and steps as FLUX.2 klein does, {family.pipeline_class} does not; "
+            f"{field}: VisualGen reads prompts and steps as FLUX.2 klein and dev do, {family.pipeline_class} does not; "
             "leave this target out"
         )
     if not cfg_batch:

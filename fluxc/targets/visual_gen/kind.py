@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fluxc.base.cache import Made
 from fluxc.base.errors import RecipeError
-from fluxc.checkpoint.components import INDEX, small_files
+from fluxc.checkpoint.components import INDEX, small_files, without_machine
 from fluxc.checkpoint.identify import pixels_per_token
 from fluxc.checkpoint.source import HF_QUANT_CONFIG
 from fluxc.graph.stage import ExportInputs
@@ -72,7 +72,9 @@ class VisualGen(TargetKind[VisualGenTarget, format.VisualGenTarget]):
             text_encoder=None
             if is_bf16
             else stage.TextEncoder(
-                encoder.config, source.text_layers_kept, kept_tensors(source, "text_encoder"), encoder.weight_files
+                without_machine(source.family.text_encoder.with_layers(encoder.config, source.text_layers_kept)),
+                kept_tensors(source, "text_encoder"),
+                encoder.weight_files,
             ),
         )
         return TargetWork(inputs, stage.run)

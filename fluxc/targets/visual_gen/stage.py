@@ -9,7 +9,7 @@ from typing import Any
 
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
-from fluxc.checkpoint.components import WEIGHTS_FILE, text_encoder_config
+from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import VisualGenTarget
 from fluxc.targets.parts import Weights, write_entry
@@ -20,10 +20,9 @@ LINKS = "links.json"
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder that is written again in bf16: config, how many layers, tensors in the checkpoint, and its files."""
+    """A text encoder that is written again in bf16: its config there, tensors in the checkpoint, and its files."""
 
     config: dict[str, Any]
-    layers: int
     tensors: dict[str, TensorRef]
     files: list[Path]
 
@@ -72,8 +71,7 @@ def run(inputs: VisualGenInputs, folder: Path, report: Report) -> None:
         encoder = folder / visual_gen.FOLDER / "text_encoder"
         encoder.mkdir()
         write_weights(encoder / WEIGHTS_FILE["text_encoder"], inputs.text_encoder.tensors, [], {})
-        config = text_encoder_config(inputs.text_encoder.config, inputs.text_encoder.layers)
-        (encoder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (encoder / "config.json").write_text(json.dumps(inputs.text_encoder.config, indent=2, sort_keys=True) + "\n")
     (folder / LINKS).write_text(json.dumps(written.links))
     configs = {str(number): file for number, file in written.configs.items()}
     entry = format.struct_of(inputs.target.kind, format.VisualGenTarget)
