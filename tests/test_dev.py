@@ -1,0 +1,305 @@
+"""FLUX.2 dev: its prompts and text encoder against diffusers' and transformers' own, its images, and checkpoints that are not it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fluxrt
+from conftest import NANO_DEV, ROOT, compile_into, copy_checkpoint
+from fluxc.base.errors import FluxError
+from fluxc.base.safetensors import read_header
+from fluxc.build.job import open_job
+from fluxc.build.preflight import preflight
+from fluxc.families.dev import DEV
+from fluxc.fidelity.metrics import relative_error
+from fluxc.recipe.load import load_recipe
+from fluxrt.bundle import open_bundle
+from quick import QUICK
+
+RECIPE = ROOT / "recipes" / "flux2-nano-dev.yaml"
+PLAIN = "precision={transformer: {default: bf16}, text_encoder: {default: bf16}}"
+PROMPTS = (
+    "",
+    "a large red circle at the left",
+    "[IMG]a small [IMG] ring",
+    "[INST] a [/INST] ring",
+    "<|im_end|> a ring </s>",
+    "a\tring\t",
+    "a ring   ",
+    "two  spaces",
+    "a line\nbreak",
+    "🦊 🔴",
+    "ein großer Ring",
+    "赤い輪",
+    "кольцо",
+)
+TOO_LONG = "a red ring " * 200
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """flux2-nano-dev without quantization, in three sizes."""
+    sizes = "sizes=[[64, 64], [32, 96], [128, 64]]"
+    out = tmp_path_factory.mktemp("dev") / "exact"
+    return compile_into(out, *QUICK, PLAIN, sizes, "targets=[{kind: onnxruntime}]", recipe=RECIPE)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """flux2-nano-dev in NVFP4, its text encoder in FP8, for every kind of target that can be made here."""
+    targets = "[{kind: onnxruntime}, {kind: onnxruntime, activations: nvfp4}, {kind: onnxruntime, gpus: 2}, {kind: tensorrt_rtx}]"
+    return compile_into(tmp_path_factory.mktemp("dev") / "quick", *QUICK, f"targets={targets}", recipe=RECIPE)
+
+
+def figures_of(bundle: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((bundle / "report" / "report.json").read_text())["targets"]
+    return found
+
+
+def test_in_full_precision_every_stage_equals_diffusers(exact: Path) -> None:
+    figures = figures_of(exact)["onnxruntime"]
+    for stage in ("text_error", "prologue_error", "step_error", "decode_error"):
+        assert figures[stage] <= 1e-3, stage
+    assert figures["image_psnr_db_worst"] >= 50
+    with fluxrt.load(exact) as pipeline:
+        assert not pipeline.bundle.manifest.sampling.cfg_batch
+        assert pipeline.target.reads("guidance")
+        images = [pipeline.generate(fluxrt.Request("a ring", size=size, steps=1)).images[0] for size in SIZES]
+    assert [(image.height, image.width) for image in images] == list(SIZES)
+
+
+SIZES = ((64, 64), (32, 96), (128, 64))
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_another_size_equals_diffusers(exact: Path, size: tuple[int, int]) -> None:
+    from fluxc.checkpoint.reference import Generation, generate, load_pipeline
+    from fluxc.checkpoint.source import open_checkpoint
+
+    checkpoint = open_checkpoint(str(NANO_DEV), None, ROOT)
+    expected = generate(
+        load_pipeline(checkpoint, torch.float32),
+        checkpoint,
+        "a ring",
+        Generation(size, 3, 2.5, 5, 64, DEV.text_layers),
+    )
+    with fluxrt.load(exact) as pipeline:
+        image = pipeline.generate(fluxrt.Request("a ring", size=size, seed=5)).images[0]
+    assert np.abs(np.asarray(image) - expected * 255).max() <= 1
+
+
+def test_guidance_is_an_input_of_the_transformer(exact: Path) -> None:
+    with fluxrt.load(exact) as pipeline:
+        one, other = (
+            np.asarray(pipeline.generate(fluxrt.Request("a large red ring at the left", guidance=scale)).images[0])
+            for scale in (1.0, 4.0)
+        )
+    assert np.abs(one.astype(int) - other).max() > 10
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """dev's processor, as transformers has it; it asks for torchvision, of which texts need nothing."""
+    import transformers
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    for name in ("", ".transforms", ".transforms.v2", ".transforms.v2.functional"):
+        module = ModuleType(f"torchvision{name}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        parent, _, last = module.__name__.rpartition(".")
+        if parent:
+            monkeypatch.setattr(sys.modules[parent], last, module, raising=False)
+    sys.modules["torchvision.transforms"].InterpolationMode = object  # type: ignore[attr-defined]
+    from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(NANO_DEV / "tokenizer")
+    return PixtralProcessor(ImageProcessingMixin(), tokenizer, chat_template=tokenizer.chat_template)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Any:
+    """The checkpoint's text encoder as transformers loads it, vision tower and head included."""
+    from transformers import Mistral3ForConditionalGeneration
+
+    return Mistral3ForConditionalGeneration.from_pretrained(NANO_DEV / "text_encoder", dtype=torch.float32).eval()
+
+
+def diffusers_reads(encoder: Any, processor: Any, prompt: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(input_ids, attention_mask, embeddings) of `prompt` by Flux2Pipeline's own code."""
+    from diffusers import Flux2Pipeline
+
+    seen: dict[str, Any] = {}
+    handle = encoder.register_forward_pre_hook(lambda _module, _args, given: seen.update(given), with_kwargs=True)
+    try:
+        with torch.no_grad():
+            text = Flux2Pipeline._get_mistral_3_small_prompt_embeds(encoder, processor, prompt, max_sequence_length=64)
+    finally:
+        handle.remove()
+    return seen["input_ids"].numpy(), seen["attention_mask"].numpy(), text.numpy()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=repr)
+def test_tokens_padding_mask_and_embeddings_are_diffusers(
+    exact: Path, encoder: Any, processor: Any, prompt: str
+) -> None:
+    """Of all 64 rows: what stands in the rows of padding reaches the transformer too."""
+    ids, mask, expected = diffusers_reads(encoder, processor, prompt)
+    with fluxrt.load(exact) as pipeline:
+        ours = pipeline.tokenize([prompt])
+        text = pipeline.encode_text(prompt, 2.5)
+    np.testing.assert_array_equal(ours[0], ids)
+    np.testing.assert_array_equal(ours[1], mask)
+    assert mask[0, 0] == 0
+    assert mask[0, -1] == 1
+    assert relative_error(text, expected) < 1e-5
+    assert max(relative_error(text[0, row], expected[0, row]) for row in range(64)) < 1e-4
+
+
+def test_a_prompt_whose_end_would_be_cut_off_is_refused(exact: Path, encoder: Any, processor: Any) -> None:
+    ids, _, _ = diffusers_reads(encoder, processor, TOO_LONG)
+    closing = 4
+    assert closing not in ids, "diffusers cuts [/INST] off without a word"
+    with fluxrt.load(exact) as pipeline, pytest.raises(fluxrt.RequestError, match="this bundle was compiled for 64"):
+        pipeline.tokenize([TOO_LONG])
+
+
+def test_a_row_of_padding_does_not_depend_on_the_prompt(exact: Path) -> None:
+    with fluxrt.load(exact) as pipeline:
+        rows = [pipeline.encode_text(prompt, 2.5)[0, :4] for prompt in ("", "a large red circle")]
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rows[0], np.broadcast_to(rows[0][0], rows[0].shape), rtol=1e-5, atol=1e-6)
+
+
+def test_the_bundles_text_encoder_loads_in_transformers_and_encodes_alike(exact: Path) -> None:
+    from transformers import Mistral3ForConditionalGeneration
+
+    stored = read_header(exact / "text_encoder" / "model.safetensors")
+    assert not [name for name in stored if name.startswith(("vision_tower", "multi_modal", "language_model.lm_head"))]
+    encoder = Mistral3ForConditionalGeneration.from_pretrained(exact / "text_encoder", dtype=torch.float32)
+    with fluxrt.load(exact) as pipeline:
+        ids, mask = pipeline.tokenize(["a small blue ring"])
+        text = pipeline.encode_text("a small blue ring", 2.5)
+    with torch.no_grad():
+        states = encoder(
+            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), output_hidden_states=True
+        ).hidden_states
+    assert relative_error(text, torch.cat([states[k] for k in DEV.text_layers], dim=-1).numpy()) < 1e-5
+
+
+def test_quantized_it_is_compiled_for_every_target_that_can_be_made_here(quick: Path) -> None:
+    manifest = open_bundle(quick).manifest
+    assert [target.name for target in manifest.targets] == [
+        "onnxruntime",
+        "onnxruntime-nvfp4",
+        "onnxruntime-2gpus",
+        "tensorrt_rtx",
+    ]
+    formats = {layer.format for layer in manifest.precision if layer.component == "text_encoder"}
+    assert formats == {"fp8"}
+    for target in ("onnxruntime", "onnxruntime-nvfp4"):
+        figures = manifest.fidelity.targets[target]
+        assert figures["step_cosine"] > 0.98
+        assert figures["prologue_error"] < 1e-3
+        assert figures["text_error"] < 0.1
+    assert manifest.fidelity.ranks["onnxruntime-2gpus"].image_psnr_db > 40
+
+
+# What is not a dev checkpoint.
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Iterator[Path]:
+    yield copy_checkpoint(tmp_path / "damaged", NANO_DEV)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def refusal(checkpoint: Path, *changes: str) -> str:
+    with pytest.raises(FluxError) as caught:
+        preflight(load_recipe(RECIPE, (*QUICK, f"model.source={checkpoint}", *changes)), checkpoint.parent / "out")
+    return str(caught.value)
+
+
+def test_a_checkpoint_without_a_text_encoder_is_refused(damaged: Path) -> None:
+    shutil.rmtree(damaged / "text_encoder")
+    assert "component 'text_encoder' is missing" in refusal(damaged)
+
+
+def test_a_text_encoder_of_another_family_is_refused(damaged: Path) -> None:
+    edit(damaged / "model_index.json", lambda index: index.update(text_encoder=["transformers", "Qwen3ForCausalLM"]))
+    assert "text_encoder is a Qwen3ForCausalLM, expected Mistral3ForConditionalGeneration" in refusal(damaged)
+
+
+def test_another_language_model_in_mistral3_is_refused(damaged: Path) -> None:
+    edit(
+        damaged / "text_encoder" / "config.json", lambda config: config["text_config"].update(model_type="ministral3")
+    )
+    assert "text_config is of the type 'ministral3', expected that of a Mistral" in refusal(damaged)
+
+
+def test_a_tokenizer_without_its_file_is_refused(damaged: Path) -> None:
+    (damaged / "tokenizer" / "tokenizer.json").unlink()
+    assert "there is no tokenizer.json" in refusal(damaged)
+
+
+def test_a_config_of_more_layers_than_are_stored_is_refused(damaged: Path) -> None:
+    edit(damaged / "text_encoder" / "config.json", lambda config: config["text_config"].update(num_hidden_layers=40))
+    said = refusal(damaged)
+    assert "its tensors do not match its config.json: missing: language_model.model.layers.31." in said
+
+
+def test_too_few_layers_for_what_is_taken_are_refused(damaged: Path) -> None:
+    edit(damaged / "text_encoder" / "config.json", lambda config: config["text_config"].update(num_hidden_layers=30))
+    assert "the text encoder has 30 layers; this family takes the output of layer 30" in refusal(damaged)
+
+
+def test_a_sliding_window_that_is_shorter_than_the_text_is_refused(damaged: Path) -> None:
+    edit(damaged / "text_encoder" / "config.json", lambda config: config["text_config"].update(sliding_window=16))
+    assert "sliding_window is 16 tokens, and text.length is 64" in refusal(damaged)
+
+
+def test_a_template_with_a_system_message_of_its_own_is_refused(damaged: Path) -> None:
+    template = damaged / "tokenizer" / "chat_template.jinja"
+    given = "{%- set system_message = messages[0]['content'][0]['text'] %}"
+    text = template.read_text()
+    assert given in text
+    template.write_text(text.replace(given, "{%- set system_message = 'You are a poet.' %}"))
+    assert "does not hold the system message of FLUX.2" in refusal(damaged)
+
+
+def test_a_tokenizer_that_pads_on_the_right_is_refused(damaged: Path) -> None:
+    edit(damaged / "tokenizer" / "tokenizer_config.json", lambda config: config.update(padding_side="right"))
+    assert "pad on the left" in refusal(damaged)
+
+
+def test_vision_tower_and_head_are_not_needed(damaged: Path) -> None:
+    file = damaged / "text_encoder" / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if name.startswith("language_model.model.")}
+    assert len(kept) < len(load_file(file))
+    save_file(kept, file, metadata={"format": "pt"})
+    open_job(load_recipe(RECIPE, (*QUICK, f"model.source={damaged}")), damaged.parent)
+
+
+def test_a_template_in_the_processors_own_file_is_read(damaged: Path) -> None:
+    """As processors were saved before templates had files of their own."""
+    template = damaged / "tokenizer" / "chat_template.jinja"
+    (damaged / "tokenizer" / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    found = preflight(load_recipe(RECIPE, (*QUICK, f"model.source={damaged}")), damaged.parent / "out")
+    assert found.prompting.suffix == "[/INST]"
+    assert found.prompting.padding == "left"
