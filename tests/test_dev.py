@@ -1,11 +1,11 @@
-"""FLUX.2 dev: its prompts and text encoder against diffusers' and transformers' own, its images, and checkpoints that are not it."""
+"""FLUX.2 dev: its prompts and text encoder against diffusers and transformers, its images, and checkpoints that are not it."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,14 +52,16 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """flux2-nano-dev without quantization, in three sizes."""
     sizes = "sizes=[[64, 64], [32, 96], [128, 64]]"
     out = tmp_path_factory.mktemp("dev") / "exact"
-    return compile_into(out, *QUICK, PLAIN, sizes, "targets=[{kind: onnxruntime}]", recipe=RECIPE)
+    targets = "targets=[{kind: onnxruntime}, {kind: tensorrt_rtx}]"
+    return compile_into(out, *QUICK, PLAIN, sizes, targets, recipe=RECIPE)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """flux2-nano-dev in NVFP4, its text encoder in FP8, for every kind of target that can be made here."""
-    targets = "[{kind: onnxruntime}, {kind: onnxruntime, activations: nvfp4}, {kind: onnxruntime, gpus: 2}, {kind: tensorrt_rtx}]"
-    return compile_into(tmp_path_factory.mktemp("dev") / "quick", *QUICK, f"targets={targets}", recipe=RECIPE)
+    """flux2-nano-dev in NVFP4, its text encoder in FP8, for the kinds of target that can be made here."""
+    on_cpu = "{kind: onnxruntime}, {kind: onnxruntime, activations: nvfp4}, {kind: onnxruntime, gpus: 2}"
+    targets = f"targets=[{on_cpu}, {{kind: tensorrt_rtx}}]"
+    return compile_into(tmp_path_factory.mktemp("dev") / "quick", *QUICK, targets, recipe=RECIPE)
 
 
 def figures_of(bundle: Path) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def test_in_full_precision_every_stage_equals_diffusers(exact: Path) -> None:
     for stage in ("text_error", "prologue_error", "step_error", "decode_error"):
         assert figures[stage] <= 1e-3, stage
     assert figures["image_psnr_db_worst"] >= 50
-    with fluxrt.load(exact) as pipeline:
+    with fluxrt.load(exact, target="onnxruntime") as pipeline:
         assert not pipeline.bundle.manifest.sampling.cfg_batch
         assert pipeline.target.reads("guidance")
         images = [pipeline.generate(fluxrt.Request("a ring", size=size, steps=1)).images[0] for size in SIZES]
@@ -94,13 +96,13 @@ def test_another_size_equals_diffusers(exact: Path, size: tuple[int, int]) -> No
         "a ring",
         Generation(size, 3, 2.5, 5, 64, DEV.text_layers),
     )
-    with fluxrt.load(exact) as pipeline:
+    with fluxrt.load(exact, target="onnxruntime") as pipeline:
         image = pipeline.generate(fluxrt.Request("a ring", size=size, seed=5)).images[0]
     assert np.abs(np.asarray(image) - expected * 255).max() <= 1
 
 
 def test_guidance_is_an_input_of_the_transformer(exact: Path) -> None:
-    with fluxrt.load(exact) as pipeline:
+    with fluxrt.load(exact, target="onnxruntime") as pipeline:
         one, other = (
             np.asarray(pipeline.generate(fluxrt.Request("a large red ring at the left", guidance=scale)).images[0])
             for scale in (1.0, 4.0)
@@ -155,7 +157,7 @@ def test_tokens_padding_mask_and_embeddings_are_diffusers(
 ) -> None:
     """Of all 64 rows: what stands in the rows of padding reaches the transformer too."""
     ids, mask, expected = diffusers_reads(encoder, processor, prompt)
-    with fluxrt.load(exact) as pipeline:
+    with fluxrt.load(exact, target="onnxruntime") as pipeline:
         ours = pipeline.tokenize([prompt])
         text = pipeline.encode_text(prompt, 2.5)
     np.testing.assert_array_equal(ours[0], ids)
@@ -170,12 +172,15 @@ def test_a_prompt_whose_end_would_be_cut_off_is_refused(exact: Path, encoder: An
     ids, _, _ = diffusers_reads(encoder, processor, TOO_LONG)
     closing = 4
     assert closing not in ids, "diffusers cuts [/INST] off without a word"
-    with fluxrt.load(exact) as pipeline, pytest.raises(fluxrt.RequestError, match="this bundle was compiled for 64"):
+    with (
+        fluxrt.load(exact, target="onnxruntime") as pipeline,
+        pytest.raises(fluxrt.RequestError, match="this bundle was compiled for 64"),
+    ):
         pipeline.tokenize([TOO_LONG])
 
 
 def test_a_row_of_padding_does_not_depend_on_the_prompt(exact: Path) -> None:
-    with fluxrt.load(exact) as pipeline:
+    with fluxrt.load(exact, target="onnxruntime") as pipeline:
         rows = [pipeline.encode_text(prompt, 2.5)[0, :4] for prompt in ("", "a large red circle")]
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rows[0], np.broadcast_to(rows[0][0], rows[0].shape), rtol=1e-5, atol=1e-6)
@@ -187,7 +192,7 @@ def test_the_bundles_text_encoder_loads_in_transformers_and_encodes_alike(exact:
     stored = read_header(exact / "text_encoder" / "model.safetensors")
     assert not [name for name in stored if name.startswith(("vision_tower", "multi_modal", "language_model.lm_head"))]
     encoder = Mistral3ForConditionalGeneration.from_pretrained(exact / "text_encoder", dtype=torch.float32)
-    with fluxrt.load(exact) as pipeline:
+    with fluxrt.load(exact, target="onnxruntime") as pipeline:
         ids, mask = pipeline.tokenize(["a small blue ring"])
         text = pipeline.encode_text("a small blue ring", 2.5)
     with torch.no_grad():
@@ -215,12 +220,29 @@ def test_quantized_it_is_compiled_for_every_target_that_can_be_made_here(quick: 
     assert manifest.fidelity.ranks["onnxruntime-2gpus"].image_psnr_db > 40
 
 
+@pytest.mark.parametrize(("full", "bound"), [(True, 2e-3), (False, 5e-2)])
+def test_the_gpu_targets_graphs_encode_as_the_cpu_target_does(exact: Path, full: bool, bound: float) -> None:
+    """Through an evaluator of those graphs, in fp32 and in bf16; rows of padding are the same on every target."""
+    from fluxc.rehearsal.operators import Player
+
+    bundle = open_bundle(exact)
+    player = Player(bundle, bundle.target("tensorrt_rtx"), full)
+    with fluxrt.load(exact, target="onnxruntime") as pipeline:
+        ids, mask = pipeline.tokenize(["a large red circle at the left"])
+        text = pipeline.encode_text("a large red circle at the left", 2.5)
+    encoded = player.run("text_encoder", {"input_ids": ids, "attention_mask": mask})["text"]
+    padding = mask[0] == 0
+    assert np.abs(text[0, padding]).max() > 0.01
+    for rows in (padding, ~padding):
+        assert relative_error(encoded[0, rows], text[0, rows]) < bound
+
+
 # What is not a dev checkpoint.
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> Iterator[Path]:
-    yield copy_checkpoint(tmp_path / "damaged", NANO_DEV)
+def damaged(tmp_path: Path) -> Path:
+    return copy_checkpoint(tmp_path / "damaged", NANO_DEV)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -246,9 +268,7 @@ def test_a_text_encoder_of_another_family_is_refused(damaged: Path) -> None:
 
 
 def test_another_language_model_in_mistral3_is_refused(damaged: Path) -> None:
-    edit(
-        damaged / "text_encoder" / "config.json", lambda config: config["text_config"].update(model_type="ministral3")
-    )
+    edit(damaged / "text_encoder" / "config.json", lambda config: config["text_config"].update(model_type="ministral3"))
     assert "text_config is of the type 'ministral3', expected that of a Mistral" in refusal(damaged)
 
 

@@ -27,12 +27,14 @@ from conftest import NANO, RecordingProgress, compile_into, exported
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.build.job import check_targets
+from fluxc.families.dev import DEV as DEV_FAMILY
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_steps
 from fluxc.graph.export import trace_transformer
 from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import Flux2Transformer
+from fluxc.models.published import MISTRAL_SMALL, TEXT_ENCODERS
 from fluxc.quantize.plan import precision_plan
 from fluxc.quantize.source import read_source
 from fluxc.quantize.writer import planned_tensors
@@ -194,6 +196,40 @@ def test_devs_whole_transformer_is_a_few_small_plans(tmp_path: Path) -> None:
     block_scales = (36864 + 18432) * 6144 // 16 + 6144 * (6144 + 18432) // 16
     assert engine.audit["single"]["copied_bytes"] == pytest.approx(2 * block_scales, rel=1e-3)
     check_prediction(engine, tmp_path, DEV, component, 1)
+
+
+def test_devs_text_encoder_is_a_few_small_plans(tmp_path: Path) -> None:
+    """30 of Mistral's layers from shapes alone, in FP8, over 512 tokens that are padded on the left."""
+    encoder, layers = TEXT_ENCODERS["dev"]
+    plan = precision_plan("text_encoder", encoder.linears(layers), ComponentPrecision(default="fp8"))
+    source = {
+        name: TensorRef(name, "BF16", shape, Path(), 0, 2 * math.prod(shape))
+        for name, shape in encoder.tensors(layers + 1).items()
+    }
+    pieces = exported("text_encoder", MISTRAL_SMALL, 512, family=DEV_FAMILY, dtype="bfloat16")
+    target = TensorRTRtxTarget(compute_capabilities=("12.0", "12.1"))
+    cutter = Cutter([{"branches": 1}], False, target.name, "engines/tensorrt_rtx")
+    component = Component("text_encoder", planned_tensors(source, plan), plan, "")
+    cutter.text_encoder(pieces, component, DEV_FAMILY.text_layers)
+    write_sources(cutter.cut, tmp_path)
+    engine = build_engine(target, cutter.cut, tmp_path)
+    calls = Counter(call.plan for call in engine.programs["text_encoder"].calls)
+    assert calls == {
+        "text_stem_hidden": 1,
+        "text_stem_attends": 1,
+        "text_stem_seen": 1,
+        "text_layer": 30,
+        "text_join": 1,
+    }
+    # q, k, v are one GEMM, and so are gate and up.
+    assert engine.audit["text_layer"]["gemms"] == {"fp8": 4}
+    assert engine.audit["text_layer"]["attentions"] == 1
+    assert not any(found["faults"] for found in engine.audit.values())
+    assert sum((tmp_path / str(entry.file)).stat().st_size for entry in engine.plans.values()) < 10e6
+    taken = cutter.cut.tensors["text_encoder"]
+    assert {name for name in source if name not in taken} == {
+        name for name in source if "layers.30." in name or name.endswith("model.norm.weight")
+    }
 
 
 # The numbers.
