@@ -25,7 +25,7 @@ from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from PIL import Image
 
 import fluxrt
-from conftest import NANO, compile_into, copy_checkpoint, quantized_by_modelopt, write_hollow
+from conftest import NANO, NANO_DEV, compile_into, copy_checkpoint, quantized_by_modelopt, write_hollow
 from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.build.job import open_job
@@ -53,13 +53,12 @@ TARGETS = "targets=[{kind: onnxruntime}, {kind: visual_gen, gpus: [1, 2, 4]}]"
 PROMPT = "a small white ring at the top on a red background"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(workshop: Path) -> Path:
-    """flux2-nano with a VAE of 16 pixels a token, as VisualGen has built in, of random weights."""
+def with_sixteen_pixels(root: Path, source: Path) -> Path:
+    """A copy of `source` with a VAE of 16 pixels a token, as VisualGen has built in, of random weights."""
     from diffusers import AutoencoderKLFlux2
     from safetensors.torch import load_file
 
-    root = copy_checkpoint(workshop / "sixteen-pixels")
+    copy_checkpoint(root, source)
     config = json.loads((root / "vae" / "config.json").read_text())
     config["block_out_channels"] = [16, 16, 32, 32]
     for name in ("down_block_types", "up_block_types"):
@@ -71,6 +70,21 @@ def checkpoint(workshop: Path) -> Path:
     vae.load_state_dict(statistics, strict=False)
     vae.to(torch.bfloat16).save_pretrained(root / "vae")
     return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(workshop: Path) -> Path:
+    return with_sixteen_pixels(workshop / "sixteen-pixels", NANO)
+
+
+@pytest.fixture(scope="module")
+def dev(workshop: Path) -> Bundle:
+    """flux2-nano-dev, its text encoder in FP8, which VisualGen is given in bf16."""
+    checkpoint = with_sixteen_pixels(workshop / "dev-sixteen-pixels", NANO_DEV)
+    cache = "step_cache={skip: 4, min_r2: -9, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
+    changes = (f"model.source={checkpoint}", "sampling.steps=10", "calibration.steps=3", cache, TARGETS)
+    recipe = RECIPE.with_name("flux2-nano-dev.yaml")
+    return open_bundle(compile_into(workshop / "visual-gen-dev", *QUICK, *changes, recipe=recipe))
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +318,66 @@ def test_a_checkpoint_of_klein_4bs_shape_passes(bundle: Bundle, tmp_path: Path) 
         (shutil.copytree if source.is_dir() else shutil.copy)(source, made / "visual_gen" / part)
     assert sorted(written.configs) == [1, 2, 4, 8]
     assert faults_of(made / "visual_gen") == []
+
+
+# dev.
+
+
+def test_dev_passes_with_its_guidance_and_its_text_encoder_in_bf16(dev: Bundle) -> None:
+    folder = dev.root / "visual_gen"
+    assert faults_of(folder, text_tokens=64) == []
+    verify_files(dev)
+    modules, _ = loaded(folder / "transformer")
+    assert {part["weight"].dtype for name, part in modules.items() if name.endswith("qkv_proj")} == {np.dtype("uint8")}
+    stored = read_header(folder / "text_encoder" / "model.safetensors")
+    assert {ref.dtype for ref in stored.values()} == {"BF16"}
+    assert sum("layers.30." in name for name in stored) == 9
+    text = (folder / "README.md").read_text()
+    posted = msgspec.json.decode(text.partition("-d '")[2].partition("'")[0], type=ImageGenerationRequest)
+    assert (posted.guidance_scale, posted.max_sequence_length) == (2.5, 64)
+    rule = dev.manifest.step_cache.visual_gen
+    assert yaml.safe_load((folder / "2gpu.yaml").read_text())["cache_config"]["coefficients"] == list(rule.coefficients)
+
+
+def test_devs_text_encoder_loads_as_visual_gen_loads_it(dev: Bundle) -> None:
+    """By Mistral3ForConditionalGeneration, whose vision tower is made anew and never run."""
+    from transformers import Mistral3ForConditionalGeneration
+
+    theirs, ours = (
+        Mistral3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        for folder in (NANO_DEV / "text_encoder", dev.root / "visual_gen" / "text_encoder")
+    )
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        states = [model(input_ids=ids, output_hidden_states=True).hidden_states for model in (theirs, ours)]
+    assert all(torch.equal(states[0][layer], states[1][layer]) for layer in (10, 20, 30))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("model_index.json", {"text_encoder": ["transformers", "BertModel"]}, "is a BertModel, and VisualGen would"),
+        ("text_encoder/config.json", {"quantization_config": {}}, "which VisualGen does not take"),
+    ],
+)
+def test_a_text_encoder_that_visual_gen_misreads_is_named(
+    dev: Bundle, tmp_path: Path, file: str, change: dict[str, Any], said: str
+) -> None:
+    folder = Path(shutil.copytree(dev.root / "visual_gen", tmp_path / "visual_gen"))
+    edit_json(folder / file, lambda data: data.update(change))
+    assert said in "; ".join(faults_of(folder, text_tokens=64))
+
+
+def test_missing_layers_and_a_missing_processor_are_named(dev: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(dev.root / "visual_gen", tmp_path / "visual_gen"))
+    edit_json(folder / "text_encoder/config.json", lambda data: data["text_config"].update(num_hidden_layers=32))
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (folder / "tokenizer" / name).unlink()
+    said = "; ".join(faults_of(folder, text_tokens=64))
+    assert "would be random, the first language_model.model.layers.31." in said
+    assert "AutoProcessor finds no processor" in said
+    edit_json(folder / "text_encoder/config.json", lambda data: data["text_config"].update(num_hidden_layers=30))
+    assert "30 layers; VisualGen takes the output of layer 30" in "; ".join(faults_of(folder, text_tokens=64))
 
 
 # What the validator finds.

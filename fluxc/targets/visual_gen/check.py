@@ -18,12 +18,16 @@ import yaml
 from fluxc.base.errors import FluxError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.checkpoint.components import INDEX, WEIGHTS_FILE
+from fluxc.families.dev import DEV
 from fluxc.formats.constants import BLOCK
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.targets.sharding import undivided
-from fluxc.targets.visual_gen.folder import HALVES, WARM_UP_TOKENS, ignored, is_split, module_of
+from fluxc.targets.visual_gen.folder import BUILT_IN, HALVES, WARM_UP_TOKENS, ignored, is_split, module_of
 from fluxrt.visual_gen import PIXELS_PER_TOKEN
+
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+"""Files that AutoProcessor looks for."""
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
