@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 from cpu_step import cpu_name
-from real_size_checkpoint import Shape, add_shape_options
+from real_size_checkpoint import LEAST_LAYERS, Shape, add_shape_options
 from real_size_faults import disk, kills, refuse
 from real_size_image import psnr
 from real_size_place import (
@@ -233,7 +233,7 @@ def depth(place: Place) -> None:
         before: Path | None = None
         for blocks in depths:
             double, _, single = blocks.partition("+")
-            shape = Shape(widths, int(double), int(single), place.options.text_layers or 28)
+            shape = Shape(widths, int(double), int(single), place.options.text_layers or LEAST_LAYERS[widths])
             checkpoint = place.checkpoint(shape, before)
             if before:
                 shutil.rmtree(before)

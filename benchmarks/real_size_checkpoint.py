@@ -1,7 +1,7 @@
 """Makes a checkpoint of a published FLUX.2 model's shapes with random weights, for `real_size.py`.
 
     python benchmarks/real_size_checkpoint.py klein-4b                                # klein 4B whole: 15.8 GB
-    python benchmarks/real_size_checkpoint.py dev --widths dev --blocks 2+4 --text-layers 28
+    python benchmarks/real_size_checkpoint.py dev --widths dev --blocks 2+4 --text-layers 31
 
 Every tensor has the name, shape, dtype (bf16) and file that it has in the published checkpoint. Numbers are Gaussian and
 follow from `--seed` and the tensor's name, so that they depend neither on the other tensors nor on the machine. They are
@@ -14,8 +14,8 @@ written a chunk at a time. How large they are, and why:
 3. A block adds about a tenth of what its input is, through gates of about 0.25, as blocks of trained models do.
 4. Norms are 1, biases 0. The text encoder's hidden states keep growing from layer to layer, as Qwen3's do.
 
-`dev` has dev's widths and blocks in klein's pipeline with a Qwen3 of width 5120, since dev's own text encoder is not supported,
-and no embedding of the guidance scale. That Qwen3's feed-forward is 8704 wide, half of Qwen3-14B's, to spare disk.
+`dev` is FLUX.2 dev: it embeds the scale of the guidance, and has Mistral-Small's language model, without vision tower and head.
+Unless `--whole-text` is given, the feed-forward of that is 8192 wide and not 32768, to spare 23 GB of disk.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ import numpy as np
 
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
-from fluxc.models.published import MODELS, QWEN3_4B, QWEN3_8B
+from fluxc.models.mistral3 import Mistral3
+from fluxc.models.published import MISTRAL_SMALL, MODELS, QWEN3_4B, QWEN3_8B
 from fluxc.models.qwen3 import Qwen3
+from fluxc.models.text_encoder import TextEncoder
 
 NANO = Path(__file__).resolve().parent.parent / "models" / "flux2-nano"
+NANO_DEV = NANO.with_name("flux2-nano-dev")
 CHUNK = 8 << 20
 """Values that are drawn at once."""
 SHARDS = {"transformer": 10_000_000_000, "text_encoder": 5_000_000_000, "vae": 10_000_000_000}
@@ -54,14 +57,12 @@ THINK = {"<think>": 151667, "</think>": 151668}
 TEXT_ENCODERS: dict[str, dict[str, Any]] = {
     "klein-4b": {**QWEN3_4B, "tie_word_embeddings": True},
     "klein-9b": {**QWEN3_8B, "tie_word_embeddings": False},
-    "dev": {
-        **QWEN3_4B,
-        "hidden_size": 5120,
-        "intermediate_size": 8704,
-        "num_attention_heads": 40,
-        "tie_word_embeddings": True,
-    },
+    "dev": MISTRAL_SMALL["text_config"],
 }
+LEAST_LAYERS = {"klein-4b": 28, "klein-9b": 28, "dev": 31}
+"""Layers of the text encoder: one more than the last whose output is taken."""
+NARROW = 8192
+"""Features of the feed-forward of dev's text encoder, unless it is made whole."""
 RESIDUAL_OUTLIERS, FEED_FORWARD_OUTLIERS = 500, 1000
 """One channel of so many."""
 Pieces = Callable[[str, tuple[int, ...]], Iterable[Callable[[], bytes]]]
@@ -76,11 +77,22 @@ class Shape:
     double: int | None = None
     single: int | None = None
     text_layers: int | None = None
+    whole_text: bool = False
+
+    @property
+    def is_dev(self) -> bool:
+        """Whether it is a dev, and no klein."""
+        return self.widths == "dev"
+
+    @property
+    def nano(self) -> Path:
+        """The small checkpoint that tokenizer, scheduler and index are taken from."""
+        return NANO_DEV if self.is_dev else NANO
 
     @property
     def transformer(self) -> dict[str, Any]:
         """The transformer's config.json."""
-        config = dict(MODELS[self.widths]) | {"guidance_embeds": False}
+        config = dict(MODELS[self.widths])
         if self.double is not None:
             config |= {"num_layers": self.double, "num_single_layers": self.single}
         return {
@@ -100,6 +112,8 @@ class Shape:
         """The text encoder's config.json."""
         config = dict(TEXT_ENCODERS[self.widths])
         config["num_hidden_layers"] = self.text_layers or config["num_hidden_layers"]
+        if self.is_dev:
+            return self._mistral(config)
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "attention_bias": False,
@@ -120,6 +134,22 @@ class Shape:
             **config,
         }
 
+    def _mistral(self, config: dict[str, Any]) -> dict[str, Any]:
+        rope = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
+        text = {"model_type": "mistral", "hidden_act": "silu", "rope_parameters": rope, "pad_token_id": 11, **config}
+        if not self.whole_text:
+            text["intermediate_size"] = NARROW
+        vision = json.loads((NANO_DEV / "text_encoder" / "config.json").read_text())["vision_config"]
+        return {
+            "architectures": ["Mistral3ForConditionalGeneration"],
+            "dtype": "bfloat16",
+            "image_token_index": 10,
+            "model_type": "mistral3",
+            "text_config": text | {"tie_word_embeddings": True},
+            "tie_word_embeddings": True,
+            "vision_config": vision,
+        }
+
     @property
     def vae(self) -> dict[str, Any]:
         """The VAE's config.json."""
@@ -138,7 +168,8 @@ class Shape:
     def tensors(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Every tensor by component, name and shape."""
         text = self.text_encoder
-        encoder = Qwen3.read({name: value for name, value in text.items() if not name.startswith("_")})
+        kind: type[TextEncoder] = Mistral3 if self.is_dev else Qwen3
+        encoder = kind.read(text)
         found = {
             "transformer": Flux2Transformer.read(self.transformer).tensors,
             "text_encoder": encoder.tensors(encoder.num_hidden_layers),
@@ -171,10 +202,13 @@ def make(folder: Path, shape: Shape, seed: int = 0, like: Path | None = None) ->
         (partial / component).mkdir()
         _write_json(partial / component / "config.json", configs[component])
         write_component(partial / component, component, tensors, random_pieces(component, seed))
-    write_tokenizer(partial / "tokenizer")
-    shutil.copytree(NANO / "scheduler", partial / "scheduler")
-    index = json.loads((NANO / "model_index.json").read_text()) | {"is_distilled": True}
-    _write_json(partial / "model_index.json", index)
+    if shape.is_dev:
+        shutil.copytree(NANO_DEV / "tokenizer", partial / "tokenizer")
+    else:
+        write_tokenizer(partial / "tokenizer")
+    shutil.copytree(shape.nano / "scheduler", partial / "scheduler")
+    index = json.loads((shape.nano / "model_index.json").read_text())
+    _write_json(partial / "model_index.json", index | ({} if shape.is_dev else {"is_distilled": True}))
     size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
@@ -301,7 +335,7 @@ def spread_of(component: str, name: str, columns: int) -> tuple[float, float]:
         return 0.0, 1.0
     if name.endswith(".bias"):
         return 0.0, 0.0
-    if name == "model.embed_tokens.weight" or name == "lm_head.weight":
+    if name.endswith("embed_tokens.weight") or name == "lm_head.weight":
         return 0.05, 0.0
     gain = 1.0
     if "modulation" in name or name.startswith("norm_out"):
@@ -381,22 +415,24 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-layers",
         type=int,
-        help="layers of the text encoder, at least 28 (default: as published)",
+        help="layers of the text encoder, at least 28, of dev 31 (default: as published)",
     )
+    parser.add_argument("--whole-text", action="store_true", help="dev's text encoder with its whole feed-forward")
 
 
 def shape_of(options: argparse.Namespace) -> Shape:
     """What the options ask for; SystemExit where they cannot be read."""
-    if options.text_layers is not None and options.text_layers < 28:
+    least = LEAST_LAYERS[options.widths]
+    if options.text_layers is not None and options.text_layers < least:
         raise SystemExit(
-            f"--text-layers {options.text_layers}: the pipeline takes the output of layer 27; 28 is the least"
+            f"--text-layers {options.text_layers}: the pipeline takes the output of layer {least - 1}; {least} is the least"
         )
     if options.blocks is None:
-        return Shape(options.widths, text_layers=options.text_layers)
+        return Shape(options.widths, text_layers=options.text_layers, whole_text=options.whole_text)
     double, plus, single = options.blocks.partition("+")
     if not (plus and double.isdecimal() and single.isdecimal() and int(double) and int(single)):
         raise SystemExit(f"--blocks {options.blocks}: D+S is expected, such as 2+4")
-    return Shape(options.widths, int(double), int(single), options.text_layers)
+    return Shape(options.widths, int(double), int(single), options.text_layers, options.whole_text)
 
 
 def main() -> None:

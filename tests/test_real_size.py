@@ -38,19 +38,27 @@ print("made", flush=True)
 @pytest.mark.parametrize("widths", ["klein-4b", "klein-9b", "dev"])
 def test_tensors_are_those_of_diffusers_and_transformers(widths: str) -> None:
     from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
-    shape = made.Shape(widths, 2, 3, 28)
+    shape = made.Shape(widths, 2, 3, made.LEAST_LAYERS[widths])
     with torch.device("meta"):
+        encoder = (
+            Mistral3ForConditionalGeneration(Mistral3Config.from_dict(shape.text_encoder))
+            if widths == "dev"
+            else Qwen3ForCausalLM(Qwen3Config.from_dict(shape.text_encoder))
+        )
         models = {
             "transformer": Flux2Transformer2DModel.from_config(shape.transformer),
-            "text_encoder": Qwen3ForCausalLM(Qwen3Config.from_dict(shape.text_encoder)),
+            "text_encoder": encoder,
             "vae": AutoencoderKLFlux2.from_config(shape.vae),
         }
     for component, tensors in shape.tensors().items():
         expected = {name: tuple(value.shape) for name, value in models[component].state_dict().items()}
         if shape.text_encoder["tie_word_embeddings"]:
             expected.pop("lm_head.weight", None)
+        if component == "text_encoder" and shape.is_dev:
+            inner, ours = "model.language_model.", "language_model.model."
+            expected = {ours + name.removeprefix(inner): s for name, s in expected.items() if name.startswith(inner)}
         assert tensors == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_it_plans_for_its_model(recipe: Path, checkpoints: dict[str, Path]) -> None:
     model = next(name for name in checkpoints if recipe.stem.startswith(name))
     result = CliRunner().invoke(main, ["plan", str(recipe), "--json", "--set", f"model.source={checkpoints[model]}"])
-    assert result.exit_code == 0, result.output
-    plan = json.loads(result.output)
+    # dev's comparison takes about what a machine of 24 GB has free, and its bundle and cache 80 GB of disk.
+    too_little = "flux2-dev" in recipe.stem and re.search(r"GiB of (memory|disk)", result.stderr)
+    assert result.exit_code == 0 or too_little, result.output
+    plan = json.loads(result.stdout)
     assert plan["formats"]["transformer"]["nvfp4"]["share"] > 0.8
     scales = plan["input_scales"]
     measured = (16, 24, [64, 64]) if "nano" in model else (4, 4, [256, 256])
@@ -55,6 +58,21 @@ def test_it_plans_for_its_model(recipe: Path, checkpoints: dict[str, Path]) -> N
         assert all(share["padding"] == 0 for share in shares)
     if recipe.stem.endswith("b200"):
         assert list(plan["ranks"]) == ["tensorrt-2gpus", "tensorrt-4gpus", "tensorrt-8gpus"]
+
+
+def test_the_budget_of_dev_is_said_whole(checkpoints: dict[str, Path]) -> None:
+    """18 GiB of transformer and of text encoder, calibrated layer by layer in a third of a machine with 24 GB."""
+    recipe, options = ROOT / "recipes" / "flux2-dev-b200.yaml", ["--memory", "14GiB"]
+    options += ["--set", f"model.source={checkpoints['flux2-dev']}"]
+    result = CliRunner().invoke(main, ["plan", str(recipe), "--json", *options])
+    plan = json.loads(result.stdout)
+    stages = {stage["name"]: stage for stage in plan["budget"]["stages"]}
+    assert stages["calibrate"]["runs"] == "layer by layer"
+    assert stages["calibrate"]["memory_bytes"] < 9 << 30
+    assert stages["weights-transformer"]["disk_bytes"] == pytest.approx(17.97 * 2**30, rel=0.01)
+    assert stages["weights-text_encoder"]["disk_bytes"] == pytest.approx(17.81 * 2**30, rel=0.01)
+    assert result.exit_code == 1
+    assert "stage compare needs" in result.stderr
 
 
 def test_klein_without_calibration_is_planned_with_published_ranges(checkpoints: dict[str, Path]) -> None:

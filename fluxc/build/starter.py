@@ -184,8 +184,8 @@ def _nano(model: str, base: Path) -> Start:
     folder = Path(fluxc.__file__).resolve().parent.parent / "models" / model
     if not folder.is_dir():
         raise RecipeError(
-            f"{model}: is part of fluxc's repository, which this fluxc was not installed from; clone it, or give another model: "
-            f"{', '.join(_names()[:-2])}, a diffusers folder or a hub id"
+            f"{model}: is part of fluxc's repository, which this fluxc was not installed from; clone it, or give another "
+            f"model: {', '.join(_names()[:-2])}, a diffusers folder or a hub id"
         )
     relative = Path(os.path.relpath(folder, base.resolve()))
     is_inside = base.resolve().is_relative_to(folder.parent.parent)
@@ -273,6 +273,6 @@ def next_steps(written: Written) -> list[str]:
         return [*lines, "A build takes about a minute on two idle cores, and 1 GB of memory."]
     return [
         *lines,
-        f"The checkpoint is {size:.0f} GB on disk, and the comparison with diffusers holds it in memory whole. The bundle is a "
-        "third to a half of it.",
+        f"The checkpoint is {size:.0f} GB on disk, and the bundle a third to a half of that. `fluxc plan` says what memory, "
+        "disk and time each stage takes here.",
     ]
