@@ -76,8 +76,8 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     guidance: Annotated[
         Guidance,
         about(
-            "strength of classifier-free guidance; 1.0 turns it off, and a step then takes one pass of klein's transformer "
-            "instead of two",
+            "strength of the guidance. For dev it is an input of the transformer. For klein base it is classifier-free: 1.0 "
+            "turns it off, and a step then takes one pass of the transformer instead of two",
             1.0,
         ),
     ] = 4.0
