@@ -23,6 +23,7 @@ from fluxc.build.job import open_job
 from fluxc.build.preflight import preflight
 from fluxc.families.dev import DEV
 from fluxc.fidelity.metrics import relative_error
+from fluxc.quantize.source_memory import memory_by_component
 from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
 from quick import QUICK
@@ -313,6 +314,22 @@ def test_vision_tower_and_head_are_not_needed(damaged: Path) -> None:
     assert len(kept) < len(load_file(file))
     save_file(kept, file, metadata={"format": "pt"})
     open_job(load_recipe(RECIPE, (*QUICK, f"model.source={damaged}")), damaged.parent)
+
+
+def test_weights_in_fp32_are_stored_in_bf16(damaged: Path, exact: Path, tmp_path: Path) -> None:
+    """As a loader that takes no dtype from the config saves them; rounded they are the checkpoint's again."""
+    for name in ("transformer", "text_encoder"):
+        (file,) = (damaged / name).glob("*.safetensors")
+        save_file({key: value.float() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    changes = (*QUICK, PLAIN, f"model.source={damaged}", "targets=[{kind: onnxruntime}]")
+    job = open_job(load_recipe(RECIPE, changes), tmp_path)
+    memory = memory_by_component(job.original)
+    assert all(memory[name].planned == memory[name].bf16 for name in ("transformer", "text_encoder"))
+    out = compile_into(tmp_path / "out", *changes, recipe=RECIPE)
+    for name in ("transformer", "text_encoder"):
+        ours, theirs = (next((folder / name).glob("*.safetensors")) for folder in (out, exact))
+        assert memory[name].planned == sum(ref.nbytes for ref in read_header(ours).values())
+        assert all(torch.equal(load_file(ours)[key], value) for key, value in load_file(theirs).items())
 
 
 def test_a_template_in_the_processors_own_file_is_read(damaged: Path) -> None:

@@ -98,6 +98,8 @@ def test_bytes_of_each_format() -> None:
     assert after == {"nvfp4": 64 * 16 + 64 * 2 + 8, "fp8": 64 * 32 + 8, "mxfp4": 64 * 16 + 64, "bf16": 64 * 32 * 2}
 
 
-def test_a_kept_layer_counts_as_it_lies_in_the_checkpoint() -> None:
-    plan = precision_plan("transformer", [Linear("layer", 64, 32)], ComponentPrecision(), {"layer": 64 * 32 * 4})
-    assert (plan[0].source_bytes, plan[0].bytes_after) == (64 * 32 * 4, 64 * 32 * 4)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_kept_layer_counts_two_bytes_a_value_whatever_it_has_in_the_checkpoint(itemsize: int) -> None:
+    values = 64 * 32
+    plan = precision_plan("transformer", [Linear("layer", 64, 32)], ComponentPrecision(), {"layer": values * itemsize})
+    assert (plan[0].source_bytes, plan[0].bytes_after) == (values * itemsize, values * 2)

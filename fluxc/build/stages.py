@@ -31,7 +31,7 @@ from fluxc.formats.registry import FORMATS
 from fluxc.graph import stage as export_stage
 from fluxc.graph.stage import ExportInputs
 from fluxc.quantize.plan import needs_calibration
-from fluxc.quantize.source import kept_tensors
+from fluxc.quantize.source import kept_tensors, narrowed
 from fluxc.recipe.structs import Calibration, Recipe
 from fluxc.recipe.targets import Target
 from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
@@ -306,10 +306,11 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
     else:
         files = Made(part.folder.parent)
     searches = any(FORMATS[entry.format].searches_scales for entry in plan if entry.format in FORMATS)
+    tensors = kept_tensors(source, component)
     inputs = weights_stage.WeightsInputs(
         component=component,
         files=files,
-        tensors=kept_tensors(source, component),
+        tensors=tensors,
         plan=plan,
         calibration=calibration,
         settings=_amax_settings(recipe) if calibration else None,
@@ -317,6 +318,7 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
         shard_bytes=None if recipe.weights.shard_gib is None else int(recipe.weights.shard_gib * 2**30),
         apart=list(dict.fromkeys(apart)),
         assumed=assumed,
+        narrow=narrowed(component, tensors),
     )
     return Stage(f"weights-{component}", f"write {component} weights", inputs, weights_stage.run, weights_stage.load)
 

@@ -24,7 +24,7 @@ class WeightsInputs:
     """`files` hold the component's `tensors`; `apart` names those that get a file of their own.
 
     `calibration` and its `settings` are there where a layer is quantized under a measured range; ranges that were not measured
-    are in `assumed`, by layer.
+    are in `assumed`, by layer. Tensors that are rounded from fp32 to bf16 are in `narrow`.
     """
 
     component: str
@@ -37,6 +37,7 @@ class WeightsInputs:
     shard_bytes: int | None
     apart: list[str]
     assumed: dict[str, float] = field(default_factory=dict)
+    narrow: list[str] = field(default_factory=list)
 
 
 def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
@@ -58,6 +59,7 @@ def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
         input_rows=lambda layer: records[layer].rows if layer in records else None,
         shard_bytes=inputs.shard_bytes,
         apart=inputs.apart,
+        narrow=frozenset(inputs.narrow),
         on_progress=report,
     )
     layers = [

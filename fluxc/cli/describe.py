@@ -27,7 +27,7 @@ from fluxc.cli.plan_report import (
 from fluxc.predict.gpus import Gpu
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
-from fluxc.quantize.source import Source, read_source
+from fluxc.quantize.source import Source, kept_tensors, narrowed, read_source
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import Budget
 from fluxc.targets.base import TargetContext
@@ -60,6 +60,7 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
         for component, ranges in scales.ranges.items():
             console.print(_range_table(component, ranges))
     console.print(_component_table(source))
+    _print_narrowed(console, source)
     console.print(_memory_table(memory_by_component(source)))
     console.print(
         "What an engine that computes in these formats holds; activations are not counted. "
@@ -298,6 +299,14 @@ def _widened_table(plan: list[LayerPlan]) -> Table:
     for (kind, followers, rule), groups in rows.items():
         table.add_row(_numbered(kind, groups), ", ".join(followers), rule.removesuffix(WIDENED))
     return table
+
+
+def _print_narrowed(console: Console, source: Source) -> None:
+    """What is stored in fewer bits than in the checkpoint although it is not quantized."""
+    wide = [name for name in WEIGHTS_FILE if narrowed(name, kept_tensors(source, name))]
+    if wide:
+        named = " and ".join(wide)
+        console.print(f"{named}: the checkpoint holds weights in fp32; those that are not quantized become bf16.")
 
 
 def _component_table(source: Source) -> Table:

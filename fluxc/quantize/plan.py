@@ -64,9 +64,12 @@ class LayerPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the layer's tensors in the bundle; a layer that is kept is copied as it lies in the checkpoint."""
-        if self.format == "bf16" or self.quantized_in_source:
+        """Bytes of the layer's tensors in the bundle; a layer that is kept is copied as it lies in the checkpoint, but for
+        weights in fp32, which are rounded to bf16."""
+        if self.quantized_in_source:
             return self.source_bytes
+        if self.format == "bf16":
+            return min(self.source_bytes, 2 * self.parameters)
         return FORMATS[self.format].nbytes(self.layer.out_features, self.layer.in_features)
 
 

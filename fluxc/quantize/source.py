@@ -162,6 +162,16 @@ def _plan(
     return precision_plan(component, layers, getattr(recipe.precision, component), source_bytes, auto, in_source)
 
 
+def narrowed(component: str, tensors: Mapping[str, TensorRef]) -> list[str]:
+    """Names of the weights of `tensors` that a bundle stores in bf16 although the checkpoint holds them in fp32.
+
+    FLUX.2 was trained in bf16; a copy in fp32 takes twice the memory. The VAE, which is small, stays as it is.
+    """
+    if component == "vae":
+        return []
+    return [name for name, ref in tensors.items() if ref.dtype == "F32" and name.endswith(".weight")]
+
+
 def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
     """The tensors a bundle stores of `component`: all, but of the text encoder only the layers that are needed."""
     part = source.checkpoint.components[component]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.quantize.memory import WeightsMemory, weights_memory
 from fluxc.quantize.plan import LayerPlan
-from fluxc.quantize.source import Source, kept_tensors
+from fluxc.quantize.source import Source, kept_tensors, narrowed
 
 
 def memory_by_component(source: Source) -> dict[str, WeightsMemory]:
@@ -18,7 +18,8 @@ def planned_memory(source: Source, component: str, plan: list[LayerPlan]) -> Wei
     """Weights in memory of one component under `plan`."""
     tensors = kept_tensors(source, component)
     shapes = {name: ref.shape for name, ref in tensors.items()}
-    stored = {name: ref.nbytes for name, ref in tensors.items()}
+    halved = set(narrowed(component, tensors))
+    stored = {name: ref.nbytes // (2 if name in halved else 1) for name, ref in tensors.items()}
     linears = {linear.name: linear for linear in source.linears(component)}
     for name, layer in source.quantized.get(component, {}).items():
         if f"{name}.weight" in tensors:

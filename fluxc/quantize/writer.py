@@ -19,6 +19,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from fluxc.base.errors import BuildError, CheckpointError
@@ -126,15 +127,17 @@ def write_weights(
     input_rows: Rows | None = None,
     shard_bytes: int | None = None,
     apart: Container[str] = (),
+    narrow: Container[str] = (),
     on_progress: Report | None = None,
 ) -> list[LayerReport]:
     """Write `path` from the checkpoint's `tensors` under `plan`; `input_amax` holds each layer's largest input magnitude.
 
     `scales` says how NVFP4 block scales are chosen (see cpu.nvfp4_scales), `input_rows` gives sampled inputs fp32 [rows, in]
     of a layer for its output error. When the tensors exceed `shard_bytes`, NAME-0000i-of-0000n.safetensors and
-    NAME.safetensors.index.json are written in place of `path`; tensors in `apart` get files of their own, the last. Returns
-    one report a quantized layer. `on_progress` counts source bytes. Raises CheckpointError naming tensor and position of a
-    NaN or infinity; no file appears unless all are complete.
+    NAME.safetensors.index.json are written in place of `path`; tensors in `apart` get files of their own, the last. fp32
+    tensors in `narrow` that are not quantized are rounded to bf16. Returns one report a quantized layer. `on_progress` counts
+    source bytes. Raises CheckpointError naming tensor and position of a NaN or infinity; no file appears unless all are
+    complete.
     """
     quantized = {f"{entry.layer.name}.weight": entry for entry in to_quantize(plan)}
     input_scale_amax = _group_input_amax(quantized, input_amax)
@@ -142,7 +145,7 @@ def write_weights(
     shards = []
     for is_apart in (False, True):
         some = [unit for unit in units if any(name in apart for name in unit) == is_apart]
-        shards += _shards(some, tensors, quantized, shard_bytes) if some else []
+        shards += _shards(some, tensors, quantized, shard_bytes, narrow) if some else []
     names = _file_names(path.name, len(shards))
     progress = _Progress(sum(ref.nbytes for ref in tensors.values()), len(tensors), on_progress)
     reports: list[LayerReport] = []
@@ -150,7 +153,7 @@ def write_weights(
     files: list[_File] = []
     try:
         for name, shard in zip(names, shards, strict=True):
-            file = _File(partial[name], _layout(tensors, quantized, [t for unit in shard for t in unit]))
+            file = _File(partial[name], _layout(tensors, quantized, [t for unit in shard for t in unit], narrow))
             files.append(file)
             for unit in shard:
                 members = [t for t in unit if t in quantized]
@@ -158,7 +161,7 @@ def write_weights(
                     refs = [(tensors[t], quantized[t]) for t in members]
                     reports += _write_group(file, refs, input_scale_amax, scales, input_rows, progress)
                 for tensor in (t for t in unit if t not in quantized):
-                    _copy(file, tensors[tensor], progress)
+                    _copy(file, tensors[tensor], progress, tensor in narrow)
             file.sync()
         if len(files) > 1:
             index = {
@@ -249,12 +252,16 @@ def _units(tensors: dict[str, TensorRef], plan: list[LayerPlan]) -> list[list[st
 
 
 def _shards(
-    units: list[list[str]], tensors: dict[str, TensorRef], quantized: dict[str, LayerPlan], limit: int | None
+    units: list[list[str]],
+    tensors: dict[str, TensorRef],
+    quantized: dict[str, LayerPlan],
+    limit: int | None,
+    narrow: Container[str],
 ) -> list[list[list[str]]]:
     shards: list[list[list[str]]] = [[]]
     size = 0
     for unit in units:
-        nbytes = sum(entry.nbytes for entry in _layout(tensors, quantized, unit))
+        nbytes = sum(entry.nbytes for entry in _layout(tensors, quantized, unit, narrow))
         if limit is not None and shards[-1] and size + nbytes > limit:
             shards.append([])
             size = 0
@@ -268,12 +275,15 @@ def _file_names(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
 
 
-def _layout(tensors: dict[str, TensorRef], quantized: dict[str, LayerPlan], order: list[str]) -> list[_Entry]:
+def _layout(
+    tensors: dict[str, TensorRef], quantized: dict[str, LayerPlan], order: list[str], narrow: Container[str] = ()
+) -> list[_Entry]:
     entries = []
     for name in order:
         ref = tensors[name]
         if name not in quantized:
-            entries.append(_Entry(name, ref.dtype, ref.shape, {64: 0, 32: 1, 16: 2, 8: 5}[ITEM_BITS[ref.dtype]]))
+            dtype = "BF16" if name in narrow else ref.dtype
+            entries.append(_Entry(name, dtype, ref.shape, {64: 0, 32: 1, 16: 2, 8: 5}[ITEM_BITS[dtype]]))
             continue
         rows, columns = ref.shape
         layer = name.removesuffix(".weight")
@@ -369,7 +379,7 @@ def _row_chunks(ref: TensorRef) -> Iterator[tuple[int, np.ndarray]]:
         yield first, cpu.patterns_in(ref, first, min(rows, first + step))
 
 
-def _copy(file: _File, ref: TensorRef, progress: _Progress) -> None:
+def _copy(file: _File, ref: TensorRef, progress: _Progress, narrow: bool = False) -> None:
     for start in range(0, ref.nbytes, CHUNK_BYTES):
         data = ref.bytes_view(start, min(ref.nbytes, start + CHUNK_BYTES))
         if ref.dtype in cpu.PATTERNS:
@@ -380,7 +390,11 @@ def _copy(file: _File, ref: TensorRef, progress: _Progress) -> None:
             if bad:
                 at = start // dtype.itemsize + bad[0]
                 raise _not_finite(ref, tuple(int(i) for i in np.unravel_index(at, ref.shape)))
-        file.write(ref.name, start, data)
+        if narrow:
+            rounded = np.ascontiguousarray(data).view(np.float32).astype(ml_dtypes.bfloat16)
+            file.write(ref.name, start // 2, rounded.view(np.uint16))
+        else:
+            file.write(ref.name, start, data)
         progress.add(len(data))
     progress.add(0, finished=1)
 

@@ -66,11 +66,13 @@ def run(inputs: VisualGenInputs, folder: Path, report: Report) -> None:
     tensors = inputs.weights.tensors
     written = visual_gen.write_folder(folder, settings, inputs.config, inputs.plan, tensors, inputs.linked, report)
     if inputs.text_encoder:
+        from fluxc.quantize.source import narrowed
         from fluxc.quantize.writer import write_weights
 
         encoder = folder / visual_gen.FOLDER / "text_encoder"
         encoder.mkdir()
-        write_weights(encoder / WEIGHTS_FILE["text_encoder"], inputs.text_encoder.tensors, [], {})
+        tensors = inputs.text_encoder.tensors
+        write_weights(encoder / WEIGHTS_FILE["text_encoder"], tensors, [], {}, narrow=narrowed("text_encoder", tensors))
         (encoder / "config.json").write_text(json.dumps(inputs.text_encoder.config, indent=2, sort_keys=True) + "\n")
     (folder / LINKS).write_text(json.dumps(written.links))
     configs = {str(number): file for number, file in written.configs.items()}
