@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import sys
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import fluxrt
 from conftest import NANO_DEV, ROOT, compile_into, copy_checkpoint
@@ -22,10 +25,13 @@ from fluxc.base.safetensors import read_header
 from fluxc.build.job import open_job
 from fluxc.build.preflight import preflight
 from fluxc.families.dev import DEV
+from fluxc.families.prompting import render_template
 from fluxc.fidelity.metrics import relative_error
 from fluxc.quantize.source_memory import memory_by_component
 from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
+from fluxrt.manifest import Prompting
+from fluxrt.prompt import PromptEncoder
 from quick import QUICK
 
 RECIPE = ROOT / "recipes" / "flux2-nano-dev.yaml"
@@ -126,7 +132,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
     sys.modules["torchvision.transforms"].InterpolationMode = object  # type: ignore[attr-defined]
     from transformers.models.pixtral.processing_pixtral import PixtralProcessor
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(NANO_DEV / "tokenizer")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(NANO_DEV / "tokenizer")
     return PixtralProcessor(ImageProcessingMixin(), tokenizer, chat_template=tokenizer.chat_template)
 
 
@@ -178,6 +184,62 @@ def test_a_prompt_whose_end_would_be_cut_off_is_refused(exact: Path, encoder: An
         pytest.raises(fluxrt.RequestError, match="this bundle was compiled for 64"),
     ):
         pipeline.tokenize([TOO_LONG])
+
+
+@pytest.fixture(scope="module")
+def tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer's folder with Mistral's own vocabulary of 131072, from the file that mistral-common brings."""
+    folder = copy_checkpoint(tmp_path_factory.mktemp("tekken") / "dev", NANO_DEV) / "tokenizer"
+    given = json.loads(tekken_file().read_text())
+    number, special = given["config"]["default_vocab_size"], given["config"]["default_num_special_tokens"]
+    spelled = [base64.b64decode(entry["token_bytes"]) for entry in given["vocab"][: number - special]]
+    ranks = {token: rank for rank, token in enumerate(spelled)}
+    letters = bytes_to_unicode()
+
+    def written(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token in spelled:
+        parts = [(token[:at], token[at:]) for at in range(1, len(token))]
+        known = [(ranks[a], ranks[b], a, b) for a, b in parts if a in ranks and b in ranks]
+        merges += [(written(a), written(b)) for *_, a, b in sorted(known)]
+    ours = json.loads((folder / "tokenizer.json").read_text())
+    names = {entry["id"]: entry["content"] for entry in ours["added_tokens"]}
+    names |= {at: f"<SPECIAL_{at}>" for at in range(special) if at not in names}
+    vocabulary = {name: at for at, name in names.items()} | {written(t): special + r for t, r in ranks.items()}
+    whole = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(given["config"]["pattern"]), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    whole.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    whole.add_special_tokens([AddedToken(names[at], special=True, normalized=False) for at in range(special)])
+    whole.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def tekken_file() -> Path:
+    import mistral_common
+
+    return Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+
+
+def test_tokens_of_mistrals_own_vocabulary_are_mistral_commons(tekken: Path) -> None:
+    """mistral-common puts a conversation together from its parts, and knows no template."""
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    theirs = Tekkenizer.from_file(tekken_file())
+    rendered = render_template(tekken, "PixtralProcessor", DEV.prompts, tekken)
+    prompting = Prompting(**{"tokenizer": "", "length": 512} | rendered)
+    ours = PromptEncoder(prompting, tekken / "tokenizer.json")
+    for prompt in (*PROMPTS, TOO_LONG):
+        if "[INST]" in prompt or "</s>" in prompt:
+            continue  # diffusers takes these for the special tokens that they spell
+        plain = prompt.replace("[IMG]", "")
+        parts = [theirs.encode(text, bos=False, eos=False) for text in (SYSTEM_MESSAGE, plain)]
+        assert ours.tokens(prompt) == [1, 17, *parts[0], 18, 3, *parts[1], 4], prompt
+    ids, mask = ours.encode(["a large red circle"])
+    assert ids[0, : 512 - mask.sum()].tolist() == [11] * int(512 - mask.sum())
 
 
 def test_a_row_of_padding_does_not_depend_on_the_prompt(exact: Path) -> None:

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
-from conftest import compile_into, copy_checkpoint, exported
+from conftest import NANO, compile_into, copy_checkpoint, exported
 from fluxc.fidelity.metrics import relative_error
 from fluxc.graph import OPSET, export
 from fluxc.graph.bind import argument_names
@@ -23,6 +23,7 @@ from fluxc.graph.modules import Signal
 from fluxc.targets.onnxruntime.lower import lower
 from fluxrt.schedule import flow_match_sigmas
 from quick import QUICK
+from test_dev import PROMPTS
 
 
 def report(bundle: Path) -> dict[str, Any]:
@@ -169,6 +170,28 @@ def test_the_bundles_text_encoder_loads_in_transformers_and_encodes_alike(nano_b
         ).hidden_states
     expected = torch.cat([states[k] for k in (9, 18, 27)], dim=-1).numpy()
     assert relative_error(pipeline.encode_text(prompt, 1.0), expected) < 1e-5
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=repr)
+def test_tokens_padding_mask_and_embeddings_of_klein_are_diffusers(exact_bundle: Path, prompt: str) -> None:
+    """dev's are in test_dev.py."""
+    from diffusers import Flux2KleinPipeline
+    from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+
+    import fluxrt
+
+    encoder = Qwen3ForCausalLM.from_pretrained(NANO / "text_encoder", dtype=torch.float32)
+    tokenizer = Qwen2TokenizerFast.from_pretrained(NANO / "tokenizer")
+    seen: dict[str, Any] = {}
+    encoder.register_forward_pre_hook(lambda _module, _args, given: seen.update(given), with_kwargs=True)
+    with torch.no_grad():
+        expected = Flux2KleinPipeline._get_qwen3_prompt_embeds(encoder, tokenizer, prompt, max_sequence_length=32)
+    with fluxrt.load(exact_bundle, target="onnxruntime") as pipeline:
+        ids, mask = pipeline.tokenize([prompt])
+        text = pipeline.encode_text(prompt, 1.0)
+    np.testing.assert_array_equal(ids, seen["input_ids"].numpy())
+    np.testing.assert_array_equal(mask, seen["attention_mask"].numpy())
+    assert relative_error(text, expected.numpy()) < 1e-5
 
 
 def test_a_distilled_checkpoint_runs_one_branch_and_other_sizes_match_too(tmp_path: Path) -> None:

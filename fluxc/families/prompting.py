@@ -111,7 +111,8 @@ def system_message(named: str) -> str:
 def load_tokenizer(folder: Path, class_name: str, where: Path) -> Any:
     """The tokenizer in `folder` as transformers has it; of a processor, which takes images too, its tokenizer alone.
 
-    The processor itself needs torchvision. Its template may be in a file that only processors read.
+    The processor itself needs torchvision. Its template may be in a file that only processors read, and Mistral's tokenizers
+    pad on the left where their config does not say.
     """
     import transformers
 
@@ -119,10 +120,11 @@ def load_tokenizer(folder: Path, class_name: str, where: Path) -> Any:
     with loading(where, f"transformers cannot read the tokenizer as {class_name}"):
         if not processor:
             return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if not tokenizer.is_fast:
-            # With mistral-common installed, AutoTokenizer may take that for Mistral's; diffusers reads tokenizer.json.
-            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        # Not AutoTokenizer: with mistral-common installed it may take that for Mistral's, in place of tokenizer.json.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        file = folder / "tokenizer_config.json"
+        if "padding_side" not in (read_json(file) if file.is_file() else {}):
+            tokenizer.padding_side = "left"
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _template(folder)
         return tokenizer

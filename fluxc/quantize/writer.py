@@ -19,7 +19,6 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from fluxc.base.errors import BuildError, CheckpointError
@@ -391,12 +390,17 @@ def _copy(file: _File, ref: TensorRef, progress: _Progress, narrow: bool = False
                 at = start // dtype.itemsize + bad[0]
                 raise _not_finite(ref, tuple(int(i) for i in np.unravel_index(at, ref.shape)))
         if narrow:
-            rounded = np.ascontiguousarray(data).view(np.float32).astype(ml_dtypes.bfloat16)
-            file.write(ref.name, start // 2, rounded.view(np.uint16))
+            file.write(ref.name, start // 2, _in_bf16(np.ascontiguousarray(data).view(np.uint32)))
         else:
             file.write(ref.name, start, data)
         progress.add(len(data))
     progress.add(0, finished=1)
+
+
+def _in_bf16(patterns: np.ndarray) -> np.ndarray:
+    """Finite fp32 values as the patterns uint16 of bf16, to nearest, ties to even."""
+    rounded = patterns + (np.uint32(0x7FFF) + ((patterns >> 16) & 1))
+    return (rounded >> 16).astype(np.uint16)
 
 
 def _not_finite(ref: TensorRef, position: tuple[int, ...]) -> CheckpointError:
