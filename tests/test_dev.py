@@ -32,6 +32,7 @@ from fluxc.recipe.load import load_recipe
 from fluxrt.bundle import open_bundle
 from fluxrt.manifest import Prompting
 from fluxrt.prompt import PromptEncoder
+from fluxrt.verify import verify_evidence
 from quick import QUICK
 
 RECIPE = ROOT / "recipes" / "flux2-nano-dev.yaml"
@@ -298,6 +299,18 @@ def test_the_gpu_targets_graphs_encode_as_the_cpu_target_does(exact: Path, full:
     assert np.abs(text[0, padding]).max() > 0.01
     for rows in (padding, ~padding):
         assert relative_error(encoded[0, rows], text[0, rows]) < bound
+
+
+def test_evidence_is_replayed_on_the_cpu_and_on_the_fakes_of_tensorrt(quick: Path, tmp_path: Path) -> None:
+    from fluxc.gpu_check.replay import replay_on_gpu
+    from fluxc.rehearsal.place import MadeUpPlace
+
+    for target in ("onnxruntime", "onnxruntime-nvfp4"):
+        (found,) = verify_evidence(open_bundle(quick), target, threads=1)
+        assert (found.status, found.notes) == ("passed", ())
+    root = Path(shutil.copytree(quick, tmp_path / "bundle"))
+    lines = list(replay_on_gpu(root, ["tensorrt_rtx"], MadeUpPlace(is_rehearsal=False)))
+    assert lines[1].endswith("a made-up RTX: tensorrt_rtx matched on the target; entries of 1 machines in all")
 
 
 # What is not a dev checkpoint.
