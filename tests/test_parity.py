@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conftest import NANO, compile_into, copy_checkpoint, exported
+from fluxc.base.safetensors import read_header
 from fluxc.fidelity.metrics import relative_error
 from fluxc.graph import OPSET, export
 from fluxc.graph.bind import argument_names
@@ -192,6 +193,28 @@ def test_tokens_padding_mask_and_embeddings_of_klein_are_diffusers(exact_bundle:
     np.testing.assert_array_equal(ids, seen["input_ids"].numpy())
     np.testing.assert_array_equal(mask, seen["attention_mask"].numpy())
     assert relative_error(text, expected.numpy()) < 1e-5
+
+
+def test_the_small_decoder_equals_diffusers(tmp_path: Path) -> None:
+    """A VAE whose decoder has other widths than its encoder, as the one that is published for faster decoding."""
+    from diffusers import AutoencoderKLFlux2
+    from safetensors.torch import load_file
+
+    checkpoint = copy_checkpoint(tmp_path / "small")
+    config = json.loads((checkpoint / "vae" / "config.json").read_text())
+    config["decoder_block_out_channels"] = [16, 32, 48]
+    stored = load_file(checkpoint / "vae" / "diffusion_pytorch_model.safetensors")
+    torch.manual_seed(0)
+    vae = AutoencoderKLFlux2.from_config(config)
+    vae.load_state_dict({name: t for name, t in stored.items() if not name.startswith("decoder.")}, strict=False)
+    vae.to(torch.bfloat16).save_pretrained(checkpoint / "vae")
+    plain = ("precision.transformer={default: bf16}", "targets=[{kind: onnxruntime}]")
+    bundle = compile_into(tmp_path / "out", *QUICK, f"model.source={checkpoint}", *plain)
+    figures = report(bundle)["onnxruntime"]
+    assert max(figures["step_error"], figures["decode_error"]) <= 1e-3
+    assert figures["image_psnr_db_worst"] >= 50
+    written = read_header(bundle / "vae" / "diffusion_pytorch_model.safetensors")
+    assert written["decoder.conv_out.weight"].shape == (3, 16, 3, 3)
 
 
 def test_a_distilled_checkpoint_runs_one_branch_and_other_sizes_match_too(tmp_path: Path) -> None:
