@@ -35,8 +35,8 @@ sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.insert(0, str(TEACHER))
 sys.modules.pop("train", None)
 
-from pictures import COLOURS, POSITIONS, SHAPES, SIZES, TEMPLATES, render, split_specs  # noqa: E402
-from train import run_stage  # noqa: E402
+from pictures import TEMPLATES, render, split_specs  # noqa: E402
+from train import Reader, answers_of, run_stage  # noqa: E402
 from train import tokenize as tokenize_klein  # noqa: E402
 
 TEXT_LENGTH = 64
@@ -138,37 +138,6 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str], side: str) 
     return batch["input_ids"], batch["attention_mask"]
 
 
-class Reader(torch.nn.Module):
-    """A text encoder with linear probes that name a caption's attributes from each layer the pipeline takes."""
-
-    def __init__(self, encoder: Mistral3ForConditionalGeneration, classes: dict[str, list[str]]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.probes = torch.nn.ModuleList(
-            torch.nn.ModuleDict({name: torch.nn.Linear(WIDTH, len(words)) for name, words in classes.items()})
-            for _ in TEXT_LAYERS
-        )
-
-    def losses(
-        self, ids: torch.Tensor, mask: torch.Tensor, answers: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(next-token loss, probe loss, share of right probe answers) over captions [N, 64] that are padded on the right."""
-        output = self.encoder(
-            input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), output_hidden_states=True
-        )
-        # The caption's last token and the one that closes it have seen all of it.
-        last, rows = mask.sum(1) - 1, torch.arange(len(ids))
-        probe, right = [], []
-        for probes, layer in zip(self.probes, TEXT_LAYERS, strict=True):
-            states = output.hidden_states[layer]
-            for place in (last, last - 1):
-                for name, answer in answers.items():
-                    logits = probes[name](states[rows, place])
-                    probe.append(torch.nn.functional.cross_entropy(logits, answer))
-                    right.append((logits.argmax(-1) == answer).float().mean())
-        return output.loss, torch.stack(probe).mean(), torch.stack(right).mean()
-
-
 def train_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Mistral3ForConditionalGeneration:
     """As flux2-nano's: the probes make every layer that conditions the transformer keep what the caption said.
 
@@ -203,22 +172,12 @@ def train_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Mistral3ForConditi
     }
     config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=10, tie_word_embeddings=False)
     encoder = Mistral3ForConditionalGeneration(config)
-    classes = {
-        "size": list(SIZES),
-        "colour": list(COLOURS),
-        "shape": list(SHAPES),
-        "position": list(POSITIONS),
-        "background": list(COLOURS),
-    }
-    reader = Reader(encoder, classes)
+    # The caption's last token and the one that closes it are asked.
+    reader = Reader(encoder, WIDTH, TEXT_LAYERS, asked=2)
     training, unseen = split_specs()
 
     def batch_of(specs: list, template: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        ids, mask = tokenize(tokenizer, [spec.caption(template) for spec in specs], "right")
-        answers = {
-            name: torch.tensor([words.index(getattr(spec, name)) for spec in specs]) for name, words in classes.items()
-        }
-        return ids, mask, answers
+        return *tokenize(tokenizer, [spec.caption(template) for spec in specs], "right"), answers_of(specs)
 
     batches = [batch_of(training, template) for template in range(len(TEMPLATES))]
     longest = max(int(mask.sum(1).max()) for _, mask, _ in batches)

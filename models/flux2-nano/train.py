@@ -154,38 +154,53 @@ def tokenize(tokenizer: Qwen2TokenizerFast, prompts: list[str]) -> tuple[torch.T
     return batch["input_ids"], batch["attention_mask"]
 
 
-class Reader(torch.nn.Module):
-    """A text encoder with linear probes that name a caption's attributes from each layer the pipeline takes."""
+CLASSES = {
+    "size": list(SIZES),
+    "colour": list(COLOURS),
+    "shape": list(SHAPES),
+    "position": list(POSITIONS),
+    "background": list(COLOURS),
+}
 
-    def __init__(self, encoder: Qwen3ForCausalLM, classes: dict[str, list[str]]) -> None:
+
+def answers_of(specs: list[Spec]) -> dict[str, torch.Tensor]:
+    """The number of each attribute's word among its CLASSES."""
+    return {name: torch.tensor([words.index(getattr(spec, name)) for spec in specs]) for name, words in CLASSES.items()}
+
+
+class Reader(torch.nn.Module):
+    """A text encoder with linear probes that name a caption's attributes from each of `layers`, which the pipeline takes.
+
+    The last `asked` tokens of a caption with its template, padded on the right, have seen all of it: each of them is asked.
+    """
+
+    def __init__(self, encoder: torch.nn.Module, width: int, layers: tuple[int, ...], asked: int) -> None:
         super().__init__()
-        self.encoder = encoder
-        width = encoder.config.hidden_size
+        self.encoder, self.layers, self.asked = encoder, layers, asked
         self.probes = torch.nn.ModuleList(
-            torch.nn.ModuleDict({name: torch.nn.Linear(width, len(words)) for name, words in classes.items()})
-            for _ in TEXT_LAYERS
+            torch.nn.ModuleDict({name: torch.nn.Linear(width, len(words)) for name, words in CLASSES.items()})
+            for _ in layers
         )
 
     def losses(
         self, ids: torch.Tensor, mask: torch.Tensor, answers: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(next-token loss, probe loss, share of right probe answers) over a batch of captions [N, 32]."""
+        """(next-token loss, probe loss, share of right probe answers) over a batch of captions [N, length]."""
         output = self.encoder(
             input_ids=ids,
             attention_mask=mask,
             labels=ids.masked_fill(mask == 0, -100),
             output_hidden_states=True,
         )
-        # The tokens after the caption have seen all of it: each of them is asked.
         place = torch.arange(ids.shape[1])
         length = mask.sum(1, keepdim=True)
-        asked = (place >= length - 8) & (place < length)
+        asked = (place >= length - self.asked) & (place < length)
         probe, right = [], []
-        for probes, layer in zip(self.probes, TEXT_LAYERS, strict=True):
+        for probes, layer in zip(self.probes, self.layers, strict=True):
             states = output.hidden_states[layer]
             for name, answer in answers.items():
                 logits = probes[name](states[asked])
-                wanted = answer.repeat_interleave(8)
+                wanted = answer.repeat_interleave(self.asked)
                 probe.append(torch.nn.functional.cross_entropy(logits, wanted))
                 right.append((logits.argmax(-1) == wanted).float().mean())
         return output.loss, torch.stack(probe).mean(), torch.stack(right).mean()
@@ -212,21 +227,10 @@ def train_text_encoder(tokenizer: Qwen2TokenizerFast) -> Qwen3ForCausalLM:
             initializer_range=0.08,
         )
     )
-    classes = {
-        "size": list(SIZES),
-        "colour": list(COLOURS),
-        "shape": list(SHAPES),
-        "position": list(POSITIONS),
-        "background": list(COLOURS),
-    }
-    reader = Reader(encoder, classes)
+    reader = Reader(encoder, encoder.config.hidden_size, TEXT_LAYERS, asked=8)
 
     def batch_of(specs: list[Spec], template: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        ids, mask = tokenize(tokenizer, [spec.caption(template) for spec in specs])
-        answers = {
-            name: torch.tensor([words.index(getattr(spec, name)) for spec in specs]) for name, words in classes.items()
-        }
-        return ids, mask, answers
+        return *tokenize(tokenizer, [spec.caption(template) for spec in specs]), answers_of(specs)
 
     training, unseen = split_specs()
     batches = [batch_of(training, template) for template in range(len(TEMPLATES))]
