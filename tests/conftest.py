@@ -208,6 +208,12 @@ def nano_bundle(workshop: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def dev_bundle(workshop: Path) -> Path:
+    """recipes/flux2-nano-dev.yaml, compiled as it stands."""
+    return compile_into(workshop / "nano-dev", recipe=RECIPE.with_name("flux2-nano-dev.yaml"))
+
+
+@pytest.fixture(scope="session")
 def quick_bundle(workshop: Path) -> Path:
     """flux2-nano with two prompts and three steps."""
     return compile_into(workshop / "quick", *QUICK)

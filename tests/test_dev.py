@@ -109,6 +109,11 @@ def test_another_size_equals_diffusers(exact: Path, size: tuple[int, int]) -> No
     assert np.abs(np.asarray(image) - expected * 255).max() <= 1
 
 
+def test_where_the_text_encoder_is_exact_no_image_tells_it_apart(exact: Path) -> None:
+    assert figures_of(exact)["onnxruntime"]["image_psnr_db_reference_text"] is None
+    assert "given text" not in (exact / "report" / "index.html").read_text()
+
+
 def test_guidance_is_an_input_of_the_transformer(exact: Path) -> None:
     with fluxrt.load(exact, target="onnxruntime") as pipeline:
         one, other = (
@@ -281,6 +286,8 @@ def test_quantized_it_is_compiled_for_every_target_that_can_be_made_here(quick: 
         assert figures["step_cosine"] > 0.98
         assert figures["prologue_error"] < 1e-3
         assert figures["text_error"] < 0.1
+        # FP8 in the text encoder costs the images little beside NVFP4 in the transformer.
+        assert figures["image_psnr_db_reference_text"] == pytest.approx(figures["image_psnr_db"], abs=6)
     assert manifest.fidelity.ranks["onnxruntime-2gpus"].image_psnr_db > 40
 
 

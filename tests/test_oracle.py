@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import fluxrt
+from conftest import RECIPE
+from fluxc.checkpoint.identify import family_of
 from fluxc.checkpoint.reference import grid_of, load_pipeline, noise_for, spread
 from fluxc.checkpoint.source import open_checkpoint
-from fluxc.recipe.load import LoadedRecipe
+from fluxc.recipe.load import LoadedRecipe, load_recipe
 from oracle import follows, read
 from pictures import render, split_specs
 
@@ -28,10 +30,15 @@ def test_oracle_sees_no_shape_on_an_empty_ground() -> None:
     assert read(np.full((64, 64, 3), 200, dtype=np.uint8)) is None
 
 
+@pytest.fixture(scope="module", params=["flux2-nano", "flux2-nano-dev"])
+def loaded(request: pytest.FixtureRequest) -> LoadedRecipe:
+    return load_recipe(RECIPE.with_name(f"{request.param}.yaml"))
+
+
 @pytest.fixture(scope="module")
-def reference_agreement(recipe_of_module: LoadedRecipe) -> float:
-    sampling = recipe_of_module.recipe.sampling
-    checkpoint = open_checkpoint(recipe_of_module.recipe.model.source, None, recipe_of_module.folder)
+def reference_agreement(loaded: LoadedRecipe) -> float:
+    sampling = loaded.recipe.sampling
+    checkpoint = open_checkpoint(loaded.recipe.model.source, None, loaded.folder)
     pipeline = load_pipeline(checkpoint, torch.bfloat16)
     size, right = (64, 64), 0
     for first in range(0, len(UNSEEN), BATCH):
@@ -44,8 +51,8 @@ def reference_agreement(recipe_of_module: LoadedRecipe) -> float:
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance,
             latents=spread(noise, grid_of(checkpoint, size)).to(torch.bfloat16),
-            max_sequence_length=recipe_of_module.recipe.text.length,
-            text_encoder_out_layers=(9, 18, 27),
+            max_sequence_length=loaded.recipe.text.length,
+            text_encoder_out_layers=family_of(checkpoint).text_layers,
             output_type="np",
         ).images
         right += sum(follows(image, UNSEEN[number]) for image, number in zip(images, batch, strict=True))
@@ -53,11 +60,11 @@ def reference_agreement(recipe_of_module: LoadedRecipe) -> float:
 
 
 @pytest.fixture(scope="module")
-def recipe_of_module() -> LoadedRecipe:
-    from conftest import RECIPE
-    from fluxc.recipe.load import load_recipe
-
-    return load_recipe(RECIPE)
+def bundle(loaded: LoadedRecipe, request: pytest.FixtureRequest) -> Path:
+    """The recipe, compiled as it stands."""
+    named = {"flux2-nano-nvfp4": "nano_bundle", "flux2-nano-dev-nvfp4": "dev_bundle"}
+    found: Path = request.getfixturevalue(named[loaded.recipe.name])
+    return found
 
 
 def test_bf16_reference_follows_unseen_prompts(reference_agreement: float) -> None:
@@ -65,8 +72,9 @@ def test_bf16_reference_follows_unseen_prompts(reference_agreement: float) -> No
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-nvfp4"])
-def test_nvfp4_loses_at_most_three_points(nano_bundle: Path, reference_agreement: float, target: str) -> None:
-    pipeline = fluxrt.load(nano_bundle, target=target)
-    images = pipeline.generate(fluxrt.Request([spec.caption(i % 3) for i, spec in enumerate(UNSEEN)], seed=0)).images
+def test_nvfp4_loses_at_most_three_points(bundle: Path, reference_agreement: float, target: str) -> None:
+    with fluxrt.load(bundle, target=target) as pipeline:
+        request = fluxrt.Request([spec.caption(i % 3) for i, spec in enumerate(UNSEEN)], seed=0)
+        images = pipeline.generate(request).images
     right = sum(follows(np.asarray(image), spec) for image, spec in zip(images, UNSEEN, strict=True))
     assert right / len(UNSEEN) >= reference_agreement - 0.03

@@ -331,8 +331,10 @@ class Needs:
         here = [target for target in self.recipe.targets if target.runs_here]
         if not here or not asked.prompts:
             return Need(PROCESS)
-        # Velocities at recorded latents, and, for images, a step loop of its own.
-        work = self._generating(asked, 2.0 if self.job.fidelity.level == "images" else 1.0) * len(here)
+        # Velocities at recorded latents, and, for images, a step loop of its own, or, to tell what a quantized text encoder
+        # costs, two.
+        loops = 1 + any(entry.format != "bf16" for entry in self.source.plans["text_encoder"])
+        work = self._generating(asked, 1.0 + loops if self.job.fidelity.level == "images" else 1.0) * len(here)
         disk = SMALL_DISK + asked.prompts * (len(here) + 1) * 3 * math.prod(asked.size)
         return Need(self._compared(asked), disk, work=work, cures=self._lighter(asked))
 

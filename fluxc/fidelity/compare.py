@@ -52,8 +52,10 @@ def compare_target(
     """(figures, images fp32 [height, width, 3]) of one target; without images these are none, and their figures None.
 
     Every stage gets diffusers' own input: tokens, embeddings, the latents of each step, the final latents. Only an image is
-    end to end. Figures are the worst over prompts (and steps); `image_psnr_db` and `image_ssim` also as means. Without
-    images one component is in memory at a time. `on_done` is called `parts_of(recorded)` times a prompt, and once an image.
+    end to end; where the text encoder is quantized, a second one is made of diffusers' embeddings, whose PSNR
+    (`image_psnr_db_reference_text`) shows what the transformer alone costs. Figures are the worst over prompts (and steps);
+    `image_psnr_db` and `image_ssim` also as means. Without images one component is in memory at a time. `on_done` is called
+    `parts_of(recorded)` times a prompt, and once an image.
     """
 
     def check(what: str, prompt: str, values: Sequence[np.ndarray]) -> None:
@@ -63,13 +65,20 @@ def compare_target(
         return Pipeline(bundle, target=target, threads=chosen_threads())
 
     images: list[np.ndarray] = []
+    apart: list[float | None] = [None] * len(recorded)
     if with_images:
         with open_pipeline() as pipeline:
             errors = replay(lambda: nullcontext(pipeline), recorded, size, guidance, on_done, check).errors
-            for one in recorded:
-                images.append(_generate(pipeline, one, pipeline.grid(size), guidance, steps))
+            grid = pipeline.grid(size)
+            for number, one in enumerate(recorded):
+                images.append(
+                    _generate(pipeline, one, pipeline.encode_text(one.prompt, guidance), grid, guidance, steps)
+                )
                 check("image", one.prompt, images[-1:])
                 on_done()
+                if quantizes_text(bundle):
+                    apart[number] = psnr(_generate(pipeline, one, one.text, grid, guidance, steps), one.image)
+                    on_done()
     else:
         errors = replay(open_pipeline, recorded, size, guidance, on_done, check).errors
     rows = [
@@ -78,10 +87,16 @@ def compare_target(
         | {
             "image_psnr_db": psnr(images[number], one.image) if with_images else None,
             "image_ssim": ssim(images[number], one.image) if with_images else None,
+            "image_psnr_db_reference_text": apart[number],
         }
         for number, (one, found) in enumerate(zip(recorded, errors, strict=True))
     ]
     return _summary(rows), images
+
+
+def quantizes_text(bundle: Bundle) -> bool:
+    """Whether a layer of the text encoder is quantized, so that embeddings are not diffusers' to rounding."""
+    return any(layer.component == "text_encoder" and layer.format != "bf16" for layer in bundle.manifest.precision)
 
 
 def compare_ranks(
@@ -138,7 +153,9 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     psnrs, ssims = [row["image_psnr_db"] for row in rows], [row["image_ssim"] for row in rows]
     is_none = None in psnrs
-    return {
+    apart = [row["image_psnr_db_reference_text"] for row in rows]
+    of_transformer = {} if None in apart else {"image_psnr_db_reference_text": significant(float(np.mean(apart)))}
+    return of_transformer | {
         "text_error": significant(max(row["text_error"] for row in rows)),
         "prologue_error": significant(max(row["prologue_error"] for row in rows)),
         "step_error": significant(max(max(row["step_error"]) for row in rows)),
@@ -160,10 +177,11 @@ def _check_finite(target: str, what: str, prompt: str, values: Sequence[np.ndarr
         )
 
 
-def _generate(pipeline: Pipeline, recorded: Recorded, grid: tuple[int, int], guidance: float, steps: int) -> np.ndarray:
-    """The image that the target makes of the prompt by itself, from the reference's noise."""
+def _generate(
+    pipeline: Pipeline, recorded: Recorded, text: np.ndarray, grid: tuple[int, int], guidance: float, steps: int
+) -> np.ndarray:
+    """The image that the target makes of the embeddings `text` by itself, from the reference's noise."""
     sigmas = SCHEDULES[pipeline.bundle.manifest.sampling.schedule](grid[0] * grid[1], steps)
-    text = pipeline.encode_text(recorded.prompt, guidance)
     pipeline.begin(recorded.latents[:1], grid, guidance, text)
     for sigma, next_sigma in itertools.pairwise(sigmas):
         pipeline.step(sigma, next_sigma)

@@ -11,7 +11,7 @@ import numpy as np
 
 from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
-from fluxc.fidelity.compare import compare_ranks, compare_target
+from fluxc.fidelity.compare import compare_ranks, compare_target, quantizes_text
 from fluxc.fidelity.evidence import recorded_of, write_evidence
 from fluxc.fidelity.reference_stage import read_references
 from fluxc.recipe.targets import Target
@@ -37,7 +37,8 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
     references = read_references(inputs.reference.folder, inputs.prompts, inputs.seed)
     recorded = write_evidence(folder, recorded_of(bundle, references, guidance, steps), size, steps, guidance)
     del references
-    total = len(runnable) * sum(parts_of(one) + with_images for one in recorded) + len(sharded) * len(recorded)
+    an_image = with_images * (1 + quantizes_text(bundle))
+    total = len(runnable) * sum(parts_of(one) + an_image for one in recorded) + len(sharded) * len(recorded)
     done, now = 0, ""
 
     def advance() -> None:

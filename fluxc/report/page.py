@@ -42,6 +42,7 @@ def render(report: Report, images: Path) -> str:
         total=total,
         bytes=bytes_words,
         quality=_quality(report),
+        text_apart=any(f.image_psnr_db_reference_text is not None for f in report.targets.values()),
         cosine=_cosine(report),
         psnr_meaning=PSNR,
         measured=measured_steps(report),

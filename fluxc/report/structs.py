@@ -127,10 +127,15 @@ class PromptFigures(Struct, frozen=True):
     decode_error: float
     image_psnr_db: float | None
     image_ssim: float | None
+    image_psnr_db_reference_text: float | None = None
 
 
 class TargetFigures(Struct, frozen=True):
-    """One target against the reference: the worst over prompts and steps, of images also the mean; null without images."""
+    """One target against the reference: the worst over prompts and steps, of images also the mean; null without images.
+
+    `image_psnr_db_reference_text` is of images made of the reference's embeddings: what the transformer alone costs. It is
+    null where the text encoder is not quantized.
+    """
 
     text_error: float
     prologue_error: float
@@ -141,6 +146,7 @@ class TargetFigures(Struct, frozen=True):
     image_psnr_db_worst: float | None
     image_ssim: float | None
     prompts: tuple[PromptFigures, ...]
+    image_psnr_db_reference_text: float | None = None
 
 
 class LayerFigures(Layer, frozen=True, kw_only=True):
