@@ -141,8 +141,8 @@ def hollow_checkpoint(
 
 # The long files first, so that both processes end together, and in an order in which neither waits for the other's bundle.
 FIRST = (
-    "build ulysses_gpu tensorrt ulysses stepcache_nano sensitivity oracle calibrate quantized_source cuda_runtime gpu_check "
-    "parity"
+    "build ulysses_gpu tensorrt ulysses stepcache_nano sensitivity oracle dev calibrate quantized_source cuda_runtime "
+    "gpu_check parity"
 )
 
 
