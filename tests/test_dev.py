@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -179,6 +181,32 @@ def test_tokens_padding_mask_and_embeddings_are_diffusers(
     assert mask[0, -1] == 1
     assert relative_error(text, expected) < 1e-5
     assert max(relative_error(text[0, row], expected[0, row]) for row in range(64)) < 1e-4
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_a_prompt_that_fills_the_text_is_diffusers_too(exact: Path, encoder: Any, processor: Any, padding: int) -> None:
+    """Rows of padding are cut off but for one: here there is none to cut, or one."""
+    with fluxrt.load(exact, target="onnxruntime") as pipeline:
+        prompt = "ring"
+        while pipeline.tokenize([prompt])[1].sum() < 64 - padding:
+            prompt += " ring"
+        _, mask, expected = diffusers_reads(encoder, processor, prompt)
+        assert (mask == 0).sum() == padding
+        assert relative_error(pipeline.encode_text(prompt, 2.5), expected) < 1e-5
+
+
+def test_the_cpus_graph_computes_no_more_rows_than_there_are_tokens(exact: Path, tmp_path: Path) -> None:
+    """The prompt's tokens and one row of padding are looked up in the table of embeddings."""
+    folder = Path(shutil.copytree(exact / "text_encoder", tmp_path / "text_encoder"))
+    model = onnx.load(folder / "text_encoder.onnx", load_external_data=False)
+    (looked_up,) = (node.input[1] for node in model.graph.node if node.op_type == "Gather" and "embed" in node.input[0])
+    model.graph.output.append(onnx.helper.make_tensor_value_info(looked_up, onnx.TensorProto.INT64, None))
+    onnx.save(model, folder / "probe.onnx")
+    session = onnxruntime.InferenceSession(folder / "probe.onnx", providers=["CPUExecutionProvider"])
+    with fluxrt.load(exact, target="onnxruntime") as pipeline:
+        ids, mask = pipeline.tokenize(["a large red circle"])
+    _, computed = session.run(None, {"input_ids": ids, "attention_mask": mask})
+    assert computed.shape == (1, mask.sum() + 1)
 
 
 def test_a_prompt_whose_end_would_be_cut_off_is_refused(exact: Path, encoder: Any, processor: Any) -> None:

@@ -97,12 +97,23 @@ def compose_body(
     return body.finish([residual])
 
 
-def compose_text_encoder(pieces: dict[str, onnx.ModelProto], text_layers: tuple[int, ...]) -> onnx.ModelProto:
-    """input_ids, attention_mask -> text [B, L, len(text_layers) * D]: hidden states after the given layers, side by side."""
+def compose_text_encoder(
+    pieces: dict[str, onnx.ModelProto], text_layers: tuple[int, ...], left_padded: int | None = None
+) -> onnx.ModelProto:
+    """input_ids, attention_mask -> text [B, L, len(text_layers) * D]: hidden states after the given layers, side by side.
+
+    With `left_padded`, the length L, the pieces take any number of tokens. Only those from the last row of padding on are
+    computed: the rows before it are equal to it, and nothing reads them.
+    """
     encoder = Composition()
     stem, layer = pieces["text_stem"], pieces["text_layer"]
-    encoder.arguments(value for value in stem.graph.input if value.name in ("input_ids", "attention_mask"))
+    words = [value for value in stem.graph.input if value.name in ("input_ids", "attention_mask")]
+    if left_padded is not None:
+        words = [_with_length(value, left_padded) for value in words]
+    encoder.arguments(words)
     wired = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
+    if left_padded is not None:
+        wired = _without_padding(encoder, left_padded)
     hidden, *shared = encoder.inline(stem, wired)
     # `seen` is there where prompts are padded on the left.
     constant = dict(zip(("attends", "cos", "sin", "seen"), shared, strict=False))
@@ -111,10 +122,51 @@ def compose_text_encoder(pieces: dict[str, onnx.ModelProto], text_layers: tuple[
         (hidden,) = encoder.inline(layer, {"hidden": hidden, **constant}, layer_prefix(stem, number))
         if number + 1 in text_layers:
             taken.append(hidden)
-    encoder.node("Concat", taken, "text", axis=-1)
     text = renamed(stem.graph.output[0], "text")
     text.type.tensor_type.shape.dim[2].dim_value *= len(text_layers)
-    return encoder.finish([text])
+    if left_padded is None:
+        encoder.node("Concat", taken, "text", axis=-1)
+        return encoder.finish([text])
+    encoder.node("Concat", taken, "text_rows", axis=-1)
+    _padded_again(encoder, text.type.tensor_type.shape.dim[2].dim_value)
+    return encoder.finish([_with_length(text, left_padded)])
+
+
+def _without_padding(encoder: Composition, length: int) -> dict[str, str]:
+    """Cut ids and mask from the last row of padding of the longest prompt on; what they are called then.
+
+    `padding` [1] is the number of rows that are cut off.
+    """
+    axis, one = encoder.constant("row_axis", [1]), encoder.constant("one_row", [1])
+    counted = encoder.node("ReduceSum", ["attention_mask", axis], "prompt_tokens", keepdims=0)
+    longest = encoder.node("ReduceMax", [counted], "longest", keepdims=0)
+    kept = encoder.node("Add", [longest, one], "kept")
+    all_rows = encoder.constant("all_rows", [length])
+    padding = encoder.node("Sub", [all_rows, encoder.node("Min", [kept, all_rows], "kept_rows")], "padding")
+    return {
+        name: encoder.node("Slice", [name, padding, all_rows, axis], f"{name}_kept")
+        for name in ("input_ids", "attention_mask")
+    }
+
+
+def _padded_again(encoder: Composition, features: int) -> None:
+    """text_rows -> text: the first row, one of padding where rows were cut off, stands for each of them."""
+    zero, one, axis = encoder.constant("no_row", [0]), encoder.constant("first_row", [1]), "row_axis"
+    first = encoder.node("Slice", ["text_rows", zero, one, axis], "padding_row")
+    branches = encoder.node("Shape", ["text_rows"], "text_branches", start=0, end=1)
+    width = encoder.constant("text_features", [features])
+    shape = encoder.node("Concat", [branches, "padding", width], "padding_shape", axis=0)
+    rows = encoder.node("Expand", [first, shape], "padding_rows")
+    encoder.node("Concat", [rows, "text_rows"], "text", axis=1)
+
+
+def _with_length(value: onnx.ValueInfoProto, length: int) -> onnx.ValueInfoProto:
+    """`value` [B, tokens, ...] with so many tokens."""
+    fixed = renamed(value, value.name)
+    tokens = fixed.type.tensor_type.shape.dim[1]
+    tokens.Clear()
+    tokens.dim_value = length
+    return fixed
 
 
 def layer_prefix(stem: onnx.ModelProto, number: int) -> str:

@@ -177,9 +177,16 @@ def _traced(piece: _Piece) -> bytes:
 
 
 def trace_text_encoder(
-    config: dict[str, Any], text_length: int, family: Family, dtype: torch.dtype = torch.float32
+    config: dict[str, Any],
+    text_length: int,
+    family: Family,
+    dtype: torch.dtype = torch.float32,
+    any_length: bool = False,
 ) -> dict[str, onnx.ModelProto]:
-    """The neutral graphs `text_stem` (embedding, mask, rotary tables) and `text_layer` (one decoder layer) in `dtype`."""
+    """The neutral graphs `text_stem` (embedding, mask, rotary tables) and `text_layer` (one decoder layer) in `dtype`.
+
+    With `any_length` they take any number of tokens, and `text_length` is but an example.
+    """
     import transformers
 
     kind = family.text_encoder
@@ -195,18 +202,21 @@ def trace_text_encoder(
     tokens = torch.empty(2, text_length, dtype=torch.int64, device="meta")
     shape = kind.read(config)
     branches = {0: "branches"}
-    stem_inputs: dict[str, Input] = {"input_ids": (tokens, branches), "attention_mask": (tokens, branches)}
+    rows = branches | ({1: "tokens"} if any_length else {})
+    square = branches | ({2: "tokens", 3: "tokens"} if any_length else {})
+    table = {1: "tokens"} if any_length else None
+    stem_inputs: dict[str, Input] = {"input_ids": (tokens, rows), "attention_mask": (tokens, rows)}
     layer_inputs: dict[str, Input] = {
-        "hidden": (_meta(2, text_length, shape.hidden_size, dtype=dtype), branches),
-        "attends": (torch.empty(2, 1, text_length, text_length, dtype=torch.bool, device="meta"), branches),
-        "cos": (_meta(1, text_length, shape.head_width, dtype=dtype), None),
-        "sin": (_meta(1, text_length, shape.head_width, dtype=dtype), None),
+        "hidden": (_meta(2, text_length, shape.hidden_size, dtype=dtype), rows),
+        "attends": (torch.empty(2, 1, text_length, text_length, dtype=torch.bool, device="meta"), square),
+        "cos": (_meta(1, text_length, shape.head_width, dtype=dtype), table),
+        "sin": (_meta(1, text_length, shape.head_width, dtype=dtype), table),
     }
     stem: TextStem = TextStem(model, kind.prefix)
     outputs: tuple[str, ...] = ("hidden", "attends", "rotary_cos", "rotary_sin")
     if family.prompts.padding == "left":
         stem, outputs = LeftPaddedTextStem(model, kind.prefix), (*outputs, "seen")
-        layer_inputs["seen"] = (_meta(2, text_length, 1, dtype=dtype), branches)
+        layer_inputs["seen"] = (_meta(2, text_length, 1, dtype=dtype), rows)
     return {
         "text_stem": trace(stem, stem_inputs, outputs, constants=constants),
         "text_layer": trace(TextLayer(model.layers[0]), layer_inputs, ("hidden_out",), strip="layer."),

@@ -65,8 +65,11 @@ def _export(inputs: ExportInputs) -> dict[str, onnx.ModelProto]:
         return {name: pieces[name] for name in ("prologue", "signal", "epilogue")} | {"body": body}
     if inputs.component == "text_encoder":
         assert inputs.family is not None
-        pieces = export.trace_text_encoder(config, inputs.text_length, inputs.family, dtype)
+        # Rows of padding on the left are all alike and are seen by no other: one of them is enough.
+        alike = inputs.composed and inputs.family.prompts.padding == "left"
+        pieces = export.trace_text_encoder(config, inputs.text_length, inputs.family, dtype, any_length=alike)
         if not inputs.composed:
             return pieces
-        return {"text_encoder": compose.compose_text_encoder(pieces, inputs.family.text_layers)}
+        length = inputs.text_length if alike else None
+        return {"text_encoder": compose.compose_text_encoder(pieces, inputs.family.text_layers, length)}
     return {"vae_decoder": export.trace_vae_decoder(config, dtype)}
