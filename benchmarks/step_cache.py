@@ -2,6 +2,8 @@
 
     fluxc build recipes/flux2-nano-50-steps.yaml
     python benchmarks/step_cache.py artifacts/flux2-nano-50-steps
+    fluxc build recipes/flux2-nano-dev-50-steps.yaml
+    python benchmarks/step_cache.py artifacts/flux2-nano-dev-50-steps --diffusers-images 0     # the first table alone
 
 First table: the bundle in fluxrt with every step, with its step cache, by its rule, and with fewer steps, in turn image by
 image. Second table: diffusers' pipeline in fp32 with its First-Block Cache, MagCache and TaylorSeer beside our
@@ -27,6 +29,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "models" / "flux2-nano"
+CHECKPOINTS = {"Flux2KleinPipeline": NANO, "Flux2Pipeline": NANO.with_name("flux2-nano-dev")}
+"""By a bundle's family."""
 sys.path[:0] = [str(NANO), str(ROOT / "tests")]
 
 
@@ -34,11 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--images", type=int, default=64, help="unseen prompts for the bundle (default 64)")
-    parser.add_argument("--diffusers-images", type=int, default=16, help="unseen prompts for the second table")
+    parser.add_argument("--diffusers-images", type=int, default=16, help="unseen prompts for the second table (0: none)")
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {cores()} cores, Python {platform.python_version()}\n")
     print(table(bundle_rows(options.bundle, options.images)), flush=True)
-    print(table(diffusers_rows(options.bundle, options.diffusers_images)))
+    if options.diffusers_images:
+        print(table(diffusers_rows(options.bundle, options.diffusers_images)))
 
 
 def cores() -> int:
@@ -291,6 +296,7 @@ def diffusers_rows(path: Path, count: int) -> list[list[str]]:
     import torch
     from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
+    from fluxc.checkpoint.identify import family_of
     from fluxc.checkpoint.reference import Generation, generate, load_pipeline
     from fluxc.checkpoint.source import open_checkpoint
     from fluxrt.bundle import open_bundle
@@ -298,14 +304,15 @@ def diffusers_rows(path: Path, count: int) -> list[list[str]]:
 
     manifest = open_bundle(path).manifest
     cache, guidance = manifest.step_cache, manifest.sampling.guidance
-    checkpoint = open_checkpoint(str(NANO), None, ROOT)
+    checkpoint = open_checkpoint(str(CHECKPOINTS[manifest.family]), None, ROOT)
+    length, layers = manifest.prompting.length, family_of(checkpoint).text_layers
     pipeline = load_pipeline(checkpoint, torch.float32)
     transformer = pipeline.transformer
     work = Work(transformer)
     steps = cache.steps
 
     def image(prompt: str, seed: int, count: int = steps) -> np.ndarray:
-        return generate(pipeline, checkpoint, prompt, Generation((64, 64), count, guidance, seed, 32, (9, 18, 27)))
+        return generate(pipeline, checkpoint, prompt, Generation((64, 64), count, guidance, seed, length, layers))
 
     unseen = specs(count)
     captions = [spec.caption(number % 3) for number, spec in enumerate(unseen)]
