@@ -38,7 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--images", type=int, default=64, help="unseen prompts for the bundle (default 64)")
-    parser.add_argument("--diffusers-images", type=int, default=16, help="unseen prompts for the second table (0: none)")
+    parser.add_argument(
+        "--diffusers-images", type=int, default=16, help="unseen prompts for the second table (0: none)"
+    )
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {cores()} cores, Python {platform.python_version()}\n")
     print(table(bundle_rows(options.bundle, options.images)), flush=True)
