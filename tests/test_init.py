@@ -122,6 +122,7 @@ def test_dev_is_started_from_with_one_pass_a_step(here: Path) -> None:
     assert recipe["model"] == {"source": "black-forest-labs/FLUX.2-dev"}
     assert recipe["sampling"] == {"steps": 50, "guidance": 4.0}
     assert [target.get("gpus", 1) for target in recipe["targets"]] == [1, 4, 1]
+    assert (recipe["sizes"], recipe["fidelity"]["size"]) == ([[1024, 1024], [256, 256]], [256, 256])
     init("flux2-nano-dev")
     assert plain(here / "flux2-nano-dev.yaml")["text"] == {"length": 64}
 

@@ -107,7 +107,7 @@ CASES: dict[str, dict[str, list[Bad]]] = {
         "model": [
             *(
                 Bad(value, WRONG)
-                for value in ("", "nul\0byte", "a\nb", "\udcff", LONG, "none", "folder", "text", ".", "dev")
+                for value in ("", "nul\0byte", "a\nb", "\udcff", LONG, "none", "folder", "text", ".", "deva")
             ),
             *(Bad(value, WRONG) for value in ("/proc/x", "./none", "none.yaml", "~nobody-here/x")),
         ],

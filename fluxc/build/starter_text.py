@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fluxc.build.starter import Start
 
 CPU = "cpu"
+COMPARED_AT = [256, 256]
 
 
 def recipe_text(start: Start, model: str, name: str, on: str, gpus: int) -> str:
@@ -22,6 +23,9 @@ def recipe_text(start: Start, model: str, name: str, on: str, gpus: int) -> str:
     many = f", one and {gpus} {of_them}" if gpus > 1 else ""
     command = f"fluxc init {model}{f' --for {on}' if on != CPU else ''}{f' --gpus {gpus}' if gpus > 1 else ''}"
     reference = "" if start.is_small else ", reference: bfloat16"
+    # Many steps of a large model on a CPU are compared at a small size.
+    compared = [COMPARED_AT] if start.is_large and not start.is_distilled else []
+    reference += "".join(f", size: {flow(size)}" for size in compared)
     lines = [
         f"# yaml-language-server: $schema={SCHEMA}",
         f"# {start.title} for {where}{many}; written by `{command}`.",
@@ -32,7 +36,7 @@ def recipe_text(start: Start, model: str, name: str, on: str, gpus: int) -> str:
         f"model: {flow({'source': start.source})}",
         "",
         f"# [height, width] in pixels that can be generated: multiples of {start.pixels_per_token}. The first is the default.",
-        f"sizes: [{flow(list(start.size))}]",
+        f"sizes: [{', '.join(flow(size) for size in (list(start.size), *compared))}]",
         "# Tokens that every prompt is padded to, chat template included; longer prompts are refused.",
         f"text: {{length: {start.text_length}}}",
         f"# What a request gets that does not say otherwise.{_about_steps(start)}",
