@@ -357,6 +357,12 @@ def test_devs_text_encoder_loads_as_visual_gen_loads_it(dev: Bundle) -> None:
     ("file", "change", "said"),
     [
         ("model_index.json", {"text_encoder": ["transformers", "BertModel"]}, "is a BertModel, and VisualGen would"),
+        (
+            "model_index.json",
+            {"text_encoder": None},
+            "text_encoder is None, expected the names of a library and a class",
+        ),
+        ("model_index.json", {"text_encoder": ["transformers"]}, "expected the names of a library and a class"),
         ("text_encoder/config.json", {"quantization_config": {}}, "which VisualGen does not take"),
     ],
 )

@@ -24,8 +24,10 @@ def recipe_text(start: Start, model: str, name: str, on: str, gpus: int) -> str:
     command = f"fluxc init {model}{f' --for {on}' if on != CPU else ''}{f' --gpus {gpus}' if gpus > 1 else ''}"
     reference = "" if start.is_small else ", reference: bfloat16"
     # Many steps of a large model on a CPU are compared at a small size.
-    compared = [COMPARED_AT] if start.is_large and not start.is_distilled else []
-    reference += "".join(f", size: {flow(size)}" for size in compared)
+    sizes = [list(start.size)]
+    if start.is_large and not start.is_distilled:
+        sizes.append(COMPARED_AT)
+        reference += f", size: {flow(COMPARED_AT)}"
     lines = [
         f"# yaml-language-server: $schema={SCHEMA}",
         f"# {start.title} for {where}{many}; written by `{command}`.",
@@ -36,7 +38,7 @@ def recipe_text(start: Start, model: str, name: str, on: str, gpus: int) -> str:
         f"model: {flow({'source': start.source})}",
         "",
         f"# [height, width] in pixels that can be generated: multiples of {start.pixels_per_token}. The first is the default.",
-        f"sizes: [{', '.join(flow(size) for size in (list(start.size), *compared))}]",
+        f"sizes: [{', '.join(flow(size) for size in sizes)}]",
         "# Tokens that every prompt is padded to, chat template included; longer prompts are refused.",
         f"text: {{length: {start.text_length}}}",
         f"# What a request gets that does not say otherwise.{_about_steps(start)}",

@@ -91,18 +91,15 @@ def weights_bytes(component: Component) -> int:
     )
 
 
-def empty_model(component: Component, config: dict[str, Any] | None = None) -> Any:
-    """The component's model by its config, or by `config`, its parameters without data (on the meta device).
-
-    CheckpointError if it has none.
-    """
+def empty_model(component: Component) -> Any:
+    """The component's model by its config, its parameters without data (on the meta device); CheckpointError if it has none."""
     import accelerate
     import diffusers
     import transformers
 
     library = diffusers if component.library == "diffusers" else transformers
     model_class = getattr(library, component.class_name)
-    where, config = component.folder / "config.json", config or component.config
+    where, config = component.folder / "config.json", component.config
     with (
         loading(where, f"{component.library} cannot make the model"),
         accelerate.init_empty_weights(include_buffers=False),
@@ -138,15 +135,19 @@ class _Under(torch.nn.Module):
 
     def __init__(self, prefix: str, module: torch.nn.Module) -> None:
         super().__init__()
-        first, *names = prefix.rstrip(".").split(".")
-        inner = module
-        for name in reversed(names):
-            inner = torch.nn.ModuleDict({name: inner})
-        self.add_module(first, inner)
+        add_under(self, prefix, module)
         self._path = prefix.rstrip(".")
 
     def forward(self, **arguments: Any) -> Any:
         return self.get_submodule(self._path)(**arguments)
+
+
+def add_under(module: torch.nn.Module, prefix: str, part: torch.nn.Module) -> None:
+    """Make `part` a submodule of `module`, its names beginning with `prefix` as in the checkpoint."""
+    first, *names = prefix.rstrip(".").split(".")
+    for name in reversed(names):
+        part = torch.nn.ModuleDict({name: part})
+    module.add_module(first, part)
 
 
 def load_dequantized(component: Component, dtype: torch.dtype) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fluxc.checkpoint.dequantized import add_under
+
 
 class _Prologue(nn.Module):
     """latents [1, S, C], text [B, L, T], sigma () -> hidden, text_hidden, modulation, rope.
@@ -155,12 +157,7 @@ class TextStem(nn.Module):
 
     def __init__(self, model: Any, prefix: str) -> None:
         super().__init__()
-        # Nested as in the checkpoint, so that the embedding keeps its name.
-        inner: nn.Module = nn.ModuleDict({"embed_tokens": model.embed_tokens, "rotary_emb": model.rotary_emb})
-        outermost, *names = prefix.rstrip(".").split(".")
-        for name in reversed(names):
-            inner = nn.ModuleDict({name: inner})
-        self.add_module(outermost, inner)
+        add_under(self, prefix, nn.ModuleDict({"embed_tokens": model.embed_tokens, "rotary_emb": model.rotary_emb}))
         self.path = prefix.rstrip(".")
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:

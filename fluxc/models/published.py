@@ -60,7 +60,6 @@ MISTRAL_SMALL: dict[str, Any] = {
     }
 }
 """Mistral-Small 3.2's language model."""
-TEXT_CONFIGS = {"klein-4b": QWEN3_4B, "klein-9b": QWEN3_8B, "dev": MISTRAL_SMALL}
 TEXT_ENCODERS: dict[str, tuple[TextEncoder, int]] = {
     "klein-4b": (Qwen3.read(QWEN3_4B), 27),
     "klein-9b": (Qwen3.read(QWEN3_8B), 27),

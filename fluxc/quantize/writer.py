@@ -26,6 +26,7 @@ from fluxc.base.progress import Report
 from fluxc.base.safetensors import ITEM_BITS, TensorRef
 from fluxc.formats import cpu
 from fluxc.formats.base import Format
+from fluxc.formats.bf16 import in_bf16
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.structs import Scales
@@ -390,17 +391,11 @@ def _copy(file: _File, ref: TensorRef, progress: _Progress, narrow: bool = False
                 at = start // dtype.itemsize + bad[0]
                 raise _not_finite(ref, tuple(int(i) for i in np.unravel_index(at, ref.shape)))
         if narrow:
-            file.write(ref.name, start // 2, _in_bf16(np.ascontiguousarray(data).view(np.uint32)))
+            file.write(ref.name, start // 2, in_bf16(np.ascontiguousarray(data).view(np.uint32)))
         else:
             file.write(ref.name, start, data)
         progress.add(len(data))
     progress.add(0, finished=1)
-
-
-def _in_bf16(patterns: np.ndarray) -> np.ndarray:
-    """Finite fp32 values as the patterns uint16 of bf16, to nearest, ties to even."""
-    rounded = patterns + (np.uint32(0x7FFF) + ((patterns >> 16) & 1))
-    return (rounded >> 16).astype(np.uint16)
 
 
 def _not_finite(ref: TensorRef, position: tuple[int, ...]) -> CheckpointError:

@@ -41,11 +41,16 @@ class PromptEncoder:
     def tokens(self, prompt: str) -> list[int]:
         """The ids of `prompt` within its template, however many there are."""
         spec = self._prompting
-        for text in spec.removed or ():
-            prompt = prompt.replace(text, "")
+        prompt = self.without_removed(prompt)
         added = spec.special_tokens is not False
         found: list[int] = self._tokenizer.encode(spec.prefix + prompt + spec.suffix, add_special_tokens=added).ids
         return found
+
+    def without_removed(self, prompt: str) -> str:
+        """`prompt` without the texts that the model's own pipeline takes out."""
+        for text in self._prompting.removed or ():
+            prompt = prompt.replace(text, "")
+        return prompt
 
     def encode(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, attention_mask), int64 [prompts, length]; a prompt that does not fit is a RequestError."""

@@ -125,6 +125,8 @@ class VisualGenPipeline:
             params.height, params.width = size
             params.num_inference_steps, params.guidance_scale = steps, guidance
             params.max_sequence_length, params.seed = self.target.text_length, start
+            # VisualGen takes nothing out of a prompt.
+            words = self._encoder.without_removed(words)
             images.append(_image(self._engine.generate(inputs=words, params=params)))
             if on_step:
                 on_step(number + 1, len(request.prompts))

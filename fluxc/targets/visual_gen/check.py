@@ -257,7 +257,11 @@ def _text_encoder_faults(root: Path) -> Iterator[str]:
     config = json.loads((folder / "config.json").read_text())
     if "quantization_config" in config:
         yield "text_encoder/config.json: has a quantization_config, which VisualGen does not take"
-    named = index["text_encoder"][1]
+    entry = index.get("text_encoder")
+    if not isinstance(entry, list) or len(entry) != 2:
+        yield f"model_index.json: text_encoder is {entry!r}, expected the names of a library and a class"
+        return
+    named = entry[1]
     family = next((known for known in BUILT_IN if known.text_encoder.class_name == named), None)
     if family is None:
         yield f"model_index.json: text_encoder is a {named}, and VisualGen would take hidden states of layers that are dev's"
