@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from cpu_step import cpu_name, peak_mib
 
+from fluxrt.sharding import sizes_of
+
 TEXT_TOKENS = 512
 MIB = 2**20
 KINDS = {"float32": np.float32, "int64": np.int64}
@@ -103,7 +105,7 @@ def write_graph(folder: Path, component: str, format: str, form: str, options: a
     bind(lowered, arguments, refs)
     (folder / "graph.onnx").write_bytes(lowered.SerializeToString())
     rows = options.side // 16
-    return {"branches": 1, "tokens": rows * rows, "rows": rows, "columns": rows}
+    return sizes_of(1, (rows, rows))
 
 
 def neutral_graph(

@@ -37,6 +37,7 @@ from plans import PRESET, tensors_of, write_random
 from fluxc.models.published import MODELS
 from fluxrt import manifest as format
 from fluxrt.bundle import Bundle
+from fluxrt.sharding import sizes_of
 
 TEXT_LENGTH, SIGMA, NEXT_SIGMA = 512, 0.7, 0.68
 TINY = {
@@ -269,7 +270,7 @@ def tensorrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path
     file.parent.mkdir(parents=True)
     write_random(file, tensors_of(config, plan))
     side = int(tokens**0.5)
-    sizes = {"branches": 1, "tokens": tokens, "rows": side, "columns": side}
+    sizes = sizes_of(1, (side, side)) | {"tokens": tokens}
     cutter = Cutter([sizes], False, target.name, f"engines/{target.name}")
     component = Component("transformer", read_header(file), plan, file.relative_to(folder).as_posix())
     limit = largest_segment(target.memory_gib) if weights == "baked" else None

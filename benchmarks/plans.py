@@ -32,6 +32,7 @@ from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.recipe.targets import TensorRTRtxTarget
+from fluxrt.sharding import sizes_of
 
 PRESET = "modelopt-flux2"
 TEXT_LENGTH, TOKENS = 512, 4096
@@ -99,7 +100,7 @@ def measure(model: str, baked: bool, memory_gib: float) -> dict[str, Any]:
         start = time.perf_counter()
         target = TensorRTRtxTarget(weights="baked" if baked else "bound")
         side = int(TOKENS**0.5)
-        request = {"branches": 1, "tokens": TOKENS, "rows": side, "columns": side}
+        request = sizes_of(1, (side, side)) | {"tokens": TOKENS}
         cutter = Cutter([request], False, target.name, f"engines/{target.name}")
         limit = largest_segment(memory_gib) if baked else None
         cutter.transformer(pieces, Component("transformer", weights, plan, ""), TEXT_LENGTH, limit)

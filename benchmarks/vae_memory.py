@@ -30,6 +30,7 @@ from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.predict.work import decoder_working
 from fluxc.recipe.targets import TensorRTRtxTarget
 from fluxc.targets.decoder import Decoder
+from fluxrt.sharding import sizes_of
 
 VAE = Flux2VAE()
 SMALLEST = 256
@@ -88,7 +89,7 @@ def plan_bytes(model: onnx.ModelProto, decoder: Decoder, tiles: int) -> int:
 
     weights = {n: TensorRef(n, "BF16", shape, Path(), 0, 2 * math.prod(shape)) for n, shape in VAE.tensors.items()}
     target = TensorRTRtxTarget(compute_capabilities=("12.0",))
-    requests = [{"branches": 1, "tokens": r * c, "rows": r, "columns": c} for r, c in decoder.grids]
+    requests = [sizes_of(1, (r, c)) for r, c in decoder.grids]
     cutter = Cutter(requests, decoder.between, target.name, "engines")
     cutter.vae_decoder(model, Component("vae", weights, [], ""), tiles)
     with tempfile.TemporaryDirectory(prefix="vae-") as folder:

@@ -17,6 +17,7 @@ from fluxc.targets.tensorrt.cut import Component
 from fluxc.targets.tensorrt.program import Program, read_programs
 from fluxrt.backends.buffers import plan_arena, plan_buffers
 from fluxrt.manifest import Engine
+from fluxrt.sharding import sizes_of
 from fluxrt.weights import StoredTensor
 
 STAGES = ("prologue", "body", "epilogue")
@@ -41,7 +42,7 @@ def check_prediction(engine: Engine, folder: Path, config: dict[str, Any], compo
     uploaded = sum(plan_arena(engine.programs[stage], engine, stored).nbytes for stage in STAGES)
     assert memory.weights == pytest.approx(uploaded, rel=0.01)
     assert memory.working == pytest.approx(largest, rel=0.15)
-    sizes = {"branches": 1, "tokens": 4096 // ranks, "rows": 64, "columns": 64}
+    sizes = sizes_of(1, (64, 64)) | {"tokens": 4096 // ranks}
     buffers = sum(buffer.nbytes for buffer in plan_buffers(engine, sizes).values())
     assert memory.buffers == pytest.approx(buffers, rel=0.15)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -116,6 +117,39 @@ def test_a_link_that_leaves_the_bundle_is_refused(quick_copy: Path, tmp_path: Pa
         open_bundle(quick_copy)
 
 
+def test_a_bundle_of_format_7_generates_the_same_image(quick_copy: Path) -> None:
+    """There the text encoder left its result in `text`, all rows were called branches, and latents were of one image."""
+    import onnx
+
+    request = fluxrt.Request("a large red circle", seed=3)
+    with fluxrt.load(quick_copy, target="onnxruntime") as pipeline:
+        expected = pipeline.generate(request).images[0]
+    manifest = json.loads((quick_copy / "bundle.json").read_text())
+    (entry,) = (target for target in manifest["targets"] if target["name"] == "onnxruntime")
+    encoder = quick_copy / entry["graphs"]["text_encoder"]["file"]
+    model = onnx.load(encoder, load_external_data=False)
+    for node in model.graph.node:
+        node.output[:] = ["text" if name == "encoded" else name for name in node.output]
+    model.graph.output[0].name = "text"
+    encoder.write_bytes(model.SerializeToString())
+    digest, size = hashlib.sha256(encoder.read_bytes()).hexdigest(), encoder.stat().st_size
+
+    def as_before(manifest: dict[str, Any]) -> None:
+        manifest["format_version"] = 7
+        manifest["files"][entry["graphs"]["text_encoder"]["file"]].update(sha256=digest, size=size)
+        (target,) = (target for target in manifest["targets"] if target["name"] == "onnxruntime")
+        target["graphs"]["text_encoder"]["outputs"][0]["name"] = "text"
+        for graph in target["graphs"].values():
+            for port in (*graph["inputs"], *graph["outputs"]):
+                port["shape"] = [{"batch": "branches", "images": 1}.get(size, size) for size in port["shape"]]
+
+    reseal(quick_copy, as_before)
+    with fluxrt.load(quick_copy, target="onnxruntime") as pipeline:
+        assert pipeline.generate(request).images[0].tobytes() == expected.tobytes()
+        with pytest.raises(fluxrt.RequestError, match="this bundle makes one image at once"):
+            pipeline(["a", "b"], batch=2)
+
+
 def test_an_edited_manifest_is_refused(quick_copy: Path) -> None:
     edit_manifest(quick_copy, lambda m: m["sampling"].update(guidance=9.0))
     with pytest.raises(BundleError, match="altered after the build"):
@@ -132,7 +166,7 @@ def test_an_edited_manifest_is_refused(quick_copy: Path) -> None:
 )
 def test_another_format_version_names_both(quick_copy: Path, version: int, way_out: str) -> None:
     edit_manifest(quick_copy, lambda m: m.update(format_version=version))
-    with pytest.raises(BundleError, match=f"bundle format {version}, this fluxrt reads format 7; {way_out}"):
+    with pytest.raises(BundleError, match=f"bundle format {version}, this fluxrt reads format 8; {way_out}"):
         open_bundle(quick_copy)
 
 

@@ -23,6 +23,7 @@ from fluxrt.errors import BundleError
 from fluxrt.group import Group
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
+from fluxrt.sharding import sizes_of
 from fluxrt.weights import component_weights
 from ranks import on_every_rank
 from test_cuda_runtime import PROMPT, pipeline_of
@@ -136,7 +137,7 @@ def test_a_part_is_read_while_the_gpu_copies_the_one_before(
     monkeypatch.setattr(uploading, "PART", 4096)
     driver = FakeDriver()
     backend = pipeline_of(one_gpu, driver).backend
-    backend.prepare({"branches": 1, "tokens": 64, "rows": 8, "columns": 8})
+    backend.prepare(sizes_of(1, (8, 8)))
     parts: dict[int, bool] = {}
     read = uploading._Files.read
 
@@ -158,7 +159,7 @@ def test_weights_arrive_in_parts(one_gpu: Bundle, part: int, monkeypatch: pytest
     driver = FakeDriver()
     pipeline = pipeline_of(one_gpu, driver)
     backend = pipeline.backend
-    backend.prepare({"branches": 1, "tokens": 64, "rows": 8, "columns": 8})
+    backend.prepare(sizes_of(1, (8, 8)))
     program = backend._engine.programs["epilogue"]
     loaded = backend._upload("epilogue", program)
     stored = component_weights(one_gpu, program.weights)
@@ -172,7 +173,7 @@ def test_weights_arrive_in_parts(one_gpu: Bundle, part: int, monkeypatch: pytest
 def test_a_weights_file_that_ends_early_is_named(one_gpu: Bundle, tmp_path: Path) -> None:  # noqa: F811
     driver = FakeDriver()
     backend = pipeline_of(one_gpu, driver).backend
-    backend.prepare({"branches": 1, "tokens": 64, "rows": 8, "columns": 8})
+    backend.prepare(sizes_of(1, (8, 8)))
     program = backend._engine.programs["epilogue"]
     arena = backend._upload("epilogue", program).arena
     stored = component_weights(one_gpu, program.weights)

@@ -329,7 +329,7 @@ def test_the_gpu_targets_graphs_encode_as_the_cpu_target_does(exact: Path, full:
     with fluxrt.load(exact, target="onnxruntime") as pipeline:
         ids, mask = pipeline.tokenize(["a large red circle at the left"])
         text = pipeline.encode_text("a large red circle at the left", 2.5)
-    encoded = player.run("text_encoder", {"input_ids": ids, "attention_mask": mask})["text"]
+    encoded = player.run("text_encoder", {"input_ids": ids, "attention_mask": mask})["encoded"]
     padding = mask[0] == 0
     assert np.abs(text[0, padding]).max() > 0.01
     for rows in (padding, ~padding):

@@ -170,7 +170,7 @@ def test_where_inputs_are_no_fp4_gemms_every_block_gets_its_weights_inside(
     assert (plan.source, plan.weights) == ("transformer/tensorrt-double.1.onnx", ())
     stored = component_weights(opened, engine.programs["body"].weights)
     rng = np.random.default_rng(0)
-    sizes = {"branches": 1, "tokens": 64}
+    sizes = {"branches": 1, "batch": 1, "tokens": 64}
     feeds = {
         port.name: rng.standard_normal([dimension_size(d, sizes) for d in port.shape]).astype(DTYPES[port.dtype])
         for port in plan.inputs

@@ -46,6 +46,7 @@ from fluxc.targets.tensorrt.audit import Expected
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import open_bundle
 from fluxrt.errors import BackendError, BundleError, RequestError
+from fluxrt.sharding import sizes_of
 from test_serving import bundle as sharded_bundle  # noqa: F401
 from test_tensorrt import rtx_bundle  # noqa: F401
 
@@ -431,7 +432,7 @@ def test_a_plan_runner_gives_everything_back_and_says_what_is_refused(bundle: Pa
     target = opened.target("tensorrt_rtx")
     plan = target.engine.plans["single"]
     data = opened.path(str(plan.file)).read_bytes()
-    sizes = {"branches": 2, "tokens": 64, "rows": 8, "columns": 8}
+    sizes = sizes_of(2, (8, 8))
     driver = FakeDriver()
     library: Any = FakeLibrary(opened, target, driver)
     library.IProfiler = type("IProfiler", (), {"__init__": lambda self: None})
@@ -448,5 +449,5 @@ def test_a_plan_runner_gives_everything_back_and_says_what_is_refused(bundle: Pa
     with running(driver, library, "single", plan, data, sizes) as runner:
         found = timed(driver, runner, 1)
     assert (found["graph_ms"], found["not_captured"]) == (None, "TensorRT says that single cannot be captured")
-    with pytest.raises(RequestError, match="branches 9, tokens 65 was not compiled"):
-        PlanRunner(driver, library, "single", plan, data, {**sizes, "branches": 9, "tokens": 65})
+    with pytest.raises(RequestError, match="batch 9, tokens 65 was not compiled"):
+        PlanRunner(driver, library, "single", plan, data, {**sizes, "batch": 9, "tokens": 65})

@@ -116,7 +116,7 @@ def test_gpu_check_rehearses_these_targets(bundle: Bundle, tmp_path: Path, monke
     assert found.faults == []
     assert found.figures["text_error"] is None
     assert found.figures["not_compared"][0].startswith(
-        "text: 'text' is bf16, which ONNX Runtime does not give to numpy"
+        "text: 'encoded' is bf16, which ONNX Runtime does not give to numpy"
     )
     assert check_memory(subject).figures["held_bytes"] == {}
     assert check_steps(subject).figures["decode"]["count"] == REHEARSED.phases

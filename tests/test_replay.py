@@ -365,9 +365,9 @@ def test_evidence_is_replayed_on_the_stand_in_of_onnxruntime_on_cuda(cuda_bundle
         assert found.notes == ()
     else:
         assert found.notes[0] == (
-            "text is not compared: 'text' is bf16, which ONNX Runtime does not give to numpy; read what it leads to"
+            "encoded is not compared: 'encoded' is bf16, which ONNX Runtime does not give to numpy; read what it leads to"
         )
-        assert [note.partition(" ")[0] for note in found.notes] == ["text", *PROLOGUE[:3], "text_hidden"]
+        assert [note.partition(" ")[0] for note in found.notes] == ["encoded", *PROLOGUE[:3], "text_hidden"]
         assert [one.error for one in found.prompts[0].stages if one.stage == "text encoder"] == [None]
 
 

@@ -77,9 +77,9 @@ def test_numbers_of_numpy_are_taken_as_pythons_own() -> None:
     assert [type(seed) for seed in decode_request(numpys.encode()).seeds] == [int, int]
 
 
-def test_the_request_of_one_image_generates_that_image() -> None:
+def test_the_request_of_some_images_generates_those() -> None:
     latents = np.arange(48, dtype=np.float32).reshape(2, 6, 4)
-    second = Request(["a", "b"], seed=7, steps=4, latents=latents).of_image(1)
+    second = Request(["a", "b"], seed=7, steps=4, latents=latents).of_images(range(1, 2))
     assert (second.prompts, second.seeds, second.steps) == (["b"], [8], 4)
     assert second.latents is not None
     np.testing.assert_array_equal(second.latents, latents[1:])

@@ -23,6 +23,7 @@ from fluxrt.memory import DECODE, DENOISE, ENCODE, Need, choose
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from fluxrt.result import Result
+from fluxrt.sharding import sizes_of
 from fluxrt.texts import Texts
 from ranks import on_every_rank
 from test_ulysses import bundle  # noqa: F401
@@ -31,7 +32,7 @@ from test_ulysses_gpu import bundle as gpus  # noqa: F401
 
 RED, RING = "a large red circle at the left", "a small white ring at the top on a red background"
 PROMPTS = [RED, RING, RED]
-SIZES = {"branches": 2, "tokens": 64, "rows": 8, "columns": 8}
+SIZES = sizes_of(2, (8, 8))
 
 
 def pixels(result: Result) -> list[bytes]:

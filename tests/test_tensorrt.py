@@ -57,6 +57,7 @@ from fluxrt.manifest import TensorRTTarget
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
 from fluxrt.schedule import flow_match_sigmas
+from fluxrt.sharding import sizes_of
 from predicted import check_prediction
 from quick import QUICK, contents, results_of
 from test_flux2_tables import DEV
@@ -157,9 +158,7 @@ def test_a_range_of_sizes_is_one_profile(workshop: Path) -> None:
     bundle = open_bundle(compile_into(workshop / "rtx-range", *QUICK, *sizes, recipe=RTX))
     engine = engine_of(bundle)
     tokens = [h * w // bundle.manifest.sampling.pixels_per_token**2 for h, w in ((64, 64), (32, 96), (96, 96))]
-    assert engine.plans["single"].profiles == (
-        {"branches": (1, 2, 2), "tokens": (min(tokens), tokens[0], max(tokens))},
-    )
+    assert engine.plans["single"].profiles == ({"batch": (1, 2, 2), "tokens": (min(tokens), tokens[0], max(tokens))},)
     assert bundle.manifest.targets[0].tokens == (min(tokens), max(tokens))
 
 
@@ -177,9 +176,7 @@ def test_devs_whole_transformer_is_a_few_small_plans(tmp_path: Path) -> None:
     }
     pieces = exported("transformer", DEV, 512, dtype="bfloat16")
     target = TensorRTRtxTarget(compute_capabilities=("12.0", "12.1"))
-    cutter = Cutter(
-        [{"branches": 1, "tokens": 4096, "rows": 64, "columns": 64}], False, target.name, "engines/tensorrt_rtx"
-    )
+    cutter = Cutter([sizes_of(1, (64, 64))], False, target.name, "engines/tensorrt_rtx")
     component = Component("transformer", planned_tensors(source, plan), plan, "")
     cutter.transformer(pieces, component, 512, None)
     write_sources(cutter.cut, tmp_path)
@@ -250,7 +247,7 @@ def test_the_graphs_compute_what_the_cpu_target_computes(rtx_bundle: Path, full:
     ids, mask = cpu.tokenize(["a large red circle at the left on a white background", ""])
     text = cpu.encode_text("a large red circle at the left on a white background", guidance)
     # The rotary tables are bf16 constants in either case.
-    encoded = player.run("text_encoder", {"input_ids": ids, "attention_mask": mask})["text"]
+    encoded = player.run("text_encoder", {"input_ids": ids, "attention_mask": mask})["encoded"]
     assert relative_error(encoded, text) < (2e-3 if full else 2e-2)
     latents = np.random.default_rng(0).standard_normal((1, grid[0] * grid[1], 32)).astype(np.float32)
     errors, cosines = [], []
@@ -289,8 +286,8 @@ def test_an_image_generated_by_the_graphs_is_the_cpu_targets(rtx_bundle: Path) -
     noise = np.random.default_rng(3).standard_normal((1, 1, grid[0] * grid[1], 32)).astype(np.float32)[0]
     expected = cpu.generate(Request(prompt, steps=12, latents=noise))
     ids, mask = cpu.tokenize([prompt, ""])
-    player.run("text_encoder", {"input_ids": ids, "attention_mask": mask})
-    scalars = {"columns": np.array(grid[1]), "guidance": np.array(guidance, np.float32)}
+    text = player.run("text_encoder", {"input_ids": ids, "attention_mask": mask})["encoded"]
+    scalars = {"text": text, "columns": np.array(grid[1]), "guidance": np.array(guidance, np.float32)}
     sigmas = flow_match_sigmas(grid[0] * grid[1], 12)
     latents = noise
     for sigma, next_sigma in itertools.pairwise(sigmas):
@@ -380,7 +377,7 @@ def double_block(rtx_bundle: Path, shared_cache: Path, tmp_path_factory: pytest.
 
     def build(change, baked: bool):
         lowered = lower_tensorrt(neutral, argument_names(neutral), stored, plan, baked)
-        fix_shapes(lowered.model, {"branches": 1, "tokens": 128})
+        fix_shapes(lowered.model, {"batch": 1, "tokens": 128})
         if baked:
             bind(
                 lowered.model,
@@ -519,7 +516,7 @@ def test_exported_graphs_build_as_trtexec_would_build_them(rtx_bundle: Path, tmp
         model = onnx.load(path, load_external_data=False)
         gemms = {node.name: "nvfp4" for node in model.graph.node if node.op_type == "Gemm"} if stage == "body" else {}
         attentions = tuple(node.name for node in model.graph.node if node.op_type == "Attention")
-        profile = {"branches": (2, 2, 2), "tokens": (64, 64, 64), "rows": (8, 8, 8), "columns": (8, 8, 8)}
+        profile = {symbol: (size, size, size) for symbol, size in sizes_of(2, (8, 8)).items()}
         dynamic = any(d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim)
         assert ("--optShapes" in command) == dynamic
         plan = build_plan(trt, PlanRequest(stage, model, SM120, (profile,) if dynamic else (), path))

@@ -195,7 +195,7 @@ def test_the_cut_body_is_the_same_nodes_and_every_exchange_is_described() -> Non
         shape = [d.dim_param or d.dim_value for d in exchange.sends.type.tensor_type.shape.dim]
         heads = CONFIG["num_attention_heads"] // 4
         tokens = [f"tokens + {TEXT // 4}", CONFIG["attention_head_dim"]]
-        assert shape == ([4, 3, "branches", heads, *tokens] if number % 2 == 0 else [4, "branches", heads, *tokens])
+        assert shape == ([4, 3, "batch", heads, *tokens] if number % 2 == 0 else [4, "batch", heads, *tokens])
     for graph in graphs:
         onnx.checker.check_model(onnx.shape_inference.infer_shapes(graph), full_check=False)
 
@@ -424,7 +424,7 @@ def test_eight_ranks_of_a_random_model_with_eight_heads(tmp_path: Path) -> None:
 
 def test_what_a_step_exchanges_is_what_the_docs_say(bundle: Bundle) -> None:
     target = bundle.target("onnxruntime-4gpus")
-    sizes = {"branches": 2, "tokens": 13}
+    sizes = {"batch": 2, "tokens": 13}
     exchanged = [part for part in target.sharding.body if not isinstance(part, str)]
     assert len(exchanged) == 2 * (CONFIG["num_layers"] + CONFIG["num_single_layers"])
     total = sum(4 * math.prod(dimension_size(d, sizes) for d in part.shape) for part in exchanged)

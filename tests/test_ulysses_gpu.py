@@ -45,6 +45,7 @@ from fluxrt.group import Group
 from fluxrt.manifest import Engine
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
+from fluxrt.sharding import sizes_of
 from predicted import check_prediction
 from quick import QUICK
 from ranks import on_every_rank
@@ -82,7 +83,7 @@ def test_sharded_plans_hold_fp4_gemms_and_two_collectives_a_block(
     transformer = Flux2Transformer.read(config)
     pieces |= {name: shard(piece, transformer, ranks) for name, piece in pieces.items() if name.endswith("_block")}
     target = TensorRTRtxTarget(gpus=ranks)
-    request = {"branches": 1, "tokens": 4096 // ranks, "rows": 64, "columns": 64}
+    request = sizes_of(1, (64, 64)) | {"tokens": 4096 // ranks}
     cutter = Cutter([request], False, target.name, f"engines/{target.name}")
     cutter.transformer(pieces, component, 512 // ranks, None)
     write_sources(cutter.cut, tmp_path)
@@ -191,7 +192,7 @@ def test_a_refused_communicator_is_fatal(bundle: Bundle) -> None:
         driver = FakeDriver()
         library = FakeLibrary(bundle, target, driver, None, group, refuses_communicator=True)
         backend = TensorRTBackend(bundle, target, driver, library, group, CAPSULE)
-        backend.prepare({"branches": 1, "tokens": 32, "rows": 8, "columns": 8})
+        backend.prepare(sizes_of(1, (8, 8)) | {"tokens": 32})
         backend.run(("body",))
 
     with pytest.raises(BackendError, match="TensorRT refused the communicator"):

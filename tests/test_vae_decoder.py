@@ -35,6 +35,7 @@ from fluxc.targets.tensorrt.lower import fix_shapes, lower_tensorrt
 from fluxrt.backends.library import make_logger
 from fluxrt.bundle import open_bundle
 from fluxrt.manifest import OnnxRuntimeTarget, TensorRTTarget
+from fluxrt.sharding import sizes_of
 from quick import QUICK
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the plans need tensorrt-rtx-cu13, as `make test` installs it")
@@ -159,9 +160,7 @@ def weights_of(vae: Flux2VAE) -> dict[str, TensorRef]:
 def built(model: onnx.ModelProto, decoder: Decoder, folder: Path) -> dict[str, Any]:
     """What the audit found in the plan of `model` for `decoder`."""
     target = TensorRTRtxTarget(compute_capabilities=("12.0",))
-    requests = [
-        {"branches": 1, "tokens": rows * columns, "rows": rows, "columns": columns} for rows, columns in decoder.grids
-    ]
+    requests = [sizes_of(1, (rows, columns)) for rows, columns in decoder.grids]
     cutter = Cutter(requests, decoder.between, target.name, "engines")
     cutter.vae_decoder(model, Component("vae", weights_of(decoder.vae), [], ""), decoder.tiles)
     write_sources(cutter.cut, folder)

@@ -128,6 +128,7 @@ def sampling_entry(job: Job) -> dict[str, Any]:
         "steps": recipe.sampling.steps,
         "guidance": recipe.sampling.guidance,
         "cfg_batch": source.cfg_batch,
+        **({"batches": recipe.batches} if recipe.batches != (1,) else {}),
     }
 
 

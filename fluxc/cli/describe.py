@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -193,14 +194,18 @@ def print_prediction(
     size: tuple[int, int],
     gpu: Gpu,
     counts: tuple[int, ...],
+    batches: tuple[int, ...] | None,
     as_json: bool,
 ) -> None:
-    """Predicted time and memory of the recipe's model on `counts` GPUs, or without one of the published `model` at `size`."""
+    """Predicted time and memory of the recipe's model on `counts` GPUs, or without one of the published `model` at `size`.
+
+    `batches` are how many images are made at once, by default the recipe's.
+    """
     from fluxc.predict.report import print_scaling
     from fluxc.predict.scaling import predict, published_model, recipe_model, scaling_as_json
 
     subject = recipe_model(loaded, read_source(loaded)) if loaded else published_model(model, size)
-    scaling = predict(subject, gpu, counts)
+    scaling = predict(replace(subject, batches=batches) if batches else subject, gpu, counts)
     if as_json:
         print(to_json(scaling_as_json(scaling), "prediction", indent=1))
     else:

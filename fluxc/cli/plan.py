@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -39,14 +40,16 @@ def plan(recipe: Path, changes: tuple[str, ...], layers: bool, presets: bool, ou
         print_plan(loaded, layers, folder)
 
 
-def counts_of(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
-    """Numbers of GPUs, separated by commas, in rising order."""
+def counts_of(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Numbers of GPUs or images, separated by commas, in rising order."""
+    if value is None:
+        return None
     try:
         counts = sorted({int(word) for word in value.split(",")})
     except ValueError:
         counts = [0]
     if counts[0] < 1:
-        raise click.BadParameter(f"{value[:40]!r} is not a list of numbers of GPUs, for example 1,2,4,8")
+        raise click.BadParameter(f"{value[:40]!r} is not a list of numbers, for example 1,2,4,8")
     return tuple(counts)
 
 
@@ -75,20 +78,22 @@ def size_of(context: click.Context, option: click.Parameter, value: str | None) 
 @click.option(
     "--size", metavar="HEIGHTxWIDTH", callback=size_of, help="Without RECIPE: pixels.", show_default="1024x1024"
 )
+@click.option(
+    "--batch",
+    metavar="N,...",
+    callback=counts_of,
+    help="How many images at once, besides one.",
+    show_default="the recipe's batches",
+)
 @json_option
 def predict(
-    recipe: Path | None,
-    changes: tuple[str, ...],
-    on: str,
-    gpus: tuple[int, ...],
-    model: str | None,
-    size: tuple[int, int] | None,
-    as_json: bool,
+    recipe: Path | None, changes: tuple[str, ...], on: str, gpus: tuple[int, ...], as_json: bool, **options: Any
 ) -> None:
     """Predict time and memory of RECIPE's model on GPUs that are not here, or of a published model without one."""
     from fluxc.cli.describe import print_prediction
     from fluxc.recipe.load import load_recipe
 
+    model, size = options["model"], options["size"]
     if recipe is None and changes:
         raise click.UsageError("--set goes with a RECIPE")
     if recipe and model:
@@ -96,4 +101,4 @@ def predict(
     if recipe and size:
         raise click.UsageError("--size goes without a RECIPE, which names its own sizes; change those with --set")
     loaded = load_recipe(recipe, changes) if recipe else None
-    print_prediction(loaded, model or "dev", size or (1024, 1024), GPUS[on], gpus, as_json)
+    print_prediction(loaded, model or "dev", size or (1024, 1024), GPUS[on], gpus, options["batch"], as_json)

@@ -16,7 +16,7 @@ from fluxc.base.numbers import significant
 from fluxc.base.threads import chosen_threads
 from fluxc.fidelity.metrics import psnr, ssim
 from fluxrt.bundle import Bundle
-from fluxrt.evidence import Recorded, replay
+from fluxrt.evidence import AtOnce, Recorded, replay
 from fluxrt.pipeline import Pipeline
 from fluxrt.ranked import RankedPipeline
 from fluxrt.request import Request
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 LEAST_RANKS_PSNR_DB = 35.0
 """Of images of 8 bits, whose steps cost 59 dB; where inputs are rounded to NVFP4, a few codes fall the other way."""
+
+AT_ONCE = 1.5
+"""How many times the largest error of a velocity made alone one of several made at once may have: where inputs are rounded to
+NVFP4, codes fall the other way; an image that got rows of another is several times further off."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def compare_target(
     apart: list[float | None] = [None] * len(recorded)
     if with_images:
         with open_pipeline() as pipeline:
-            errors = replay(lambda: nullcontext(pipeline), recorded, size, guidance, on_done, check).errors
+            found = replay(lambda: nullcontext(pipeline), recorded, size, guidance, on_done, check)
             grid = pipeline.grid(size)
             for number, one in enumerate(recorded):
                 images.append(
@@ -80,18 +84,35 @@ def compare_target(
                     apart[number] = psnr(_generate(pipeline, one, one.text, grid, guidance, steps), one.image)
                     on_done()
     else:
-        errors = replay(open_pipeline, recorded, size, guidance, on_done, check).errors
+        found = replay(open_pipeline, recorded, size, guidance, on_done, check)
     rows = [
         {"prompt": one.prompt, "seed": one.seed}
-        | msgspec.to_builtins(found)
+        | msgspec.to_builtins(errors)
         | {
             "image_psnr_db": psnr(images[number], one.image) if with_images else None,
             "image_ssim": ssim(images[number], one.image) if with_images else None,
             "image_psnr_db_reference_text": apart[number],
         }
-        for number, (one, found) in enumerate(zip(recorded, errors, strict=True))
+        for number, (one, errors) in enumerate(zip(recorded, found.errors, strict=True))
     ]
-    return _summary(rows), images
+    summary = _summary(rows)
+    _check_at_once(target, found.at_once, summary["step_error"])
+    if found.at_once:
+        summary["at_once"] = {
+            str(one.images): {"step_error": significant(one.error), "difference": significant(one.difference)}
+            for one in found.at_once
+        }
+    return summary, images
+
+
+def _check_at_once(target: str, at_once: Sequence[AtOnce], alone: float) -> None:
+    """Raise BuildError where an image made with others is not the one that it is alone."""
+    for one in at_once:
+        if not one.error <= AT_ONCE * alone + 1e-3:
+            raise BuildError(
+                f"target {target}: of {one.images} images made at once, one has a velocity with relative error "
+                f"{one.error:.4g}, where made alone {alone:.4g} is the largest; its graphs mix images, no bundle was written"
+            )
 
 
 def quantizes_text(bundle: Bundle) -> bool:

@@ -23,6 +23,7 @@ from fluxc.gpu_check.subject import Amount, Subject
 from fluxc.models.published import KLEIN_4B, MODELS
 from fluxrt import manifest as format
 from fluxrt.bundle import Bundle, sha256_file
+from fluxrt.sharding import sizes_of
 
 PRESET = "modelopt-flux2"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -144,7 +145,7 @@ def _cut(config: dict[str, Any], amount: Amount, chosen: str, cache: Path) -> tu
         )
         pieces = {path.stem: onnx.load(path) for path in sorted(folder.glob("*.onnx")) if path.stem != "signal"}
     side = int(amount.tokens**0.5)
-    sizes = {"branches": 1, "tokens": amount.tokens, "rows": side, "columns": side}
+    sizes = sizes_of(1, (side, side)) | {"tokens": amount.tokens}
     cutter = Cutter([sizes], False, "blocks", "blocks")
     cutter.transformer(
         pieces, Component("transformer", planned_tensors(stored, plan), plan, ""), amount.text_tokens, None

@@ -19,6 +19,7 @@ from fluxc.gpu_check.subject import Subject, recorded_images
 from fluxc.targets.tensorrt.audit import Expected, copying_kernels
 from fluxrt.manifest import TensorRTTarget
 from fluxrt.resolve import branches, grid_of
+from fluxrt.sharding import sizes_of
 
 SLOWEST = 12
 
@@ -30,9 +31,8 @@ def check_copies(subject: Subject) -> Found:
     if not isinstance(target, TensorRTTarget) or not recorded:
         return Found(skipped="this target has no plans that copy weights")
     sampling, image = bundle.manifest.sampling, recorded[0]
-    rows, columns = grid_of(sampling, target, image.size)
-    rows_of_batch = len(branches(sampling, image.prompt, image.guidance))
-    sizes = {"branches": rows_of_batch, "tokens": rows * columns, "rows": rows, "columns": columns}
+    rows = len(branches(sampling, image.prompt, image.guidance))
+    sizes = sizes_of(rows, grid_of(sampling, target, image.size))
     calls = Counter(call.plan for call in target.engine.programs["body"].calls)
     driver = subject.place.driver()
     library = subject.place.library(bundle, target, driver)

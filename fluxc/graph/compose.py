@@ -13,6 +13,8 @@ from fluxc.graph.export import make_model
 from fluxc.graph.values import inline, renamed
 
 EMBEDDING = "embed_tokens.weight"
+ENCODED = "encoded"
+"""What the embeddings of one image's prompts are called; those that a step reads, of all images, are its `text`."""
 
 
 class Composition:
@@ -100,7 +102,7 @@ def compose_body(
 def compose_text_encoder(
     pieces: dict[str, onnx.ModelProto], text_layers: tuple[int, ...], left_padded: int | None = None
 ) -> onnx.ModelProto:
-    """input_ids, attention_mask -> text [B, L, len(text_layers) * D]: hidden states after the given layers, side by side.
+    """input_ids, attention_mask -> encoded [B, L, len(text_layers) * D]: hidden states after the given layers, side by side.
 
     With `left_padded`, the length L, the pieces take any number of tokens. Only those from the last row of padding on are
     computed: the rows before it are equal to it, and nothing reads them.
@@ -122,10 +124,10 @@ def compose_text_encoder(
         (hidden,) = encoder.inline(layer, {"hidden": hidden, **constant}, layer_prefix(stem, number))
         if number + 1 in text_layers:
             taken.append(hidden)
-    text = renamed(stem.graph.output[0], "text")
+    text = renamed(stem.graph.output[0], ENCODED)
     text.type.tensor_type.shape.dim[2].dim_value *= len(text_layers)
     if left_padded is None:
-        encoder.node("Concat", taken, "text", axis=-1)
+        encoder.node("Concat", taken, ENCODED, axis=-1)
         return encoder.finish([text])
     encoder.node("Concat", taken, "text_rows", axis=-1)
     _padded_again(encoder, text.type.tensor_type.shape.dim[2].dim_value)
@@ -150,14 +152,14 @@ def _without_padding(encoder: Composition, length: int) -> dict[str, str]:
 
 
 def _padded_again(encoder: Composition, features: int) -> None:
-    """text_rows -> text: the first row, one of padding where rows were cut off, stands for each of them."""
+    """text_rows -> encoded: the first row, one of padding where rows were cut off, stands for each of them."""
     zero, one, axis = encoder.constant("no_row", [0]), encoder.constant("first_row", [1]), "row_axis"
     first = encoder.node("Slice", ["text_rows", zero, one, axis], "padding_row")
     branches = encoder.node("Shape", ["text_rows"], "text_branches", start=0, end=1)
     width = encoder.constant("text_features", [features])
     shape = encoder.node("Concat", [branches, "padding", width], "padding_shape", axis=0)
     rows = encoder.node("Expand", [first, shape], "padding_rows")
-    encoder.node("Concat", [rows, "text_rows"], "text", axis=1)
+    encoder.node("Concat", [rows, "text_rows"], ENCODED, axis=1)
 
 
 def _with_length(value: onnx.ValueInfoProto, length: int) -> onnx.ValueInfoProto:
@@ -266,13 +268,13 @@ def one_output_each(model: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
 
 
 def compose_text_join(pieces: dict[str, onnx.ModelProto], taken: int) -> onnx.ModelProto:
-    """taken_0, taken_1, ... [B, L, D] -> text [B, L, taken * D]."""
+    """taken_0, taken_1, ... [B, L, D] -> encoded [B, L, taken * D]."""
     join = Composition()
     hidden = pieces["text_stem"].graph.output[0]
     values = [renamed(hidden, f"taken_{number}") for number in range(taken)]
     join.arguments(values)
-    join.node("Concat", [value.name for value in values], "text", axis=-1)
-    text = renamed(hidden, "text")
+    join.node("Concat", [value.name for value in values], ENCODED, axis=-1)
+    text = renamed(hidden, ENCODED)
     text.type.tensor_type.shape.dim[2].dim_value *= taken
     return join.finish([text])
 

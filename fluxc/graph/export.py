@@ -70,7 +70,7 @@ def trace_transformer(
     # Only the prologue reads the guidance that dev has embedded.
     whole, rest = (json.dumps(x, sort_keys=True) for x in (small, small | {"guidance_embeds": False}))
     pieces = [
-        _Piece("prologue", whole, dtype, text_length=text_length, part=part),
+        _Piece("prologue", whole, dtype, text_length=text_length, cfg_batch=cfg_batch, part=part),
         _Piece("signal", rest, dtype),
         _Piece("epilogue", rest, dtype, cfg_batch=cfg_batch),
     ]
@@ -104,18 +104,20 @@ def _traced(piece: _Piece) -> bytes:
         model = Flux2Transformer2DModel.from_config(config).eval().to(dtype)
     width, head_dim = shape.width, shape.attention_head_dim
     channels, features = shape.in_channels, shape.joint_attention_dim
-    branches, tokens = 2, 70
+    # Without a second row for guidance there are as many rows as images.
+    images, batch, tokens = (3, 6, 70) if piece.cfg_batch else (3, 3, 70)
 
-    hidden = _meta(branches, tokens, width, dtype=dtype)
-    latents, scalar = _meta(1, tokens, channels), _meta()
+    hidden = _meta(batch, tokens, width, dtype=dtype)
+    latents, scalar = _meta(images, tokens, channels), _meta()
     index = torch.empty((), dtype=torch.int64, device="meta")
-    both, only_tokens, only_branches = {0: "branches", 1: "tokens"}, {1: "tokens"}, {0: "branches"}
-    joined, rows = {0: "branches", 1: f"tokens + {length}"}, {0: f"tokens + {length}"}
+    both, only_tokens, only_batch = {0: "batch", 1: "tokens"}, {1: "tokens"}, {0: "batch"}
+    each_image = {0: "images" if piece.cfg_batch else "batch", 1: "tokens"}
+    joined, rows = {0: "batch", 1: f"tokens + {length}"}, {0: f"tokens + {length}"}
     inputs: dict[str, Input]
     if piece.name == "prologue":
         inputs = {
-            "latents": (latents, only_tokens),
-            ("text_shard" if piece.part else "text"): (_meta(branches, length, features, dtype=dtype), only_branches),
+            "latents": (latents, each_image),
+            ("text_shard" if piece.part else "text"): (_meta(batch, length, features, dtype=dtype), only_batch),
             "sigma": (scalar, None),
             "columns": (index, None),
         }
@@ -123,7 +125,7 @@ def _traced(piece: _Piece) -> bytes:
             inputs |= {"first_token": (index, None), "first_text": (index, None)}
         if shape.guidance_embeds:
             inputs["guidance"] = (scalar, None)
-        module: torch.nn.Module = (PartPrologue if piece.part else Prologue)(model)
+        module: torch.nn.Module = (PartPrologue if piece.part else Prologue)(model, piece.cfg_batch)
         outputs: tuple[str, ...] = (
             "hidden",
             "text_hidden",
@@ -144,9 +146,9 @@ def _traced(piece: _Piece) -> bytes:
         module, outputs = Signal(model.config.eps), ("signal", "change")
     elif piece.name == "epilogue":
         inputs = {
-            "latents": (latents, only_tokens),
+            "latents": (latents, each_image),
             "hidden": (hidden, both),
-            "residual": (_meta(branches, tokens, width), both),
+            "residual": (_meta(batch, tokens, width), both),
             "temb": (_meta(1, width, dtype=dtype), None),
             "sigma": (scalar, None),
             "next_sigma": (scalar, None),
@@ -157,7 +159,7 @@ def _traced(piece: _Piece) -> bytes:
     elif piece.name == "double_block":
         inputs = {
             "hidden": (hidden, both),
-            "text_hidden": (_meta(branches, length, width, dtype=dtype), only_branches),
+            "text_hidden": (_meta(batch, length, width, dtype=dtype), only_batch),
             "modulation_img": (_meta(1, 6 * width, dtype=dtype), None),
             "modulation_txt": (_meta(1, 6 * width, dtype=dtype), None),
             "rope_cos": (_meta(length + tokens, head_dim), rows),
@@ -166,7 +168,7 @@ def _traced(piece: _Piece) -> bytes:
         module, outputs = DoubleBlock(model.transformer_blocks[0]), ("hidden_out", "text_hidden_out")
     else:
         inputs = {
-            "joined": (_meta(branches, length + tokens, width, dtype=dtype), joined),
+            "joined": (_meta(batch, length + tokens, width, dtype=dtype), joined),
             "modulation_single": (_meta(1, 3 * width, dtype=dtype), None),
             "rope_cos": (_meta(length + tokens, head_dim), rows),
             "rope_sin": (_meta(length + tokens, head_dim), rows),

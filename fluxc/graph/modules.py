@@ -16,14 +16,16 @@ from fluxc.checkpoint.dequantized import add_under
 
 
 class _Prologue(nn.Module):
-    """latents [1, S, C], text [B, L, T], sigma () -> hidden, text_hidden, modulation, rope.
+    """latents [N, S, C], text [B, L, T], sigma () -> hidden, text_hidden, modulation, rope.
 
     hidden [B, S, D], text_hidden [B, L, D], temb [1, D], modulation_* [1, 6D or 3D], rope_cos and rope_sin [L + S, head_dim].
-    `columns` () int64 is the number of token columns; `guidance` () enters where the model embeds it.
+    `columns` () int64 is the number of token columns; `guidance` () enters where the model embeds it. N images have B rows:
+    one each, or with `cfg_batch` one or two, those of an image side by side.
     """
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, cfg_batch: bool) -> None:
         super().__init__()
+        self.cfg_batch = cfg_batch
         self.time_guidance_embed = transformer.time_guidance_embed
         self.double_stream_modulation_img = transformer.double_stream_modulation_img
         self.double_stream_modulation_txt = transformer.double_stream_modulation_txt
@@ -47,7 +49,10 @@ class _Prologue(nn.Module):
         temb = embed.timestep_embedder(embed.time_proj(sigma.reshape(1) * 1000).to(dtype))
         if guidance is not None:
             temb = temb + embed.guidance_embedder(embed.time_proj(guidance.reshape(1) * 1000).to(dtype))
-        hidden = self.x_embedder(latents.to(dtype)).expand(text.shape[0], -1, -1)
+        hidden = self.x_embedder(latents.to(dtype))
+        if self.cfg_batch:
+            row = torch.arange(text.shape[0], device=latents.device)
+            hidden = hidden.index_select(0, row * latents.shape[0] // text.shape[0])
         index = torch.arange(latents.shape[1], device=latents.device)
         index = index if first_token is None else index + first_token
         nothing = torch.zeros_like(index)
@@ -130,9 +135,10 @@ class SingleBlock(nn.Module):
 
 
 class Epilogue(nn.Module):
-    """latents, hidden, residual, temb, sigma, next_sigma -> next_latents: output layers, guidance, Euler step.
+    """latents [N, S, C], hidden, residual, temb, sigma, next_sigma -> next_latents: output layers, guidance, Euler step.
 
-    With two branches (conditional, empty prompt) the velocities are combined by `guidance`; with one, that is the identity.
+    Where an image has two rows (conditional, empty prompt) their velocities are combined by `guidance`; with one, that is the
+    identity.
     """
 
     def __init__(self, transformer: Any, cfg_batch: bool) -> None:
@@ -144,7 +150,9 @@ class Epilogue(nn.Module):
     def forward(self, latents, hidden, residual, temb, sigma, next_sigma, guidance=None):
         velocity = self.proj_out(self.norm_out((hidden.float() + residual).to(hidden.dtype), temb)).float()
         if self.cfg_batch:
-            conditional, empty = velocity[:1], velocity[-1:]
+            branches = velocity.shape[0] // latents.shape[0]
+            row = torch.arange(latents.shape[0], device=latents.device) * branches
+            conditional, empty = velocity.index_select(0, row), velocity.index_select(0, row + (branches - 1))
             velocity = empty + guidance * (conditional - empty)
         return latents + (next_sigma - sigma) * velocity
 

@@ -26,7 +26,7 @@ COLLECTIVE = "DistCollective"
 COLLECTIVE_DOMAIN = "trt"
 KEYS = "keys"
 IMAGE_TOKENS = "image_tokens"
-PRIMES = {"branches": 100_003, "tokens": 1_000_003, KEYS: 10_000_019}
+PRIMES = {"batch": 100_003, "tokens": 1_000_003, KEYS: 10_000_019}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
         console.print("How many steps the step cache skips is known once the recipe is built, so it is not counted.")
     console.print(_memory_table(scaling))
     console.print(_first_rank_sentence(scaling))
+    if scaling.at_once:
+        console.print(_at_once_table(scaling))
     console.print(
         "CUDA's and NCCL's own memory is not counted. Weights are the same on every rank: sharding divides activations."
     )
@@ -109,6 +111,30 @@ def _memory_table(scaling: Scaling) -> Table:
             share = memory.total / scaling.gpu.memory
             fits = f"{share:.1%}" if share < 1 else f"{share:.1%}: does not fit"
             table.add_row(str(p.gpus), rank, *(f"{part / size:.2f}" for part in parts), fits)
+    return table
+
+
+def _at_once_table(scaling: Scaling) -> Table:
+    """Several images at once: time, and memory of the fullest rank, which is the first."""
+    unit, size = _unit(scaling.predictions[0].first)
+    table = new_table(
+        "GPUs",
+        "images at once",
+        "a step, ms",
+        "a step and image, ms",
+        "against one at a time",
+        f"rank 0, resident, {unit}",
+        "staged",
+        f"of {scaling.gpu.memory / 1e9:.0f} GB",
+        title="predicted, several images at once (--batch)",
+    )
+    alone = {p.gpus: p.time.seconds for p in scaling.predictions}
+    for p in sorted((*scaling.predictions, *scaling.at_once), key=lambda p: (p.gpus, p.images)):
+        each = p.time.seconds / p.images
+        figures = (_figure(1e3 * seconds) for seconds in (p.time.seconds, each))
+        held = (f"{memory.total / size:.2f}" for memory in (p.first, p.staged))
+        shares = " / ".join(f"{memory.total / scaling.gpu.memory:.0%}" for memory in (p.first, p.staged))
+        table.add_row(str(p.gpus), str(p.images), *figures, f"{alone[p.gpus] / each:.2f}x", *held, shares)
     return table
 
 

@@ -38,6 +38,7 @@ class Subject:
 
     `weights`: bytes of the transformer's; `text_encoder` and `vae`: of theirs, on the first rank alone; `decoder`: of working
     memory of the VAE's. `skipped`: steps that a step cache skips on average, None where it is not known before a build.
+    `batches`: how many images are made at once, each predicted.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Subject:
     text_encoder: int = 0
     vae: int = 0
     decoder: int = 0
+    batches: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One number of GPUs: the step of a rank, and memory of the first rank and of each other (None: there is none).
+    """One number of GPUs and of `images` at once: the step of a rank, and memory of the first rank and of each other.
 
-    `first` is with all components there; `stages` are the first rank's where they take turns, by component.
+    `others` is None where there is none, `first` is with all components there; `stages` are the first rank's where they take
+    turns, by component.
     """
 
     gpus: int
@@ -81,6 +84,7 @@ class Prediction:
     first: RankMemory
     others: RankMemory | None
     stages: Mapping[str, RankMemory]
+    images: int = 1
 
     @property
     def staged(self) -> RankMemory:
@@ -90,12 +94,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Predictions for every number of GPUs that can share the model, and for the others the reason why not."""
+    """Predictions for every number of GPUs that can share the model, and for the others the reason why not.
+
+    `predictions` are of one image at a time, `at_once` of the larger numbers of images that were asked for.
+    """
 
     subject: Subject
     gpu: Gpu
     predictions: tuple[Prediction, ...]
     impossible: Mapping[int, str]
+    at_once: tuple[Prediction, ...] = ()
 
 
 def published_model(name: str, size: tuple[int, int] = SIZE) -> Subject:
@@ -152,6 +160,7 @@ def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
         text_encoder=memory["text_encoder"].planned,
         vae=memory["vae"].planned,
         decoder=decoder_working(decoder),
+        batches=recipe.batches,
     )
 
 
@@ -172,16 +181,17 @@ def predict(subject: Subject, gpu: Gpu, counts: tuple[int, ...]) -> Scaling:
         predictions.append(_predict(subject, gpu, count))
     if not predictions:
         raise RecipeError(next(iter(impossible.values())))
-    return Scaling(subject, gpu, tuple(predictions), impossible)
+    more = [images for images in subject.batches if images > 1]
+    at_once = tuple(_predict(subject, gpu, p.gpus, images) for p in predictions for images in more)
+    return Scaling(subject, gpu, tuple(predictions), impossible, at_once)
 
 
-def _predict(subject: Subject, gpu: Gpu, count: int) -> Prediction:
-    shards = shards_of(
-        count, subject.size, subject.tokens, subject.transformer, subject.text_tokens, subject.branches, ACTIVATION
-    )
+def _predict(subject: Subject, gpu: Gpu, count: int, images: int = 1) -> Prediction:
+    rows = images * subject.branches
+    shards = shards_of(count, subject.size, subject.tokens, subject.transformer, subject.text_tokens, rows, ACTIVATION)
     computed = [entry if entry.format in gpu.gemms else replace(entry, format="bf16") for entry in subject.plan]
-    work = work_of(subject.transformer, computed, shards, subject.branches)
-    held = rank_memory(subject, work)
+    work = work_of(subject.transformer, computed, shards, rows)
+    held = rank_memory(subject, work, images)
     weights = held.weights + subject.text_encoder + subject.vae
     first = RankMemory(weights, max(held.working, subject.decoder), held.buffers)
     # A layer of the text encoder works on fewer tokens than a block of the transformer, in the same way.
@@ -190,11 +200,13 @@ def _predict(subject: Subject, gpu: Gpu, count: int) -> Prediction:
         "transformer": held,
         "VAE": RankMemory(subject.vae, subject.decoder, held.buffers),
     }
-    return Prediction(count, work, step_time(work, gpu, calibrated()), first, held if count > 1 else None, stages)
+    return Prediction(
+        count, work, step_time(work, gpu, calibrated()), first, held if count > 1 else None, stages, images
+    )
 
 
-def rank_memory(subject: Subject, work: Work) -> RankMemory:
-    """What the transformer takes on one rank that does `work`.
+def rank_memory(subject: Subject, work: Work, images: int = 1) -> RankMemory:
+    """What the transformer takes on one rank that does `work`, of so many images at once.
 
     Between plans lie the image tokens before the first block and all tokens before and after each, text as it was encoded,
     rotations in fp32, and in fp32 what a step cache may keep: a step's residual, and the signal of two steps.
@@ -204,7 +216,7 @@ def rank_memory(subject: Subject, work: Work) -> RankMemory:
     tokens = model.width * (ACTIVATION * image + 2 * ACTIVATION * (image + text) + 3 * 4 * image)
     encoded = model.joint_attention_dim * ACTIVATION * text
     rotations = 2 * 4 * model.attention_head_dim * (image + text)
-    return RankMemory(subject.weights, work.working_bytes, subject.branches * (tokens + encoded) + rotations)
+    return RankMemory(subject.weights, work.working_bytes, images * subject.branches * (tokens + encoded) + rotations)
 
 
 def scaling_as_json(scaling: Scaling) -> dict[str, Any]:
@@ -231,6 +243,17 @@ def scaling_as_json(scaling: Scaling) -> dict[str, Any]:
                 "other_ranks_bytes": None if p.others is None else asdict(p.others),
             }
             for p in scaling.predictions
+        ],
+        "at_once": [
+            {
+                "gpus": p.gpus,
+                "images": p.images,
+                "step_seconds": p.time.seconds,
+                "first_rank_bytes": asdict(p.first),
+                "first_rank_staged_bytes": asdict(p.staged),
+                "other_ranks_bytes": None if p.others is None else asdict(p.others),
+            }
+            for p in scaling.at_once
         ],
         "impossible": {str(count): reason for count, reason in scaling.impossible.items()},
         "points": [

@@ -93,6 +93,12 @@ def _sizes(recipe: Recipe, refuse: Refuse) -> None:
         refuse("sizes", "a size appears twice")
 
 
+@_reads("batches")
+def _batches(recipe: Recipe, refuse: Refuse) -> None:
+    if list(recipe.batches) != sorted(set(recipe.batches)):
+        refuse("batches", f"{list(recipe.batches)} must be in ascending order, each number once")
+
+
 @_reads("sizes", "fidelity.size")
 def _fidelity_size(recipe: Recipe, refuse: Refuse) -> None:
     if recipe.fidelity.size and recipe.fidelity.size not in recipe.sizes:

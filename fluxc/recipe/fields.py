@@ -30,6 +30,8 @@ LONGEST_SIDE = 16384
 """Pixels."""
 LONGEST_TEXT = 32768
 """Tokens."""
+MOST_AT_ONCE = 64
+"""Images of one run of the graphs."""
 LAGS = 6
 """How many steps back a step trace measures a reused residual: the longest run of skipped steps any policy can have."""
 LARGEST_SEED = 2**64 - 1
@@ -47,6 +49,7 @@ Size = tuple[Side, Side]
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+AtOnce = Annotated[int, msgspec.Meta(ge=1, le=MOST_AT_ONCE)]
 Decibels = Annotated[float, msgspec.Meta(le=BEST_PSNR_DB)]
 Format = Annotated[str, msgspec.Meta(extra={NAMES: ("format", FORMATS)}, extra_json_schema={"enum": list(FORMATS)})]
 PresetName = Annotated[str, msgspec.Meta(extra={NAMES: ("preset", PRESETS)}, extra_json_schema={"enum": list(PRESETS)})]

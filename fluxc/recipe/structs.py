@@ -11,6 +11,7 @@ from fluxc.recipe.fields import (
     LEAST_SHARD_GIB,
     LONGEST_TEXT,
     MOST_MARGIN,
+    AtOnce,
     Count,
     Decibels,
     Format,
@@ -427,6 +428,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Annotated[tuple[Target, ...], msgspec.Meta(min_length=1)],
         about("what to compile for; `kind` says which options an entry has", [{"kind": "onnxruntime"}]),
     ]
+    batches: Annotated[
+        Annotated[tuple[AtOnce, ...], msgspec.Meta(min_length=1)],
+        about(
+            "how many images one run of the graphs makes, in ascending order: engines get an optimization profile for each, "
+            "which also serves fewer images, down to the next smaller number; a request asks for it with `--batch`. Not for "
+            "`visual_gen`",
+            [1, 4],
+        ),
+    ] = (1,)
     text: Annotated[Text, about("how prompts are read", {"length": 512})] = Text()
     sampling: Annotated[Sampling, about("defaults of a request", {"steps": 4, "guidance": 1.0})] = Sampling()
     precision: Annotated[Precision, about("formats of the layers", {"transformer": {"default": "nvfp4"}})] = Precision()

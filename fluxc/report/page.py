@@ -42,6 +42,11 @@ def render(report: Report, images: Path) -> str:
         total=total,
         bytes=bytes_words,
         quality=_quality(report),
+        at_once=[
+            (name, images, found, figures.step_error)
+            for name, figures in report.targets.items()
+            for images, found in figures.at_once.items()
+        ],
         text_apart=any(f.image_psnr_db_reference_text is not None for f in report.targets.values()),
         cosine=_cosine(report),
         psnr_meaning=PSNR,

@@ -130,11 +130,19 @@ class PromptFigures(Struct, frozen=True):
     image_psnr_db_reference_text: float | None = None
 
 
+class AtOnceFigures(Struct, frozen=True):
+    """Velocities of several images made at once: the largest relative error against the reference, and the largest relative
+    difference from the same images made alone."""
+
+    step_error: float
+    difference: float
+
+
 class TargetFigures(Struct, frozen=True):
     """One target against the reference: the worst over prompts and steps, of images also the mean; null without images.
 
     `image_psnr_db_reference_text` is of images made of the reference's embeddings: what the transformer alone costs. It is
-    null where the text encoder is not quantized.
+    null where the text encoder is not quantized. `at_once` is by number of images, for those the recipe compiles besides 1.
     """
 
     text_error: float
@@ -147,6 +155,7 @@ class TargetFigures(Struct, frozen=True):
     image_ssim: float | None
     prompts: tuple[PromptFigures, ...]
     image_psnr_db_reference_text: float | None = None
+    at_once: dict[str, AtOnceFigures] = {}
 
 
 class LayerFigures(Layer, frozen=True, kw_only=True):

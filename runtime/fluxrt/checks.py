@@ -17,6 +17,7 @@ MOST_STEPS = 100_000
 MOST_GUIDANCE = 1000.0
 MOST_THREADS = 1024
 MOST_GPUS = 1024
+MOST_AT_ONCE = 1024
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,40}")
 _SIZE = re.compile(r"([0-9]{1,9})[xX]([0-9]{1,9})")
@@ -43,6 +44,11 @@ def check_threads(given: Any) -> int:
 def check_gpus(given: Any) -> int:
     """A number of GPUs, or of ranks on a CPU."""
     return _in_range("gpus", given, MOST_GPUS)
+
+
+def check_batch(given: Any) -> int:
+    """A number of images to make at once."""
+    return _in_range("batch", given, MOST_AT_ONCE)
 
 
 def check_guidance(given: Any) -> float:

@@ -16,7 +16,7 @@ from fluxrt.commands import CommandLine, logging_options
 from fluxrt.log import write
 from fluxrt.memory import MODES, resident
 from fluxrt.output import check_outputs, save
-from fluxrt.parameters import GPUS, GUIDANCE, PATH, SEED, SIZE, STEPS, THREADS, THRESHOLD
+from fluxrt.parameters import BATCH, GPUS, GUIDANCE, PATH, SEED, SIZE, STEPS, THREADS, THRESHOLD
 from fluxrt.progress import QUIET, Progress, shown_time
 
 if TYPE_CHECKING:
@@ -63,6 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
     metavar="TARGET|gpu",
     help="Fail where this target, or any target on a GPU, does not run; otherwise the next best one serves.",
 )
+@click.option(
+    "--batch",
+    type=BATCH,
+    help="Make so many images at once, if the bundle was compiled for it. Up to rounding, each is what it is by itself.",
+    show_default="one",
+)
 @click.option("--no-step-cache", is_flag=True, help="Compute every step.")
 @click.option(
     "--threshold", type=THRESHOLD, help="Let the step cache's rule decide with this threshold; larger skips more."
@@ -92,7 +98,7 @@ def generate(logs: Logs, /, bundle: str, prompts: tuple[str, ...], out: Path, as
     request = fluxrt.Request(
         list(prompts),
         step_cache=False if options["no_step_cache"] else None,
-        **{name: options[name] for name in ("seed", "steps", "guidance", "size", "threshold")},
+        **{name: options[name] for name in ("seed", "steps", "guidance", "size", "threshold", "batch")},
     )
     paths = check_outputs(out, len(prompts))
     with Progress(logs, len(paths)) as progress, _loaded(bundle, options) as pipeline:

@@ -70,11 +70,23 @@ class Recorded:
 
 
 @dataclass(frozen=True)
+class AtOnce:
+    """The velocities of `images` images made at once, at the last recorded sigma: the largest relative error of one that was
+    recorded, and the largest relative difference of any from what the target makes of the same image alone."""
+
+    images: int
+    error: float
+    difference: float
+
+
+@dataclass(frozen=True)
 class Replayed:
-    """The errors of every prompt, and in `notes` what a backend could not give to be compared."""
+    """The errors of every prompt, those of several images at once where the bundle was compiled for that, and in `notes` what
+    a backend could not give to be compared."""
 
     errors: list[StageErrors]
     notes: list[str] = field(default_factory=list)
+    at_once: list[AtOnce] = field(default_factory=list)
 
 
 def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
@@ -144,13 +156,15 @@ def replay(
         text = [_text_error(pipeline, grid, guidance, one, done) for one in recorded]
     with open_pipeline() as pipeline:
         steps = [_transformer_errors(pipeline, grid, guidance, one, done) for one in recorded]
+        batches = pipeline.bundle.manifest.sampling.compiled_batches
+        at_once = [_at_once(pipeline, grid, guidance, recorded, images, done) for images in batches if images > 1]
     with open_pipeline() as pipeline:
         decoded = [_decode_error(pipeline, grid, one, done) for one in recorded]
     errors = [
         StageErrors(text_error, prologue, step_error, step_cosine, decode_error)
         for text_error, (prologue, step_error, step_cosine), decode_error in zip(text, steps, decoded, strict=True)
     ]
-    return Replayed(errors, list(notes))
+    return Replayed(errors, list(notes), at_once)
 
 
 def parts_of(recorded: Recorded) -> int:
@@ -160,7 +174,12 @@ def parts_of(recorded: Recorded) -> int:
 
 def faults_of(target: str, bounds: EvidenceTarget, prompts: Sequence[Recorded], found: Replayed) -> list[str]:
     """A sentence for every stage that is further from the recorded one than its bound."""
-    faults = []
+    faults = [
+        f"target {target}: of {one.images} images made at once one has a {VELOCITY} with relative error {one.error:.4g}, at "
+        f"most {bounds.bounds['step_error'].error:.4g} is expected; made alone it differs by {one.difference:.4g}"
+        for one in found.at_once
+        if not one.error <= bounds.bounds["step_error"].error
+    ]
     for number, (recorded, errors) in enumerate(zip(prompts, found.errors, strict=True)):
         built = bounds.measured[number] if number < len(bounds.measured) else None
         for figure, stage in FIGURES.items():
@@ -224,7 +243,7 @@ def _text_error(
     pipeline: Pipeline, grid: tuple[int, int], guidance: float, recorded: Recorded, done: _Counted
 ) -> float | None:
     pipeline.begin(recorded.latents[:1], grid, guidance, (recorded.input_ids, recorded.attention_mask))
-    text = done.read(pipeline, "text", recorded.text)
+    text = done.read(pipeline, pipeline.encoded, recorded.text)
     pipeline.backend.synchronize()
     if text is not None:
         done.check("text embeddings", recorded.prompt, [text])
@@ -264,6 +283,33 @@ def _velocity(
     pipeline.step(sigma, sigma + 1.0)
     moved: np.ndarray = pipeline.backend.get("latents") - latents
     return moved
+
+
+def _at_once(
+    pipeline: Pipeline,
+    grid: tuple[int, int],
+    guidance: float,
+    recorded: Sequence[Recorded],
+    images: int,
+    done: _Counted,
+) -> AtOnce:
+    """Velocities of `images` different images: of every prompt the last recorded latents, then the ones before, and so on."""
+    last = len(recorded[0].sigmas) - 1
+    sigma = recorded[0].sigmas[last]
+    taken = [(recorded[n % len(recorded)], (last - n // len(recorded)) % (last + 1)) for n in range(images)]
+    alone = [_velocity(pipeline, one.latents[at][None], one.text, grid, guidance, sigma)[0] for one, at in taken]
+    latents = np.stack([one.latents[at] for one, at in taken])
+    together = _velocity(pipeline, latents, np.concatenate([one.text for one, _ in taken]), grid, guidance, sigma)
+    done.check(f"velocities of {images} images at once", taken[0][0].prompt, [together])
+    return AtOnce(
+        images,
+        max(
+            relative_error(ours, one.velocities[at])
+            for ours, (one, at) in zip(together, taken, strict=True)
+            if at == last
+        ),
+        max(relative_error(ours, theirs) for ours, theirs in zip(together, alone, strict=True)),
+    )
 
 
 def _decode_error(pipeline: Pipeline, grid: tuple[int, int], recorded: Recorded, done: _Counted) -> float:

@@ -15,9 +15,10 @@ import msgspec
 from fluxrt.errors import BundleError
 
 FORMAT = "fluxc-bundle"
-FORMAT_VERSION = 7
-READABLE = (6, 7)
-"""Format versions that are read: 6 is 7 without evidence, levels of `fidelity`, and what the model was run on."""
+FORMAT_VERSION = 8
+READABLE = (6, 7, 8)
+"""Format versions that are read: 7 is 8 for one image at a time, 6 is 7 without evidence, levels of `fidelity`, and what the
+model was run on."""
 MANIFEST = "bundle.json"
 NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are no JSON, no UTF-8, or nested too deep."""
@@ -342,7 +343,10 @@ class Prompting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the step loop needs: sizes in pixels [height, width], pixels a token, channels, schedule and defaults."""
+    """What the step loop needs: sizes in pixels [height, width], pixels a token, channels, schedule and defaults.
+
+    `batches` are the numbers of images that were compiled for, 1 alone where it is not set.
+    """
 
     sizes: tuple[tuple[int, int], ...]
     pixels_per_token: int
@@ -351,6 +355,12 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: int
     guidance: float
     cfg_batch: bool
+    batches: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def compiled_batches(self) -> tuple[int, ...]:
+        """`batches`, where they are not set 1."""
+        return (1,) if self.batches is msgspec.UNSET else self.batches
 
 
 class CacheRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluxrt.backends import Backend, run
 from fluxrt.backends.registry import make_backend
@@ -15,6 +15,7 @@ from fluxrt.errors import BackendError, RequestError
 from fluxrt.manifest import dimension_size
 from fluxrt.memory import DECODE, DENOISE, ENCODE, Memory, choose
 from fluxrt.prompt import PromptEncoder, load_encoder
+from fluxrt.request import Request
 from fluxrt.resolve import Resolved, branches, grid_of, resolve
 from fluxrt.result import Result
 from fluxrt.schedule import SCHEDULES
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
-    from fluxrt.request import Request
     from fluxrt.result import OnImage, OnStep
 
 LOG = logging.getLogger("fluxrt")
@@ -48,7 +48,7 @@ class Saved:
 
 @dataclass
 class _Begun:
-    """A request whose components take turns: the text of each image, and the latents of those that have made all steps."""
+    """A request: the texts that were encoded before its steps, and the latents of images that have made all steps."""
 
     request: Request
     found: Resolved
@@ -117,6 +117,10 @@ class Pipeline:
         with self._turns.turn():
             self.backend.close()
 
+    def __call__(self, prompt: str | list[str], **options: Any) -> Result:
+        """`generate` with a Request of this prompt or these prompts, and of its other fields by name."""
+        return self.generate(Request(prompt, **options))
+
     def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
         """One image a prompt; `on_step(done, total)` is called after every step, `on_image(number, image, skipped)` when an
         image is made, with the steps it skipped. What they raise ends the request, not the pipeline.
@@ -131,29 +135,13 @@ class Pipeline:
         return resolve(self.bundle, self.target, request, self.encoder)
 
     def _generate(self, request: Request, found: Resolved, on_step: OnStep | None, on_image: OnImage | None) -> Result:
+        """Where components take turns: the text of all prompts, then the steps of all images, then all images, so that each
+        component is loaded once. Otherwise one group of images after the other.
+
+        Where something ends it, the images that have made their steps are decoded and given first.
+        """
         is_staged, why = self.choose_memory(found)
         say_memory(is_staged, why)
-        if is_staged:
-            return self._generate_in_turns(request, found, on_step, on_image)
-        seconds = dict.fromkeys(SECONDS, 0.0)
-        images: list[Image] = []
-        skipped: list[tuple[int, ...]] = []
-        for number, words in enumerate(found.tokens):
-            final, left_out = self._steps(request, found, number, words, seconds, on_step)
-            skipped.append(left_out)
-            if self._rank.is_first:
-                images.append(self._decoded(final, found, seconds))
-                if on_image:
-                    on_image(number, images[-1], skipped[-1])
-        return Result(images, seconds, skipped, found.notes, self.target.name)
-
-    def _generate_in_turns(
-        self, request: Request, found: Resolved, on_step: OnStep | None, on_image: OnImage | None
-    ) -> Result:
-        """Text of all prompts, then the steps of all images, then all images: each component is loaded once.
-
-        Where something ends it in the middle of the steps, the images that have made theirs are decoded and given first.
-        """
         seconds = dict.fromkeys(SECONDS, 0.0)
         skipped: list[tuple[int, ...]] = []
         images: list[Image] = []
@@ -161,19 +149,23 @@ class Pipeline:
 
         def give() -> None:
             nonlocal is_refused
-            for number in range(len(images), len(skipped)):
+            for number in range(len(images), len(skipped) if self._rank.is_first else 0):
                 images.append(self._next_image(seconds))
                 if on_image:
                     is_refused = True
                     on_image(number, images[-1], skipped[number])
                     is_refused = False
 
-        self.encode_texts(request, found, seconds)
+        if is_staged:
+            self.encode_texts(request, found, seconds)
+        else:
+            self._begun = _Begun(request, found, {}, [])
         try:
-            for number in range(len(found.tokens)):
-                skipped.append(self.denoise_one(number, seconds, on_step))
-            if self._rank.is_first:
-                give()
+            for numbers in found.groups:
+                skipped += [self.denoise_images(numbers, seconds, on_step)] * len(numbers)
+                if not is_staged:
+                    give()
+            give()
         except BaseException:
             if on_image and self._rank.is_first and len(images) < len(skipped):
                 rescue(None if is_refused else give, len(skipped) - len(images))
@@ -182,14 +174,15 @@ class Pipeline:
 
     def choose_memory(self, found: Resolved) -> tuple[bool, str]:
         """Whether components take turns for a request, the same on every rank, and why: empty where it was told before."""
-        size = (len(found.tokens[0][0]), found.grid[0] * found.grid[1])
+        branches = len(found.tokens[0][0])
+        size = (branches * found.batch, found.grid[0] * found.grid[1])
         most_yet = (max(size[0], self._chosen_for[0]), max(size[1], self._chosen_for[1]))
         if self._is_staged or (self._is_staged is False and most_yet == self._chosen_for):
             return self._is_staged, ""
         self._chosen_for = most_yet
         chosen, why = self._memory == "staged", "as asked"
         if self._memory == "auto":
-            chosen, why = choose(self.backend.need(self._rank.sizes(size[0], found.grid)))
+            chosen, why = choose(self.backend.need(self._rank.sizes(branches, found.grid, found.batch)))
             if self._group:
                 # A rank with less room decides for all.
                 most = self._group.agree(why if chosen else "")
@@ -209,21 +202,24 @@ class Pipeline:
         unknown = {key_of(words): words for words in found.tokens if key_of(words) not in self._begun.texts}
         if unknown:
             self.backend.keep(ENCODE)
-            self._prepare(len(found.tokens[0][0]), found.grid)
+            self._prepare(len(found.tokens[0][0]), found.grid, found.batch)
         for key, words in unknown.items() if self._rank.is_first else ():
             self._begun.texts[key] = self._encode(words)
         self.backend.synchronize()
         seconds["text"] += time.perf_counter() - began
 
-    def denoise_one(self, number: int, seconds: dict[str, float], on_step: OnStep | None) -> tuple[int, ...]:
-        """The steps of image `number` of the request that `encode_texts` began; those that were skipped."""
+    def denoise_images(self, numbers: range, seconds: dict[str, float], on_step: OnStep | None) -> tuple[int, ...]:
+        """The steps of the images `numbers` of the request that was begun, all at once; those that were skipped."""
         assert self._begun is not None
         request, found = self._begun.request, self._begun.found
-        words = found.tokens[number]
-        self.backend.keep(DENOISE)
-        text = self._begun.texts[key_of(words)] if self._rank.is_first else words
-        final, skipped = self._steps(request, found, number, text, seconds, on_step)
-        self._begun.finished.append(final)
+        texts: list[Words | Saved] = []
+        for number in numbers:
+            words = found.tokens[number]
+            texts.append(self._begun.texts.get(key_of(words), words))
+        if self._is_staged:
+            self.backend.keep(DENOISE)
+        final, skipped = self._steps(request, found, numbers, texts, seconds, on_step)
+        self._begun.finished += [final[at : at + 1] for at in range(len(numbers) if self._rank.is_first else 0)]
         return skipped
 
     def decode_next(self, seconds: dict[str, float]) -> Image | None:
@@ -232,7 +228,8 @@ class Pipeline:
 
     def _next_image(self, seconds: dict[str, float]) -> Image:
         assert self._begun is not None
-        self.backend.keep(DECODE)
+        if self._is_staged:
+            self.backend.keep(DECODE)
         image = self._decoded(self._begun.finished[0], self._begun.found, seconds)
         # Not before: an interrupted image is decoded again.
         del self._begun.finished[0]
@@ -242,19 +239,17 @@ class Pipeline:
         self,
         request: Request,
         found: Resolved,
-        number: int,
-        text: Words | Saved,
+        numbers: range,
+        texts: list[Words | Saved],
         seconds: dict[str, float],
         on_step: OnStep | None,
     ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Image `number` from its text to its last step: its latents, and the steps it skipped."""
+        """The images `numbers` from their texts to their last step: their latents, and the steps they skipped."""
         sampling = self.bundle.manifest.sampling
         tokens = found.grid[0] * found.grid[1]
-        start = starting_latents(request.of_image(number), tokens, sampling.latent_channels)
+        start = starting_latents(request.of_images(numbers), tokens, sampling.latent_channels)
         began = time.perf_counter()
-        self.begin(start, found.grid, found.guidance, self._known(text))
-        if isinstance(text, tuple) and self._rank.is_first and self._texts.limit and self._texts.find(text) is None:
-            self._texts.keep(text, self.backend.save("text"))
+        self.begin(start, found.grid, found.guidance, texts, keeps=self._texts.limit > 0)
         self.backend.synchronize()
         encoded = time.perf_counter()
         cache = self.bundle.manifest.step_cache
@@ -266,18 +261,12 @@ class Pipeline:
             if on_step:
                 # A GPU is asked for steps long before it does them.
                 self.backend.synchronize()
-                on_step(number * found.steps + step + 1, found.steps * len(found.tokens))
+                done = numbers.start * found.steps + (step + 1) * len(numbers)
+                on_step(done, found.steps * len(found.tokens))
         final = self.latents()
         seconds["text"] += encoded - began
         seconds["steps"] += time.perf_counter() - encoded
         return final, tuple(left_out)
-
-    def _known(self, text: Words | Saved) -> Words | Saved:
-        """`text`, as it was encoded before if it was."""
-        if isinstance(text, Saved):
-            return text
-        known = self._texts.find(text)
-        return text if known is None else Saved(len(text[0]), known)
 
     def _decoded(self, final: np.ndarray, found: Resolved, seconds: dict[str, float]) -> Image:
         began = time.perf_counter()
@@ -286,13 +275,21 @@ class Pipeline:
         return image
 
     def _encode(self, words: Words) -> Saved:
-        """Embeddings of the branches `words`, in the buffer `text` and kept."""
+        """Embeddings of the branches `words`, in the text encoder's buffer and kept."""
+        self._run_encoder(words)
+        content = self.backend.save(self.encoded)
+        self._texts.keep(words, content)
+        return Saved(len(words[0]), content)
+
+    def _run_encoder(self, words: Words) -> None:
         self.backend.put("input_ids", words[0])
         self.backend.put("attention_mask", words[1])
         self.backend.run(ENCODE)
-        content = self.backend.save("text")
-        self._texts.keep(words, content)
-        return Saved(len(words[0]), content)
+
+    @property
+    def encoded(self) -> str:
+        """The buffer that the text encoder leaves the embeddings of one image's prompts in."""
+        return self.backend.outputs(ENCODE[0])[0]
 
     def grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Token rows and columns of `size` (height, width), which must have been compiled."""
@@ -318,39 +315,52 @@ class Pipeline:
         """Embeddings fp32 [branches, text length, features] of the prompt's branches."""
         ids, mask = self.tokenize(self.branches(prompt, guidance))
         self._prepare(len(ids), self.grid(None))
-        return run(self.backend, "text_encoder", {"input_ids": ids, "attention_mask": mask})["text"]
+        return run(self.backend, ENCODE[0], {"input_ids": ids, "attention_mask": mask})[self.encoded]
 
     def begin(
         self,
         latents: np.ndarray,
         grid: tuple[int, int],
         guidance: float,
-        text: np.ndarray | Words | Saved,
+        text: np.ndarray | Words | Saved | list[Words | Saved],
+        *,
+        keeps: bool = False,
     ) -> None:
-        """Fill the buffers an image starts from.
+        """Fill the buffers that images start from.
 
-        `latents` fp32 [1, tokens, channels]; `text` are embeddings [branches, length, features], those that a backend saved, or
-        the (input_ids, attention_mask) of the branches, which are then encoded in place.
+        `latents` fp32 [images, tokens, channels]; `text` are embeddings [batch, length, features], an image's branches side by
+        side, or for every image what a backend saved of them, or the (input_ids, attention_mask) of its branches, which are
+        then encoded in place; for a single image without a list. With `keeps`, what is encoded is kept for later requests.
         """
         import numpy as np
 
-        if isinstance(text, Saved):
-            self._prepare(text.branches, grid)
-            self.backend.restore("text", text.content)
-        elif not isinstance(text, tuple):
-            self._prepare(len(text), grid)
-            self.backend.put("text", text)
+        images = len(latents)
+        if isinstance(text, np.ndarray):
+            self._prepare(len(text) // images, grid, images)
+            self._rank.put_text(self.backend, text)
         else:
-            self._prepare(len(text[0]), grid)
-            if self._rank.is_first:
-                self.backend.put("input_ids", text[0])
-                self.backend.put("attention_mask", text[1])
-                self.backend.run(ENCODE)
+            texts = text if isinstance(text, list) else [text]
+            first = texts[0]
+            self._prepare(first.branches if isinstance(first, Saved) else len(first[0]), grid, images)
+            for number, one in enumerate(texts if self._rank.is_first else ()):
+                self._put_text(one, keeps)
+                self._rank.place_text(self.backend, self.encoded, number)
         self._rank.put_shard(self.backend)
         self.backend.put("latents", np.ascontiguousarray(self._rank.shard(latents), dtype=np.float32))
         self.backend.put("columns", np.array(grid[1], dtype=np.int64))
         if self.target.reads("guidance"):
             self.backend.put("guidance", np.array(guidance, dtype=np.float32))
+
+    def _put_text(self, text: Words | Saved, keeps: bool) -> None:
+        """Bring the embeddings of an image's prompts into the text encoder's buffer."""
+        if isinstance(text, Saved):
+            self.backend.restore(self.encoded, text.content)
+        elif keeps and (known := self._texts.find(text)) is not None:
+            self.backend.restore(self.encoded, known)
+        else:
+            self._run_encoder(text)
+            if keeps:
+                self._texts.keep(text, self.backend.save(self.encoded))
 
     def step(self, sigma: float, next_sigma: float, graphs: tuple[str, ...] = STEP) -> None:
         """One denoising step: the buffer `latents` moves from `sigma` to `next_sigma`."""
@@ -391,7 +401,7 @@ class Pipeline:
             yield skips
 
     def latents(self) -> np.ndarray:
-        """The latents of the whole image, fp32 [1, tokens, channels], on every rank."""
+        """The latents of the whole images, fp32 [images, tokens, channels], on every rank."""
         return self._rank.gather(self.backend.get("latents"))
 
     def decode(self, latents: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -405,8 +415,8 @@ class Pipeline:
         self.backend.put("sigma", np.array(sigma, dtype=np.float32))
         self.backend.put("next_sigma", np.array(next_sigma, dtype=np.float32))
 
-    def _prepare(self, branches: int, grid: tuple[int, int]) -> None:
-        self._sizes = self._rank.sizes(branches, grid)
+    def _prepare(self, branches: int, grid: tuple[int, int], images: int = 1) -> None:
+        self._sizes = self._rank.sizes(branches, grid, images)
         self.backend.prepare(self._sizes)
 
 

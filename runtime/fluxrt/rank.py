@@ -94,8 +94,8 @@ def _load(start: Start, control: Channel) -> Any:
 
 
 def _answer(pipeline: Any, message: dict[str, Any], control: Channel) -> dict[str, Any]:
-    """Do one stage of a request: `memory` chooses how the model is held, `image` makes an image from its text on; where
-    components take turns they are `texts`, then for each image `steps`, then for each image `decode`.
+    """Do one stage of a request: `memory` chooses how the model is held, `images` makes images at once, from their texts on;
+    where components take turns they are `texts`, then for images at once `steps`, then for each image `decode`.
 
     Every rank refuses a request that the bundle cannot serve, before any exchange.
     """
@@ -111,24 +111,26 @@ def _answer(pipeline: Any, message: dict[str, Any], control: Channel) -> dict[st
             answer["staged"], answer["why"] = pipeline.choose_memory(
                 pipeline.resolve(decode_request(message["request"]))
             )
-        elif message["stage"] == "image":
+        elif message["stage"] == "images":
             result = pipeline.generate(decode_request(message["request"]), on_step)
-            seconds, answer["skipped"] = result.seconds, result.skipped[0]
-            answer["image"] = _plain(result.images[0] if result.images else None)
+            seconds, answer["skipped"] = result.seconds, result.skipped
+            answer["images"] = [_plain(image) for image in result.images]
         elif message["stage"] == "texts":
             request = decode_request(message["request"])
             pipeline.encode_texts(request, pipeline.resolve(request), seconds)
         elif message["stage"] == "steps":
-            answer["skipped"] = pipeline.denoise_one(message["number"], seconds, on_step)
+            numbers = range(*message["images"])
+            answer["skipped"] = [pipeline.denoise_images(numbers, seconds, on_step)] * len(numbers)
         else:
-            answer["image"] = _plain(pipeline.decode_next(seconds))
+            image = pipeline.decode_next(seconds)
+            answer["images"] = [] if image is None else [_plain(image)]
     except RequestError as error:
         return {"kind": "refused", "text": str(error)}
     return answer | {"seconds": seconds, "backend_notes": pipeline.notes}
 
 
-def _plain(image: Any) -> dict[str, Any] | None:
-    return None if image is None else {"size": image.size, "data": image.tobytes()}
+def _plain(image: Any) -> dict[str, Any]:
+    return {"size": image.size, "data": image.tobytes()}
 
 
 def _report(control: Channel, kind: str, error: FluxError) -> int:

@@ -32,9 +32,10 @@ from fluxrt.manifest import Target, dimension_size
 from fluxrt.pipeline import rescue, say_memory
 from fluxrt.prompt import load_encoder
 from fluxrt.rank import Start
+from fluxrt.request import Request
 from fluxrt.resolve import resolve
 from fluxrt.result import Result
-from fluxrt.sharding import Shard
+from fluxrt.sharding import Shard, sizes_of
 from fluxrt.texts import TEXT_CACHE
 from fluxrt.turns import Turns
 
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
     from fluxrt.memory import Memory
     from fluxrt.prompt import PromptEncoder
-    from fluxrt.request import Request
     from fluxrt.resolve import Resolved
     from fluxrt.result import OnImage, OnStep
 
@@ -99,6 +99,7 @@ class _Made:
     images: list[Image] = field(default_factory=list)
     skipped: list[tuple[int, ...]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    given: int = 0
 
     def add(self, plain: dict[str, Any]) -> None:
         """Add an image as a rank sent it."""
@@ -159,6 +160,10 @@ class RankedPipeline:
         """The ids of the ranks' processes, in order; none once they are ended."""
         return [rank.process.pid for rank in self._ranks]
 
+    def __call__(self, prompt: str | list[str], **options: Any) -> Result:
+        """`generate` with a Request of this prompt or these prompts, and of its other fields by name."""
+        return self.generate(Request(prompt, **options))
+
     def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
         """One image a prompt, as Pipeline does; RankError, naming the rank, where one fails.
 
@@ -187,20 +192,20 @@ class RankedPipeline:
         say_memory(chosen["staged"], chosen["why"])
         made = _Made()
         if chosen["staged"]:
-            self._generate_in_turns(request, made, on_step, on_image)
+            self._generate_in_turns(request, found, made, on_step, on_image)
         else:
-            for number in range(len(found.tokens)):
+            for numbers in found.groups:
 
-                def step(done: int, total: int, before: int = number * found.steps) -> None:
+                def step(done: int, total: int, before: int = numbers.start * found.steps) -> None:
                     if on_step:
-                        on_step(before + done, total * len(found.tokens))
+                        on_step(before + done, found.steps * len(found.tokens))
 
-                self._add(made, self._ask("image", step, request=request.of_image(number).encode()))
+                self._add(made, self._ask("images", step, request=request.of_images(numbers).encode()))
                 self._give(made, on_image)
         return Result(made.images, made.seconds, made.skipped, found.notes, self.target.name)
 
     def _generate_in_turns(
-        self, request: Request, made: _Made, on_step: OnStep | None, on_image: OnImage | None
+        self, request: Request, found: Resolved, made: _Made, on_step: OnStep | None, on_image: OnImage | None
     ) -> None:
         """As Pipeline does where components take turns: the text of all images, their steps, then all images."""
 
@@ -211,8 +216,8 @@ class RankedPipeline:
 
         self._add(made, self._ask("texts", request=request.encode()))
         try:
-            for number in range(len(request.prompts)):
-                self._add(made, self._ask("steps", on_step, number=number))
+            for numbers in found.groups:
+                self._add(made, self._ask("steps", on_step, images=[numbers.start, numbers.stop]))
             decode()
         except BaseException:
             self._rescue(decode if on_image else None, made)
@@ -223,15 +228,16 @@ class RankedPipeline:
         self.notes = answer["backend_notes"]
         for what, took in answer["seconds"].items():
             made.seconds[what] = made.seconds.get(what, 0.0) + took
-        if "skipped" in answer:
-            made.skipped.append(tuple(answer["skipped"]))
-        if answer.get("image"):
-            made.add(answer["image"])
+        made.skipped += [tuple(skipped) for skipped in answer.get("skipped", ())]
+        for plain in answer.get("images", ()):
+            made.add(plain)
 
     def _give(self, made: _Made, on_image: OnImage | None) -> None:
-        if on_image:
-            number = len(made.images) - 1
-            self._call_back(on_image, number, made.images[-1], made.skipped[number])
+        """Hand over the images that were not yet."""
+        for number in range(made.given, len(made.images)):
+            made.given = number + 1
+            if on_image:
+                self._call_back(on_image, number, made.images[number], made.skipped[number])
 
     def _rescue(self, decode: Callable[[], None] | None, made: _Made) -> None:
         """After what ended the steps of a request: decode the images that have made theirs, if the ranks can be asked to, or
@@ -405,7 +411,8 @@ def _largest_exchange(bundle: Bundle, target: Target) -> int:
     totals = [height // pixels * (width // pixels) for height, width in sampling.sizes]
     totals += [target.tokens[1]] if target.tokens else []
     tokens = max(Shard(0, sharding.ranks, total, sharding.text_tokens).tokens for total in totals)
-    sizes = {"branches": 2 if sampling.cfg_batch else 1, "tokens": tokens}
+    images = max(sampling.compiled_batches)
+    sizes = sizes_of(2 if sampling.cfg_batch else 1, (1, tokens), images)
 
     def nbytes(shape: tuple[int | str, ...], dtype: str) -> int:
         count = BYTES[dtype]
@@ -415,7 +422,7 @@ def _largest_exchange(bundle: Bundle, target: Target) -> int:
 
     exchanged = [nbytes(part.shape, part.dtype) for part in sharding.body if not isinstance(part, str)]
     text = sharding.ranks * nbytes(target.input("text_shard").shape, "float32")
-    return max([4096, text, 4 * tokens * sampling.latent_channels, *exchanged])
+    return max([4096, text, 4 * images * tokens * sampling.latent_channels, *exchanged])
 
 
 @contextmanager

@@ -22,7 +22,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `guidance` and `size` are the bundle's where they are None. `size` is (height, width) in pixels and must be one that was
     compiled. `guidance` 1.0 turns classifier-free guidance off where the model uses it. `latents`, fp32 [prompts, tokens,
     channels], replaces the starting noise. `step_cache` False computes every step; `threshold` has the step cache decide by its
-    rule with this threshold. Numbers may be numpy's. Raises RequestError for what no bundle could serve.
+    rule with this threshold. `batch` images at most are made at once, one where it is None; each is what it is by itself, up to
+    rounding. Numbers may be numpy's. Raises RequestError for what no bundle could serve.
     """
 
     prompt: str | list[str]
@@ -33,6 +34,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     latents: np.ndarray | None = None
     step_cache: bool | None = None
     threshold: float | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         """Check the fields, and keep them as Python's own types, which is what another process gets."""
@@ -53,6 +55,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             keep(self, "size", checks.check_size(self.size))
         if self.latents is not None:
             keep(self, "latents", _latents(self.latents))
+        if self.batch is not None:
+            keep(self, "batch", checks.check_batch(self.batch))
         self._check_step_cache()
 
     def _check_step_cache(self) -> None:
@@ -78,13 +82,14 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return [self.seed + number for number in range(len(self.prompts))]
         return list(self.seed)
 
-    def of_image(self, number: int) -> Request:
-        """The request for image `number` alone."""
+    def of_images(self, numbers: range) -> Request:
+        """The request for these of its images alone."""
+        part = slice(numbers.start, numbers.stop)
         return msgspec.structs.replace(
             self,
-            prompt=self.prompts[number],
-            seed=self.seeds[number],
-            latents=None if self.latents is None else self.latents[number : number + 1],
+            prompt=self.prompts[part],
+            seed=self.seeds[part],
+            latents=None if self.latents is None else self.latents[part],
         )
 
     def with_defaults(self, sampling: Sampling) -> tuple[int, float, tuple[int, int]]:

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from fluxrt.request import Request
 
 LOG = logging.getLogger("fluxrt")
+ONE_BY_ONE = "the step cache's rule decides for every image by itself, so images are made one at a time"
 
 
 @dataclass(frozen=True)
 class Resolved:
     """What a request comes to with a target: steps, guidance, size (height, width) in pixels, `grid`, its rows and columns of
-    tokens, and for each prompt the (input_ids, attention_mask) of its branches. `notes` are for who asked."""
+    tokens, and for each prompt the (input_ids, attention_mask) of its branches. `batch` images are made at once. `notes` are
+    for who asked."""
 
     steps: int
     guidance: float
@@ -32,6 +34,13 @@ class Resolved:
     grid: tuple[int, int]
     tokens: list[tuple[np.ndarray, np.ndarray]]
     notes: list[str]
+    batch: int = 1
+
+    @property
+    def groups(self) -> list[range]:
+        """The images that are made at once, by their numbers."""
+        images = len(self.tokens)
+        return [range(first, min(first + self.batch, images)) for first in range(0, images, self.batch)]
 
 
 def resolve(bundle: Bundle, target: Target, request: Request, encoder: PromptEncoder) -> Resolved:
@@ -39,22 +48,40 @@ def resolve(bundle: Bundle, target: Target, request: Request, encoder: PromptEnc
     sampling = bundle.manifest.sampling
     steps, guidance, size = check_request(request).with_defaults(sampling)
     grid = grid_of(sampling, target, size)
+    batch = check_batch(sampling, request)
     decisions, note = decisions_for(bundle.manifest.step_cache, steps, size, request.step_cache, request.threshold)
+    one_by_one = None
+    if batch > 1 and decisions is not None and decisions.rule is not None:
+        batch, one_by_one = 1, ONE_BY_ONE
     if request.latents is not None:
         expected = (len(request.prompts), grid[0] * grid[1], sampling.latent_channels)
         if request.latents.shape != expected:
             raise RequestError(f"latents have shape {list(request.latents.shape)}, this request needs {list(expected)}")
     tokens = [encoder.encode(branches(sampling, prompt, guidance)) for prompt in request.prompts]
     say_what(request, steps, guidance, size)
+    if batch > 1:
+        LOG.info("batch: up to %d images at once", batch)
     if bundle.manifest.step_cache:
         LOG.info(
             "step cache: %s", "off" if decisions is None else "by its rule" if decisions.rule else "by its schedule"
         )
     unused = unused_guidance(sampling, target.reads("guidance"), request)
-    notes = [text for text in (note, unused) if text]
+    notes = [text for text in (note, one_by_one, unused) if text]
     for text in notes:
         LOG.info("%s", text)
-    return Resolved(steps, guidance, size, grid, tokens, notes)
+    return Resolved(steps, guidance, size, grid, tokens, notes, batch)
+
+
+def check_batch(sampling: Sampling, request: Request) -> int:
+    """How many images are made at once; RequestError for more than were compiled for."""
+    asked, most = request.batch or 1, max(sampling.compiled_batches)
+    if asked > most:
+        images = "one image" if most == 1 else f"up to {most} images"
+        raise RequestError(
+            f"batch {asked} was not compiled: this bundle makes {images} at once; "
+            "ask for no more, or add it to batches in the recipe and rebuild"
+        )
+    return min(asked, len(request.prompts))
 
 
 def say_what(request: Request, steps: int, guidance: float, size: tuple[int, int]) -> None:

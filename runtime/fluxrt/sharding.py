@@ -47,7 +47,7 @@ class Shard:
         return self.rank * self.text_tokens
 
     def image(self, tokens: np.ndarray) -> np.ndarray:
-        """This rank's shard of `tokens` [1, total, C], with padding: [1, tokens, C]."""
+        """This rank's shard of `tokens` [images, total, C], with padding: [images, tokens, C]."""
         import numpy as np
 
         part = tokens[:, self.first_token : self.first_token + self.tokens]
@@ -60,7 +60,7 @@ class Shard:
         return np.stack(np.split(text, self.ranks, axis=1))
 
     def whole(self, parts: list[np.ndarray]) -> np.ndarray:
-        """The image's tokens [1, total, C] from every rank's, without padding."""
+        """The images' tokens [images, total, C] from every rank's, without padding."""
         import numpy as np
 
         return np.concatenate(parts, axis=1)[:, : self.total]
@@ -81,19 +81,37 @@ class Shard:
         return np.flatnonzero(np.concatenate([text, image], axis=1))
 
 
+def sizes_of(branches: int, grid: tuple[int, int], images: int = 1) -> dict[str, int]:
+    """What the dimensions of graphs count, for so many images of `grid` (rows, columns) tokens.
+
+    "branches" are the rows of an image: one, or two with guidance; "batch" are the rows of all images.
+    """
+    rows, columns = grid
+    counted = {"branches": branches, "images": images, "batch": images * branches}
+    return {**counted, "tokens": rows * columns, "rows": rows, "columns": columns}
+
+
 class Rank:
     """The only rank of a target that is not sharded: it holds all tokens and exchanges nothing."""
 
     is_first = True
     """Whether this rank encodes the text and decodes the image."""
 
-    def sizes(self, branches: int, grid: tuple[int, int]) -> dict[str, int]:
-        """What dimensions of this rank's graphs count, of an image of `grid` (rows, columns) tokens."""
-        rows, columns = grid
-        return {"branches": branches, "tokens": rows * columns, "rows": rows, "columns": columns}
+    def sizes(self, branches: int, grid: tuple[int, int], images: int = 1) -> dict[str, int]:
+        """What dimensions of this rank's graphs count; see sizes_of."""
+        return sizes_of(branches, grid, images)
+
+    def put_text(self, backend: Backend, text: np.ndarray) -> None:
+        """Fill the text that a step reads with embeddings fp32 [batch, length, features]."""
+        backend.put("text", text)
+
+    def place_text(self, backend: Backend, source: str, number: int) -> None:
+        """Make the embeddings in the buffer `source` the text of image `number`; asked for in order of images."""
+        if source != "text":
+            backend.place(source, "text", number)
 
     def shard(self, latents: np.ndarray) -> np.ndarray:
-        """This rank's part of the image's `latents` [1, tokens, channels]."""
+        """This rank's part of the images' `latents` [images, tokens, channels]."""
         return latents
 
     def put_shard(self, backend: Backend) -> None:
@@ -114,13 +132,21 @@ class ShardedRank(Rank):
     def __init__(self, group: Group, target: Target, sharding: Sharding) -> None:
         self._group, self._target, self._sharding = group, target, sharding
         self._sizes: dict[str, int] = {}
+        self._texts: list[np.ndarray] = []
         self._shard = Shard(group.rank, group.ranks, 0, sharding.text_tokens)
         self.is_first = group.rank == 0
 
-    def sizes(self, branches: int, grid: tuple[int, int]) -> dict[str, int]:
+    def sizes(self, branches: int, grid: tuple[int, int], images: int = 1) -> dict[str, int]:
         self._shard = Shard(self._group.rank, self._group.ranks, grid[0] * grid[1], self._sharding.text_tokens)
-        self._sizes = super().sizes(branches, grid) | {"tokens": self._shard.tokens}
+        self._sizes = super().sizes(branches, grid, images) | {"tokens": self._shard.tokens}
         return self._sizes
+
+    def put_text(self, backend: Backend, text: np.ndarray) -> None:
+        """Kept until the ranks get their shards of it."""
+        self._texts = [text]
+
+    def place_text(self, backend: Backend, source: str, number: int) -> None:
+        self._texts = [*self._texts[:number], backend.get(source)]
 
     def shard(self, latents: np.ndarray) -> np.ndarray:
         return self._shard.image(latents)
@@ -131,8 +157,9 @@ class ShardedRank(Rank):
 
         shard = self._shard
         features = dimension_size(self._target.input("text_shard").shape[-1], self._sizes)
-        parts = shard.text_parts(backend.get("text")) if self.is_first else None
-        shape = (self._sizes["branches"], shard.text_tokens, features)
+        parts = shard.text_parts(np.concatenate(self._texts)) if self.is_first else None
+        self._texts = []
+        shape = (self._sizes["batch"], shard.text_tokens, features)
         backend.put("text_shard", self._group.scatter(parts, shape))
         backend.put("first_token", np.array(shard.first_token, dtype=np.int64))
         backend.put("first_text", np.array(shard.first_text, dtype=np.int64))

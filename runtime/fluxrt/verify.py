@@ -21,6 +21,7 @@ from fluxrt.evidence import (
     TEXT,
     TOKENS,
     VELOCITY,
+    AtOnce,
     Open,
     Recorded,
     Replayed,
@@ -79,6 +80,7 @@ class TargetChecked:
     why: str = ""
     prompts: tuple[PromptChecked, ...] = ()
     notes: tuple[str, ...] = ()
+    at_once: tuple[AtOnce, ...] = ()
 
     @property
     def line(self) -> str:
@@ -165,7 +167,7 @@ def check_target(
     faults = faults_of(target.name, limits, recorded, found)
     prompts = tuple(_checked(evidence, target.name, recorded, number, found) for number in range(len(recorded)))
     status: Literal["passed", "failed"] = "failed" if faults else "passed"
-    return TargetChecked(target.name, status, "; ".join(faults), prompts, tuple(found.notes))
+    return TargetChecked(target.name, status, "; ".join(faults), prompts, tuple(found.notes), tuple(found.at_once))
 
 
 def check_passed(bundle: Bundle, found: list[TargetChecked], asked: str | None) -> None:
@@ -192,6 +194,8 @@ def lines_of(found: TargetChecked) -> Iterator[str]:
             figures = "".join(f"{_shown(value):>11}" for value in (one.error, one.at_build, one.bound))
             cosines = "" if one.sigma is None else f"   {_shown(one.cosine, 6)}, {_shown(one.cosine_at_build, 6)}"
             yield f"    {stage:28}{figures}{cosines}"
+    for batch in found.at_once:
+        yield f"  {batch.images} images at once: velocity error {_shown(batch.error)}, {_shown(batch.difference)} from alone"
     for note in found.notes:
         yield f"  {note}"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError, BundleError, RequestError
 from fluxrt.prompt import PromptEncoder
-from fluxrt.request import check_request
+from fluxrt.request import Request, check_request
 from fluxrt.resolve import grid_of, say_what, unused_guidance
 from fluxrt.result import Result
 from fluxrt.turns import Turns
@@ -23,7 +23,6 @@ from fluxrt.turns import Turns
 if TYPE_CHECKING:
     from fluxrt.bundle import Bundle
     from fluxrt.manifest import VisualGenTarget
-    from fluxrt.request import Request
     from fluxrt.result import OnImage, OnStep
 
 LOG = logging.getLogger("fluxrt")
@@ -88,6 +87,10 @@ class VisualGenPipeline:
         LOG.info("VisualGen makes its own starting noise: a seed gives another image than with the other targets")
         self._engine = VisualGen(model=str(bundle.root / target.folder), args=self._args)
 
+    def __call__(self, prompt: str | list[str], **options: Any) -> Result:
+        """`generate` with a Request of this prompt or these prompts, and of its other fields by name."""
+        return self.generate(Request(prompt, **options))
+
     def generate(self, request: Request, on_step: OnStep | None = None, on_image: OnImage | None = None) -> Result:
         """One image a prompt, as Pipeline does, for one caller at a time; `on_step` is called after every image.
 
@@ -101,6 +104,8 @@ class VisualGenPipeline:
         sampling = self.bundle.manifest.sampling
         if check_request(request).latents is not None:
             raise RequestError("VisualGen makes its own starting noise; give a seed")
+        if (request.batch or 1) > 1:
+            raise RequestError("VisualGen is given one prompt a call; leave batch out, or choose another target")
         if request.threshold is not None or (request.step_cache is False and self._args.cache_config is not None):
             raise RequestError(
                 "VisualGen takes its step cache from the YAML in the bundle; leave step_cache and threshold out of the "

@@ -6,6 +6,7 @@ graphs they are built from.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,6 +27,7 @@ from fluxc.targets.tensorrt.cut import MEMORY_A_BYTE, Component, Cut, Cutter
 from fluxc.targets.tensorrt.inspector import inspect
 from fluxc.targets.tensorrt.library import check_keeps_ranks, load_library
 from fluxrt.manifest import Engine
+from fluxrt.sharding import sizes_of
 
 BASE_GIB = 1.0
 """What the library itself takes while it builds."""
@@ -33,19 +35,22 @@ BASE_GIB = 1.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a target serves: image tokens as (rows, columns) for every size, branches, text tokens; shared by `ranks`."""
+    """What a target serves: image tokens as (rows, columns) for every size, branches, text tokens, numbers of images made at
+    once; shared by `ranks`."""
 
     grids: tuple[tuple[int, int], ...]
     branches: tuple[int, ...]
     text_length: int
     ranks: int = 1
+    batches: tuple[int, ...] = (1,)
 
     def requests(self) -> list[dict[str, int]]:
-        """Every combination of size and branches, what each dimension counts on a rank; the first size with the most branches
-        first."""
+        """Every combination of size, branches and images, what each dimension counts on a rank; the fewest images of the first
+        size with the most branches first."""
         return [
-            {"branches": branches, "tokens": rows * columns // self.ranks, "rows": rows, "columns": columns}
-            for rows, columns in self.grids
+            sizes_of(branches, grid, images) | {"tokens": math.prod(grid) // self.ranks}
+            for images in sorted(self.batches)
+            for grid in self.grids
             for branches in sorted(self.branches, reverse=True)
         ]
 

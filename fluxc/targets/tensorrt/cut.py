@@ -20,6 +20,7 @@ from fluxc.base.safetensors import TensorRef
 from fluxc.graph.attention import attention_apart, attention_in_tiles
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import (
+    ENCODED,
     Composition,
     compose_steps,
     compose_text_join,
@@ -37,6 +38,8 @@ from fluxrt.manifest import Call, Plan, Port, Program
 
 # What building a plan takes in memory, as a multiple of the weights baked into it (measured: 8.5 GB for 2.77 GB).
 MEMORY_A_BYTE = 3.2
+ROWS = ("images", "batch")
+"""Dimensions that count several for several images."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,10 @@ class Cut:
 class Cutter:
     """Turns neutral graphs into a Cut.
 
-    `requests` are the sizes to serve, each what every dimension counts ("branches", "tokens", "rows", "columns"); each becomes
-    an optimization profile, or with `whole_range` one profile spans them. A graph that only one request reaches is fixed to
-    it. Graphs are to be written to `folder`, those with baked weights beside the weights under a name with `target` in it.
+    `requests` are the sizes to serve, each what every dimension counts, by the names of fluxrt.sharding.sizes_of; each becomes
+    an optimization profile, or with `whole_range` one profile spans those of as many images. A profile for several images is
+    also for fewer, down to the next smaller number. A graph that only one request reaches is fixed to it. Graphs are to be
+    written to `folder`, those with baked weights beside the weights under a name with `target` in it.
     """
 
     def __init__(
@@ -132,7 +136,7 @@ class Cutter:
             calls.append(self._call("text_layer", layer, component, prefix, wired))
             at, free = to, (free[::-1] if to == free[0] else free)
         calls.append(self._call("text_join", compose_text_join(pieces, len(taken)), component))
-        self._program("text_encoder", component, calls, ("text",))
+        self._program("text_encoder", component, calls, (ENCODED,))
 
     def vae_decoder(self, model: onnx.ModelProto, component: Component, tiles: int) -> None:
         """vae_decoder: one plan, its attention over `tiles` of queries."""
@@ -240,11 +244,20 @@ class Cutter:
             raise BuildError(f"a graph counts {', '.join(sorted(unknown))}, which no size gives a number")
         if not symbols:
             return ()
-        if self._whole_range:
-            every = {symbol: [request[symbol] for request in self._requests] for symbol in sorted(symbols)}
-            return ({symbol: (min(sizes), sizes[0], max(sizes)) for symbol, sizes in every.items()},)
-        found = {tuple((symbol, request[symbol]) for symbol in sorted(symbols)): None for request in self._requests}
-        return tuple({symbol: (size, size, size) for symbol, size in request} for request in found)
+        groups: dict[int, list[dict[str, int]]] = {}
+        for request in self._requests:
+            groups.setdefault(request.get("images", 1), []).append(request)
+        found: dict[tuple[tuple[str, tuple[int, int, int]], ...], None] = {}
+        for images, requests in groups.items():
+            fewest = 1 + max((number for number in groups if number < images), default=0)
+            for together in [requests] if self._whole_range else [[request] for request in requests]:
+                spans = []
+                for symbol in sorted(symbols):
+                    greatest = [request[symbol] for request in together]
+                    least = [size // images * fewest for size in greatest] if symbol in ROWS else greatest
+                    spans.append((symbol, (min(least), greatest[0], max(greatest))))
+                found[tuple(spans)] = None
+        return tuple(dict(spans) for spans in found)
 
 
 def without_prefix(plan: Iterable[LayerPlan], prefix: str) -> dict[str, LayerPlan]:

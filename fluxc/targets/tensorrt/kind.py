@@ -85,6 +85,7 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
             transformer=context.source.transformer,
             grids=context.grids,
             decoder_tiles=context.decoder(target.shapes == "range").tiles,
+            batches=context.recipe.batches,
             cfg_batch=context.source.cfg_batch,
             text_length=context.recipe.text.length,
             text_layers=context.source.family.text_layers,

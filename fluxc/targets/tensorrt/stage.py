@@ -19,7 +19,8 @@ from fluxrt import manifest as format
 class TensorRTInputs:
     """`exports` are the graphs of each kind of block by component, the transformer's those of one rank; `config` is its own.
 
-    `grids` are token rows and columns of every size, `decoder_tiles` the tiles of queries in the VAE's attention. `scalars` are
+    `grids` are token rows and columns of every size, `decoder_tiles` the tiles of queries in the VAE's attention, `batches` the
+    numbers of images made at once. `scalars` are
     the scalar scales' bytes, which decide whether a fusion group can be one GEMM; `contents` the weights files, where engines
     hold them. `builds_here`: whether this machine builds the engines, with `library`, the version of the target's library.
     """
@@ -32,6 +33,7 @@ class TensorRTInputs:
     transformer: Flux2Transformer
     grids: tuple[tuple[int, int], ...]
     decoder_tiles: int
+    batches: tuple[int, ...]
     cfg_batch: bool
     text_length: int
     text_layers: tuple[int, ...]
@@ -60,6 +62,7 @@ def run(inputs: TensorRTInputs, folder: Path, report: Report) -> None:
         branches=(1, 2) if inputs.cfg_batch else (1,),
         text_length=inputs.text_length,
         ranks=target.ranks,
+        batches=inputs.batches,
     )
     sharding = None
     if target.ranks > 1:

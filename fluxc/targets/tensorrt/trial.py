@@ -20,6 +20,7 @@ from fluxrt.bundle import Bundle
 from fluxrt.cuda import Driver, Gpu
 from fluxrt.errors import BackendError
 from fluxrt.manifest import Call, Engine, Plan, Program, TensorRTTarget
+from fluxrt.sharding import sizes_of
 from fluxrt.weights import component_weights
 
 OpenDriver = Callable[[], Driver]
@@ -77,9 +78,8 @@ def _audited(place: Place, request: PlanRequest, expected: Expected) -> Audit:
 def _timed(bundle: Bundle, target: TensorRTTarget, place: Place, name: str, plan: Plan, made: Baked) -> float:
     """Seconds a run of the plan in FILE, at the bundle's first size with as many branches as guidance takes."""
     sampling = bundle.manifest.sampling
-    rows, columns = (side // sampling.pixels_per_token for side in sampling.sizes[0])
-    branches = 2 if sampling.cfg_batch else 1
-    sizes = {"branches": branches, "tokens": rows * columns, "rows": rows, "columns": columns}
+    height, width = (side // sampling.pixels_per_token for side in sampling.sizes[0])
+    sizes = sizes_of(2 if sampling.cfg_batch else 1, (height, width))
     block = Program(made.weights, (Call(name, made.prefix),), tuple(port.name for port in plan.outputs))
     engine = Engine(
         library=target.engine.library,

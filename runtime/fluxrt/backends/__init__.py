@@ -21,7 +21,7 @@ class Backend(Protocol):
     notes: list[str]
 
     def prepare(self, sizes: dict[str, int]) -> None:
-        """Make ready for an image in which dimensions count so much ("branches", "tokens", "rows", "columns")."""
+        """Make ready for images in which dimensions count so much, by the names of fluxrt.sharding.sizes_of."""
         ...
 
     def put(self, name: str, array: np.ndarray) -> None:
@@ -51,8 +51,15 @@ class Backend(Protocol):
         """Fill a buffer with what `save` gave, to the bit."""
         ...
 
+    def place(self, source: str, target: str, number: int) -> None:
+        """Copy the buffer `source`, of one image, to where image `number` has its rows in the buffer `target`, of all images.
+
+        Called for every image in order; the target is filled with the last one.
+        """
+        ...
+
     def need(self, sizes: dict[str, int]) -> Need | None:
-        """What an image of `sizes` takes with everything loaded, and what is free for it; None where that is not known."""
+        """What images of `sizes` take with everything loaded, and what is free for it; None where that is not known."""
         ...
 
     def keep(self, graphs: tuple[str, ...] | None) -> None:

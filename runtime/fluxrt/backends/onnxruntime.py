@@ -89,6 +89,7 @@ class OnnxRuntimeBackend:
         self._buffers: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
         self._takes_turns = False
+        self._gathered: Any = None
         self.notes: list[str] = []
 
     def prepare(self, sizes: dict[str, int]) -> None:
@@ -126,6 +127,21 @@ class OnnxRuntimeBackend:
     def restore(self, name: str, saved: np.ndarray) -> None:
         """Put what `save` gave."""
         self.put(name, saved)
+
+    def place(self, source: str, target: str, number: int) -> None:
+        """The buffer itself of a single image; those of several are gathered on the host."""
+        import numpy as np
+
+        images = self._sizes["images"]
+        if images == 1:
+            self._buffers[target] = self._buffer(source)
+            return
+        rows = self.save(source)
+        if number == 0:
+            self._gathered = np.empty((images * len(rows), *rows.shape[1:]), rows.dtype)
+        self._gathered[number * len(rows) : (number + 1) * len(rows)] = rows
+        if number == images - 1:
+            self.restore(target, self._gathered)
 
     def keep(self, graphs: tuple[str, ...] | None) -> None:
         """Drop the sessions of other graphs, with what they mapped, and return their memory to the system."""
@@ -278,5 +294,5 @@ def working_memory(target: OnnxRuntimeTarget, bundle: Bundle, sizes: dict[str, i
     scores = 0
     if rope and hidden:
         tokens, channels, head = dimension_size(rope.shape[0], sizes), hidden.shape[-1], rope.shape[-1]
-        scores = 2 * 4 * sizes["branches"] * int(channels) // int(head) * tokens**2
+        scores = 2 * 4 * sizes["batch"] * int(channels) // int(head) * tokens**2
     return max(decoding, widest + scores)

@@ -21,6 +21,7 @@ from fluxrt.cuda import first_gpu, free_memory
 from fluxrt.errors import BackendError
 from fluxrt.install import extra_requirements, install_instead
 from fluxrt.manifest import dimension_size
+from fluxrt.sharding import sizes_of
 from fluxrt.system import check_driver
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ WORK = {
 }
 ONNX_TYPES = {"bfloat16": 16, "float16": 10, "float32": 1}
 ONNX_BF16 = ONNX_TYPES["bfloat16"]
-HOST = ("text",)
+HOST = ("text", "encoded")
 """Results that go to the host at once: the text is kept there while the text encoder and its arena on the GPU are gone."""
 _FAILED_NODE = re.compile(r"while running (\w+) node\. Name:'([^']*)'")
 
@@ -129,8 +130,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
 
         sampling = self._bundle.manifest.sampling
         height, width = min(sampling.sizes, key=lambda size: size[0] * size[1])
-        rows, columns = height // sampling.pixels_per_token, width // sampling.pixels_per_token
-        sizes = {"branches": 1, "tokens": rows * columns, "rows": rows, "columns": columns}
+        sizes = sizes_of(1, (height // sampling.pixels_per_token, width // sampling.pixels_per_token))
         for port in described.inputs:
             shape = [dimension_size(dimension, sizes) for dimension in port.shape]
             # Graphs divide by the number of columns, and a mask of zeros leaves attention nothing.

@@ -193,6 +193,17 @@ class TensorRTBackend:
         self._write({name: saved})
         self._written.add(name)
 
+    def place(self, source: str, target: str, number: int) -> None:
+        """Copy on the GPU."""
+        self._driver.activate()
+        rows, all_rows = self._buffer(source), self._buffer(target)
+        if source not in self._written:
+            raise BackendError(f"nothing has produced {source!r}")
+        assert rows.dtype == all_rows.dtype
+        assert (number + 1) * rows.nbytes <= all_rows.nbytes
+        self._driver.copy(self._addresses[target] + number * rows.nbytes, self._addresses[source], rows.nbytes)
+        self._written.add(target)
+
     def keep(self, graphs: tuple[str, ...] | None) -> None:
         """Give back weights and CUDA graphs of other programs, and the working memory that only they need.
 
