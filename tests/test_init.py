@@ -263,6 +263,7 @@ PLAN_FIELDS = [
     "sampling",
     "stages",
     "budget",
+    "unused",
     "lacking_here",
 ]
 PREDICTION_FIELDS = [
@@ -274,6 +275,7 @@ PREDICTION_FIELDS = [
     "skipped",
     "efficiency",
     "gpus",
+    "at_once",
     "impossible",
     "points",
     "teacache_steps_implied",

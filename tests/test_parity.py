@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
-from conftest import NANO, compile_into, copy_checkpoint, exported
+from conftest import NANO, RecordingProgress, compile_into, copy_checkpoint, exported
 from fluxc.base.safetensors import read_header
 from fluxc.fidelity.metrics import relative_error
 from fluxc.graph import OPSET, export
@@ -224,6 +224,7 @@ def test_a_distilled_checkpoint_runs_one_branch_and_other_sizes_match_too(tmp_pa
     checkpoint = copy_checkpoint(tmp_path / "distilled")
     index = checkpoint / "model_index.json"
     index.write_text(index.read_text().replace('"is_distilled": false', '"is_distilled": true'))
+    progress = RecordingProgress()
     bundle = compile_into(
         tmp_path / "out",
         *QUICK,
@@ -232,7 +233,10 @@ def test_a_distilled_checkpoint_runs_one_branch_and_other_sizes_match_too(tmp_pa
         "targets=[{kind: onnxruntime}]",
         "sizes=[[32, 96], [64, 64]]",
         "sampling.guidance=4.0",
+        progress=progress,
     )
+    said = "sampling.guidance 4 changes nothing: this model is distilled and takes no guidance; leave it out"
+    assert said in progress.said
     figures = report(bundle)["onnxruntime"]
     assert max(figures["step_error"], figures["decode_error"], figures["prologue_error"]) <= 1e-3
     assert figures["image_psnr_db_worst"] >= 50

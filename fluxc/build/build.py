@@ -58,6 +58,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
     _say_where_kernels_are(progress)
     rates = rates_for(job)
     _tell_budget(ready.budget, rates, progress)
+    for sentence in job.unused:
+        progress.say(sentence)
     with names_place("build", out), locked(out) as workshop, StageCache(job.root, progress) as cache:
         progress.expect(_count_stages(job, until), predicted_seconds(ready.budget, rates))
         prompting = job.prompting(run(cache, template_of(job, cache.file_digest)))

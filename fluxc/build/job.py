@@ -106,6 +106,22 @@ class Job:
         """Rows of a CFG batch at this guidance: conditional and unconditional, or one."""
         return 2 if self.original.cfg_batch and guidance > 1.0 else 1
 
+    @property
+    def unused(self) -> list[str]:
+        """What the recipe asks of the model that changes nothing, in sentences."""
+        recipe, source = self.loaded.recipe, self.original
+        if source.cfg_batch or source.transformer.guidance_embeds:
+            return []
+        asked = {
+            "sampling.guidance": recipe.sampling.guidance,
+            "calibration.guidance": recipe.calibration.guidance or 1.0,
+        }
+        return [
+            f"{field} {scale:g} changes nothing: this model is distilled and takes no guidance; leave it out"
+            for field, scale in asked.items()
+            if scale != 1.0
+        ]
+
     def source(self, results: Results, with_plan: bool = True) -> Source:
         """The source as earlier steps left it: modelopt's export in place of the transformer, and, `with_plan`, the plan that
         `exclude: auto` came to."""

@@ -13,6 +13,7 @@ from fluxc.base.console import new_console, new_table
 from fluxc.base.fitted import Column, fitted_table
 from fluxc.base.numbers import as_json as to_json
 from fluxc.build.input_scales import InputScales, input_scales
+from fluxc.build.job import Job
 from fluxc.build.preflight import preflight
 from fluxc.calibrate.summary import in_words
 from fluxc.checkpoint.components import WEIGHTS_FILE
@@ -78,13 +79,21 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
     for target in (target for target in recipe.targets if target.ranks > 1):
         for shards in context.shards(target):
             console.print(f"{target.name}: {shards}")
-    sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
-    branches = "two passes a step (guidance)" if source.cfg_batch else "one pass a step"
-    console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
+    _print_sampling(console, ready.job)
     if recipe.step_cache:
         console.print(_cache_sentence(loaded))
     print_budget(console, ready)
     ready.check_machine()
+
+
+def _print_sampling(console: Console, job: Job) -> None:
+    """What a request may ask for, and what the recipe asks in vain."""
+    recipe = job.loaded.recipe
+    sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
+    branches = "two passes a step (guidance)" if job.original.cfg_batch else "one pass a step"
+    console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
+    for sentence in job.unused:
+        console.print(sentence)
 
 
 def _scales_sentence(loaded: LoadedRecipe, scales: InputScales) -> str:

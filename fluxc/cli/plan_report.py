@@ -100,6 +100,7 @@ def plan_as_json(ready: Preflight) -> dict[str, Any]:
             if stage.name not in (HASH, BUNDLE)
         ],
         "budget": budget_as_json(ready.budget, rates_for(ready.job)),
+        "unused": ready.job.unused,
         "lacking_here": list(ready.lacking.texts),
     }
 
