@@ -25,6 +25,7 @@ from fluxrt.request import Request
 from fluxrt.result import Result
 from fluxrt.sharding import sizes_of
 from fluxrt.texts import Texts
+from fluxrt.tiles import BLEND
 from ranks import on_every_rank
 from test_ulysses import bundle  # noqa: F401
 from test_ulysses_gpu import CAPSULE, kernel_cache  # noqa: F401
@@ -88,12 +89,12 @@ def test_each_component_is_loaded_once_and_alone(bundle: Bundle) -> None:  # noq
         lambda *_: there.append(set(backend._sessions)),
         lambda *_: given.append(set(backend._sessions)),
     )
-    assert sorted(backend.opened) == sorted({*ENCODE, *DENOISE, *DECODE})
+    assert sorted(backend.opened) == sorted({*ENCODE, *DENOISE, *DECODE} - {BLEND})
     assert backend.opened[0] == "text_encoder"
     assert backend.opened[-1] == "vae_decoder"
     assert backend.ran.count("text_encoder") == 2
     assert all(found <= set(DENOISE) for found in there)
-    assert given == [set(DECODE)] * 3
+    assert given == [{"vae_decoder"}] * 3
 
 
 @pytest.mark.parametrize("memory", ["staged", "resident"])
@@ -208,7 +209,7 @@ def test_auto_says_what_it_chose(
     tight, backend = opened(bundle)
     tight.generate(Request(RED, steps=1))
     assert [text for text in caplog.messages if text.startswith("memory: staged, components take turns: everything")]
-    assert set(backend._sessions) == set(DECODE)
+    assert set(backend._sessions) == {"vae_decoder"}
 
 
 # On a GPU that is not there.
@@ -312,4 +313,6 @@ def test_text_is_kept_on_the_host_by_onnxruntime_on_cuda(bundle: Bundle) -> None
         backend = OnnxRuntimeCudaBackend(bundle, bundle.target("onnxruntime"), "cpu", ("CPUExecutionProvider",))
         pipeline = Pipeline(bundle, target="onnxruntime", backend=backend, memory=memory)
         assert [pixels(pipeline.generate(request)) for _ in range(2)] == [expected] * 2
-        assert set(backend._sessions) == (set(DECODE) if memory == "staged" else {*ENCODE, *DENOISE, *DECODE})
+        assert set(backend._sessions) == (
+            {"vae_decoder"} if memory == "staged" else {*ENCODE, *DENOISE, *DECODE} - {BLEND}
+        )

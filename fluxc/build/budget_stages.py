@@ -40,6 +40,7 @@ from fluxc.quantize.plan import to_quantize
 from fluxc.quantize.source_memory import memory_by_component as weights_by_component
 from fluxc.recipe.targets import OnnxRuntimeTarget, TensorRTTarget, VisualGenTarget
 from fluxc.stepcache.trace_stage import traced
+from fluxc.targets.decoder import decoded_at_once
 from fluxc.targets.sharding import Shards
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -377,12 +378,15 @@ class Needs:
         model, tokens = self.models.transformer, asked.text_tokens + image_tokens(self.models, asked.size)
         scores = 2 * model.num_attention_heads * tokens**2
         step = asked.rows * (tokens * (14 * model.width + 5 * model.mlp_width) + scores)
-        return max(4 * step, decoding(self._vae, plain))
+        return max(
+            4 * step, decoding(self._vae, plain.with_size(decoded_at_once(self.recipe.vae, self._vae, asked.size)[0]))
+        )
 
     def _generating(self, asked: Asked, times: float) -> Work:
         """What a target computes on this CPU for all prompts, its transformer `times` for every step."""
         passes = times * asked.prompts * asked.rows * asked.steps
-        flop = passes * self._pass_flop(asked) + 2 * asked.prompts * decoding_flop(self._vae, asked.size)
+        tile, count = decoded_at_once(self.recipe.vae, self._vae, asked.size)
+        flop = passes * self._pass_flop(asked) + 2 * asked.prompts * count * decoding_flop(self._vae, tile)
         flop += (asked.prompts + 1) * text_flop(self.models, asked.text_tokens)
         calls = passes * len(self.models.transformer.linears)
         unfolded = UNFOLDING * passes / asked.rows * self.weights_bytes["transformer"]

@@ -104,6 +104,8 @@ def fidelity_entry(report: Report) -> format.Fidelity:
     for figures in plain["targets"].values():
         figures.pop("prompts")
     entry = {"reference": report.reference, "level": report.level, "not_compared": report.not_compared, **plain}
+    if report.tiling:
+        entry["tiling"] = msgspec.to_builtins(report.tiling)
     chosen = report.step_cache.chosen if report.step_cache else None
     if chosen:
         cached = msgspec.to_builtins(chosen)

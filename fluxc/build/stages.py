@@ -23,7 +23,7 @@ from fluxc.calibrate.assumed import assumed_amax
 from fluxc.calibrate.file import read_calibration
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.checkpoint.files import ComponentFiles, checkpoint_digests
-from fluxc.checkpoint.identify import pixels_per_token
+from fluxc.checkpoint.identify import pixels_per_token, vae_of
 from fluxc.checkpoint.source import WEIGHTED
 from fluxc.fidelity import reference_stage
 from fluxc.fidelity import stage as compare_stage
@@ -37,6 +37,7 @@ from fluxc.recipe.targets import Target
 from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
 from fluxc.stepcache.file import read_trace
 from fluxc.targets.base import TargetContext
+from fluxc.targets.decoder import tiles_of, tiles_of_size
 from fluxc.targets.parts import Weights
 from fluxc.targets.registry import kind_of
 from fluxrt.manifest import StepCache
@@ -120,6 +121,7 @@ def step_trace_inputs(job: Job, aside: str) -> trace_stage.StepTraceInputs:
 def sampling_entry(job: Job) -> dict[str, Any]:
     """The manifest's `sampling`."""
     recipe, source = job.loaded.recipe, job.original
+    tiles = tiles_of(recipe.vae, vae_of(source.checkpoint))
     return {
         "sizes": recipe.sizes,
         "pixels_per_token": pixels_per_token(source.checkpoint),
@@ -129,6 +131,7 @@ def sampling_entry(job: Job) -> dict[str, Any]:
         "guidance": recipe.sampling.guidance,
         "cfg_batch": source.cfg_batch,
         **({"batches": recipe.batches} if recipe.batches != (1,) else {}),
+        **({"tiles": tiles} if tiles else {}),
     }
 
 
@@ -348,6 +351,7 @@ def _reference(job: Job) -> Stage[Any, Made] | None:
         text_layers=job.original.family.text_layers,
         dtype=recipe.fidelity.reference,
         rows=job.rows(recipe.sampling.guidance),
+        tiles=tiles_of_size(recipe.vae, vae_of(job.original.checkpoint), job.fidelity.size),
     )
     return Stage("reference", "generate reference", inputs, reference_stage.run, reference_stage.load)
 

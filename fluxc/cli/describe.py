@@ -17,6 +17,7 @@ from fluxc.build.job import Job
 from fluxc.build.preflight import preflight
 from fluxc.calibrate.summary import in_words
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.cli.describe_decoding import decoding_sentences
 from fluxc.cli.plan_budget import print_budget
 from fluxc.cli.plan_report import (
     lacking,
@@ -80,8 +81,8 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
         for shards in context.shards(target):
             console.print(f"{target.name}: {shards}")
     _print_sampling(console, ready.job)
-    if recipe.step_cache:
-        console.print(_cache_sentence(loaded))
+    for sentence in (*decoding_sentences(context), *([_cache_sentence(loaded)] if recipe.step_cache else [])):
+        console.print(sentence)
     print_budget(console, ready)
     ready.check_machine()
 

@@ -96,6 +96,13 @@ def level_lines(manifest: Manifest) -> Iterator[str]:
         return
     if isinstance(level, str):
         yield f"compared with {manifest.fidelity.reference}: {'stages and images' if level == 'images' else 'stages alone'}"
+    tiling = manifest.fidelity.tiling
+    if not isinstance(tiling, msgspec.UnsetType):
+        tile = "x".join(map(str, tiling["tile"]))
+        yield (
+            f"decoded in tiles of {tile}: the reference's own images decoded so have {tiling['psnr_db']} dB to the whole, "
+            f"{tiling['psnr_db_worst']} at worst"
+        )
     if not isinstance(manifest.fidelity.not_compared, msgspec.UnsetType):
         for left_out in manifest.fidelity.not_compared:
             yield f"not compared: {left_out.what} of {left_out.target}: {left_out.why}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
+
 from fluxc.build.budget import BUNDLE, HASH, budget_as_json, rates_for
 from fluxc.build.input_scales import input_scales
 from fluxc.build.preflight import Preflight
@@ -93,6 +95,7 @@ def plan_as_json(ready: Preflight) -> dict[str, Any]:
             "steps": recipe.sampling.steps,
             "guidance": recipe.sampling.guidance,
             "passes": ready.job.rows(recipe.sampling.guidance),
+            "tiles": msgspec.to_builtins(context.tiles),
         },
         "stages": [
             {"name": stage.name, "part": stage.part, "result": stage.result}

@@ -35,17 +35,22 @@ NVFP4, codes fall the other way; an image that got rows of another is several ti
 
 @dataclass(frozen=True)
 class Reference:
-    """A recorded image with the final latents [1, S, C] of its step loop and the seed its noise came from."""
+    """A recorded image with the final latents [1, S, C] of its step loop and the seed its noise came from.
+
+    `tiled` is the image decoded in tiles, where a bundle decodes this size so; the trace's is decoded whole.
+    """
 
     trace: Trace
     final: np.ndarray
     seed: int
+    tiled: np.ndarray | None = None
 
 
 def compare_target(
     bundle: Bundle,
     target: str,
     recorded: list[Recorded],
+    expected: list[np.ndarray],
     *,
     size: tuple[int, int],
     steps: int,
@@ -56,10 +61,10 @@ def compare_target(
     """(figures, images fp32 [height, width, 3]) of one target; without images these are none, and their figures None.
 
     Every stage gets diffusers' own input: tokens, embeddings, the latents of each step, the final latents. Only an image is
-    end to end; where the text encoder is quantized, a second one is made of diffusers' embeddings, whose PSNR
-    (`image_psnr_db_reference_text`) shows what the transformer alone costs. Figures are the worst over prompts (and steps);
-    `image_psnr_db` and `image_ssim` also as means. Without images one component is in memory at a time. `on_done` is called
-    `parts_of(recorded)` times a prompt, and once an image.
+    end to end, and held against `expected`; where the text encoder is quantized, a second one is made of diffusers' embeddings,
+    whose PSNR (`image_psnr_db_reference_text`) shows what the transformer alone costs. Figures are the worst over prompts (and
+    steps); `image_psnr_db` and `image_ssim` also as means. Without images one component is in memory at a time. `on_done` is
+    called `parts_of(recorded)` times a prompt, and once an image.
     """
 
     def check(what: str, prompt: str, values: Sequence[np.ndarray]) -> None:
@@ -81,7 +86,7 @@ def compare_target(
                 check("image", one.prompt, images[-1:])
                 on_done()
                 if quantizes_text(bundle):
-                    apart[number] = psnr(_generate(pipeline, one, one.text, grid, guidance, steps), one.image)
+                    apart[number] = psnr(_generate(pipeline, one, one.text, grid, guidance, steps), expected[number])
                     on_done()
     else:
         found = replay(open_pipeline, recorded, size, guidance, on_done, check)
@@ -89,8 +94,8 @@ def compare_target(
         {"prompt": one.prompt, "seed": one.seed}
         | msgspec.to_builtins(errors)
         | {
-            "image_psnr_db": psnr(images[number], one.image) if with_images else None,
-            "image_ssim": ssim(images[number], one.image) if with_images else None,
+            "image_psnr_db": psnr(images[number], expected[number]) if with_images else None,
+            "image_ssim": ssim(images[number], expected[number]) if with_images else None,
             "image_psnr_db_reference_text": apart[number],
         }
         for number, (one, errors) in enumerate(zip(recorded, found.errors, strict=True))

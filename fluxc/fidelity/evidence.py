@@ -3,7 +3,8 @@
 1. At most MOST_PROMPTS prompts, or one where it takes more than LARGE bytes; at most MOST_SIGMAS velocities, spread evenly.
 2. A tensor is stored in the smallest of bf16, fp16, fp32 that holds it exactly. Of a large prompt, embeddings, prologue and
    image are rounded to fp16 where that changes them by less than MOST_ROUNDING.
-3. The build compares its targets with what is stored, so recorded errors hold what storing cost.
+3. Where a bundle decodes this size in tiles, the image is the one that diffusers' decoder gives of them.
+4. The build compares its targets with what is stored, so recorded errors hold what storing cost.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def recorded_of(bundle: Bundle, references: Iterable[Reference], guidance: float
             latents=np.concatenate(trace.latents),
             velocities=np.concatenate(trace.velocities),
             final=reference.final,
-            image=trace.image,
+            image=trace.image if reference.tiled is None else reference.tiled,
         )
         tokens = recorded.latents.shape[1]
         fault = tokens_fault(encoder, prompts, recorded)

@@ -11,6 +11,7 @@ import numpy as np
 from fluxc.base.cache import Made
 from fluxc.base.progress import OfSteps, Report
 from fluxc.checkpoint.files import CheckpointFiles
+from fluxrt.manifest import Tiles
 
 if TYPE_CHECKING:
     from fluxc.fidelity.compare import Reference
@@ -23,7 +24,7 @@ LISTS = ("input_ids", "text", "latents", "velocities")
 class ReferenceInputs:
     """The model, the prompts and how they are generated: prompt i from the noise of `seed` + i, by a model in `dtype`.
 
-    `rows` are those of a CFG batch.
+    `rows` are those of a CFG batch. `tiles`: what an image of this size is decoded in, None where it is decoded whole.
     """
 
     files: CheckpointFiles
@@ -36,16 +37,18 @@ class ReferenceInputs:
     text_layers: tuple[int, ...]
     dtype: str
     rows: int
+    tiles: Tiles | None = None
 
 
 def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
     """Write what it ran on, and for each prompt a safetensors file: tokens, embeddings, prologue, steps, final latents and
-    image."""
+    image, which is decoded whole; with tiles also the image decoded in them."""
     import torch
     from safetensors.numpy import save_file
 
     from fluxc.checkpoint.needs import Asked
     from fluxc.checkpoint.reference import Generation
+    from fluxc.fidelity.image_tiles import decoded_in_tiles
     from fluxc.fidelity.trace import record, tokens_of_final
     from fluxc.running.model import ReferenceModel
     from fluxc.running.placement import find_placement
@@ -64,6 +67,9 @@ def run(inputs: ReferenceInputs, folder: Path, report: Report) -> None:
         tensors |= {f"prologue.{name}": array for name, array in trace.prologue.items()}
         tensors |= {"sigmas": np.array(trace.sigmas, np.float64), "final": tokens_of_final(trace, model.vae)}
         tensors["image"] = trace.image
+        if inputs.tiles:
+            final = torch.from_numpy(trace.final)
+            tensors["tiled"] = decoded_in_tiles(model.decode, final, inputs.tiles, model.vae.config.patch_size)
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / _file(number))
 
 
@@ -94,7 +100,7 @@ def read_references(folder: Path, prompts: list[str], seed: int) -> list[Referen
         prologue = {key.removeprefix("prologue."): tensors[key] for key in tensors if key.startswith("prologue.")}
         sigmas = [float(sigma) for sigma in tensors["sigmas"]]
         trace = Trace(prompt, prologue=prologue, sigmas=sigmas, image=tensors["image"], **lists)
-        references.append(Reference(trace, tensors["final"], seed + number))
+        references.append(Reference(trace, tensors["final"], seed + number, tensors.get("tiled")))
     return references
 
 

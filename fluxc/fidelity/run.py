@@ -13,6 +13,7 @@ from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
 from fluxc.fidelity.compare import compare_ranks, compare_target, quantizes_text
 from fluxc.fidelity.evidence import recorded_of, write_evidence
+from fluxc.fidelity.image_tiles import tiling_figures
 from fluxc.fidelity.reference_stage import read_references
 from fluxc.recipe.targets import Target
 from fluxrt.evidence import parts_of
@@ -36,7 +37,13 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
     assert inputs.reference is not None
     references = read_references(inputs.reference.folder, inputs.prompts, inputs.seed)
     recorded = write_evidence(folder, recorded_of(bundle, references, guidance, steps), size, steps, guidance)
-    del references
+    sampling, tiled = bundle.manifest.sampling, [one.tiled for one in references if one.tiled is not None]
+    # What an image costs by being decoded in tiles is part of its figures, not of the decoder's.
+    expected = [one.trace.image for one in references] if tiled else [one.image for one in recorded]
+    tiling = (
+        tiling_figures(sampling.tiled, sampling.pixels_per_token, tiled, expected) if sampling.tiled and tiled else None
+    )
+    del references, tiled
     an_image = with_images * (1 + quantizes_text(bundle))
     total = len(runnable) * sum(parts_of(one) + an_image for one in recorded) + len(sharded) * len(recorded)
     done, now = 0, ""
@@ -48,6 +55,7 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
 
     figures = {
         **_asked(inputs),
+        "tiling": tiling,
         "targets": {},
         "ranks": {},
         "not_compared": msgspec.to_builtins(list(left_out(inputs.level, inputs.targets))),
@@ -55,13 +63,14 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
     }
     images: dict[str, list[np.ndarray]] = {}
     if with_images:
-        images["reference"] = [one.image for one in recorded]
+        images["reference"] = expected
     for target in runnable:
         now = target.name
         figures["targets"][target.name], images[target.name] = compare_target(
             bundle,
             target.name,
             recorded,
+            expected,
             size=size,
             steps=steps,
             guidance=guidance,
@@ -100,6 +109,7 @@ def measure_nothing(folder: Path, inputs: CompareInputs) -> None:
     """Write the same files where the level is none: no figure, no evidence, no image."""
     figures = {
         **_asked(inputs),
+        "tiling": None,
         "targets": {},
         "ranks": {},
         "not_compared": msgspec.to_builtins(list(left_out(inputs.level, inputs.targets))),

@@ -19,7 +19,8 @@ class ExportInputs:
     """What a component's graphs depend on.
 
     `config` is the component's; `family` says how the text encoder is run. `text_length` counts tokens, of a `part` of an
-    image those of one rank. With `composed` the graphs are whole, otherwise one for each kind of block.
+    image those of one rank. With `composed` the graphs are whole, otherwise one for each kind of block. With `tiles` the VAE
+    gets the graph that blends them.
     """
 
     component: str
@@ -30,6 +31,7 @@ class ExportInputs:
     dtype: str = "float32"
     composed: bool = False
     part: bool = False
+    tiles: bool = False
 
     @property
     def title(self) -> str:
@@ -53,7 +55,7 @@ def load(folder: Path) -> Path:
 def _export(inputs: ExportInputs) -> dict[str, onnx.ModelProto]:
     import torch
 
-    from fluxc.graph import compose, export
+    from fluxc.graph import compose, export, image_tiles
 
     config, dtype = inputs.config, getattr(torch, inputs.dtype)
     if inputs.component == "transformer":
@@ -72,4 +74,7 @@ def _export(inputs: ExportInputs) -> dict[str, onnx.ModelProto]:
             return pieces
         length = inputs.text_length if alike else None
         return {"text_encoder": compose.compose_text_encoder(pieces, inputs.family.text_layers, length)}
-    return {"vae_decoder": export.trace_vae_decoder(config, dtype)}
+    decoder = export.trace_vae_decoder(config, dtype)
+    if not inputs.tiles:
+        return {"vae_decoder": decoder}
+    return {"vae_decoder": image_tiles.of_a_tile(decoder), "vae_blend": image_tiles.trace_vae_blend()}

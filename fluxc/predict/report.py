@@ -13,6 +13,7 @@ from fluxc.base.fitted import Column, fitted_table
 from fluxc.predict.published import CALIBRATED_ON, STEPS, TEACACHE, calibrated, checked, steps_computed_with_teacache
 from fluxc.predict.rates import EXCHANGE_LATENCY, KERNEL_GAP
 from fluxc.predict.scaling import Prediction, RankMemory, Scaling
+from fluxc.predict.work import LARGE_DECODER, tile_hint
 from fluxc.quantize.plan import summary_by_format
 
 
@@ -151,7 +152,7 @@ def _first_rank_sentence(scaling: Scaling) -> str:
         f"{step / size:.2f}, decoding the image {subject.decoder / size:.2f}. Resident: all components stay; staged (--memory "
         f"staged, or auto where not all fit): they take turns, and with buffers {turns} takes."
     )
-    return text
+    return f"{text} {tile_hint().capitalize()}." if subject.decoder >= LARGE_DECODER and not subject.in_tiles else text
 
 
 def _unit(memory: RankMemory) -> tuple[str, int]:

@@ -37,8 +37,8 @@ class Subject:
     """What is predicted: a transformer and its plan, one size, and what else the GPU of the first rank holds.
 
     `weights`: bytes of the transformer's; `text_encoder` and `vae`: of theirs, on the first rank alone; `decoder`: of working
-    memory of the VAE's. `skipped`: steps that a step cache skips on average, None where it is not known before a build.
-    `batches`: how many images are made at once, each predicted.
+    memory of the VAE's, for a tile where it decodes `in_tiles`. `skipped`: steps that a step cache skips on average, None where
+    it is not known before a build. `batches`: how many images are made at once, each predicted.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Subject:
     vae: int = 0
     decoder: int = 0
     batches: tuple[int, ...] = (1,)
+    in_tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
     size, tokens = next(iter(context.tokens.items()))
     cache = recipe.step_cache
     ranged = any(isinstance(target, TensorRTTarget) and target.shapes == "range" for target in recipe.targets)
-    decoder = context.decoder(True) if ranged else Decoder(vae_of(source.checkpoint), context.grids[:1])
+    one = Decoder(vae_of(source.checkpoint), context.grids[:1]).in_tiles(context.tiles)
+    decoder = context.decoder(True) if ranged else one
     return Subject(
         name=recipe.name,
         transformer=source.transformer,
@@ -161,6 +163,7 @@ def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
         vae=memory["vae"].planned,
         decoder=decoder_working(decoder),
         batches=recipe.batches,
+        in_tiles=context.tiles is not None,
     )
 
 

@@ -32,6 +32,8 @@ VAE_WORKING, VAE_WORKING_RANGE, VAE_WORKING_UNEVEN = 6.2, 7.12, 11.6
 normalization's group are no power of two, which TensorRT-RTX 1.7.1 normalizes in fp32 with copies. In activations of the
 image's pixels by the width of the decoder's last block. Attention takes no more, for that is what its tiles are for, but in a
 range of more than four megapixels, whose tiles are as few as divide every size."""
+LARGE_DECODER = 3 << 30
+"""Bytes of working memory from which on tiles of the image are worth a word: whole images of two megapixels."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ def decoder_working(decoder: Decoder) -> int:
         # A plan for a range keeps scores before and after softmax where it keeps two of the largest activations.
         nbytes += 2 * ACTIVATION * max(0, decoder.scores - decoder.activation)
     return int(nbytes)
+
+
+def tile_hint() -> str:
+    """What makes the decoder take less, as a clause."""
+    return "a recipe with `vae: {tile: [1024, 1024]}` decodes large images in tiles and takes less"
 
 
 def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shards: Shards, branches: int) -> Work:

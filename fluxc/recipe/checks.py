@@ -99,6 +99,18 @@ def _batches(recipe: Recipe, refuse: Refuse) -> None:
         refuse("batches", f"{list(recipe.batches)} must be in ascending order, each number once")
 
 
+@_reads("sizes", "vae.tile")
+def _tile(recipe: Recipe, refuse: Refuse) -> None:
+    if recipe.vae is None:
+        return
+    height, width = recipe.vae.tile
+    if not any(size[0] > height or size[1] > width for size in recipe.sizes):
+        refuse(
+            "vae.tile",
+            f"no size is larger than {height}x{width}, so nothing is decoded in tiles; lower it, or leave `vae` out",
+        )
+
+
 @_reads("sizes", "fidelity.size")
 def _fidelity_size(recipe: Recipe, refuse: Refuse) -> None:
     if recipe.fidelity.size and recipe.fidelity.size not in recipe.sizes:

@@ -11,6 +11,7 @@ from fluxc.recipe.fields import (
     LEAST_SHARD_GIB,
     LONGEST_TEXT,
     MOST_MARGIN,
+    MOST_OVERLAP,
     AtOnce,
     Count,
     Decibels,
@@ -295,6 +296,23 @@ class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = "auto"
 
 
+class Vae(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the VAE decodes images larger than a tile; leave it out where every image is to be decoded whole."""
+
+    tile: Annotated[
+        Size,
+        about(
+            "[height, width] in pixels: a size that is larger in either is decoded in tiles of this size, so that memory "
+            "follows the tile. Multiples of the model's token, at least 8 tokens, and less than the largest of `sizes`",
+            [1024, 1024],
+        ),
+    ]
+    overlap: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=MOST_OVERLAP)],
+        about("the part of a tile that its neighbours share with it at least, and are blended over", 0.25),
+    ] = 0.25
+
+
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How weights are filed."""
 
@@ -415,8 +433,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Annotated[tuple[Size, ...], msgspec.Meta(min_length=1)],
         about(
             "[height, width] in pixels that can be generated: multiples of the model's token (16 for klein and dev, 8 for "
-            "flux2-nano), and no more than the VAE can decode (see [memory of the VAE](tensorrt.md#memory-of-the-vae)). The "
-            "first is the default, and the one fidelity is measured at",
+            "flux2-nano), and no more than the VAE can decode (see [memory of the VAE](tensorrt.md#memory-of-the-vae)), whole "
+            "or in tiles (`vae`). The first is the default, and the one fidelity is measured at",
             [[1024, 1024]],
         ),
     ]
@@ -440,6 +458,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: Annotated[Text, about("how prompts are read", {"length": 512})] = Text()
     sampling: Annotated[Sampling, about("defaults of a request", {"steps": 4, "guidance": 1.0})] = Sampling()
     precision: Annotated[Precision, about("formats of the layers", {"transformer": {"default": "nvfp4"}})] = Precision()
+    vae: Annotated[
+        Vae | None,
+        about("decodes large images in tiles", {"tile": [1024, 1024]}, left_out="every image is decoded whole"),
+    ] = None
     weights: Annotated[Weights, about("how weights are filed", {"shard_gib": 4})] = Weights()
     step_cache: Annotated[
         StepCache | None, about("skips denoising steps", {"skip": "auto"}, left_out="every step is computed")

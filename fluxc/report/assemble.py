@@ -12,7 +12,7 @@ from fluxc.fidelity.on_target import entries_of
 from fluxc.quantize.source import Source
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.report.gains import predicted, sizes_of
-from fluxc.report.structs import LayerFigures, Report, StepCacheFigures, TargetFigures, Verdict
+from fluxc.report.structs import LayerFigures, Report, StepCacheFigures, TargetFigures, Tiling, Verdict
 from fluxc.report.tiers import never_run, stages_matched, tiers_of
 from fluxrt.manifest import Manifest, NotCompared, RankFidelity
 
@@ -54,6 +54,7 @@ def assemble(
         not_run=tuple(figures["not_run"]),
         level=figures["level"],
         not_compared=msgspec.convert(figures["not_compared"], tuple[NotCompared, ...]),
+        tiling=msgspec.convert(figures["tiling"], Tiling | None),
         engines=figures["engines"],
         layers=_layers(manifest, figures["layers"]),
         sensitivity=figures["sensitivity"],

@@ -223,12 +223,23 @@ class StepCacheFigures(Struct, frozen=True):
     onset: tuple[int, ...] = ()
 
 
+class Tiling(Struct, frozen=True):
+    """The reference's images decoded in tiles of `tile` pixels [height, width], which overlap by at least `overlap`, against
+    those decoded whole: PSNR as mean and worst, and the largest relative error (Euclidean norms)."""
+
+    tile: tuple[int, int]
+    overlap: tuple[int, int]
+    psnr_db: float
+    psnr_db_worst: float
+    error: float
+
+
 class Report(Struct, frozen=True):
     """The report of one bundle. `targets` and `ranks` are by target: figures against the reference, and of sharded targets
     against the one that runs in one process. `engines` says what was found in what was built; `file_bytes` is by folder of the
     bundle, without the report, the evidence and what lies in no folder. `level` is what was compared on `prompts`: nothing,
-    stages, or also images; `not_compared` says of each target what was not, and why. `on_target` is what `fluxc finish` and
-    `fluxc add-evidence` added since.
+    stages, or also images; `not_compared` says of each target what was not, and why. `tiling` is null where nothing was
+    compared or images of `size` are decoded whole. `on_target` is what `fluxc finish` and `fluxc add-evidence` added since.
     """
 
     name: str
@@ -261,6 +272,7 @@ class Report(Struct, frozen=True):
     on_target: tuple[OnTarget, ...] = ()
     level: Literal["none", "stages", "images"] = "images"
     not_compared: tuple[NotCompared, ...] = ()
+    tiling: Tiling | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 

@@ -20,7 +20,7 @@ from fluxc.quantize.plan import LayerPlan
 from fluxc.quantize.source import Source
 from fluxc.recipe.structs import Recipe
 from fluxc.recipe.targets import Target, kind_name
-from fluxc.targets.decoder import Decoder
+from fluxc.targets.decoder import Decoder, tiles_of
 from fluxc.targets.parts import Weights
 from fluxc.targets.sharding import Shards, shards_of
 from fluxrt import manifest as format
@@ -50,15 +50,20 @@ class TargetContext:
         """Image tokens by size (height, width)."""
         return {size: rows * columns for size, (rows, columns) in zip(self.recipe.sizes, self.grids, strict=True)}
 
+    @property
+    def tiles(self) -> format.Tiles | None:
+        """The tiles that images are decoded in; None where they are decoded whole."""
+        return tiles_of(self.recipe.vae, vae_of(self.source.checkpoint))
+
     def decoder(self, between: bool = False) -> Decoder:
-        """The VAE's decoder for the recipe's sizes, with `between` for all between them."""
-        return Decoder(vae_of(self.source.checkpoint), self.grids, between)
+        """The VAE's decoder for the recipe's sizes, or for their tiles, with `between` for all between them."""
+        return Decoder(vae_of(self.source.checkpoint), self.grids, between).in_tiles(self.tiles)
 
     def export(self, component: str, dtype: str = "float32", ranks: int = 1, composed: bool = False) -> ExportInputs:
         """The graphs of a component in `dtype`: whole, or those of each kind of block, for one of `ranks` ranks."""
         config, family = self.source.checkpoint.components[component].config, self.source.family
         if component == "vae":
-            return ExportInputs(component, config, dtype=dtype, composed=composed)
+            return ExportInputs(component, config, dtype=dtype, composed=composed, tiles=self.tiles is not None)
         if component == "text_encoder":
             return ExportInputs(
                 component, config, self.recipe.text.length, family=family, dtype=dtype, composed=composed

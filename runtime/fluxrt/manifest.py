@@ -107,7 +107,7 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """TensorRT plans and the programs (text_encoder, prologue, body, epilogue, vae_decoder) that run them.
+    """TensorRT plans and the programs (text_encoder, prologue, body, epilogue, vae_decoder, vae_blend) that run them.
 
     `library` is tensorrt or tensorrt_rtx, `version` the one the plans were built with, `compute_capabilities` the GPUs they
     run on ("12.0"); `gpu` and `driver` are recorded when the plans were built on the GPU itself. `audit` says by plan what
@@ -342,10 +342,22 @@ class Prompting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     special_tokens: bool | msgspec.UnsetType = msgspec.UNSET
 
 
+class Tiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Images are decoded in tiles of `size` (rows, columns) tokens, which overlap by at least `overlap` (rows, columns)."""
+
+    size: tuple[int, int]
+    overlap: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if not all(0 <= overlap < size for overlap, size in zip(self.overlap, self.size, strict=True)):
+            raise ValueError(f"tiles of {list(self.size)} tokens cannot overlap by {list(self.overlap)}")
+
+
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the step loop needs: sizes in pixels [height, width], pixels a token, channels, schedule and defaults.
 
-    `batches` are the numbers of images that were compiled for, 1 alone where it is not set.
+    `batches` are the numbers of images that were compiled for, 1 alone where it is not set. Where `tiles` is set, the graphs
+    `vae_decoder` and `vae_blend` decode an image tile by tile (fluxrt.tiles).
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -356,11 +368,17 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     guidance: float
     cfg_batch: bool
     batches: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+    tiles: Tiles | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def compiled_batches(self) -> tuple[int, ...]:
         """`batches`, where they are not set 1."""
         return (1,) if self.batches is msgspec.UNSET else self.batches
+
+    @property
+    def tiled(self) -> Tiles | None:
+        """The tiles; None where images are decoded whole."""
+        return None if isinstance(self.tiles, msgspec.UnsetType) else self.tiles
 
 
 class CacheRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -497,6 +515,8 @@ class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on_target: tuple[OnTarget, ...] | msgspec.UnsetType = msgspec.UNSET
     level: Literal["none", "stages", "images"] | msgspec.UnsetType = msgspec.UNSET
     not_compared: tuple[NotCompared, ...] | msgspec.UnsetType = msgspec.UNSET
+    tiling: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    """Of images that are decoded in tiles, the reference's own decoded so, against the same decoded whole."""
 
 
 class StageErrors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -22,7 +22,7 @@ ENOUGH = 1 << 60
 Memory = Literal["auto", "staged", "resident"]
 MODES: tuple[Memory, ...] = ("auto", "staged", "resident")
 
-ENCODE, DENOISE, DECODE = ("text_encoder",), ("prologue", "signal", "body", "epilogue"), ("vae_decoder",)
+ENCODE, DENOISE, DECODE = ("text_encoder",), ("prologue", "signal", "body", "epilogue"), ("vae_decoder", "vae_blend")
 """The graphs of each stage of a request."""
 STAGES = (ENCODE, DENOISE, DECODE)
 

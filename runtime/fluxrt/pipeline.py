@@ -22,6 +22,7 @@ from fluxrt.schedule import SCHEDULES
 from fluxrt.sharding import rank_of
 from fluxrt.stepcache import Decisions, decisions_for
 from fluxrt.texts import TEXT_CACHE, Texts, Words, key_of
+from fluxrt.tiles import decode_in_tiles, with_tiles
 from fluxrt.turns import Turns
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class Pipeline:
         self._chosen_for = most_yet
         chosen, why = self._memory == "staged", "as asked"
         if self._memory == "auto":
-            chosen, why = choose(self.backend.need(self._rank.sizes(branches, found.grid, found.batch)))
+            chosen, why = choose(self.backend.need(self._sizes_of(branches, found.grid, found.batch)))
             if self._group:
                 # A rank with less room decides for all.
                 most = self._group.agree(why if chosen else "")
@@ -406,7 +407,9 @@ class Pipeline:
 
     def decode(self, latents: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Image fp32 [1, height, width, 3] in 0..1 from `latents` [1, tokens, channels]."""
-        spread = latents.reshape(1, grid[0], grid[1], latents.shape[-1])
+        spread, sampling = latents.reshape(1, grid[0], grid[1], latents.shape[-1]), self.bundle.manifest.sampling
+        if sampling.tiled:
+            return decode_in_tiles(self.backend, spread, sampling.tiled, sampling.pixels_per_token)
         return run(self.backend, "vae_decoder", {"latent_grid": spread})["image"]
 
     def _put_sigmas(self, sigma: float, next_sigma: float) -> None:
@@ -416,8 +419,11 @@ class Pipeline:
         self.backend.put("next_sigma", np.array(next_sigma, dtype=np.float32))
 
     def _prepare(self, branches: int, grid: tuple[int, int], images: int = 1) -> None:
-        self._sizes = self._rank.sizes(branches, grid, images)
+        self._sizes = self._sizes_of(branches, grid, images)
         self.backend.prepare(self._sizes)
+
+    def _sizes_of(self, branches: int, grid: tuple[int, int], images: int) -> dict[str, int]:
+        return with_tiles(self.bundle.manifest.sampling, self._rank.sizes(branches, grid, images))
 
 
 def say_memory(is_staged: bool, why: str) -> None:

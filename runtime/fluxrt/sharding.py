@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fluxrt.group import Group
     from fluxrt.manifest import Sharding, Target
 
-FIRST_RANK = ("text_encoder", "vae_decoder")
+FIRST_RANK = ("text_encoder", "vae_decoder", "vae_blend")
 """The stages that rank 0 alone runs, for all of them."""
 
 

@@ -1,4 +1,4 @@
-"""The `onnxruntime` target: five graphs in standard and com.microsoft operators, bound to the components' weights files."""
+"""The `onnxruntime` target: graphs in standard and com.microsoft operators, bound to the components' weights files."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ COMPONENT_OF = {
     "body": "transformer",
     "epilogue": "transformer",
     "vae_decoder": "vae",
+    "vae_blend": "vae",
 }
 FOLDED = 1 << 20
 """Bytes of the largest constant that is folded where a graph is only loaded."""

@@ -18,7 +18,7 @@ from fluxrt import manifest as format
 if TYPE_CHECKING:
     import onnx
 
-WHOLE = ("prologue", "signal", "epilogue", "vae_decoder")
+WHOLE = ("prologue", "signal", "epilogue", "vae_decoder", "vae_blend")
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from fluxc.targets.tensorrt.builder import PlanRequest, build_plan
 from fluxc.targets.tensorrt.cut import MEMORY_A_BYTE, Component, Cut, Cutter
 from fluxc.targets.tensorrt.inspector import inspect
 from fluxc.targets.tensorrt.library import check_keeps_ranks, load_library
-from fluxrt.manifest import Engine
+from fluxrt.manifest import Engine, Tiles
 from fluxrt.sharding import sizes_of
+from fluxrt.tiles import tile_sizes
 
 BASE_GIB = 1.0
 """What the library itself takes while it builds."""
@@ -36,19 +37,26 @@ BASE_GIB = 1.0
 @dataclass(frozen=True)
 class Sizes:
     """What a target serves: image tokens as (rows, columns) for every size, branches, text tokens, numbers of images made at
-    once; shared by `ranks`."""
+    once; shared by `ranks`.
+
+    Images are decoded in `tiles`, which are tokens of so many pixels, where there are any.
+    """
 
     grids: tuple[tuple[int, int], ...]
     branches: tuple[int, ...]
     text_length: int
     ranks: int = 1
     batches: tuple[int, ...] = (1,)
+    tiles: Tiles | None = None
+    pixels_per_token: int = 16
 
     def requests(self) -> list[dict[str, int]]:
         """Every combination of size, branches and images, what each dimension counts on a rank; the fewest images of the first
         size with the most branches first."""
         return [
-            sizes_of(branches, grid, images) | {"tokens": math.prod(grid) // self.ranks}
+            sizes_of(branches, grid, images)
+            | {"tokens": math.prod(grid) // self.ranks}
+            | tile_sizes(self.tiles, self.pixels_per_token, grid)
             for images in sorted(self.batches)
             for grid in self.grids
             for branches in sorted(self.branches, reverse=True)
@@ -76,6 +84,8 @@ def cut_target(
         pieces["transformer"], components["transformer"], sizes.text_length // sizes.ranks, segment_bytes
     )
     cutter.vae_decoder(pieces["vae"]["vae_decoder"], components["vae"], decoder_tiles)
+    if "vae_blend" in pieces["vae"]:
+        cutter.vae_blend(pieces["vae"]["vae_blend"], components["vae"])
     for component in components.values():
         check_group_scales(component)
     return cutter.cut

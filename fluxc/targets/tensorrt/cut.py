@@ -76,10 +76,11 @@ class Cut:
 class Cutter:
     """Turns neutral graphs into a Cut.
 
-    `requests` are the sizes to serve, each what every dimension counts, by the names of fluxrt.sharding.sizes_of; each becomes
-    an optimization profile, or with `whole_range` one profile spans those of as many images. A profile for several images is
-    also for fewer, down to the next smaller number. A graph that only one request reaches is fixed to it. Graphs are to be
-    written to `folder`, those with baked weights beside the weights under a name with `target` in it.
+    `requests` are the sizes to serve, each what every dimension counts, by the names of fluxrt.sharding.sizes_of and
+    fluxrt.tiles.tile_sizes; each becomes an optimization profile, or with `whole_range` one profile spans those of as many
+    images. A profile for several images is also for fewer, down to the next smaller number. A graph that only one request
+    reaches is fixed to it. Graphs are to be written to `folder`, those with baked weights beside the weights under a name with
+    `target` in it.
     """
 
     def __init__(
@@ -139,9 +140,13 @@ class Cutter:
         self._program("text_encoder", component, calls, (ENCODED,))
 
     def vae_decoder(self, model: onnx.ModelProto, component: Component, tiles: int) -> None:
-        """vae_decoder: one plan, its attention over `tiles` of queries."""
+        """vae_decoder, of an image or a tile: one plan, its attention over `tiles` of queries."""
         decoder = self._call("vae_decoder", attention_apart(attention_in_tiles(model, tiles)), component)
-        self._program("vae_decoder", component, [decoder], ("image",))
+        self._program("vae_decoder", component, [decoder], (model.graph.output[0].name,))
+
+    def vae_blend(self, model: onnx.ModelProto, component: Component) -> None:
+        """vae_blend: one plan, without weights."""
+        self._program("vae_blend", component, [self._call("vae_blend", model, component)], ("image",))
 
     def _program(self, stage: str, component: Component, calls: list[Call], outputs: tuple[str, ...]) -> None:
         self.cut.programs[stage] = Program(component.entry, tuple(calls), outputs)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxc.base.cache import Made
 from fluxc.base.errors import RecipeError
+from fluxc.checkpoint.identify import pixels_per_token
 from fluxc.graph.stage import ExportInputs
 from fluxc.recipe.targets import TensorRTTarget
 from fluxc.targets.base import COMPONENTS, TargetContext, TargetKind, TargetWork
@@ -86,6 +87,8 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
             grids=context.grids,
             decoder_tiles=context.decoder(target.shapes == "range").tiles,
             batches=context.recipe.batches,
+            tiles=context.tiles,
+            pixels_per_token=pixels_per_token(context.source.checkpoint),
             cfg_batch=context.source.cfg_batch,
             text_length=context.recipe.text.length,
             text_layers=context.source.family.text_layers,

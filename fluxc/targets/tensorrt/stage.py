@@ -19,8 +19,8 @@ from fluxrt import manifest as format
 class TensorRTInputs:
     """`exports` are the graphs of each kind of block by component, the transformer's those of one rank; `config` is its own.
 
-    `grids` are token rows and columns of every size, `decoder_tiles` the tiles of queries in the VAE's attention, `batches` the
-    numbers of images made at once. `scalars` are
+    `grids` are token rows and columns of every size, of tokens of `pixels_per_token`. `tiles` are those that images are decoded
+    in, `decoder_tiles` the tiles of queries in the VAE's attention, `batches` the numbers of images made at once. `scalars` are
     the scalar scales' bytes, which decide whether a fusion group can be one GEMM; `contents` the weights files, where engines
     hold them. `builds_here`: whether this machine builds the engines, with `library`, the version of the target's library.
     """
@@ -34,6 +34,8 @@ class TensorRTInputs:
     grids: tuple[tuple[int, int], ...]
     decoder_tiles: int
     batches: tuple[int, ...]
+    tiles: format.Tiles | None
+    pixels_per_token: int
     cfg_batch: bool
     text_length: int
     text_layers: tuple[int, ...]
@@ -63,6 +65,8 @@ def run(inputs: TensorRTInputs, folder: Path, report: Report) -> None:
         text_length=inputs.text_length,
         ranks=target.ranks,
         batches=inputs.batches,
+        tiles=inputs.tiles,
+        pixels_per_token=inputs.pixels_per_token,
     )
     sharding = None
     if target.ranks > 1:

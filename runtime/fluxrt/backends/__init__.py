@@ -21,7 +21,8 @@ class Backend(Protocol):
     notes: list[str]
 
     def prepare(self, sizes: dict[str, int]) -> None:
-        """Make ready for images in which dimensions count so much, by the names of fluxrt.sharding.sizes_of."""
+        """Make ready for images in which dimensions count so much, by the names of fluxrt.sharding.sizes_of, with tiles also
+        those of fluxrt.tiles.tile_sizes."""
         ...
 
     def put(self, name: str, array: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from fluxrt.checks import check_threads
 from fluxrt.cores import allowed_cores, usable_cores
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.manifest import dimension_size
-from fluxrt.memory import Need, available_memory, return_memory
+from fluxrt.memory import DECODE, Need, available_memory, return_memory
 from fluxrt.weights import component_weights, weights_files
 
 if TYPE_CHECKING:
@@ -47,10 +47,13 @@ def session_options() -> Any:
     return options
 
 
-def open_session(path: str, threads: int | None, has_arena: bool, folded: int | None = FOLDED) -> Any:
+def open_session(
+    path: str, threads: int | None, has_arena: bool, folded: int | None = FOLDED, *, reserves: bool = True
+) -> Any:
     """A session on the CPU of the graph file at `path`; `folded` None lets ONNX Runtime fold constants of any size.
 
-    An arena keeps what the widest layer took for the next one: faster, and too much where components take turns.
+    An arena keeps what the widest layer took for the next one: faster, and too much where components take turns. One that
+    `reserves` takes all that a run took in one piece from the second run of a shape on, beside what the first one left.
     """
     import onnxruntime
 
@@ -58,6 +61,7 @@ def open_session(path: str, threads: int | None, has_arena: bool, folded: int | 
     if folded is not None:
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
     options.enable_cpu_mem_arena = has_arena
+    options.enable_mem_pattern = reserves
     if threads:
         options.intra_op_num_threads = threads
     # Otherwise it prints what goes wrong and tries again.
@@ -227,7 +231,7 @@ class OnnxRuntimeBackend:
 
     def _open(self, graph: str, path: str) -> Any:
         """A session of the graph file at `path`."""
-        return open_session(path, self._threads, has_arena=not self._takes_turns)
+        return open_session(path, self._threads, has_arena=not self._takes_turns, reserves=graph not in DECODE)
 
     def _shape_of(self, result: Any) -> tuple[int, ...]:
         shape: tuple[int, ...] = result.shape
@@ -274,17 +278,21 @@ class OnnxRuntimeBackend:
 def working_memory(target: OnnxRuntimeTarget, bundle: Bundle, sizes: dict[str, int]) -> int:
     """Bytes that the hungriest graph of `target` takes beside weights, estimated.
 
-    The decoder: DECODER_ACTIVATIONS activations of the last block in fp32, one a pixel and channel (benchmarks/vae_memory.py).
+    The decoder: DECODER_ACTIVATIONS activations of the last block in fp32, one a pixel and channel (benchmarks/vae_memory.py),
+    of an image or a tile; with tiles also images.
     A block of the transformer: the widest Linear's weight unfolded, and attention's scores of all heads before and after
     softmax (benchmarks/cpu_memory.py).
     """
     graphs = target.graphs
-    pixels = bundle.manifest.sampling.pixels_per_token**2 * sizes["rows"] * sizes["columns"]
+    rows, columns = sizes.get("tile_rows", sizes["rows"]), sizes.get("tile_columns", sizes["columns"])
+    pixels = bundle.manifest.sampling.pixels_per_token**2 * rows * columns
     decoder = component_weights(bundle, graphs["vae_decoder"].weights)
     last = decoder.get("decoder.conv_out.weight")
     # fp32 or bf16 [3, width, 3, 3].
     width = last.nbytes // (27 * (4 if last.dtype == "F32" else 2)) if last else 128
     decoding = DECODER_ACTIVATIONS * 4 * width * pixels
+    # Of a canvas there are the one before, the one after, and the tile as large as they are.
+    decoding += 3 * 4 * 3 * sizes.get("height", 0) * sizes.get("width", 0)
     weights = component_weights(bundle, graphs["prologue"].weights)
     widest = max(
         (UNFOLDED[tensor.dtype] * tensor.nbytes for tensor in weights.values() if tensor.dtype in UNFOLDED), default=0

@@ -23,6 +23,7 @@ from fluxrt.install import extra_requirements, install_instead
 from fluxrt.manifest import dimension_size
 from fluxrt.sharding import sizes_of
 from fluxrt.system import check_driver
+from fluxrt.tiles import with_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +131,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
 
         sampling = self._bundle.manifest.sampling
         height, width = min(sampling.sizes, key=lambda size: size[0] * size[1])
-        sizes = sizes_of(1, (height // sampling.pixels_per_token, width // sampling.pixels_per_token))
+        grid = (height // sampling.pixels_per_token, width // sampling.pixels_per_token)
+        sizes = with_tiles(sampling, sizes_of(1, grid))
         for port in described.inputs:
             shape = [dimension_size(dimension, sizes) for dimension in port.shape]
             # Graphs divide by the number of columns, and a mask of zeros leaves attention nothing.
