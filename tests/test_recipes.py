@@ -39,6 +39,30 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.parametrize("recipe", ["flux2-dev-b200", "flux2-klein-4b-b200", "flux2-dev-rtx-5090"])
+@pytest.mark.parametrize("tile", [None, "vae={tile: [1024, 1024]}"])
+def test_a_range_up_to_four_megapixels_is_planned(recipe: str, tile: str | None, checkpoints: dict[str, Path]) -> None:
+    """Portrait, landscape and square, in batches of 1 and 4; with tiles the decoder takes that of a quarter."""
+    model = next(name for name in checkpoints if recipe.startswith(name))
+    sizes = "sizes={min: [256, 256], max: [2048, 2048]}"
+    changes = [f"model.source={checkpoints[model]}", sizes, "batches=[1, 4]", *([tile] if tile else [])]
+    arguments = [word for change in changes for word in ("--set", change)]
+    path = str(ROOT / "recipes" / f"{recipe}.yaml")
+    result = CliRunner().invoke(main, ["plan", path, "--json", *arguments])
+    too_little = re.search(r"GiB of (memory|disk)", result.stderr)
+    assert result.exit_code == 0 or too_little, result.output
+    plan = json.loads(result.stdout)
+    assert plan["sampling"]["sizes"] == [[1024, 1024], [256, 256], [2048, 2048]]
+    predicted = CliRunner().invoke(main, ["predict", path, "--on", "b200", "--gpus", "1", "--json", *arguments])
+    found = json.loads(predicted.stdout)
+    (one,), (four,) = found["gpus"], found["at_once"]
+    assert four["images"] == 4
+    assert 3.5 < four["step_seconds"] / one["step_seconds"] < 4
+    working = one["first_rank_bytes"]["working"] / 2**30
+    # bf16 activations of the decoder at 2048x2048, or at 1024x1024.
+    assert working == pytest.approx(7.1 if tile is None else 1.8, abs=0.4)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_it_plans_for_its_model(recipe: Path, checkpoints: dict[str, Path]) -> None:
     model = next(name for name in checkpoints if recipe.stem.startswith(name))

@@ -366,7 +366,7 @@ class Needs:
 
     def _added(self, size: tuple[int, int]) -> str:
         """What must be said of a size to compare at: it must be one of those that are served."""
-        return "" if size in self.recipe.sizes else ", added to sizes"
+        return "" if self.recipe.serves(size) else ", added to sizes"
 
     @property
     def _small_side(self) -> int:

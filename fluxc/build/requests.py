@@ -24,7 +24,7 @@ def calibration_request(loaded: LoadedRecipe, is_large: bool) -> dict[str, Any]:
     prompts = [] if calibration.prompts is None else loaded.prompts("calibration.prompts", calibration.prompts)
     prompts = spread_evenly(prompts, calibration.max_prompts or (LARGE_PROMPTS if is_large else None))
     _check_seeds("calibration.seed", calibration.seed, prompts)
-    steps, size = sampling.steps, recipe.sizes[0]
+    steps, size = sampling.steps, recipe.listed_sizes[0]
     if is_large:
         steps, size = min(steps, LARGE_STEPS), _at_most(size, LARGE_SIDE)
     return {
@@ -64,7 +64,7 @@ def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
 def trace_size(recipe: Recipe) -> tuple[int, int]:
     """The size that is traced: calibration's where that is served, otherwise the first of `sizes`."""
     size = recipe.calibration.size
-    return size if size in recipe.sizes else recipe.sizes[0]
+    return size if size and recipe.serves(size) else recipe.listed_sizes[0]
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def fidelity_request(loaded: LoadedRecipe, is_large: bool) -> FidelityRequest:
     if not runs_here:
         prompts = prompts[:MOST_PROMPTS]
     _check_seeds("fidelity.seed", fidelity.seed, prompts)
-    steps, size = recipe.sampling.steps, recipe.sizes[0]
+    steps, size = recipe.sampling.steps, recipe.listed_sizes[0]
     if level == "stages":
-        steps, size = min(steps, LARGE_STEPS), min(recipe.sizes, key=lambda size: size[0] * size[1])
+        steps, size = min(steps, LARGE_STEPS), min(recipe.listed_sizes, key=lambda size: size[0] * size[1])
     return FidelityRequest(level, prompts, fidelity.steps or steps, fidelity.size or size)
 
 

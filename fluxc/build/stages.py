@@ -123,13 +123,14 @@ def sampling_entry(job: Job) -> dict[str, Any]:
     recipe, source = job.loaded.recipe, job.original
     tiles = tiles_of(recipe.vae, vae_of(source.checkpoint))
     return {
-        "sizes": recipe.sizes,
+        "sizes": recipe.listed_sizes,
         "pixels_per_token": pixels_per_token(source.checkpoint),
         "latent_channels": source.transformer.in_channels,
         "schedule": source.family.schedule,
         "steps": recipe.sampling.steps,
         "guidance": recipe.sampling.guidance,
         "cfg_batch": source.cfg_batch,
+        **({"range": recipe.size_range} if recipe.size_range else {}),
         **({"batches": recipe.batches} if recipe.batches != (1,) else {}),
         **({"tiles": tiles} if tiles else {}),
     }

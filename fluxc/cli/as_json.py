@@ -23,6 +23,7 @@ def bundle_fields(bundle: Bundle) -> dict[str, Any]:
         "built_at": manifest.provenance.built_at,
         "tools": manifest.provenance.tools,
         "sizes": [list(size) for size in manifest.sampling.sizes],
+        "size_range": [list(size) for size in manifest.sampling.range] if manifest.sampling.range else None,
         "steps": manifest.sampling.steps,
         "guidance": manifest.sampling.guidance,
         "text_tokens": manifest.prompting.length,

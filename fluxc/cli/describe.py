@@ -90,7 +90,8 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
 def _print_sampling(console: Console, job: Job) -> None:
     """What a request may ask for, and what the recipe asks in vain."""
     recipe = job.loaded.recipe
-    sizes = ", ".join(f"{height}x{width}" for height, width in recipe.sizes)
+    sizes = ", ".join(f"{height}x{width}" for height, width in recipe.listed_sizes)
+    sizes += ", and all between the last two" if recipe.size_range else ""
     branches = "two passes a step (guidance)" if job.original.cfg_batch else "one pass a step"
     console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
     for sentence in job.unused:

@@ -30,6 +30,7 @@ def print_bundle(bundle: Bundle) -> None:
     console.print(f"digest {manifest.digest}")
     sampling = manifest.sampling
     sizes = ", ".join(f"{height}x{width}" for height, width in sampling.sizes)
+    sizes += ", and all between the last two" if sampling.range else ""
     console.print(
         f"sizes {sizes}; text {manifest.prompting.length} tokens; {sampling.steps} steps; guidance {sampling.guidance}"
     )

@@ -25,7 +25,7 @@ def decoding_sentences(context: TargetContext) -> Iterator[str]:
     )
     counts = [
         f"{height}x{width} in {tile_count(context.tiles, (height // pixels, width // pixels))}"
-        for height, width in recipe.sizes
+        for height, width in recipe.listed_sizes
         if tiles_of_size(recipe.vae, vae, (height, width))
     ]
     yield (

@@ -90,7 +90,7 @@ def plan_as_json(ready: Preflight) -> dict[str, Any]:
             if target.ranks > 1
         },
         "sampling": {
-            "sizes": [list(size) for size in recipe.sizes],
+            "sizes": [list(size) for size in recipe.listed_sizes],
             "text_length": recipe.text.length,
             "steps": recipe.sampling.steps,
             "guidance": recipe.sampling.guidance,

@@ -145,7 +145,9 @@ def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
     context = TargetContext(recipe, source)
     size, tokens = next(iter(context.tokens.items()))
     cache = recipe.step_cache
-    ranged = any(isinstance(target, TensorRTTarget) and target.shapes == "range" for target in recipe.targets)
+    ranged = recipe.size_range is not None or any(
+        isinstance(target, TensorRTTarget) and target.shapes == "range" for target in recipe.targets
+    )
     one = Decoder(vae_of(source.checkpoint), context.grids[:1]).in_tiles(context.tiles)
     decoder = context.decoder(True) if ranged else one
     return Subject(

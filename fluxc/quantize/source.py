@@ -113,10 +113,10 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
     _check_window(encoder_model, recipe.text.length, encoder.folder)
     check_tensors(checkpoint.components["vae"], vae_of(checkpoint).tensors, ignored=("bn.num_batches_tracked",))
     with collected.collecting():
-        check_sizes(vae_of(checkpoint), recipe.sizes)
-    if recipe.calibration.size:
+        check_sizes(vae_of(checkpoint), recipe.listed_sizes)
+    for field, size in (("calibration.size", recipe.calibration.size), ("fidelity.size", recipe.fidelity.size)):
         with collected.collecting():
-            check_sizes(vae_of(checkpoint), (recipe.calibration.size,), "calibration.size")
+            check_sizes(vae_of(checkpoint), (size,) if size and size not in recipe.listed_sizes else (), field)
     layers: dict[str, list[Linear]] = {
         "transformer": transformer_model.linears,
         "text_encoder": encoder_model.linears(family.text_layers[-1]),

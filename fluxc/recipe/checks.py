@@ -15,7 +15,7 @@ import msgspec
 from fluxc.base.numbers import floats
 from fluxc.recipe.faults import Fault, overlap
 from fluxc.recipe.fields import LARGEST_SEED, MOST_STEPS
-from fluxc.recipe.structs import LEAST_STEPS, Recipe, most_skipped
+from fluxc.recipe.structs import LEAST_STEPS, Recipe, SizeRange, most_skipped
 from fluxc.recipe.targets import Refuse
 
 SEEDS = LARGEST_SEED + 1
@@ -89,8 +89,17 @@ def _name(recipe: Recipe, refuse: Refuse) -> None:
 
 @_reads("sizes")
 def _sizes(recipe: Recipe, refuse: Refuse) -> None:
-    if len(set(recipe.sizes)) != len(recipe.sizes):
-        refuse("sizes", "a size appears twice")
+    sizes = recipe.sizes
+    if not isinstance(sizes, SizeRange):
+        if len(set(sizes)) != len(sizes):
+            refuse("sizes", "a size appears twice")
+        return
+    if any(low > high for low, high in zip(sizes.min, sizes.max, strict=True)):
+        refuse("sizes.min", f"{list(sizes.min)} is more than sizes.max, {list(sizes.max)}")
+    elif sizes.min == sizes.max:
+        refuse("sizes", f"min and max are the same; write sizes: [{list(sizes.min)}]")
+    elif sizes.default and not recipe.serves(sizes.default):
+        refuse("sizes.default", f"{list(sizes.default)} is not between {list(sizes.min)} and {list(sizes.max)}")
 
 
 @_reads("batches")
@@ -104,7 +113,7 @@ def _tile(recipe: Recipe, refuse: Refuse) -> None:
     if recipe.vae is None:
         return
     height, width = recipe.vae.tile
-    if not any(size[0] > height or size[1] > width for size in recipe.sizes):
+    if not any(size[0] > height or size[1] > width for size in recipe.listed_sizes):
         refuse(
             "vae.tile",
             f"no size is larger than {height}x{width}, so nothing is decoded in tiles; lower it, or leave `vae` out",
@@ -113,8 +122,9 @@ def _tile(recipe: Recipe, refuse: Refuse) -> None:
 
 @_reads("sizes", "fidelity.size")
 def _fidelity_size(recipe: Recipe, refuse: Refuse) -> None:
-    if recipe.fidelity.size and recipe.fidelity.size not in recipe.sizes:
-        refuse("fidelity.size", f"{list(recipe.fidelity.size)} is not one of sizes")
+    if recipe.fidelity.size and not recipe.serves(recipe.fidelity.size):
+        which = "one of sizes" if recipe.size_range is None else "between sizes.min and sizes.max"
+        refuse("fidelity.size", f"{list(recipe.fidelity.size)} is not {which}")
 
 
 @_reads("calibration.prompts", "calibration.engine", "fidelity.prompts", "fidelity.level")

@@ -29,6 +29,8 @@ MOST_MARGIN = 1024
 MOST_OVERLAP = 0.5
 LONGEST_SIDE = 16384
 """Pixels."""
+USUAL_SIDE = 1024
+"""Pixels of FLUX.2's own default size."""
 LONGEST_TEXT = 32768
 """Tokens."""
 MOST_AT_ONCE = 64

@@ -12,6 +12,7 @@ from fluxc.recipe.fields import (
     LONGEST_TEXT,
     MOST_MARGIN,
     MOST_OVERLAP,
+    USUAL_SIDE,
     AtOnce,
     Count,
     Decibels,
@@ -417,6 +418,21 @@ class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
 
 
+class SizeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Every size from one to another: any height and any width between them, in steps of the model's token."""
+
+    min: Annotated[Size, about("the least height and width", [256, 256])]
+    max: Annotated[Size, about("the greatest height and width", [2048, 2048])]
+    default: Annotated[
+        Size | None,
+        about(
+            "what a request gets that asks for no size, and the size fidelity is measured at",
+            [1024, 1024],
+            left_out="1024 a side, or as near to it as the range is",
+        ),
+    ] = None
+
+
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A recipe of fluxc: what to compile, for whom, and how good it must be."""
 
@@ -430,11 +446,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ]
     model: Annotated[Model, about("the checkpoint", {"source": "../models/flux2-nano"})]
     sizes: Annotated[
-        Annotated[tuple[Size, ...], msgspec.Meta(min_length=1)],
+        Annotated[tuple[Size, ...], msgspec.Meta(min_length=1)] | SizeRange,
         about(
             "[height, width] in pixels that can be generated: multiples of the model's token (16 for klein and dev, 8 for "
             "flux2-nano), and no more than the VAE can decode (see [memory of the VAE](tensorrt.md#memory-of-the-vae)), whole "
-            "or in tiles (`vae`). The first is the default, and the one fidelity is measured at",
+            "or in tiles (`vae`). The first is the default, and the one fidelity is measured at. Or a [range](#sizes)",
             [[1024, 1024]],
         ),
     ]
@@ -467,6 +483,26 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         StepCache | None, about("skips denoising steps", {"skip": "auto"}, left_out="every step is computed")
     ] = None
     gates: Annotated[Gates, about("the worst result a build may have", {"layer_snr_db": 15})] = Gates()
+
+    @property
+    def listed_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes that are named, the default first: those of a list, or of a range the default and its two ends."""
+        if not isinstance(self.sizes, SizeRange):
+            return self.sizes
+        least, greatest = self.sizes.min, self.sizes.max
+        near = [max(low, min(USUAL_SIDE, high)) for low, high in zip(least, greatest, strict=True)]
+        return tuple(dict.fromkeys((self.sizes.default or (near[0], near[1]), least, greatest)))
+
+    @property
+    def size_range(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """The least and the greatest size of a range; None where sizes are listed."""
+        return (self.sizes.min, self.sizes.max) if isinstance(self.sizes, SizeRange) else None
+
+    def serves(self, size: tuple[int, int]) -> bool:
+        """Whether `size` is listed, or within the range."""
+        if not isinstance(self.sizes, SizeRange):
+            return size in self.sizes
+        return all(low <= side <= high for low, side, high in zip(self.sizes.min, size, self.sizes.max, strict=True))
 
 
 def most_skipped(steps: int, first: int, last: int, max_consecutive_skips: int) -> int:

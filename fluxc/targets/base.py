@@ -41,14 +41,16 @@ class TargetContext:
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """Token rows and columns of every size."""
+        """Token rows and columns of every size that is named."""
         pixels = pixels_per_token(self.source.checkpoint)
-        return tuple((height // pixels, width // pixels) for height, width in self.recipe.sizes)
+        return tuple((height // pixels, width // pixels) for height, width in self.recipe.listed_sizes)
 
     @property
     def tokens(self) -> dict[tuple[int, int], int]:
         """Image tokens by size (height, width)."""
-        return {size: rows * columns for size, (rows, columns) in zip(self.recipe.sizes, self.grids, strict=True)}
+        return {
+            size: rows * columns for size, (rows, columns) in zip(self.recipe.listed_sizes, self.grids, strict=True)
+        }
 
     @property
     def tiles(self) -> format.Tiles | None:
@@ -56,7 +58,8 @@ class TargetContext:
         return tiles_of(self.recipe.vae, vae_of(self.source.checkpoint))
 
     def decoder(self, between: bool = False) -> Decoder:
-        """The VAE's decoder for the recipe's sizes, or for their tiles, with `between` for all between them."""
+        """The VAE's decoder for the recipe's sizes, or for their tiles; for a range, or with `between`, all between them."""
+        between = between or self.recipe.size_range is not None
         return Decoder(vae_of(self.source.checkpoint), self.grids, between).in_tiles(self.tiles)
 
     def export(self, component: str, dtype: str = "float32", ranks: int = 1, composed: bool = False) -> ExportInputs:

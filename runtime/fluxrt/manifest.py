@@ -356,7 +356,8 @@ class Tiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the step loop needs: sizes in pixels [height, width], pixels a token, channels, schedule and defaults.
 
-    `batches` are the numbers of images that were compiled for, 1 alone where it is not set. Where `tiles` is set, the graphs
+    `batches` are the numbers of images that were compiled for, 1 alone where it is not set. With `range`, the least and the
+    greatest [height, width], any size between them can be generated. Where `tiles` is set, the graphs
     `vae_decoder` and `vae_blend` decode an image tile by tile (fluxrt.tiles).
     """
 
@@ -368,7 +369,15 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     guidance: float
     cfg_batch: bool
     batches: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+    range: tuple[tuple[int, int], tuple[int, int]] | msgspec.UnsetType = msgspec.UNSET
     tiles: Tiles | msgspec.UnsetType = msgspec.UNSET
+
+    def in_range(self, size: tuple[int, int]) -> bool:
+        """Whether `size` lies in `range`, in whole tokens."""
+        if isinstance(self.range, msgspec.UnsetType):
+            return False
+        sides = zip(self.range[0], size, self.range[1], strict=True)
+        return all(low <= side <= high and side % self.pixels_per_token == 0 for low, side, high in sides)
 
     @property
     def compiled_batches(self) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from msgspec import UnsetType
+
 from fluxrt.errors import RequestError
 from fluxrt.request import check_request
 from fluxrt.stepcache import decisions_for
@@ -117,8 +119,11 @@ def grid_of(sampling: Sampling, target: Target, size: tuple[int, int]) -> tuple[
     """Token rows and columns of `size` (height, width), which must have been compiled."""
     pixels = sampling.pixels_per_token
     rows, columns = size[0] // pixels, size[1] // pixels
-    if size not in sampling.sizes and not _in_range(target, size, pixels):
+    if size not in sampling.sizes and not sampling.in_range(size) and not _in_range(target, size, pixels):
         known = ", ".join(f"{h}x{w}" for h, w in sampling.sizes)
+        if not isinstance(sampling.range, UnsetType):
+            (least_h, least_w), (most_h, most_w) = sampling.range
+            known += f", and heights of {least_h} to {most_h} by widths of {least_w} to {most_w} in steps of {pixels}"
         if target.tokens:
             least, greatest = target.tokens
             known += f", and sizes of {least} to {greatest} tokens of {pixels}x{pixels} pixels"

@@ -39,7 +39,8 @@ class Sizes:
     """What a target serves: image tokens as (rows, columns) for every size, branches, text tokens, numbers of images made at
     once; shared by `ranks`.
 
-    Images are decoded in `tiles`, which are tokens of so many pixels, where there are any.
+    With `whole_range` all sizes between them are served. Images are decoded in `tiles`, which are tokens of so many pixels,
+    where there are any.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -49,6 +50,7 @@ class Sizes:
     batches: tuple[int, ...] = (1,)
     tiles: Tiles | None = None
     pixels_per_token: int = 16
+    whole_range: bool = False
 
     def requests(self) -> list[dict[str, int]]:
         """Every combination of size, branches and images, what each dimension counts on a rank; the fewest images of the first
@@ -75,7 +77,7 @@ def cut_target(
 
     The attention of the VAE's decoder goes over `decoder_tiles` of queries.
     """
-    cutter = Cutter(sizes.requests(), target.shapes == "range", target.name, f"engines/{target.name}")
+    cutter = Cutter(sizes.requests(), sizes.whole_range, target.name, f"engines/{target.name}")
     segment_bytes = None
     if target.weights == "baked":
         segment_bytes = largest_segment(target.memory_gib)

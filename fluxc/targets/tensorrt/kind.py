@@ -47,7 +47,7 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
             raise RecipeError(
                 f"{field}.compute_capabilities: {self.name} builds for one kind of GPU, the one it is finished on; give one"
             )
-        context.decoder(target.shapes == "range").check(field)
+        context.decoder(is_range(target, context)).check(field)
         if target.weights == "baked":
             _check_baked(field, target, context)
         if target.ranks > 1:
@@ -85,7 +85,8 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
             unused=context.source.unused,
             transformer=context.source.transformer,
             grids=context.grids,
-            decoder_tiles=context.decoder(target.shapes == "range").tiles,
+            decoder_tiles=context.decoder(is_range(target, context)).tiles,
+            whole_range=is_range(target, context),
             batches=context.recipe.batches,
             tiles=context.tiles,
             pixels_per_token=pixels_per_token(context.source.checkpoint),
@@ -149,6 +150,11 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
         if self._library.builds_without_gpu:
             return True
         return installed_version(self.name) is not None and gpu_here(target.compute_capabilities)
+
+
+def is_range(target: TensorRTTarget, context: TargetContext) -> bool:
+    """Whether one profile spans all sizes: as the target asks, or because the recipe's sizes are a range."""
+    return target.shapes == "range" or context.recipe.size_range is not None
 
 
 def _check_baked(field: str, target: TensorRTTarget, context: TargetContext) -> None:

@@ -32,6 +32,7 @@ class TensorRTInputs:
     unused: dict[str, tuple[str, ...]]
     transformer: Flux2Transformer
     grids: tuple[tuple[int, int], ...]
+    whole_range: bool
     decoder_tiles: int
     batches: tuple[int, ...]
     tiles: format.Tiles | None
@@ -61,6 +62,7 @@ def run(inputs: TensorRTInputs, folder: Path, report: Report) -> None:
     }
     sizes = build.Sizes(
         grids=inputs.grids,
+        whole_range=inputs.whole_range,
         branches=(1, 2) if inputs.cfg_batch else (1,),
         text_length=inputs.text_length,
         ranks=target.ranks,

@@ -63,7 +63,7 @@ class VisualGen(TargetKind[VisualGenTarget, format.VisualGenTarget]):
             weights=weights["transformer"],
             contents=weights["transformer"].files,
             linked=_linked_files(context, weights, is_bf16),
-            sizes=recipe.sizes,
+            sizes=recipe.listed_sizes,
             text_length=recipe.text.length,
             steps=recipe.sampling.steps,
             guidance=recipe.sampling.guidance,
