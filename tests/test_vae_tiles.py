@@ -47,6 +47,7 @@ from fluxrt.group import Group
 from fluxrt.manifest import OnnxRuntimeTarget, TensorRTTarget, Tiles, decode_manifest, encode_manifest
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
+from fluxrt.sharding import sizes_of
 from fluxrt.tiles import first_tokens, spans, tile_sizes
 from fluxrt.verify import measured_of, verify_evidence
 from quick import QUICK
@@ -126,7 +127,7 @@ def in_graphs(vae: Any, blend: onnxruntime.InferenceSession, latents: torch.Tens
         top, left = 2 * row.token, 2 * column.token
         part = latents[:, :, top : top + 2 * tiles.size[0], left : left + 2 * tiles.size[1]]
         feeds = {"tile": decode_whole(vae, part)[None], "canvas": canvas}
-        (canvas,) = blend.run(None, {**feeds, "place": np.array([row.place, column.place], np.float32)})
+        (canvas,) = blend.run(None, {**feeds, "spans": np.array([row.values, column.values], np.float32)})
     return np.asarray(canvas[0])
 
 
@@ -233,6 +234,7 @@ def bundle(workshop: Path) -> Bundle:
     changes = (
         f"sizes={[list(size) for size in SIZES]}",
         "vae={tile: [64, 64]}",
+        "batches=[1, 2]",
         "sampling.steps=2",
         "fidelity.max_prompts=1",
     )
@@ -437,7 +439,7 @@ def test_memory_is_predicted_for_the_tile(bundle: Bundle) -> None:
     sampling = bundle.manifest.sampling
     entry = bundle.target("onnxruntime")
     assert isinstance(entry, OnnxRuntimeTarget)
-    plain = {"branches": 1, "tokens": 65536, "rows": 256, "columns": 256}
+    plain = sizes_of(1, (256, 256))
     in_tiles = plain | tile_sizes(sampling.tiled, PIXELS, (256, 256))
     taken, whole = (working_memory(entry, bundle, sizes | {"tokens": 1}) for sizes in (in_tiles, plain))
     assert taken < whole / 20

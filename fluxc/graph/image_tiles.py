@@ -17,23 +17,23 @@ FAR = 2.0**24
 
 
 class VaeBlend(nn.Module):
-    """tile [1, tile_height, tile_width, 3], canvas [1, height, width, 3], place [2, 5] -> canvas with the tile added to it.
+    """tile [1, tile_height, tile_width, 3], canvas [1, height, width, 3], spans [2, 5] -> canvas with the tile added to it.
 
-    `place` has a row for each side of the image, in pixels: the tile's first, where its weight starts to rise from 0, the
+    `spans` has a row for each side of the image, in pixels: the tile's first, where its weight starts to rise from 0, the
     length of this ramp to 1, and the same of its fall. A pixel has the product of its row's and its column's weight.
     """
 
-    def forward(self, tile: torch.Tensor, canvas: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        rows, row_weights = _along(place[0], tile.shape[1], canvas.shape[1])
-        columns, column_weights = _along(place[1], tile.shape[2], canvas.shape[2])
+    def forward(self, tile: torch.Tensor, canvas: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+        rows, row_weights = _along(spans[0], tile.shape[1], canvas.shape[1])
+        columns, column_weights = _along(spans[1], tile.shape[2], canvas.shape[2])
         placed = tile.index_select(1, rows).index_select(2, columns)
         return canvas + placed * row_weights.reshape(-1, 1, 1) * column_weights.reshape(-1, 1)
 
 
-def _along(place: torch.Tensor, tile: int, whole: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _along(span: torch.Tensor, tile: int, whole: int) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of `whole` pixels of a side, which of the tile's lies there, and its weight: 0 where none does."""
-    start, rise, rise_length, fall, fall_length = (place[at] for at in range(5))
-    pixels = torch.arange(whole, dtype=torch.float32, device=place.device)
+    start, rise, rise_length, fall, fall_length = (span[at] for at in range(5))
+    pixels = torch.arange(whole, dtype=torch.float32, device=span.device)
     # Bounds of Clip are constants: with others it becomes Min and Max, which may have no kernel on CUDA.
     after = (pixels - start).clamp(0.0, FAR)
     inside = (after - (after - (tile - 1)).clamp(0.0, FAR)).to(torch.int64)
@@ -47,7 +47,7 @@ def trace_vae_blend() -> onnx.ModelProto:
         inputs = {
             "tile": (torch.empty(1, 48, 56, 3), {1: "tile_height", 2: "tile_width"}),
             "canvas": (torch.empty(1, 80, 72, 3), {1: "height", 2: "width"}),
-            "place": (torch.empty(2, 5), None),
+            "spans": (torch.empty(2, 5), None),
         }
         return trace(VaeBlend(), inputs, ("image",))
 

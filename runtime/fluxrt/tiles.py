@@ -40,7 +40,7 @@ class Span:
     fall_length: float
 
     @property
-    def place(self) -> list[float]:
+    def values(self) -> list[float]:
         """What the graph takes."""
         return [self.start, self.rise, self.rise_length, self.fall, self.fall_length]
 
@@ -119,6 +119,6 @@ def decode_in_tiles(backend: Backend, latents: np.ndarray, tiles: Tiles, pixels_
         if is_whole:
             backend.run(("vae_decoder",))
             return backend.get("tile")
-        backend.put("place", np.array([row.place, column.place], np.float32))
+        backend.put("spans", np.array([row.values, column.values], np.float32))
         backend.run(("vae_decoder", BLEND), {"image": "canvas"})
     return backend.get("canvas")
