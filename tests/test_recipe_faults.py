@@ -57,7 +57,7 @@ def test_all_faults_of_a_recipe_come_in_one_report_with_their_lines(tmp_path: Pa
     assert report.splitlines() == [
         f"{path}: 11 things are wrong:",
         "  line 1: unknown field 'nam'; did you mean 'name'? The fields here are: name, model, sizes, calibration, fidelity, "
-        "targets, batches, text, sampling, precision, weights, step_cache, gates.",
+        "targets, batches, text, sampling, precision, vae, weights, step_cache, gates.",
         "  line 5: sizes[1]: must be a list of 2 whole numbers, got '96x64'; for example [[1024, 1024]]",
         "  line 6: sampling.steps: must be at least 1 and at most 1000, got 0",
         "  line 6: sampling.guidance: must be at least 0 and at most 1000, got -2",
