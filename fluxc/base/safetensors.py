@@ -11,6 +11,8 @@ import numpy as np
 from fluxc.base.errors import CheckpointError
 from fluxrt.safetensors import HeaderError, header_entries
 
+FLOATS = ("BF16", "F16", "F32")
+"""Types of weights that are not quantized."""
 ITEM_BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -32,7 +34,11 @@ ITEM_BITS = {
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor lies: dtype as safetensors names it, shape, file, byte offset from the file's start, bytes."""
+    """Where one tensor lies: dtype as safetensors names it, shape, file, byte offset from the file's start, bytes.
+
+    The tensor begins `begins_at` bytes into those bytes, and what is before that place follows at its end: 0, but where a file
+    holds the halves of a tensor in the other order.
+    """
 
     name: str
     dtype: str
@@ -40,10 +46,20 @@ class TensorRef:
     file: Path
     offset: int
     nbytes: int
+    begins_at: int = 0
 
     def bytes_view(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Bytes `start:stop` of the tensor as a private uint8 memory map: writing to it does not reach the file."""
+        """Bytes `start:stop` of the tensor as uint8, writing to which does not reach the file: a memory map, or, where they do
+        not lie together, a copy."""
         stop = self.nbytes if stop is None else stop
+        first, last = start + self.begins_at, stop + self.begins_at
+        if last <= self.nbytes:
+            return self._stored(first, last)
+        if first >= self.nbytes:
+            return self._stored(first - self.nbytes, last - self.nbytes)
+        return np.concatenate([self._stored(first, self.nbytes), self._stored(0, last - self.nbytes)])
+
+    def _stored(self, start: int, stop: int) -> np.ndarray:
         if stop == start:
             return np.empty(0, dtype=np.uint8)
         return np.memmap(self.file, dtype=np.uint8, mode="c", offset=self.offset + start, shape=(stop - start,))

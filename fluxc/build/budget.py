@@ -18,6 +18,7 @@ from fluxc.build.budget_stages import SMALL_DISK, Need, Needs
 from fluxc.build.job import Job
 from fluxc.build.runner import up_to
 from fluxc.build.stages import comparing, planned_stages, steps
+from fluxc.checkpoint.fetch import cache_folder
 from fluxc.checkpoint.source import WEIGHTED
 from fluxrt import manifest as format
 from fluxrt.cores import usable_cores
@@ -155,9 +156,11 @@ def measuring_budget(job: Job, name: str) -> Budget:
 
 
 def rates_for(job: Job) -> Rates:
-    """The rates of this machine, measured once; reading is measured on the largest file of the checkpoint."""
-    files = [file for part in WEIGHTED for file in job.original.checkpoint.components[part].weight_files]
-    return _rates(max(files, key=lambda file: file.stat().st_size))
+    """The rates of this machine, measured once; reading is measured on the largest file of the checkpoint that is here."""
+    checkpoint = job.original.checkpoint
+    outlines = {entry.outline for entry in checkpoint.missing}
+    files = [file for part in WEIGHTED for file in checkpoint.components[part].weight_files if file not in outlines]
+    return _rates(max(files, key=lambda file: file.stat().st_size, default=None))
 
 
 _rates = cache(Rates)
@@ -230,6 +233,9 @@ def _disks(job: Job, out: Path | None, stages: Iterable[Planned]) -> tuple[Disk,
     in_cache = [need for name, need in needs.items() if name != BUNDLE]
     cached = sum(need.disk for need in in_cache) + max((need.scratch for need in in_cache), default=0)
     places = [(job.root, "the cache", cached)]
+    missing = job.original.checkpoint.missing
+    if missing:
+        places.append((cache_folder().absolute(), "the download (HF_HUB_CACHE)", sum(entry.size for entry in missing)))
     if out is not None and BUNDLE in needs:
         places.append((beside(out), "the bundle", needs[BUNDLE].disk))
     if needs:

@@ -16,7 +16,7 @@ from fluxc.base.progress import StageProgress
 from fluxc.build import bundle_writer
 from fluxc.build.budget import Budget, budget_line, budget_lines, predicted_seconds, rates_for
 from fluxc.build.budget_rates import Rates
-from fluxc.build.job import Job, hash_checkpoint, template_of
+from fluxc.build.job import Job, fetch_missing, hash_checkpoint, template_of
 from fluxc.build.preflight import preflight
 from fluxc.build.readme import place_readme
 from fluxc.build.runner import Results, count_steps, run, run_steps, up_to
@@ -54,6 +54,9 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
     gates: the report is then kept in `failed_folder(out)`, until a build of `out` succeeds.
     """
     ready = preflight(loaded, out, until, is_build=True)
+    fetched = fetch_missing(ready.job, progress)
+    if fetched:
+        ready = preflight(loaded, out, until, is_build=True)
     job = ready.job
     _say_where_kernels_are(progress)
     rates = rates_for(job)
@@ -61,7 +64,8 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
     for sentence in job.unused:
         progress.say(sentence)
     with names_place("build", out), locked(out) as workshop, StageCache(job.root, progress) as cache:
-        progress.expect(_count_stages(job, until), predicted_seconds(ready.budget, rates))
+        predicted = [0.0] * fetched + predicted_seconds(ready.budget, rates)
+        progress.expect(fetched + _count_stages(job, until), predicted)
         prompting = job.prompting(run(cache, template_of(job, cache.file_digest)))
         hash_checkpoint(cache, job)
         results = Results()
@@ -227,6 +231,7 @@ def _draft(
             built_at="",
             computed=provenance_computed(job, results),
             measured=provenance_measured(job, results),
+            commits=source.checkpoint.commits or msgspec.UNSET,
         ),
         components={name: written.entry for name, written in weights.items()},
         precision=bundle_writer.precision_entries(source),

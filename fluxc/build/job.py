@@ -12,6 +12,7 @@ import msgspec
 from fluxc.base.cache import PROGRESS, StageCache
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
 from fluxc.base.measured import Origin, check_origin, check_request
+from fluxc.base.progress import StageProgress
 from fluxc.build.requests import (
     FidelityRequest,
     calibration_request,
@@ -25,7 +26,7 @@ from fluxc.calibrate.file import read_calibration
 from fluxc.checkpoint import template_stage
 from fluxc.checkpoint.components import small_files
 from fluxc.checkpoint.files import Aside, CheckpointFiles, Digests, checkpoint_digests
-from fluxc.checkpoint.source import check_source
+from fluxc.checkpoint.named import faults_of
 from fluxc.families.prompting import check_tokenizer, system_message
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import to_quantize
@@ -163,8 +164,9 @@ def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
                 trace = _given_trace(loaded)
     with collected.collecting():
         judges_of(loaded)
-    with collected.collecting():
-        check_source(recipe.model.source, loaded.folder)
+    for fault in faults_of(recipe.model, loaded.folder):
+        with collected.collecting():
+            raise fault
     collected.raise_all()
     job = Job(loaded, read_source(loaded), root, None, calibration, trace)
     check_tokenizer(job.original.checkpoint.components["tokenizer"].folder)
@@ -254,8 +256,22 @@ def check_prompts(job: Job, prompting: Prompting) -> None:
     collected.raise_all()
 
 
+def fetch_missing(job: Job, progress: StageProgress) -> bool:
+    """Download the weights that the job's checkpoint lacks here; whether there were any. The job must be opened again then."""
+    for notice in job.original.checkpoint.notices:
+        progress.say(notice)
+    missing = job.original.checkpoint.missing
+    if missing:
+        from fluxc.checkpoint.fetch import fetch
+
+        fetch(missing, progress)
+    return bool(missing)
+
+
 def hash_checkpoint(cache: StageCache, job: Job) -> None:
     """Hash the checkpoint's files, and refuse measurements given by the recipe that were made on others."""
+    if job.original.checkpoint.missing:
+        raise BuildError(f"{job.loaded.recipe.model.source}: its weights are still on the hub; build again")
     with cache.progress.stage("hash checkpoint") as report:
         job.digests = checkpoint_digests(job.original.checkpoint, cache.file_digest, report)
     if job.calibration:

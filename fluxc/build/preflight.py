@@ -19,7 +19,7 @@ from fluxc.base.measured import Measured, check_origin
 from fluxc.base.output import check_output, check_writable, names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build.budget import Budget, budget_of, measuring_budget
-from fluxc.build.job import Job, check_prompts, hash_checkpoint, open_job, template_of
+from fluxc.build.job import Job, check_prompts, fetch_missing, hash_checkpoint, open_job, template_of
 from fluxc.build.requests import calibration_request, judges_of, trace_request, trace_size
 from fluxc.build.runner import folder_of
 from fluxc.checkpoint.files import Digests, files_read
@@ -146,9 +146,13 @@ def _check_origins(job: Job) -> None:
 
 
 def _digests(job: Job, cache: StageCache, recorded: Digests) -> Digests:
-    """Hashes of the checkpoint's files; of a large one that is not known, the one that is recorded."""
+    """Hashes of the checkpoint's files; of a large one that is not known, and of one on the hub, the one that is recorded."""
+    outlines = {entry.outline for entry in job.original.checkpoint.missing}
     return {
-        part: {file.name: _digest(cache, file) or recorded.get(part, {}).get(file.name, "") for file in files}
+        part: {
+            file.name: (None if file in outlines else _digest(cache, file)) or recorded.get(part, {}).get(file.name, "")
+            for file in files
+        }
         for part, files in files_read(job.original.checkpoint).items()
     }
 
@@ -194,6 +198,8 @@ def measuring(loaded: LoadedRecipe, out: Path, progress: StageProgress, stage: s
     check_prompts(job, known_prompting(job))
     for fault in measuring_budget(job, stage).faults():
         raise BuildError(fault)
+    if fetch_missing(job, progress):
+        job = open_job(loaded, cache_root(out), measures=True)
     with names_place("measure", out), locked(out), StageCache(job.root, progress) as cache:
         hash_checkpoint(cache, job)
         yield cache, job

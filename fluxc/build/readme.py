@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluxc.checkpoint.named import PARTS
 from fluxc.models.published import MODELS
 from fluxc.report.tiers import UNCOMPARED
 from fluxc.targets.tensorrt.library import GPUS
@@ -48,7 +49,8 @@ def place_readme(checkpoint: Path, manifest: Manifest, staging: Path) -> None:
     `manifest` has its figures and images already; its files are not read.
     """
     copied = _copy_licences(checkpoint, staging)
-    (staging / NAME).write_text(_rendered(manifest, _licence(checkpoint, staging), copied), encoding="utf-8")
+    licence = f"{_licence(checkpoint, staging)}{_elsewhere(manifest)}"
+    (staging / NAME).write_text(_rendered(manifest, licence, copied), encoding="utf-8")
 
 
 def _rendered(manifest: Manifest, licence: str, licence_files: list[str]) -> str:
@@ -156,6 +158,13 @@ def _licence(checkpoint: Path, staging: Path) -> str:
         if all(config.get(key) == value for key, value in published.items()):
             return f"{LICENCES[name]}, as its publisher states for the model of this shape; the checkpoint itself names none"
     return "not known: the checkpoint names none. Ask whoever gave it to you"
+
+
+def _elsewhere(manifest: Manifest) -> str:
+    """What of the checkpoint is from elsewhere, and may have a licence of its own."""
+    model = manifest.recipe["model"]
+    parts = [f"{name.replace('_', ' ')} ({Path(model[name]).name})" for name in PARTS if model.get(name)]
+    return f". Taken from elsewhere, where another licence may hold: {', '.join(parts)}" if parts else ""
 
 
 def _card(checkpoint: Path) -> dict[str, Any]:

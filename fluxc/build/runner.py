@@ -57,7 +57,7 @@ def fingerprint(value: Any, digest: Callable[[Path], str]) -> Any:
     if isinstance(value, Path):
         return digest(value.resolve())
     if isinstance(value, TensorRef):
-        return [value.name, value.dtype, list(value.shape), value.file.name, value.offset]
+        return [value.name, value.dtype, list(value.shape), value.file.name, value.offset, value.begins_at]
     if hasattr(value, "fingerprint"):
         return value.fingerprint()
     if isinstance(value, Mapping):

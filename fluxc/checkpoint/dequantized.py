@@ -1,4 +1,4 @@
-"""Modules with plain weights from a component that the checkpoint holds quantized: diffusers and transformers do not load it.
+"""Modules with plain weights from a component that diffusers and transformers do not load: quantized, or under other names.
 
 A layer's plain weight is (Q + b a) * p: Q its dequantized values, b a SVDQuant's factors, p AWQ's pre_quant_scale, which
 multiplies its inputs, column by column.
@@ -25,6 +25,7 @@ DTYPES = {
     "F32": torch.float32,
     "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
 }
 
 
@@ -41,6 +42,8 @@ class PlainTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         ref = self._stored[self._names[name]]
+        if ref.dtype == "I64":
+            return read(ref)
         format = None if ref.dtype in FLOATS else format_of(self._stored, ref.name.removesuffix(".weight"))
         if format is None:
             return read(ref).to(self._dtype)
@@ -150,12 +153,14 @@ def add_under(module: torch.nn.Module, prefix: str, part: torch.nn.Module) -> No
     module.add_module(first, part)
 
 
-def load_dequantized(component: Component, dtype: torch.dtype) -> Any:
+def load_plain(component: Component, dtype: torch.dtype) -> Any:
     """The component's model with plain weights in `dtype`; every parameter must be found, and no tensor be left over."""
     model = empty_model(component)
     tensors = PlainTensors(component, dtype)
-    with loading(component.folder):
-        model.load_state_dict(dict(tensors), strict=True, assign=True)
+    with loading(component.place):
+        # The batches that a norm counted in training are no weights, and files leave them out.
+        counted = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
+        model.load_state_dict({**counted, **tensors}, strict=True, assign=True)
     if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()
     return model.requires_grad_(False)

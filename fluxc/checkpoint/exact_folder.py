@@ -47,6 +47,10 @@ def _link(component: Component, folder: Path) -> None:
     folder.mkdir()
     for file in small_files(component):
         (folder / file.name).symlink_to(file)
+    if component.file is not None and component.quantization is None:
+        # What the folder's config says of quantization is about the weights that the file stands in for.
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(component.config))
     if component.name not in WEIGHTS_FILE:
         return
     expected = WEIGHTS_FILE[component.name]

@@ -21,13 +21,12 @@ import msgspec
 
 from fluxc.base.errors import CheckpointError
 from fluxc.base.json_object import as_struct
-from fluxc.base.safetensors import TensorRef
+from fluxc.base.safetensors import FLOATS, TensorRef
 from fluxc.checkpoint.source import Component
 from fluxc.formats.base import Format
 from fluxc.formats.registry import FORMATS
 from fluxc.models.base import Linear, Shape
 
-FLOATS = ("BF16", "F16", "F32")
 OPTIONAL = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 
 

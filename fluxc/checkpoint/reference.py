@@ -14,7 +14,7 @@ import torch
 from fluxc.base.loading import loading
 from fluxc.checkpoint.exact_folder import exact_component, exact_folder
 from fluxc.checkpoint.identify import family_of, pixels_per_token, transformer_of
-from fluxc.checkpoint.source import Checkpoint, Component
+from fluxc.checkpoint.source import WEIGHTED, Checkpoint, Component
 from fluxc.families.prompting import load_tokenizer
 from fluxrt.pipeline import starting_noise
 
@@ -38,22 +38,24 @@ class Generation:
 def load_pipeline(checkpoint: Checkpoint, dtype: torch.dtype, **components: Any) -> Any:
     """diffusers' pipeline for `checkpoint`, unmodified, with its weights in `dtype`; progress bars off.
 
-    It is given the files that fluxc reads, and no others. `components` are taken in place of those of the checkpoint. A
-    component that it holds quantized is loaded dequantized. CheckpointError if diffusers cannot load it.
+    It is given the files that fluxc reads, and no others. `components` are taken in place of those of the checkpoint. What
+    diffusers' loaders do not read, weights that are quantized or under other names, is read by fluxc. CheckpointError if
+    diffusers cannot load it.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import diffusers
     import transformers
 
-    from fluxc.checkpoint.dequantized import load_dequantized
+    from fluxc.checkpoint.dequantized import load_plain
 
     tokenizer = checkpoint.components["tokenizer"]
     alone = tokenizer.class_name.endswith("Processor")
     if alone:
         components["tokenizer"] = None
-    for name in ("transformer", "text_encoder"):
-        if name not in components and checkpoint.components[name].quantization is not None:
-            components[name] = load_dequantized(checkpoint.components[name], dtype)
+    for name in WEIGHTED:
+        component = checkpoint.components[name]
+        if name not in components and (component.quantization is not None or component.is_renamed):
+            components[name] = load_plain(component, dtype)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():

@@ -27,6 +27,7 @@ from fluxc.cli.plan_report import (
     presets_as_json,
     widened_groups,
 )
+from fluxc.cli.plan_source import print_source
 from fluxc.predict.gpus import Gpu
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
@@ -46,7 +47,7 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
     context = TargetContext(loaded.recipe, source)
     console = new_console()
     recipe = loaded.recipe
-    console.print(f"{recipe.name}: {source.checkpoint.pipeline_class} from {recipe.model.source}")
+    print_source(console, loaded, source.checkpoint)
     for component, plan in source.plans.items():
         if every_layer:
             console.print(_layer_table(console, component, plan))
@@ -167,7 +168,7 @@ def print_presets(loaded: LoadedRecipe, out: Path) -> None:
     source = preflight(loaded, out).job.original
     console = new_console()
     figures = preset_figures(source)
-    console.print(f"{loaded.recipe.name}: {source.checkpoint.pipeline_class} from {loaded.recipe.model.source}")
+    print_source(console, loaded, source.checkpoint)
     unit, size = _unit(figures[0].memory)
     table = new_table(
         "preset",

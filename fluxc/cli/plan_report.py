@@ -73,6 +73,8 @@ def plan_as_json(ready: Preflight) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "family": source.checkpoint.pipeline_class,
+        "commits": source.checkpoint.commits,
+        "downloads": {f"{entry.repo}/{entry.path}": entry.size for entry in source.checkpoint.missing},
         "presets": {name: getattr(recipe.precision, name).preset for name in source.plans},
         "precision": [_layer(entry) for plan in source.plans.values() for entry in plan],
         "formats": {name: _formats(plan) for name, plan in source.plans.items()},

@@ -10,6 +10,7 @@ from typing import Any
 from fluxc.base.errors import CheckpointError, RecipeError
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.identify import check_sizes, family_of, has_cfg_batch, text_encoder_of, transformer_of, vae_of
+from fluxc.checkpoint.named import parts_of
 from fluxc.checkpoint.quantized import SourceLayer, as_stored, quantized_layers
 from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint
 from fluxc.families.base import Family
@@ -93,11 +94,20 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
     model = recipe.model
     collected = Collected(loaded.places)
     with collected.collecting():
-        checkpoint = open_checkpoint(model.source, model.revision, loaded.folder, model.variant)
+        checkpoint = open_checkpoint(
+            model.source, model.revision, loaded.folder, model.variant, parts_of(model), loaded.commits
+        )
     collected.raise_all()
     if exported is not None:
-        replaced = replace(checkpoint.components["transformer"], folder=exported)
+        replaced = replace(checkpoint.components["transformer"], folder=exported, file=None, variant=None)
         checkpoint = replace(checkpoint, components={**checkpoint.components, "transformer": replaced})
+    with checkpoint.telling():
+        return _checked(loaded, checkpoint)
+
+
+def _checked(loaded: LoadedRecipe, checkpoint: Checkpoint) -> Source:
+    """The source that `checkpoint` is for the recipe, after refusing what does not fit."""
+    recipe, collected = loaded.recipe, Collected(loaded.places)
     family = family_of(checkpoint)
     transformer, encoder = checkpoint.components["transformer"], checkpoint.components["text_encoder"]
     transformer_model, encoder_model = transformer_of(checkpoint), text_encoder_of(checkpoint)

@@ -24,6 +24,10 @@ LONGEST_NAME = 200
 """Characters; what a build makes beside the bundle is named after it, and a file's name has at most 255."""
 PATHS = (
     "model.source",
+    "model.transformer",
+    "model.text_encoder",
+    "model.vae",
+    "model.tokenizer",
     "calibration.prompts",
     "calibration.file",
     "fidelity.prompts",

@@ -20,13 +20,14 @@ from fluxc.recipe.targets import TARGETS
 
 
 class LoadedRecipe(msgspec.Struct, frozen=True):
-    """A recipe with the folder its relative paths start from, the prompt files that were read (each is read once), and the
-    places its fields were written at."""
+    """A recipe with the folder its relative paths start from, the prompt files that were read (each is read once), the places
+    its fields were written at, and the commits of hub ids that were opened (each stays at its commit)."""
 
     recipe: Recipe
     folder: Path
     files: dict[Path, list[str]] = {}
     places: Places = Places()
+    commits: dict[str, str] = {}
 
     def path(self, field: str, file: str) -> Path:
         """The file that the recipe names: relative to its folder, `~` is the home folder; RecipeError names `field`."""

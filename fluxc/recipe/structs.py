@@ -35,12 +35,12 @@ Scales = Literal["max", "mse", "four-over-six"]
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The checkpoint."""
+    """The checkpoint, and components of it that are elsewhere."""
 
     source: Annotated[
         str,
         about(
-            "a diffusers folder, or a hub id (owner/name), which is downloaded",
+            "a diffusers folder, or a hub id (owner/name), of which a build downloads what it reads; see [sources](sources.md)",
             "../models/flux2-nano",
             "black-forest-labs/FLUX.2-klein-4B",
         ),
@@ -56,6 +56,31 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "fp16",
             left_out="files without one",
         ),
+    ] = None
+    transformer: Annotated[
+        str | None,
+        about(
+            "its weights from elsewhere: one .safetensors file (diffusers' layout or Black Forest Labs'), here or on the hub "
+            "(owner/name/FILE), or a component's folder with its own config.json",
+            "flux-2-klein-4b.safetensors",
+            left_out="of `source`",
+        ),
+    ] = None
+    text_encoder: Annotated[
+        str | None,
+        about(
+            "the same for the text encoder; a file in transformers' layout",
+            "../text_encoder",
+            left_out="of `source`",
+        ),
+    ] = None
+    vae: Annotated[
+        str | None,
+        about("the same for the VAE", "flux2-vae.safetensors", left_out="of `source`"),
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        about("a tokenizer's folder", "../tokenizer", left_out="of `source`"),
     ] = None
 
 

@@ -435,6 +435,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the model ran on, and in which type, by what it was run for: calibration, step cache, reference."""
     measured: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
     """How many prompts and steps that was, at which size, where the recipe may leave it open: calibration, reference."""
+    commits: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    """The commit of each repository of the hub that the checkpoint was read from, by hub id."""
 
 
 class RecordedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
