@@ -18,6 +18,7 @@ from fluxc.predict.gpus import GPUS
 from fluxc.recipe.load import load_recipe
 from fluxc.recipe.reference import written_anew
 from fluxc.recipe.schema import FILE, recipe_schema, schema_text
+from hub_server import Repository, served
 from test_recipes import checkpoints
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -136,12 +137,11 @@ def test_a_bundle_is_started_from_as_it_is_quantized(here: Path, quick_bundle: P
 
 
 def test_a_hub_id_is_known_or_its_configs_are_fetched(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
     init("black-forest-labs/FLUX.2-klein-9B")
     assert plain(here / "flux2-klein-9b.yaml")["model"] == {"source": "black-forest-labs/FLUX.2-klein-9B"}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(NANO))
-    init("someone/Nano-2")
+    with served(monkeypatch, here / "cache") as hub:
+        hub.repositories["someone/Nano-2"] = Repository.of(copy_checkpoint(here / "nano"))
+        init("someone/Nano-2")
     assert plain(here / "nano-2.yaml")["model"] == {"source": "someone/Nano-2"}
 
 

@@ -199,19 +199,12 @@ def _local(folder: Path, base: Path) -> Start:
 
 
 def _on_hub(model: str) -> Start:
-    """The start of a hub id, of whose files only configs are fetched."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+    """The start of a hub id, of whose weights nothing but headers is read."""
     try:
-        root = snapshot_download(model, allow_patterns=["*.json", "*/*.json", "*/*.jinja"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{model}: not a local folder, and the hub did not give its configs: {said[:200]}; check the name and your "
-            f"access, or give one of {', '.join(_names())}, or a diffusers folder"
-        ) from error
-    return _of_checkpoint(open_checkpoint(root, None, Path()), model.rpartition("/")[2], model)
+        checkpoint = open_checkpoint(model, None, Path())
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or give one of {', '.join(_names())}, or a diffusers folder") from error
+    return _of_checkpoint(checkpoint, model.rpartition("/")[2], model)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, called: str, source: str) -> Start:

@@ -37,6 +37,8 @@ SCALES = (".input_scale", ".weight_scale", ".weight_scale_2", ".pre_quant_scale"
 LARGEST_SCALE, GAP = 128 << 10, 256 << 10
 """Bytes: scales up to the one are filled in, together where no more than the other lies between them."""
 CONNECTIONS = 8
+TIMEOUT = 30.0
+"""Seconds."""
 
 Commits = MutableMapping[str, str]
 """The commit of each repository and revision that was opened: what is opened again is the same, though the branch moves."""
@@ -184,20 +186,23 @@ def fill(missing: Iterable[Missing]) -> None:
     from huggingface_hub import is_offline_mode
 
     missing = list(missing)
-    if not missing:
-        return
-    first = missing[0]
-    if is_offline_mode():
-        names = ", ".join(entry.path for entry in missing)
+    if missing and is_offline_mode():
+        first = missing[0]
+        names = ", ".join(entry.path for entry in missing if entry.repo == first.repo)
         raise CheckpointError(
             f"{first.repo}: the cache lacks {names} of commit {first.commit}, and HF_HUB_OFFLINE is set; unset it to download "
             "them, or copy the cache of a machine that has them (HF_HUB_CACHE)"
         )
-    with telling(OnHub(first.repo, first.commit)), ThreadPoolExecutor(CONNECTIONS, "fluxc-hub") as pool:
+    with ThreadPoolExecutor(CONNECTIONS, "fluxc-hub") as pool:
         list(pool.map(_fill, missing))
 
 
 def _fill(entry: Missing) -> None:
+    with telling(OnHub(entry.repo, entry.commit)):
+        _read_into(entry)
+
+
+def _read_into(entry: Missing) -> None:
     first = _bytes(entry, 0, min(FIRST, entry.size))
     length = 8 + int.from_bytes(first[:8], "little")
     if 8 + MAX_HEADER >= length > len(first):
@@ -228,12 +233,12 @@ def _together(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _bytes(entry: Missing, start: int, stop: int) -> bytes:
     """Bytes `start:stop` of the file on the hub, and no others, whatever the server sends."""
-    from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     url = hf_hub_url(entry.repo, entry.path, revision=entry.commit)
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    with get_session().stream("GET", url, headers=headers, timeout=30) as response:
+    with http_stream_backoff("GET", url, headers=headers, timeout=TIMEOUT) as response:
         if response.status_code >= 400:
             response.read()
         hf_raise_for_status(response)
