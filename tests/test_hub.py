@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -422,6 +423,8 @@ def test_a_build_fetches_after_everything_that_can_be_refused(
     assert manifest.provenance.commits == {NAME: commit}
     assert manifest.provenance.checkpoint == folder.provenance.checkpoint
     assert (bundle / "LICENSE.md").read_text() == "a licence"
+    assert f"{NAME} at commit {commit}" in CliRunner().invoke(main, ["inspect", str(bundle)]).output
+    assert json.loads(CliRunner().invoke(main, ["inspect", str(bundle), "--json"]).stdout)["commits"] == {NAME: commit}
     hub.asked.clear()
     offline(monkeypatch)
     again = RecordingProgress()
@@ -438,6 +441,28 @@ def test_a_build_fetches_after_everything_that_can_be_refused(
     assert open_bundle(bundle).manifest.provenance.commits == {NAME: moved}
     assert after.ran == [TITLE, "hash checkpoint"]
     assert any(moved in line for line in after.said)
+
+
+def test_a_build_that_the_disk_has_no_room_for_downloads_nothing(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fluxc.build.budget.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(BuildError, match=r"the download \(HF_HUB_CACHE\).* needs"):
+        compile_into(tmp_path / "out", *QUICK, f"model.source={NAME}")
+    assert hub.sent(".safetensors") < 3 << 20
+
+
+def test_a_command_that_measures_fetches_too(hub: Hub, tmp_path: Path) -> None:
+    from fluxc.build.measure import calibrate_to_file
+    from fluxc.recipe.load import load_recipe
+
+    progress = RecordingProgress()
+    loaded = load_recipe(RECIPE, (*QUICK, f"model.source={NAME}", "calibration.max_prompts=1", "calibration.steps=1"))
+    measured = calibrate_to_file(loaded, tmp_path / "nano.calibration", "cpu", progress)
+    assert progress.ran[:2] == [TITLE, "hash checkpoint"]
+    assert measured.origin.checkpoint["transformer"] == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (NANO / "transformer").iterdir()
+    }
 
 
 def test_overridden_components_are_not_fetched(hub: Hub, tmp_path: Path) -> None:

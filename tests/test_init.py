@@ -252,6 +252,8 @@ def test_the_tables_of_the_documentation_are_current() -> None:
 PLAN_FIELDS = [
     "name",
     "family",
+    "commits",
+    "downloads",
     "presets",
     "precision",
     "formats",

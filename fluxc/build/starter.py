@@ -249,10 +249,10 @@ def next_steps(written: Written) -> list[str]:
     start, recipe, bundle = written.start, written.recipe, written.bundle
     is_hub_id = not Path(recipe.parent, start.source).is_dir()
     size = start.nbytes / 1e9
-    fetched = f"; fetches the checkpoint first, {size:.0f} GB" if is_hub_id else ""
+    fetched = f"; downloads the checkpoint first, {size:.0f} GB" if is_hub_id else ""
     commands = [
-        (f"fluxc plan {recipe}", f"checks it, and shows what a build will do{fetched}"),
-        (f"fluxc build {recipe}", f"compiles it into {bundle}"),
+        (f"fluxc plan {recipe}", "checks it, and shows what a build will do"),
+        (f"fluxc build {recipe}", f"compiles it into {bundle}{fetched}"),
     ]
     if written.on != CPU:
         gpu = GPUS[written.on].name

@@ -34,7 +34,7 @@ def recipe_text(start: Start, model: str, name: str, on: str, gpus: int) -> str:
         "# Every field: docs/recipe.md. What a build will do: `fluxc plan`.",
         f"name: {name}",
         "",
-        "# The checkpoint: a diffusers folder (relative to this file), or a hub id, which is downloaded.",
+        "# The checkpoint: a diffusers folder (relative to this file), or a hub id; single files: docs/sources.md.",
         f"model: {flow({'source': start.source})}",
         "",
         f"# [height, width] in pixels that can be generated: multiples of {start.pixels_per_token}. The first is the default.",

@@ -36,10 +36,12 @@ def named_source(source: str, revision: str | None, folder: Path) -> Path | OnHu
     if local.is_dir():
         return local.resolve()
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith(SAFETENSORS):
-        hint = "; a file of weights goes into model.transformer" if local.is_file() else ""
-        raise RecipeError(
-            f"model.source: {local}: no such folder{hint}; give a diffusers folder, or a hub id (owner/name)"
-        )
+        if local.is_file():
+            raise RecipeError(
+                f"model.source: {local}: is a file; give a diffusers folder or a hub id (owner/name), which has the configs; a "
+                "file of weights goes into model.transformer, model.text_encoder or model.vae"
+            )
+        raise RecipeError(f"model.source: {local}: no such folder; give a diffusers folder, or a hub id (owner/name)")
     return OnHub(source, revision)
 
 

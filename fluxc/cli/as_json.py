@@ -20,6 +20,7 @@ def bundle_fields(bundle: Bundle) -> dict[str, Any]:
         "format_version": manifest.format_version,
         "family": manifest.family,
         "source": manifest.provenance.source,
+        "commits": manifest.provenance.commits or {},
         "built_at": manifest.provenance.built_at,
         "tools": manifest.provenance.tools,
         "sizes": [list(size) for size in manifest.sampling.sizes],

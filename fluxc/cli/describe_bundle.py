@@ -26,7 +26,8 @@ def print_bundle(bundle: Bundle) -> None:
     manifest = bundle.manifest
     console = new_console()
     console.print(f"{manifest.name}: {manifest.family}, bundle format {manifest.format_version}")
-    console.print(f"from {manifest.provenance.source}, built {manifest.provenance.built_at}")
+    commits = "".join(f", {repo} at commit {commit}" for repo, commit in (manifest.provenance.commits or {}).items())
+    console.print(f"from {manifest.provenance.source}{commits}, built {manifest.provenance.built_at}")
     console.print(f"digest {manifest.digest}")
     sampling = manifest.sampling
     sizes = ", ".join(f"{height}x{width}" for height, width in sampling.sizes)
