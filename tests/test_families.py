@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,20 @@ import torch
 
 import fluxrt
 from conftest import NANO, NANO_DEV, ROOT, compile_into, copy_checkpoint
+from fluxc.base.errors import BuildError
+from fluxc.fidelity.compare import check_at_once
 from fluxc.fidelity.metrics import psnr, relative_error
 from fluxc.rehearsal.gpu import FakeDriver, FakeLibrary
 from fluxc.rehearsal.place import MadeUpPlace
+from fluxrt.backends import Backend
+from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle
+from fluxrt.evidence import read_evidence
 from fluxrt.group import Group
 from fluxrt.pipeline import Pipeline
 from fluxrt.request import Request
+from fluxrt.verify import TargetChecked, check_target, lines_of
 from quick import QUICK
 from ranks import on_every_rank
 from test_ulysses_gpu import CAPSULE, kernel_cache  # noqa: F401
@@ -238,3 +245,36 @@ def test_a_profile_for_several_images_serves_fewer_too(bundle: Bundle) -> None:
     tokens = (48, 64, 128)
     wanted = [(1, 2, 2), (2, 6, 6)] if bundle.manifest.sampling.cfg_batch else [(1, 1, 1), (2, 3, 3)]
     assert profiles == tuple({"batch": batch, "tokens": tokens} for batch in wanted)
+
+
+def replayed(bundle: Bundle, name: str, backend: Callable[[], Backend | None]) -> TargetChecked:
+    evidence = bundle.manifest.recorded
+    assert evidence is not None
+    target, recorded = bundle.target(name), read_evidence(bundle, evidence)
+    return check_target(bundle, evidence, target, recorded, lambda: Pipeline(bundle, target=name, backend=backend()))
+
+
+def test_evidence_is_replayed_at_once_too(bundle: Bundle) -> None:
+    found = replayed(bundle, "onnxruntime", lambda: None)
+    assert (found.status, found.why) == ("passed", "")
+    (three,) = found.at_once
+    assert (three.images, three.error < 1e-3, three.difference < 1e-5) == (3, True, True)
+    assert any(line.startswith("  3 images at once: velocity error ") for line in lines_of(found))
+    place = MadeUpPlace()
+    engine = bundle.target("tensorrt_rtx")
+    found = replayed(bundle, "tensorrt_rtx", lambda: place.backend(bundle, engine, place.driver(), True))
+    assert (found.status, found.why) == ("passed", "")
+    assert found.at_once[0].difference < 1e-2
+
+
+def test_images_that_mix_are_found(bundle: Bundle) -> None:
+    class Mixing(OnnxRuntimeBackend):
+        def put(self, name: str, array: np.ndarray) -> None:
+            super().put(name, np.repeat(array[:1], len(array), axis=0) if name == "latents" else array)
+
+    found = replayed(bundle, "onnxruntime", lambda: Mixing(bundle, bundle.target("onnxruntime")))
+    assert found.status == "failed"
+    assert found.why.startswith("target onnxruntime: of 3 images made at once one has a velocity with relative error ")
+    alone = bundle.manifest.fidelity.targets["onnxruntime"]["step_error"]
+    with pytest.raises(BuildError, match="its graphs mix images, no bundle was written"):
+        check_at_once("onnxruntime", found.at_once, alone)

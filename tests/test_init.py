@@ -246,7 +246,7 @@ def test_the_schema_takes_short_forms() -> None:
 def test_the_tables_of_the_documentation_are_current() -> None:
     page = (ROOT / "docs" / "recipe.md").read_text()
     assert written_anew(page) == page, "run `python -m fluxc.recipe.reference docs/recipe.md`"
-    assert page.count("<!-- fields:") == page.count("<!-- end -->") == 18
+    assert page.count("<!-- fields:") == page.count("<!-- end -->") == 20
 
 
 PLAN_FIELDS = [
@@ -291,7 +291,14 @@ def test_json_for_scripts_has_the_fields_that_are_documented(here: Path) -> None
     assert all(f"`{name}`" in page for name in PLAN_FIELDS)
     stage = plan["stages"][0]
     assert (list(stage), stage["part"]) == (["name", "part", "result"], "graphs")
-    assert plan["sampling"] == {"sizes": [[64, 64]], "text_length": 32, "steps": 24, "guidance": 1.5, "passes": 2}
+    assert plan["sampling"] == {
+        "sizes": [[64, 64]],
+        "text_length": 32,
+        "steps": 24,
+        "guidance": 1.5,
+        "passes": 2,
+        "tiles": None,
+    }
     prediction = json.loads(invoke("predict", "--on", "b300", "--gpus", "1", "--json").stdout)
     assert list(prediction) == PREDICTION_FIELDS
     page = (ROOT / "docs" / "multi-gpu.md").read_text()

@@ -101,7 +101,7 @@ def compare_target(
         for number, (one, errors) in enumerate(zip(recorded, found.errors, strict=True))
     ]
     summary = _summary(rows)
-    _check_at_once(target, found.at_once, summary["step_error"])
+    check_at_once(target, found.at_once, summary["step_error"])
     if found.at_once:
         summary["at_once"] = {
             str(one.images): {"step_error": significant(one.error), "difference": significant(one.difference)}
@@ -110,7 +110,7 @@ def compare_target(
     return summary, images
 
 
-def _check_at_once(target: str, at_once: Sequence[AtOnce], alone: float) -> None:
+def check_at_once(target: str, at_once: Sequence[AtOnce], alone: float) -> None:
     """Raise BuildError where an image made with others is not the one that it is alone."""
     for one in at_once:
         if not one.error <= AT_ONCE * alone + 1e-3:
