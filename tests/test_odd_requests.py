@@ -126,6 +126,7 @@ CASES: dict[str, dict[str, list[Bad]]] = {
         "changes": [Bad("sampling.steps=3", WRONG, "--set goes with a RECIPE")],
         "on": CHOICES,
         "gpus": [*(Bad(value) for value in ("", "0", "-1", "1,,2", "1,x", "1.5", ",", "9" * 5000)), Bad("3", EITHER)],
+        "batch": [Bad(value) for value in ("", "0", "-1", "1,,2", "1,x", "1.5", ",", "9" * 5000)],
         "model": CHOICES,
         "size": [
             Bad(value) for value in ("", "0x0", "64", "64x", "x64", "-64x64", "64x64x64", "7x9", "1e3x64", "9" * 5000)
