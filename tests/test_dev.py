@@ -86,6 +86,7 @@ def test_in_full_precision_every_stage_equals_diffusers(exact: Path) -> None:
     assert figures["image_psnr_db_worst"] >= 50
     with fluxrt.load(exact, target="onnxruntime") as pipeline:
         assert not pipeline.bundle.manifest.sampling.cfg_batch
+        assert "| guidance, unless asked otherwise | 2.5 |" in (exact / "README.md").read_text()
         assert pipeline.target.reads("guidance")
         images = [pipeline.generate(fluxrt.Request("a ring", size=size, steps=1)).images[0] for size in SIZES]
     assert [(image.height, image.width) for image in images] == list(SIZES)

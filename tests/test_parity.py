@@ -237,6 +237,7 @@ def test_a_distilled_checkpoint_runs_one_branch_and_other_sizes_match_too(tmp_pa
     )
     said = "sampling.guidance 4 changes nothing: this model is distilled and takes no guidance; leave it out"
     assert said in progress.said
+    assert "| guidance, unless asked otherwise | 4 (this model takes no other) |" in (bundle / "README.md").read_text()
     figures = report(bundle)["onnxruntime"]
     assert max(figures["step_error"], figures["decode_error"], figures["prologue_error"]) <= 1e-3
     assert figures["image_psnr_db_worst"] >= 50

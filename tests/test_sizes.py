@@ -51,6 +51,8 @@ def exact_size(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int]
 
 def test_engines_and_ranks_serve_the_range_too(bundle: Path) -> None:
     opened = open_bundle(bundle)
+    said = "| sizes, height x width in pixels | 64x64, 32x48, 128x96, and all between the last two, in steps of 8 |"
+    assert said in (bundle / "README.md").read_text()
     target = opened.target("tensorrt_rtx")
     assert target.engine.plans["vae_decoder"].profiles == ({"rows": (4, 8, 16), "columns": (6, 8, 12)},)
     place = MadeUpPlace()

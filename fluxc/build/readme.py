@@ -67,6 +67,7 @@ def _rendered(manifest: Manifest, licence: str, licence_files: list[str]) -> str
     return environment.get_template(TEMPLATE).render(
         manifest=manifest,
         sampling=manifest.sampling,
+        takes_guidance=_takes_guidance(manifest),
         licence=licence,
         licence_files=licence_files,
         targets=[_row(target) for target in manifest.targets],
@@ -80,6 +81,12 @@ def _rendered(manifest: Manifest, licence: str, licence_files: list[str]) -> str
         evidence=manifest.recorded,
         tools=", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items()),
     )
+
+
+def _takes_guidance(manifest: Manifest) -> bool:
+    """Whether a request's guidance changes the image: as a second row of a batch, or as an input of some target's graphs."""
+    graphs = [target for target in manifest.targets if target.parts]
+    return manifest.sampling.cfg_batch or not graphs or any(target.reads("guidance") for target in graphs)
 
 
 def _row(target: Target) -> TargetRow:
