@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from bfl import transformer_in_bfl, write
 from conftest import NANO, RECIPE, ROOT, RecordingProgress, compile_into, copy_checkpoint
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
-from fluxc.base.progress import StageProgress
+from fluxc.base.progress import Report, StageProgress
 from fluxc.base.safetensors import read_header
 from fluxc.checkpoint import fetch as fetch_module
 from fluxc.checkpoint.fetch import TITLE, fetch
@@ -61,8 +63,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
         yield hub
 
 
-def opened(folder: Path, revision: str | None = None, **more: object) -> Checkpoint:
-    return open_checkpoint(NAME, revision, folder, **more)  # type: ignore[arg-type]
+def opened(folder: Path, revision: str | None = None, **more: Any) -> Checkpoint:
+    return open_checkpoint(NAME, revision, folder, **more)
 
 
 def fetched(folder: Path, revision: str | None = None) -> Checkpoint:
@@ -341,9 +343,7 @@ def test_progress_is_told_in_bytes_and_no_bar_is_shown(
     seen: list[tuple[int, int, str]] = []
 
     class Recording(RecordingProgress):
-        def stage(self, title: str):  # type: ignore[no-untyped-def]
-            from contextlib import nullcontext
-
+        def stage(self, title: str) -> nullcontext[Report]:
             assert title == TITLE
             return nullcontext(lambda done, total, detail="": seen.append((done, total, detail)))
 

@@ -291,6 +291,8 @@ def test_json_for_scripts_has_the_fields_that_are_documented(here: Path) -> None
     assert all(f"`{name}`" in page for name in PLAN_FIELDS)
     stage = plan["stages"][0]
     assert (list(stage), stage["part"]) == (["name", "part", "result"], "graphs")
+    (alone,) = plan["sampling"].pop("at_once").items()
+    assert (alone[0], set(alone[1])) == ("1", {"working", "buffers"})
     assert plan["sampling"] == {
         "sizes": [[64, 64]],
         "text_length": 32,

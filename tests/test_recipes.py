@@ -53,6 +53,8 @@ def test_a_range_up_to_four_megapixels_is_planned(recipe: str, tile: str | None,
     assert result.exit_code == 0 or too_little, result.output
     plan = json.loads(result.stdout)
     assert plan["sampling"]["sizes"] == [[1024, 1024], [256, 256], [2048, 2048]]
+    taken = [plan["sampling"]["at_once"][images] for images in ("1", "4")]
+    assert all(3.5 < taken[1][part] / taken[0][part] < 4.01 for part in ("working", "buffers"))
     predicted = CliRunner().invoke(main, ["predict", path, "--on", "b200", "--gpus", "1", "--json", *arguments])
     found = json.loads(predicted.stdout)
     (one,), (four,) = found["gpus"], found["at_once"]

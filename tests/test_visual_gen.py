@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from PIL import Image
 
@@ -30,6 +31,7 @@ from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.build.job import open_job
 from fluxc.checkpoint.components import WEIGHTS_FILE, weights_tensors
+from fluxc.cli.main import main
 from fluxc.families.base import Prompts
 from fluxc.families.klein import KLEIN
 from fluxc.models.flux2_transformer import Flux2Transformer
@@ -590,6 +592,7 @@ def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: p
             {"latents": np.zeros((1, 64, 32))},
             {"size": (8, 8)},
             {"guidance": 2.0},
+            {"batch": 2},
         ):
             with pytest.raises(fluxrt.RequestError):
                 pipeline.generate(Request(PROMPT, **request))
@@ -597,11 +600,26 @@ def test_prompt_seed_and_settings_are_handed_over(bundle: Bundle, monkeypatch: p
             pipeline.generate(Request([PROMPT, "red " * 40]))
         assert len(asked) == 3
     assert asked[-1] == "shutdown"
+    ranged = msgspec.structs.replace(bundle.manifest.sampling, range=((16, 16), (64, 64)))
+    between = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, sampling=ranged))
+    with VisualGenPipeline(between, between.target("visual_gen"), 2) as pipeline:
+        assert pipeline.generate(Request(PROMPT, size=(32, 48))).target == "visual_gen"
+        with pytest.raises(fluxrt.RequestError, match=r"size 48x48 .* has 9 image tokens, which 2 GPUs cannot share"):
+            pipeline.generate(Request(PROMPT, size=(48, 48)))
     sampling = msgspec.structs.replace(bundle.manifest.sampling, cfg_batch=False)
     distilled = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, sampling=sampling))
     with VisualGenPipeline(distilled, distilled.target("visual_gen")) as pipeline:
         (note,) = pipeline.generate(Request(PROMPT, guidance=7)).notes
     assert note == "guidance 7 changes nothing: this model is distilled and takes none"
+
+
+def test_plan_says_that_batches_and_tiles_are_not_for_it(quick: tuple[str, ...]) -> None:
+    changes = [*quick, TARGETS, "batches=[1, 2]", "sizes=[[64, 64], [256, 256]]", "vae={tile: [128, 128]}"]
+    arguments = [word for change in changes for word in ("--set", change)]
+    said = " ".join(CliRunner().invoke(main, ["plan", str(RECIPE), *arguments]).stdout.split())
+    assert "a step at 64x64 is predicted to take in bf16 plans: 1 at once" in said
+    assert "visual_gen: VisualGen is given one prompt a call; batches is not for it" in said
+    assert "visual_gen: VisualGen's settings have no tiles" in said
 
 
 def test_a_bundle_that_visual_gen_would_read_otherwise_is_not_loaded(bundle: Bundle) -> None:

@@ -115,7 +115,7 @@ class Job:
             return []
         asked = {
             "sampling.guidance": recipe.sampling.guidance,
-            "calibration.guidance": recipe.calibration.guidance or 1.0,
+            "calibration.guidance": 1.0 if recipe.calibration.guidance is None else recipe.calibration.guidance,
         }
         return [
             f"{field} {scale:g} changes nothing: this model is distilled and takes no guidance; leave it out"

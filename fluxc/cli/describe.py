@@ -17,7 +17,7 @@ from fluxc.build.job import Job
 from fluxc.build.preflight import preflight
 from fluxc.calibrate.summary import in_words
 from fluxc.checkpoint.components import WEIGHTS_FILE
-from fluxc.cli.describe_decoding import decoding_sentences
+from fluxc.cli.describe_serving import batch_sentences, decoding_sentences
 from fluxc.cli.plan_budget import print_budget
 from fluxc.cli.plan_report import (
     lacking,
@@ -29,6 +29,7 @@ from fluxc.cli.plan_report import (
 )
 from fluxc.cli.plan_source import print_source
 from fluxc.predict.gpus import Gpu
+from fluxc.predict.scaling import memory_at_once, recipe_model
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import WIDENED, LayerPlan, summary_by_format
 from fluxc.quantize.source import Source, kept_tensors, narrowed, read_source
@@ -81,22 +82,23 @@ def print_plan(loaded: LoadedRecipe, every_layer: bool, out: Path) -> None:
     for target in (target for target in recipe.targets if target.ranks > 1):
         for shards in context.shards(target):
             console.print(f"{target.name}: {shards}")
-    _print_sampling(console, ready.job)
-    for sentence in (*decoding_sentences(context), *([_cache_sentence(loaded)] if recipe.step_cache else [])):
-        console.print(sentence)
+    _print_sampling(console, ready.job, context)
     print_budget(console, ready)
     ready.check_machine()
 
 
-def _print_sampling(console: Console, job: Job) -> None:
-    """What a request may ask for, and what the recipe asks in vain."""
+def _print_sampling(console: Console, job: Job, context: TargetContext) -> None:
+    """What a request may ask for and what that takes, and what the recipe asks in vain."""
     recipe = job.loaded.recipe
     sizes = ", ".join(f"{height}x{width}" for height, width in recipe.listed_sizes)
     sizes += ", and all between the last two" if recipe.size_range else ""
     branches = "two passes a step (guidance)" if job.original.cfg_batch else "one pass a step"
     console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
-    for sentence in job.unused:
+    at_once = memory_at_once(recipe_model(job.loaded, job.original))
+    for sentence in (*job.unused, *batch_sentences(context, at_once), *decoding_sentences(context)):
         console.print(sentence)
+    if recipe.step_cache:
+        console.print(_cache_sentence(job.loaded))
 
 
 def _scales_sentence(loaded: LoadedRecipe, scales: InputScales) -> str:
@@ -214,7 +216,7 @@ def print_prediction(
     `batches` are how many images are made at once, by default the recipe's.
     """
     from fluxc.predict.report import print_scaling
-    from fluxc.predict.scaling import predict, published_model, recipe_model, scaling_as_json
+    from fluxc.predict.scaling import predict, published_model, scaling_as_json
 
     subject = recipe_model(loaded, read_source(loaded)) if loaded else published_model(model, size)
     scaling = predict(replace(subject, batches=batches) if batches else subject, gpu, counts)

@@ -10,6 +10,7 @@ import msgspec
 from fluxc.build.budget import BUNDLE, HASH, budget_as_json, rates_for
 from fluxc.build.input_scales import input_scales
 from fluxc.build.preflight import Preflight
+from fluxc.predict.scaling import memory_at_once, recipe_model
 from fluxc.quantize.memory import WeightsMemory
 from fluxc.quantize.plan import LayerPlan, precision_plan, summary_by_format
 from fluxc.quantize.presets import PRESETS, Preset, absent_parts
@@ -97,6 +98,10 @@ def plan_as_json(ready: Preflight) -> dict[str, Any]:
             "steps": recipe.sampling.steps,
             "guidance": recipe.sampling.guidance,
             "passes": ready.job.rows(recipe.sampling.guidance),
+            "at_once": {
+                str(images): {"working": round(memory.working), "buffers": round(memory.buffers)}
+                for images, memory in memory_at_once(recipe_model(ready.job.loaded, source)).items()
+            },
             "tiles": msgspec.to_builtins(context.tiles),
         },
         "stages": [

@@ -191,11 +191,24 @@ def predict(subject: Subject, gpu: Gpu, counts: tuple[int, ...]) -> Scaling:
     return Scaling(subject, gpu, tuple(predictions), impossible, at_once)
 
 
-def _predict(subject: Subject, gpu: Gpu, count: int, images: int = 1) -> Prediction:
+def memory_at_once(subject: Subject) -> dict[int, RankMemory]:
+    """What the transformer takes on one GPU that multiplies all planned formats, by how many images are made at once."""
+    return {
+        images: rank_memory(subject, _work(subject, subject.plan, 1, images), images)
+        for images in sorted({1, *subject.batches})
+    }
+
+
+def _work(subject: Subject, plan: list[LayerPlan], count: int, images: int) -> Work:
     rows = images * subject.branches
-    shards = shards_of(count, subject.size, subject.tokens, subject.transformer, subject.text_tokens, rows, ACTIVATION)
+    model = subject.transformer
+    shards = shards_of(count, subject.size, subject.tokens, model, subject.text_tokens, rows, ACTIVATION)
+    return work_of(model, plan, shards, rows)
+
+
+def _predict(subject: Subject, gpu: Gpu, count: int, images: int = 1) -> Prediction:
     computed = [entry if entry.format in gpu.gemms else replace(entry, format="bf16") for entry in subject.plan]
-    work = work_of(subject.transformer, computed, shards, rows)
+    work = _work(subject, computed, count, images)
     held = rank_memory(subject, work, images)
     weights = held.weights + subject.text_encoder + subject.vae
     first = RankMemory(weights, max(held.working, subject.decoder), held.buffers)

@@ -59,6 +59,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         """Bytes of a value that layers exchange."""
         return 2
 
+    @property
+    def runs_graphs(self) -> bool:
+        """Whether fluxrt runs the bundle's graphs or engines with it; otherwise another program generates in its own way."""
+        return True
+
     def check(self, field: str, refuse: Refuse) -> None:
         """Refuse options that do not go together, whatever the checkpoint; `field` is the target in the recipe."""
 
@@ -214,6 +219,11 @@ class VisualGenTarget(Target, frozen=True, tag="visual_gen"):
         Count | Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)],
         about("the numbers of GPUs to write settings for: one, or a list", [1, 2, 4, 8]),
     ] = 1
+
+    @property
+    def runs_graphs(self) -> bool:
+        """VisualGen runs code of its own: one prompt a call, images decoded whole."""
+        return False
 
     @property
     def gpu_counts(self) -> tuple[int, ...]:

@@ -70,7 +70,7 @@ class VisualGenPipeline:
                 f"target {target.name!r} needs tensorrt-llm, which cannot be imported here ({error}). Where it is installed, "
                 f"run this again, or serve the folder: {how_to_serve(bundle, target, gpus)}"
             ) from error
-        self.bundle, self.target = bundle, target
+        self.bundle, self.target, self._gpus = bundle, target, gpus
         self.notes: list[str] = []
         self._turns = Turns()
         config = bundle.checked_file(target.configs[str(gpus)])
@@ -112,7 +112,12 @@ class VisualGenPipeline:
                 "request, or change step_cache in the recipe and rebuild"
             )
         steps, guidance, size = request.with_defaults(sampling)
-        grid_of(sampling, self.target, size)
+        rows, columns = grid_of(sampling, self.target, size)
+        if rows * columns % self._gpus:
+            raise RequestError(
+                f"size {size[0]}x{size[1]} (height x width) has {rows * columns} image tokens, which {self._gpus} GPUs cannot "
+                f"share equally, and VisualGen does not pad; choose a size with a multiple of {self._gpus}"
+            )
         if sampling.cfg_batch and guidance > 1:
             raise RequestError(
                 f"guidance {guidance:g} needs the row of the empty prompt, and VisualGen computes the prompt's alone; ask for "
