@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -47,7 +47,8 @@ class Format(ABC):
     (`pre_quant_scale`, `svdquant_lora_a`), `bits` and `number` (float or int) those of a value. `scalars` are the parts a
     fusion group shares, `calibrated` whether inputs are rounded under a static scale, which calibration finds.
     `searches_scales`: whether a recipe's `scales` changes anything. `margin`: how many times the largest input that calibration
-    saw the static scale stands for, where a recipe does not say.
+    saw the static scale stands for, where a recipe does not say. `values` are what the part `weight` holds where a value is
+    that times its scales, the parts whose name begins with `weight_scale`; None for a format that is not of this kind.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Format(ABC):
     calibrated: bool = True
     searches_scales: bool = False
     margin: float = 1.0
+    values: Literal["e2m1", "e4m3"] | None = None
 
     @abstractmethod
     def parts(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fluxc.formats.base import GraphBuilder
 from fluxc.formats.constants import E2M1_VALUES
 
-ONNX_FLOAT, ONNX_UINT8, ONNX_INT32, ONNX_INT64, ONNX_E4M3, ONNX_E2M1 = 1, 2, 6, 7, 17, 23
+ONNX_FLOAT, ONNX_UINT8, ONNX_INT8, ONNX_INT32, ONNX_INT64, ONNX_E4M3, ONNX_E2M1 = 1, 2, 3, 6, 7, 17, 23
 """Element types of onnx.TensorProto, for modules that must not import onnx."""
 
 

@@ -62,6 +62,7 @@ class FP8(Format):
     """The format in ModelOpt's layout: E4M3 codes, an FP32 scale of the tensor and one of the inputs."""
 
     name = "fp8"
+    values = "e4m3"
     algorithm = "FP8"
     scalars = ("input_scale", "weight_scale")
 

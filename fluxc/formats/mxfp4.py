@@ -80,6 +80,7 @@ class MXFP4(Format):
     """The format: codes and E8M0 block scales, nothing else; inputs are not rounded and need no calibration."""
 
     name = "mxfp4"
+    values = "e2m1"
     block = MX_BLOCK
     bits = 4
     algorithm = "MXFP4"

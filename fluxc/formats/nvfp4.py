@@ -193,6 +193,7 @@ class NVFP4(Format):
     """The format in ModelOpt's layout: codes, E4M3 block scales, an FP32 tensor scale and input scale."""
 
     name = "nvfp4"
+    values = "e2m1"
     block = BLOCK
     bits = 4
     algorithm = "NVFP4"

@@ -107,7 +107,21 @@ class OnnxRuntimeTarget(ShardedTarget, frozen=True, tag="onnxruntime"):
         about("on the CPU: `4-bit` halves the memory of NVFP4 weights, and takes longer", "4-bit"),
     ] = "8-bit"
 
-    in_name = ("device", "dtype", "activations", "weights_in_memory")
+    compute: Annotated[
+        Literal["exact", "int8"],
+        about(
+            "on the CPU: `exact` multiplies in fp32; `int8` rounds quantized layers' weights to int8 rows and their inputs to "
+            "int8 a token, several times faster ([performance](performance.md))",
+            "int8",
+        ),
+    ] = "exact"
+
+    in_name = ("device", "dtype", "activations", "weights_in_memory", "compute")
+
+    @property
+    def computes_in_int8(self) -> bool:
+        """Whether products of quantized layers are computed in int8."""
+        return self.compute == "int8"
 
     @property
     def runs_here(self) -> bool:
@@ -132,9 +146,13 @@ class OnnxRuntimeTarget(ShardedTarget, frozen=True, tag="onnxruntime"):
     def check(self, field: str, refuse: Refuse) -> None:
         """Options of the other device, and ranks on a GPU."""
         usual = OnnxRuntimeTarget()
-        for option, device in (("activations", "cpu"), ("weights_in_memory", "cpu"), ("dtype", "cuda")):
+        on_cpu = ("activations", "weights_in_memory", "compute")
+        for option, device in (*((option, "cpu") for option in on_cpu), ("dtype", "cuda")):
             if self.device != device and getattr(self, option) != getattr(usual, option):
                 refuse(f"{field}.{option}", f"goes with device: {device}")
+        for option in ("activations", "weights_in_memory"):
+            if self.computes_in_int8 and getattr(self, option) != getattr(usual, option):
+                refuse(f"{field}.{option}", "goes with compute: exact")
         if self.gpus > 1 and self.device == "cuda":
             refuse(
                 f"{field}.gpus",

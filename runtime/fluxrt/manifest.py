@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -15,9 +15,9 @@ import msgspec
 from fluxrt.errors import BundleError
 
 FORMAT = "fluxc-bundle"
-FORMAT_VERSION = 8
-READABLE = (6, 7, 8)
-"""Format versions that are read: 7 is 8 for one image at a time, 6 is 7 without evidence, levels of `fidelity`, and what the
+FORMAT_VERSION = 9
+READABLE = (6, 7, 8, 9)
+"""Format versions that are read: 8 is 9 with weights in graphs as they are stored alone, 7 is 8 for one image at a time, 6 is 7 without evidence, levels of `fidelity`, and what the
 model was run on."""
 MANIFEST = "bundle.json"
 NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -54,13 +54,76 @@ def dimension_size(dimension: int | str, sizes: Mapping[str, int]) -> int:
     return int(found[1] or 1) * sizes[found[2]] + int(found[3] or 0)
 
 
+class Unfold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Inputs of a graph that the runtime makes of a layer's stored weight when it loads it (fluxrt.unfold), in this form.
+
+    The weight is [out, in] of `values` (e2m1, e4m3, bfloat16, float16, float32), each to be multiplied by the product of the
+    tensors `scales`, named by part ("weight_scale"): one number, one a row, or one for `block` values of a row. With `rows`
+    (first, last + 1) only those are unfolded.
+    """
+
+    layer: str
+    form: Literal["int8", "float32"]
+    shape: tuple[int, int]
+    values: Literal["e2m1", "e4m3", "bfloat16", "float16", "float32"]
+    scales: tuple[str, ...] = ()
+    block: int = 0
+    rows: tuple[int, int] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The rows that are unfolded, first and last + 1."""
+        return (0, self.shape[0]) if isinstance(self.rows, msgspec.UnsetType) else self.rows
+
+
+class Faster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file of a graph that computes the same faster and in more memory, and what is unfolded for it."""
+
+    file: str
+    unfold: tuple[Unfold, ...]
+
+
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A graph file and what goes in and out of it; `weights` is the file its initializers point into."""
+    """A graph file and what goes in and out of it; `weights` is the file its initializers point into.
+
+    `unfold` are further inputs, which the runtime makes of weights. `unsigned` is the file for a CPU whose products of int8 rows
+    would saturate: it takes them as uint8. `faster` is there for a machine with more memory.
+    """
 
     file: str
     weights: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    unfold: tuple[Unfold, ...] | msgspec.UnsetType = msgspec.UNSET
+    unsigned: str | msgspec.UnsetType = msgspec.UNSET
+    faster: Faster | msgspec.UnsetType = msgspec.UNSET
+
+    def with_files(self, named: Callable[[str], str]) -> Graph:
+        """The same with other names of its files."""
+        graph = msgspec.structs.replace(self, file=named(self.file))
+        if not isinstance(self.unsigned, msgspec.UnsetType):
+            graph = msgspec.structs.replace(graph, unsigned=named(self.unsigned))
+        if not isinstance(self.faster, msgspec.UnsetType):
+            faster = msgspec.structs.replace(self.faster, file=named(self.faster.file))
+            graph = msgspec.structs.replace(graph, faster=faster)
+        return graph
+
+    @property
+    def unfolded(self) -> tuple[Unfold, ...]:
+        """`unfold`, where nothing is unfolded none."""
+        return () if isinstance(self.unfold, msgspec.UnsetType) else self.unfold
+
+    @property
+    def faster_variant(self) -> Graph | None:
+        """The graph with the file of `faster`; None where there is none."""
+        if isinstance(self.faster, msgspec.UnsetType):
+            return None
+        return msgspec.structs.replace(self, file=self.faster.file, unfold=self.faster.unfold)
+
+    @property
+    def unsigned_variant(self) -> Graph | None:
+        """The graph with the file of `unsigned`; None where there is none."""
+        return None if isinstance(self.unsigned, msgspec.UnsetType) else msgspec.structs.replace(self, file=self.unsigned)
 
 
 class WeightPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+from msgspec import UNSET
+from msgspec.structs import replace
 from onnx import TensorProto
 
 from fluxc.base.errors import BuildError
@@ -14,9 +17,13 @@ from fluxc.graph.bind import argument_names, bind
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
-from fluxc.targets.onnxruntime.lower import lower
+from fluxc.targets.onnxruntime.forms import CPU, CUDA, UNFOLDED, LinearForm, in_int8
+from fluxc.targets.onnxruntime.fuse import fused
+from fluxc.targets.onnxruntime.lower import Lowered, lower_with
+from fluxc.targets.forms import Forms
 from fluxc.targets.unused import check_unused
-from fluxrt.manifest import Graph, Port
+from fluxrt.manifest import Faster, Graph, Port
+from fluxrt.unfold import input_names
 
 COMPONENT_OF = {
     "text_encoder": "text_encoder",
@@ -29,6 +36,7 @@ COMPONENT_OF = {
 }
 FOLDED = 1 << 20
 """Bytes of the largest constant that is folded where a graph is only loaded."""
+STORED, UNSIGNED, FASTER = "stored", "unsigned", "faster"
 DTYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.INT64: "int64",
@@ -40,9 +48,9 @@ PRECISIONS = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """A graph file's bytes-to-be and its manifest entry."""
+    """The bytes-to-be of graph files by name, and their manifest entry, which names them."""
 
-    model: onnx.ModelProto
+    files: dict[str, onnx.ModelProto]
     entry: Graph
 
 
@@ -67,22 +75,60 @@ def build_graphs(
         planned = {entry.layer.name: entry for entry in plans.get(component, [])}
         # The VAE stays in fp32: the CUDA provider has no bf16 kernel for Resize.
         dtype = PRECISIONS[target.dtype] if for_gpu and component != "vae" else TensorProto.FLOAT
-        lowered = lower(model, arguments, stored, planned, target.activations, target.weights_in_memory, dtype)
-        bound[component] |= bind(lowered, arguments, weights[component])
-        entry = Graph(
-            file=f"{component}/{name}.onnx",
-            weights=f"{component}/{entries[component]}",
-            inputs=tuple(port_of(value) for value in lowered.graph.input),
-            outputs=tuple(port_of(value) for value in lowered.graph.output),
-        )
+        variants = {}
+        source = model if for_gpu else fused(model)
+        for kind, (forms, apart) in forms_of(target, component).items():
+            lowered = lower_with(forms, source, arguments, stored, planned, target.activations, dtype, apart=apart)
+            made = {name for entry in lowered.unfolds for name in input_names(entry)}
+            bound[component] |= bind(lowered.model, arguments | made, weights[component])
+            bound[component] |= {f"{e.layer}.{part}" for e in lowered.unfolds for part in ("weight", *e.scales)}
+            variants[kind] = lowered
+        built[name] = _described(name, component, f"{component}/{entries[component]}", variants, arguments)
         if for_gpu:
-            check_kernels(name, lowered)
-        built[name] = BuiltGraph(lowered, entry)
+            check_kernels(name, variants[STORED].model)
     for component, tensors in weights.items():
         ignored = unused.get(component, ())
         rightly_unused = _unused_input_scales(plans.get(component, []), bound[component], target.activations)
         check_unused(component, [t for t in tensors if t not in bound[component] and t not in rightly_unused], ignored)
     return built
+
+
+def forms_of(target: OnnxRuntimeTarget, component: str) -> dict[str, tuple[Forms[LinearForm], bool]]:
+    """The forms of Linears, by what distinguishes a graph file from its component's others, and whether they compute rows of
+    a weight apart."""
+    if target.device == "cuda":
+        return {STORED: (CUDA, False)}
+    if target.computes_in_int8:
+        every_step = component == "transformer"
+        return {STORED: (in_int8(True, every_step), every_step), UNSIGNED: (in_int8(False, every_step), every_step)}
+    return {STORED: (CPU[target.weights_in_memory], False), FASTER: (UNFOLDED, True)}
+
+
+def _described(
+    name: str, component: str, weights: str, variants: Mapping[str, Lowered], arguments: set[str]
+) -> BuiltGraph:
+    """The graph files of `variants`; those without a Linear are one."""
+    first = variants[STORED]
+    files = {f"{component}/{name}.onnx": first.model}
+    entry = Graph(
+        file=f"{component}/{name}.onnx",
+        weights=weights,
+        inputs=tuple(port_of(value) for value in first.model.graph.input if value.name in arguments),
+        outputs=tuple(port_of(value) for value in first.model.graph.output),
+        unfold=first.unfolds or UNSET,
+    )
+    for kind in (UNSIGNED, FASTER):
+        if kind not in variants or not variants[kind].unfolds:
+            continue
+        file = f"{component}/{name}.{kind}.onnx"
+        if kind == FASTER:
+            entry = replace(entry, faster=Faster(file, variants[kind].unfolds))
+        elif any(unfold.form == "int8" for unfold in first.unfolds):
+            entry = replace(entry, unsigned=file)
+        else:
+            continue
+        files[file] = variants[kind].model
+    return BuiltGraph(files, entry)
 
 
 def _unused_input_scales(plan: list[LayerPlan], bound: set[str], activations: str) -> set[str]:

@@ -13,6 +13,11 @@
    QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer. 5 and 6
    take inputs as they are.
 
+8. In more memory: com.microsoft::FusedMatMul with values in fp32, which fluxrt unfolds when it loads the graph
+   (fluxrt/unfold.py).
+9. Where products are computed in int8: com.microsoft::MatMulIntegerToFloat of int8 rows, which fluxrt makes when it loads the
+   graph, with inputs rounded to int8 a token at a time.
+
 A session of fluxrt's folds nothing large (fluxrt/backends/onnxruntime.py): weights stay in memory as the file has them, and
 each layer unfolds its own when it is computed.
 """
@@ -25,10 +30,11 @@ from typing import TYPE_CHECKING
 from fluxc.formats.base import Format
 from fluxc.formats.bf16 import BF16
 from fluxc.formats.constants import BLOCK, E2M1_VALUES
-from fluxc.formats.forms import ONNX_E2M1, ONNX_E4M3, ONNX_FLOAT, ONNX_INT32, ONNX_INT64, ONNX_UINT8
+from fluxc.formats.forms import ONNX_E2M1, ONNX_E4M3, ONNX_FLOAT, ONNX_INT8, ONNX_INT32, ONNX_INT64, ONNX_UINT8
 from fluxc.graph import LINEAR_DOMAIN
 from fluxc.models.base import Linear
 from fluxc.targets.forms import Forms
+from fluxrt.unfold import ZERO_POINT
 
 if TYPE_CHECKING:
     from fluxc.targets.onnxruntime.nodes import Nodes
@@ -121,6 +127,32 @@ def through_reference(format: Format) -> LinearForm:
     return form
 
 
+def unfolded(format: str) -> LinearForm:
+    """8: values that the runtime unfolded."""
+
+    def form(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+        (dense,) = graph.unfolded(layer, format, "float32", ONNX_FLOAT)
+        x = graph.rounded(x, layer, QUANTIZERS[format]) if format in QUANTIZERS else x
+        graph.node("FusedMatMul", [x, dense], output, domain=VENDOR, transB=1)
+
+    return form
+
+
+def int8(format: str, signed: bool) -> LinearForm:
+    """9: int8 rows that the runtime made."""
+
+    def form(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+        rows, row_scale = graph.unfolded(layer, format, "int8", ONNX_INT8 if signed else ONNX_UINT8)
+        codes, scale = graph.per_token(x)
+        one = graph.constant("one_scale", ONNX_FLOAT, [], [1.0])
+        middle = graph.constant("zero_point", ONNX_UINT8, [], [ZERO_POINT])
+        inputs = [codes, rows, one, row_scale, middle, *([] if signed else [middle])]
+        product = graph.node("MatMulIntegerToFloat", inputs, f"{output}/product", domain=VENDOR)
+        graph.node("Mul", [product, scale], output)
+
+    return form
+
+
 def _block_scales(graph: Nodes, layer: str) -> str:
     tensors = [graph.tensor(f"{layer}.weight_scale"), graph.tensor(f"{layer}.weight_scale_2")]
     return graph.node("DequantizeLinear", tensors, f"{layer}/block_scales")
@@ -137,6 +169,10 @@ def _e4m3_input(graph: Nodes, layer: str, x: str) -> str:
     return graph.node("DequantizeLinear", [codes, scale], f"{layer}/input")
 
 
+QUANTIZERS = {"nvfp4": _nvfp4_input, "fp8": _e4m3_input}
+"""What rounds the inputs of a layer where they are rounded, by format."""
+
+
 def _on_cpu(nvfp4: LinearForm) -> Forms[LinearForm]:
     return Forms("ONNX Runtime", {"nvfp4": nvfp4, "fp8": fp8, BF16: stored}, through_reference)
 
@@ -145,3 +181,23 @@ CPU = {"8-bit": _on_cpu(nvfp4_8_bit), "4-bit": _on_cpu(nvfp4_4_bit)}
 """By how NVFP4 weights lie in memory."""
 
 CUDA: Forms[LinearForm] = Forms("ONNX Runtime on CUDA", {"nvfp4": nvfp4_cuda, "fp8": fp8, BF16: stored})
+
+
+def _unfolding(own: Callable[[str], LinearForm], bf16: LinearForm) -> Forms[LinearForm]:
+    """Forms in which the runtime unfolds every format whose values it knows."""
+    return Forms(
+        "ONNX Runtime",
+        {BF16: bf16},
+        lambda format: own(format.name) if format.values else through_reference(format),
+    )
+
+
+UNFOLDED = _unfolding(unfolded, unfolded(BF16))
+"""Every weight in fp32."""
+
+
+
+def in_int8(signed: bool, every_step: bool) -> Forms[LinearForm]:
+    """Quantized layers in int8, with rows that are `signed` or not; the others, where they are computed at `every_step`, in fp32
+    that is unfolded once."""
+    return _unfolding(lambda format: int8(format, signed), unfolded(BF16) if every_step else stored)

@@ -82,16 +82,18 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
 
     def place(self, entry: format.OnnxRuntimeTarget, folder: Path, staging: Path) -> format.OnnxRuntimeTarget:
         """The graphs; those that are the same to the byte as another target's share its file."""
-        graphs = {}
-        for name, graph in entry.graphs.items():
-            content = (folder / graph.file).read_bytes()
-            file = graph.file
-            if (staging / file).exists() and (staging / file).read_bytes() != content:
-                file = f"{graph.file.removesuffix('.onnx')}.{entry.name}.onnx"
-            if not (staging / file).exists():
-                shutil.copyfile(folder / graph.file, staging / file)
-            graphs[name] = msgspec.structs.replace(graph, file=file)
-        return msgspec.structs.replace(entry, graphs=graphs)
+        def placed(file: str) -> str:
+            content = (folder / file).read_bytes()
+            there = file
+            if (staging / there).exists() and (staging / there).read_bytes() != content:
+                there = f"{file.removesuffix('.onnx')}.{entry.name}.onnx"
+            if not (staging / there).exists():
+                shutil.copyfile(folder / file, staging / there)
+            return there
+
+        return msgspec.structs.replace(
+            entry, graphs={name: graph.with_files(placed) for name, graph in entry.graphs.items()}
+        )
 
     def describe(self, target: OnnxRuntimeTarget) -> str:
         """Where it runs and how it holds and multiplies weights."""

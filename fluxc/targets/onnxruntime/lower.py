@@ -10,6 +10,8 @@ A graph that was traced in 16 bits is for the CUDA provider, whose forms differ;
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import onnx
 from onnx import TensorProto, helper
 
@@ -19,8 +21,11 @@ from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.graph.export import make_model
 from fluxc.models.base import Linear
 from fluxc.quantize.plan import LayerPlan
+from fluxc.targets.forms import Forms
 from fluxc.targets.onnxruntime.forms import CPU, CUDA, FAKE_QUANTIZE, LinearForm
-from fluxc.targets.onnxruntime.nodes import Nodes
+from fluxc.targets.onnxruntime.fuse import parts_of
+from fluxc.targets.onnxruntime.nodes import LinearPart, Nodes
+from fluxrt.manifest import Unfold
 
 
 def lower(
@@ -32,25 +37,60 @@ def lower(
     weights_in_memory: str = "8-bit",
     dtype: int = TensorProto.FLOAT,
 ) -> onnx.ModelProto:
+    """`lower_with` the forms that take weights as they are stored; those of NVFP4 lie in memory as `weights_in_memory` says."""
+    forms = CPU[weights_in_memory] if dtype == TensorProto.FLOAT else CUDA
+    return lower_with(forms, model, arguments, stored, plan, activations, dtype).model
+
+
+class Lowered(NamedTuple):
+    """A lowered graph, and what the runtime makes of weights for it."""
+
+    model: onnx.ModelProto
+    unfolds: tuple[Unfold, ...]
+
+
+def lower_with(
+    forms: Forms[LinearForm],
+    model: onnx.ModelProto,
+    arguments: set[str],
+    stored: dict[str, str],
+    plan: dict[str, LayerPlan],
+    activations: str = "none",
+    dtype: int = TensorProto.FLOAT,
+    *,
+    apart: bool = False,
+) -> Lowered:
     """Lower `model`, whose inputs other than `arguments` are weights; matrix products are computed in `dtype`.
 
+    With `apart`, the parts that a Linear's output is cut into are computed apart.
+
     `stored` gives each tensor's dtype in the weights file, `plan` each planned Linear by layer name; a Linear without a plan
-    is bf16. The result's weight inputs are tensors of the weights file.
+    is bf16. The result's weight inputs are tensors of the weights file, and those of `unfolds`.
     """
     graph = onnx.GraphProto(name="fluxc")
     graph.input.extend(value for value in model.graph.input if value.name in arguments)
     graph.output.extend(model.graph.output)
     graph.initializer.extend(model.graph.initializer)
     nodes = Nodes(graph, stored, dtype, activations != "none")
-    forms = CPU[weights_in_memory] if dtype == TensorProto.FLOAT else CUDA
     weights = {value.name: value.type.tensor_type for value in model.graph.input if value.name not in arguments}
+    parts = parts_of(model) if apart else {}
+    cutting: set[str] = set()
     for node in model.graph.node:
         if node.domain == LINEAR_DOMAIN and node.op_type == "Linear":
             x, weight = node.input
             name = weight.removesuffix(".weight")
             planned = plan.get(name)
             layer = planned.layer if planned else Linear(name, *(d.dim_value for d in weights[weight].shape.dim))
-            _add_linear(nodes, forms.of(planned.format if planned else BF16, name), layer, x, node.output[0])
+            format, cut = planned.format if planned else BF16, parts.get(node.output[0])
+            if cut and nodes.can_be_parted(layer, format):
+                cutting |= cut.cutting
+                for first, last, output in cut.parts:
+                    part = LinearPart(layer.name, layer.out_features, layer.in_features, layer.group, (first, last))
+                    _add_linear(nodes, forms.of(format, name), part, x, output)
+            else:
+                _add_linear(nodes, forms.of(format, name), layer, x, node.output[0])
+            continue
+        if cutting.intersection(node.output):
             continue
         if node.op_type == "Gather" and node.input[0] in weights:
             _add_gather(nodes, node, weights[node.input[0]].elem_type)
@@ -63,7 +103,7 @@ def lower(
     lowered = make_model(graph)
     if any(node.op_type == FAKE_QUANTIZE for node in graph.node):
         lowered.functions.append(fake_quantize_function())
-    return lowered
+    return Lowered(lowered, tuple(nodes.unfolds))
 
 
 def _put_weights_first(graph: onnx.GraphProto, arguments: set[str]) -> None:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import onnx
+from msgspec import UNSET
 from onnx import TensorProto, helper
 
 from fluxc.base.errors import BuildError
+from fluxc.formats.bf16 import BF16
+from fluxc.formats.registry import FORMATS
 from fluxc.models.base import Linear
+from fluxrt.manifest import Unfold
+from fluxrt.unfold import INT8, ZERO_POINT, input_names
 
 STORED = {"F32": TensorProto.FLOAT, "BF16": TensorProto.BFLOAT16, "F16": TensorProto.FLOAT16}
+LEAST_SCALE = 1e-30
+_PLAIN: dict[str, Any] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TYPE_NAMES: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
+
+
+@dataclass(frozen=True)
+class LinearPart(Linear):
+    """Rows first:last of the Linear `name`; `out_features` counts all of its rows."""
+
+    rows: tuple[int, int] = (0, 0)
 
 
 class Nodes:
@@ -25,6 +40,7 @@ class Nodes:
         self._graph, self._stored, self._dtype, self._rounds_inputs = graph, stored, dtype, rounds_inputs
         self._made: set[str] = set()
         self._rounded: dict[tuple[str, str], str] = {}
+        self.unfolds: list[Unfold] = []
 
     def holds(self, name: str) -> bool:
         """Whether the weights file has the tensor `name`."""
@@ -71,6 +87,55 @@ class Nodes:
         """`x` @ dense.T, `dense` being the weight of `layer` in full."""
         return self.node("MatMul", [x, self.turned(dense, f"{layer.name}.weight")], output)
 
+    def unfolded(self, layer: Linear, format: str, form: Literal["int8", "float32"], kind: int) -> list[str]:
+        """Inputs that the runtime makes of the weight of `layer`, stored in `format`, in this form; `kind` is the first's type."""
+        shape = (layer.out_features, layer.in_features)
+        rows = layer.rows if isinstance(layer, LinearPart) else UNSET
+        if format == BF16:
+            entry = Unfold(layer.name, form, shape, _PLAIN[self._stored[f"{layer.name}.weight"]], rows=rows)
+        else:
+            known = FORMATS[format]
+            assert known.values is not None
+            scales = tuple(part for part in known.parts(*shape) if part.startswith("weight_scale"))
+            block = known.block if known.block > 1 else 0
+            entry = Unfold(layer.name, form, shape, known.values, scales, block, rows)
+        names = input_names(entry)
+        if names[0] not in self._made:
+            self._made.update(names)
+            self.unfolds.append(entry)
+            shapes = _unfolded_shapes(entry)
+            for name, of, dimensions in zip(names, (kind, TensorProto.FLOAT), shapes, strict=False):
+                self._graph.input.append(helper.make_tensor_value_info(name, of, dimensions))
+        return names
+
+    def can_be_parted(self, layer: Linear, format: str) -> bool:
+        """Whether rows of the weight of `layer`, stored in `format`, can be unfolded apart, and it has no further factors."""
+        is_known = FORMATS[format].values is not None if format != BF16 else True
+        return is_known and not self.holds(f"{layer.name}.svdquant_lora_a")
+
+    def per_token(self, x: str) -> tuple[str, str]:
+        """`x` [..., in] as uint8 with zero point 128, and what a value of each token stands for, fp32 [..., 1].
+
+        Every token has a scale of its own, its largest magnitude / 127. Linears that share an input share them.
+        """
+        last = self.constant("last_axis", TensorProto.INT64, [1], [-1])
+        top = self.node("ReduceMax", [x, last], f"{x}/top", keepdims=1)
+        bottom = self.node("ReduceMin", [x, last], f"{x}/bottom", keepdims=1)
+        largest = self.node("Max", [top, self.node("Neg", [bottom], f"{x}/depth")], f"{x}/largest")
+        step = self.constant("int8_step", TensorProto.FLOAT, [], [1 / INT8])
+        # A token of zeros must not divide by zero.
+        least = self.constant("least_scale", TensorProto.FLOAT, [], [LEAST_SCALE])
+        scale = self.node("Max", [self.node("Mul", [largest, step], f"{x}/step"), least], f"{x}/scale")
+        flat = self.node("Reshape", [scale, last], f"{x}/flat_scale")
+        tokens = self.node("Shape", [flat], f"{x}/tokens")
+        middle = self.constant("zero_point", TensorProto.UINT8, [], [ZERO_POINT])
+        zeros = self.node("Expand", [middle, tokens], f"{x}/zero_points")
+        # One scale a row of a matrix: ONNX Runtime divides, rounds and narrows in one pass.
+        width = self.node("Shape", [x], f"{x}/shape")
+        rows = self.node("Flatten", [x], f"{x}/rows", axis=-1)
+        codes = self.node("QuantizeLinear", [rows, flat, zeros], f"{x}/codes", axis=0)
+        return self.node("Reshape", [codes, width], f"{x}/uint8"), scale
+
     def rounded(self, x: str, layer: Linear, quantizer: Callable[[Nodes, str, str], str]) -> str:
         """`x` as `quantizer` makes it of (graph, layer, x) if inputs are rounded, once for a fusion group; else `x` itself."""
         if not self._rounds_inputs:
@@ -94,3 +159,11 @@ class Nodes:
             self._graph.node.append(helper.make_node(op, inputs, [output], **attributes))
             self._made.add(output)
         return output
+
+
+def _unfolded_shapes(entry: Unfold) -> list[tuple[int, ...]]:
+    """The shapes of what the runtime makes for `entry`, as fluxrt.unfold says."""
+    rows, columns = entry.part[1] - entry.part[0], entry.shape[1]
+    if entry.form == "int8":
+        return [(columns, rows), (rows,)]
+    return [(rows, columns)]

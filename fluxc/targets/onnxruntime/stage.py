@@ -61,9 +61,10 @@ def run(inputs: OnnxRuntimeInputs, folder: Path, report: Report) -> None:
     entries = {name: Path(written.entry).name for name, written in weights.items()}
     built = build.build_graphs(graphs, refs, entries, inputs.plans, target, inputs.unused)
     with weights_beside(folder, weights):
-        for graph in built.values():
-            (folder / graph.entry.file).write_bytes(graph.model.SerializeToString(deterministic=True))
-        build.check_loads(folder, [graph.entry.file for graph in built.values()], for_gpu)
+        files = {file: model for graph in built.values() for file, model in graph.files.items()}
+        for file, model in files.items():
+            (folder / file).write_bytes(model.SerializeToString(deterministic=True))
+        build.check_loads(folder, list(files), for_gpu)
     graph_entries = {name: graph.entry for name, graph in built.items()}
     entry = format.struct_of(target.kind, format.OnnxRuntimeTarget)
     write_entry(folder, entry(target.name, target.activations, graph_entries, target.device, sharding))

@@ -1,4 +1,8 @@
-"""Runs a bundle's graphs with ONNX Runtime on the CPU; weights are mapped from the component's one weights file."""
+"""Runs a bundle's graphs with ONNX Runtime on the CPU.
+
+Weights are mapped from the component's one weights file as they are stored, or made from it when a graph is loaded, and then
+bound as its inputs (fluxrt.unfold).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,18 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from fluxrt.backends.bound import Bound, Pool
+from fluxrt.backends.saturation import saturates
 from fluxrt.checks import check_threads
 from fluxrt.cores import allowed_cores, usable_cores
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.manifest import dimension_size
-from fluxrt.memory import DECODE, Need, available_memory, return_memory
+from fluxrt.memory import DECODE, ROOM, Need, available_memory, return_memory
+from fluxrt.unfold import unfold, unfolded_bytes
 from fluxrt.weights import component_weights, weights_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
 
@@ -93,11 +100,17 @@ class OnnxRuntimeBackend:
         self._buffers: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
         self._takes_turns = False
+        self._unfolded: dict[str, dict[str, np.ndarray]] = {}
+        self._bound: dict[str, Bound] = {}
+        self._pool = Pool()
+        self._faster: frozenset[str] | None = None
         self._gathered: Any = None
         self.notes: list[str] = []
 
     def prepare(self, sizes: dict[str, int]) -> None:
         """Sessions take any size; results are held against these."""
+        if sizes != self._sizes:
+            self._pool.clear()
         self._sizes = dict(sizes)
 
     def put(self, name: str, array: np.ndarray) -> None:
@@ -107,6 +120,8 @@ class OnnxRuntimeBackend:
     def get(self, name: str) -> np.ndarray:
         """A buffer's content; BackendError when nothing was put or computed under this name."""
         array: np.ndarray = self._buffer(name)
+        # Whoever has it may keep it.
+        self._pool.give(array)
         return array
 
     def run(self, graphs: tuple[str, ...], feedback: Mapping[str, str] | None = None) -> None:
@@ -125,7 +140,7 @@ class OnnxRuntimeBackend:
         return tuple(port.name for port in self._described(str(last)).outputs)
 
     def save(self, name: str) -> np.ndarray:
-        """A buffer's array: a graph's result is a new one, so none is written to again."""
+        """A buffer's array, which none writes to again."""
         return self.get(name)
 
     def restore(self, name: str, saved: np.ndarray) -> None:
@@ -153,19 +168,28 @@ class OnnxRuntimeBackend:
         others = [name for name in self._sessions if graphs is not None and name.partition("-")[0] not in graphs]
         for name in others:
             del self._sessions[name]
+            self._unfolded.pop(name, None)
+            self._bound.pop(name, None)
+        # Whether there is room to unfold is another question now.
+        self._faster = None
         if others:
             return_memory()
 
     def need(self, sizes: dict[str, int]) -> Need | None:
-        """The weights, each file once, which stay in memory as they are stored, and what computing takes; see working_memory.
+        """The weights, each file once, which stay in memory as they are stored, what is made of them in any case and is not
+        made yet, and what computing takes; see working_memory.
 
         The ranks of a sharded target map the same files.
         """
-        described = self._target.graphs.values()
+        return Need(self._needed(self._target.graphs, sizes), self._free_memory(), self._where)
+
+    def _needed(self, graphs: Iterable[str], sizes: dict[str, int]) -> int:
+        described = [self._target.graphs[graph] for graph in graphs]
         weights = {file for graph in described for file in weights_files(self._bundle, graph.weights)}
+        made = sum(unfolded_bytes(self._target.graphs[g].unfolded) for g in graphs if g not in self._unfolded)
         ranks = self._group.ranks if self._group else 1
         working = working_memory(self._target, self._bundle, sizes)
-        return Need(sum(file.stat().st_size for file in weights) + ranks * working, self._free_memory(), self._where)
+        return sum(file.stat().st_size for file in weights) + ranks * (working + made)
 
     _where = "memory"
 
@@ -178,6 +202,9 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         """Drop sessions and buffers."""
         self._sessions.clear()
+        self._unfolded.clear()
+        self._bound.clear()
+        self._pool.clear()
         self._buffers.clear()
 
     def _run_one(self, graph: str) -> None:
@@ -185,7 +212,7 @@ class OnnxRuntimeBackend:
         missing = [port.name for port in described.inputs if port.name not in self._buffers]
         if missing:
             raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
-        results = self._run(self._session(graph), described)
+        results = self._run(graph, self._session(graph), described)
         for port, result in zip(described.outputs, results, strict=True) if self._sizes else ():
             self._check_shape(described.file, port, self._shape_of(result))
         self._buffers.update(zip((port.name for port in described.outputs), results, strict=True))
@@ -217,11 +244,22 @@ class OnnxRuntimeBackend:
             made.update(makes)
         return [[name for name, use in last.items() if use == at] for at in range(len(sharding.body))]
 
-    def _run(self, session: Any, described: Graph) -> list[Any]:
-        """The outputs of `described`, in order, from the buffers its inputs name."""
-        names = [port.name for port in described.outputs]
+    def _run(self, graph: str, session: Any, described: Graph) -> list[Any]:
+        """The outputs of `described`, in order, from the buffers its inputs name.
+
+        From its second run with the same sizes on a graph writes into arrays that are there already, which no buffer holds and
+        nothing was given.
+        """
+        inputs = {port.name: self._buffers[port.name] for port in described.inputs}
+        shapes = tuple(dimension_size(d, self._sizes) for port in described.outputs for d in port.shape if self._sizes)
+        bound = self._bound.get(graph)
         try:
-            results: list[Any] = session.run(names, {port.name: self._buffers[port.name] for port in described.inputs})
+            if bound is None or bound.shapes != shapes:
+                self._bound[graph] = Bound(session, self._unfolded.get(graph, {}), shapes)
+                names = [port.name for port in described.outputs]
+                results: list[Any] = session.run(names, inputs | self._unfolded.get(graph, {}))
+                return results
+            return bound.run(inputs, [self._pool.take(graph, port, self._sizes, self._buffers) for port in described.outputs])
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BackendError(
                 f"{described.file}: ONNX Runtime failed while it ran: {str(error).strip()}; check the bundle with "
@@ -260,12 +298,21 @@ class OnnxRuntimeBackend:
         if graph not in self._sessions:
             import onnxruntime
 
-            path = self._bundle.checked_file(self._described(graph).file)
+            variant = self._variant(graph)
+            path = self._bundle.checked_file(variant.file)
             began = time.perf_counter()
             try:
                 self._sessions[graph] = self._open(graph, str(path))
-                LOG.debug("graph %s: loaded in %.2f s", graph, time.perf_counter() - began)
-            except BackendError:
+                opened = time.perf_counter()
+                if variant.unfolded:
+                    self._unfolded[graph] = self._unfold(variant)
+                LOG.debug(
+                    "graph %s: loaded in %.2f s, and weights made of those stored in %.2f s",
+                    graph,
+                    opened - began,
+                    time.perf_counter() - opened,
+                )
+            except (BackendError, BundleError):
                 raise
             except Exception as error:  # onnxruntime's exceptions share no base class
                 raise BackendError(
@@ -273,6 +320,46 @@ class OnnxRuntimeBackend:
                     "the bundle names the version it was built with under provenance.tools"
                 ) from error
         return self._sessions[graph]
+
+    def _unfold(self, variant: Graph) -> dict[str, np.ndarray]:
+        """What is made of weights for a graph, on all of this backend's threads."""
+        stored = component_weights(self._bundle, variant.weights)
+        return unfold(variant.unfolded, stored, self._threads, signed=not saturates())
+
+    def _variant(self, graph: str) -> Graph:
+        """The graph as this machine computes it best: in which form, and from which file."""
+        described = self._described(graph)
+        unsigned = described.unsigned_variant
+        if unsigned is not None and saturates():
+            return unsigned
+        faster = described.faster_variant
+        if faster is not None and described.weights in self._unfolds_once():
+            return faster
+        return described
+
+    def _unfolds_once(self) -> frozenset[str]:
+        """The weights files whose layers are unfolded to fp32 when their graphs are loaded: all of them where there is room
+        beside all else, or those of the transformer alone, which every step reads; otherwise none."""
+        if self._faster is None:
+            self._faster = frozenset()
+            graphs = self._target.graphs
+            transformer = graphs["prologue"].weights
+            together = list(graphs)
+            for weights in ({graph.weights for graph in graphs.values()}, {transformer}):
+                if self._takes_turns:
+                    together = [name for name, graph in graphs.items() if graph.weights in weights]
+                extra = sum(self._extra(name) for name in graphs if graphs[name].weights in weights)
+                free = self._free_memory()
+                if free is None or self._needed(together, self._sizes) + extra <= ROOM * free:
+                    self._faster = frozenset(weights)
+                    break
+        return self._faster
+
+    def _extra(self, graph: str) -> int:
+        """Bytes that the faster variant of a graph takes on every rank together."""
+        variant = self._target.graphs[graph].faster_variant
+        ranks = self._group.ranks if self._group else 1
+        return ranks * unfolded_bytes(variant.unfolded) if variant and graph not in self._unfolded else 0
 
 
 def working_memory(target: OnnxRuntimeTarget, bundle: Bundle, sizes: dict[str, int]) -> int:

@@ -141,7 +141,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             self.put(port.name, np.full(shape, fill, "float32" if port.dtype == "bfloat16" else port.dtype))
         session = self._session(name)
         try:
-            self._run(session, described)
+            self._run(name, session, described)
         except BackendError as error:
             found = _FAILED_NODE.search(str(error))
             node = f"its node {found[2]!r} ({found[1]})" if found else "a node"
@@ -197,7 +197,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     def _shape_of(self, result: Any) -> tuple[int, ...]:
         return tuple(result.shape())
 
-    def _run(self, session: Any, described: Graph) -> list[Any]:
+    def _run(self, graph: str, session: Any, described: Graph) -> list[Any]:
         binding = session.io_binding()
         for port in described.inputs:
             binding.bind_ortvalue_input(port.name, self._buffers[port.name])

@@ -1,0 +1,68 @@
+"""Sessions of ONNX Runtime whose inputs and results lie in arrays that stay, so that a step allocates nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fluxrt.manifest import dimension_size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+    from fluxrt.manifest import Port
+
+
+class Pool:
+    """Arrays for results. One that a buffer holds, or that was given to a caller, is not written to."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, str], list[np.ndarray]] = {}
+
+    def take(self, graph: str, port: Port, sizes: Mapping[str, int], buffers: Mapping[str, Any]) -> np.ndarray:
+        """An array for the result `port` of `graph`, one that is none of `buffers`."""
+        import numpy as np
+
+        own = self._arrays.setdefault((graph, port.name), [])
+        held = {id(array) for array in buffers.values()}
+        free = next((array for array in own if id(array) not in held), None)
+        if free is None:
+            free = np.empty([dimension_size(dimension, sizes) for dimension in port.shape], port.dtype)
+            own.append(free)
+        return free
+
+    def give(self, array: np.ndarray) -> None:
+        """Let go of `array`, which a caller has now."""
+        for own in self._arrays.values():
+            own[:] = [other for other in own if other is not array]
+
+    def clear(self) -> None:
+        """Let go of all."""
+        self._arrays.clear()
+
+
+class Bound:
+    """A session with what is made of weights bound once; `shapes` are the sizes of its results, which it was bound for."""
+
+    def __init__(self, session: Any, weights: Mapping[str, np.ndarray], shapes: tuple[int, ...]) -> None:
+        from onnxruntime import OrtValue
+
+        self.shapes = shapes
+        self._session, self._binding = session, session.io_binding()
+        # What is bound refers to the arrays, and does not keep them.
+        self._weights = weights
+        for name, array in weights.items():
+            self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        self._names = [output.name for output in session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray], results: list[np.ndarray]) -> list[np.ndarray]:
+        """`results`, in the order of the session's own, filled from `inputs`."""
+        from onnxruntime import OrtValue
+
+        kept = [OrtValue.ortvalue_from_numpy(array) for array in (*inputs.values(), *results)]
+        for name, value in zip((*inputs, *self._names), kept, strict=True):
+            bind = self._binding.bind_ortvalue_input if name in inputs else self._binding.bind_ortvalue_output
+            bind(name, value)
+        self._session.run_with_iobinding(self._binding)
+        return results

@@ -1,0 +1,230 @@
+"""Makes of a layer's stored weight what a graph multiplies by, once when it is loaded: int8 rows, or the values in fp32.
+
+Values are stored as E2M1 pairs (the low nibble first), E4M3, bf16, fp16 or fp32, and stand for themselves times their scales: one
+of the tensor, one a row, or one a block of values of a row. Everything is elementwise IEEE arithmetic in fp32, so the result is
+the same to the bit on any machine. Work goes by pieces that fit a core's cache, on all threads: numpy lets go of the
+interpreter while it computes.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING
+
+from fluxrt.cores import usable_cores
+from fluxrt.errors import BundleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    import numpy as np
+
+    from fluxrt.manifest import Unfold
+    from fluxrt.weights import StoredTensor
+
+INT8 = 127
+"""The largest magnitude of an int8 row."""
+ZERO_POINT = 128
+"""What stands for 0 in a uint8 row."""
+PIECE = 1 << 17
+"""Values that are worked on at once: half a megabyte in fp32."""
+TURNED = 128
+"""Rows that are transposed at once: two cache lines of bytes."""
+INPUTS = {"int8": ("int8", "row_scale"), "float32": ("float32",)}
+"""What the inputs of a graph are called after the weight, by form."""
+
+
+def unfold(
+    wanted: Iterable[Unfold], stored: Mapping[str, StoredTensor], threads: int | None = None, *, signed: bool = True
+) -> dict[str, np.ndarray]:
+    """The arrays of `wanted` by input name.
+
+    `int8`: rows [in, out] int8, or with `signed` false uint8 with zero point 128, and what a value of a row of the weight stands
+    for, fp32 [out]: its largest magnitude / 127, 1 for a row of zeros. `float32`: [out, in].
+    BundleError names a tensor that is missing or has another size than the manifest says.
+    """
+    entries = list(wanted)
+    with ThreadPoolExecutor(threads or usable_cores()) as pool:
+        made = pool.map(lambda entry: _unfold_one(entry, stored, signed), entries)
+        return {name: array for arrays in made for name, array in arrays.items()}
+
+
+def unfolded_bytes(wanted: Iterable[Unfold]) -> int:
+    """Bytes of the arrays of `wanted`."""
+    total = 0
+    for entry in wanted:
+        rows, columns = entry.part[1] - entry.part[0], entry.shape[1]
+        total += rows * columns + 4 * rows if entry.form == "int8" else 4 * rows * columns
+    return total
+
+
+def input_names(entry: Unfold) -> list[str]:
+    """The inputs of a graph that take what is made for `entry`."""
+    first, last = entry.part
+    rows = "" if (first, last) == (0, entry.shape[0]) else f"[{first}:{last}]"
+    return [f"{entry.layer}.weight{rows}/{part}" for part in INPUTS[entry.form]]
+
+
+def _unfold_one(entry: Unfold, stored: Mapping[str, StoredTensor], signed: bool) -> dict[str, np.ndarray]:
+    codes, scales = _read(entry, stored)
+    if entry.form == "float32":
+        arrays = [_dense(entry, codes, scales)]
+    else:
+        arrays = list(_int8_rows(entry, codes, scales, signed))
+    return dict(zip(input_names(entry), arrays, strict=True))
+
+
+def _read(entry: Unfold, stored: Mapping[str, StoredTensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [out, in], of E2M1 bytes [out, in / 2], and scales fp32: [] of the tensor, [out, 1] of rows, [out, blocks]; of the
+    rows that are unfolded."""
+    import numpy as np
+
+    rows, columns = entry.shape
+    width = columns // 2 if entry.values == "e2m1" else columns
+    codes = _tensor(f"{entry.layer}.weight", stored, rows * width * CODE_BYTES[entry.values])
+    codes = codes.view(f"<u{CODE_BYTES[entry.values]}").reshape(rows, width)
+    scales = np.float32(1)
+    for part in entry.scales:
+        tensor = stored.get(f"{entry.layer}.{part}")
+        raw = _tensor(f"{entry.layer}.{part}", stored)
+        values = _scale_values(raw, tensor.dtype if tensor else "")
+        scales = scales * (values.reshape(rows, -1) if values.size > 1 or values.size == rows else values.reshape(()))
+    if entry.block and scales.shape != (rows, columns // entry.block):
+        raise BundleError(
+            f"the block scales of {entry.layer!r} have shape {list(scales.shape)}, not {[rows, columns // entry.block]}; "
+            "the bundle is damaged: copy it again or rebuild it"
+        )
+    part = slice(*entry.part)
+    scales = np.asarray(scales, np.float32)
+    return codes[part], scales[part] if scales.ndim else scales
+
+
+CODE_BYTES = {"e2m1": 1, "e4m3": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def _tensor(name: str, stored: Mapping[str, StoredTensor], nbytes: int | None = None) -> np.ndarray:
+    tensor = stored.get(name)
+    if tensor is None or nbytes not in (None, tensor.nbytes):
+        found = "is missing" if tensor is None else f"has {tensor.nbytes} bytes, not {nbytes}"
+        raise BundleError(
+            f"the tensor {name!r} of the weights file {found}; the bundle is damaged: copy it or rebuild it"
+        )
+    return tensor.read()
+
+
+def _scale_values(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Scales as fp32: E4M3, E8M0 (stored as U8), or numbers."""
+    import numpy as np
+
+    if dtype == "F32":
+        return raw.view("<f4")
+    if dtype == "BF16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    table: np.ndarray = {"F8_E4M3": e4m3_table, "U8": _e8m0_table}[dtype]()
+    return table[raw]
+
+
+@cache
+def e4m3_table() -> np.ndarray:
+    """The value of every E4M3 code, fp32 [256]."""
+    import numpy as np
+
+    code = np.arange(256)
+    low, exponent = code & 7, (code >> 3) & 15
+    values = np.where(exponent == 0, low * 2.0**-9, (8 + low) * 2.0 ** (exponent - 10.0))
+    values[(code & 127) == 127] = np.nan
+    return np.where(code < 128, values, -values).astype(np.float32)
+
+
+@cache
+def _e8m0_table() -> np.ndarray:
+    """The value of every E8M0 code, fp32 [256]: powers of two, the last no number."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        values = np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
+    values[255] = np.nan
+    return values
+
+
+@cache
+def _e2m1_pairs() -> np.ndarray:
+    """The two values of every byte, fp32 pairs as complex64 [256]: one gather of eight bytes."""
+    import numpy as np
+
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    values = np.concatenate([values, -values])
+    byte = np.arange(256)
+    return np.stack([values[byte & 15], values[byte >> 4]], axis=1).copy().view(np.complex64)[:, 0]
+
+
+def _dense(entry: Unfold, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """fp32 [out, in]."""
+    import numpy as np
+
+    rows, columns = len(codes), entry.shape[1]
+    out = np.empty((rows, columns), np.float32)
+    for part in _pieces(rows, columns):
+        _values_into(out[part], entry, codes[part], scales[part] if scales.ndim else scales)
+    return out
+
+
+def _pieces(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, PIECE // columns)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def _values_into(out: np.ndarray, entry: Unfold, codes: np.ndarray, scales: np.ndarray) -> None:
+    """The values of rows of the weight, with their scales, as fp32."""
+    import numpy as np
+
+    # "clip" spares numpy a copy; no byte is out of range.
+    if entry.values == "e2m1":
+        np.take(_e2m1_pairs(), codes, out=out.view(np.complex64), mode="clip")
+    elif entry.values == "e4m3":
+        np.take(e4m3_table(), codes, out=out, mode="clip")
+    elif entry.values == "bfloat16":
+        np.left_shift(codes, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, codes.view("<f2" if entry.values == "float16" else "<f4"))
+    if entry.scales:
+        # One long product is faster than many of a block each.
+        spread = np.repeat(scales, entry.block, axis=1) if entry.block else scales
+        np.multiply(out, spread, out=out)
+
+
+def _int8_rows(entry: Unfold, codes: np.ndarray, scales: np.ndarray, signed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int8 or uint8 [in, out], and the scale of each."""
+    import numpy as np
+
+    rows, columns = len(codes), entry.shape[1]
+    out = np.empty((columns, rows), np.int8 if signed else np.uint8)
+    largest = np.empty(rows, np.float32)
+    for first in range(0, rows, TURNED):
+        narrow = np.empty((min(TURNED, rows - first), columns), out.dtype)
+        for part in _pieces(len(narrow), columns):
+            own = slice(first + part.start, first + part.stop)
+            values = np.empty((part.stop - part.start, columns), np.float32)
+            _values_into(values, entry, codes[own], scales[own] if scales.ndim else scales)
+            largest[own] = np.maximum(values.max(axis=1), -values.min(axis=1))
+            factor = np.divide(np.float32(INT8), largest[own], out=np.zeros_like(largest[own]), where=largest[own] > 0)
+            np.multiply(values, factor[:, None], out=values)
+            np.rint(values, out=values)
+            if not signed:
+                values += np.float32(ZERO_POINT)
+            np.copyto(narrow[part], values, casting="unsafe")
+        _turn(narrow, out[:, first : first + TURNED])
+    return out, np.where(largest > 0, largest / np.float32(INT8), np.float32(1))
+
+
+def _turn(narrow: np.ndarray, out: np.ndarray) -> None:
+    """`out` [columns, rows] = `narrow` [rows, columns] transposed; by eight bytes first, twice as fast as a byte at a time."""
+    import numpy as np
+
+    rows, columns = narrow.shape
+    if columns % 8:
+        np.copyto(out, narrow.T)
+        return
+    eights = np.ascontiguousarray(narrow.view(np.uint64).T).view(narrow.dtype).reshape(-1, rows, 8)
+    np.copyto(out, np.ascontiguousarray(eights.transpose(0, 2, 1)).reshape(columns, rows))
