@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.checks import check_threads
@@ -14,7 +15,7 @@ from fluxrt.memory import DECODE, Need, available_memory, return_memory
 from fluxrt.weights import component_weights, weights_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
@@ -31,6 +32,8 @@ what the file does, and twice as much while they are made: docs/performance.md, 
 UNFOLDED = {"U8": 16, "F8_E4M3": 4, "BF16": 2, "F16": 2}
 """Bytes that a weight takes while it is multiplied, by the bytes that are stored."""
 DECODER_ACTIVATIONS = 8
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where the files of a graph's weights lie, if the graph comes from none."""
 
 
 def session_options() -> Any:
@@ -48,12 +51,19 @@ def session_options() -> Any:
 
 
 def open_session(
-    path: str, threads: int | None, has_arena: bool, folded: int | None = FOLDED, *, reserves: bool = True
+    path: str,
+    threads: int | None,
+    has_arena: bool,
+    folded: int | None = FOLDED,
+    *,
+    reserves: bool = True,
+    content: bytes | None = None,
 ) -> Any:
     """A session on the CPU of the graph file at `path`; `folded` None lets ONNX Runtime fold constants of any size.
 
     An arena keeps what the widest layer took for the next one: faster, and too much where components take turns. One that
     `reserves` takes all that a run took in one piece from the second run of a shape on, beside what the first one left.
+    `content` is a graph to load in place of the file's, with weights in the same folder.
     """
     import onnxruntime
 
@@ -64,8 +74,10 @@ def open_session(
     options.enable_mem_pattern = reserves
     if threads:
         options.intra_op_num_threads = threads
+    if content is not None:
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(Path(path).parent))
     # Otherwise it prints what goes wrong and tries again.
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    return onnxruntime.InferenceSession(content or path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 def _default_threads() -> int | None:
@@ -219,9 +231,14 @@ class OnnxRuntimeBackend:
 
     def _run(self, session: Any, described: Graph) -> list[Any]:
         """The outputs of `described`, in order, from the buffers its inputs name."""
-        names = [port.name for port in described.outputs]
+        return self._results(session, described, [port.name for port in described.outputs])
+
+    def _results(self, session: Any, described: Graph, names: Sequence[str]) -> list[np.ndarray]:
+        """The results `names` of a session of `described`, or of a variant of it."""
         try:
-            results: list[Any] = session.run(names, {port.name: self._buffers[port.name] for port in described.inputs})
+            results: list[np.ndarray] = session.run(
+                names, {port.name: self._buffers[port.name] for port in described.inputs}
+            )
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BackendError(
                 f"{described.file}: ONNX Runtime failed while it ran: {str(error).strip()}; check the bundle with "
@@ -231,7 +248,17 @@ class OnnxRuntimeBackend:
 
     def _open(self, graph: str, path: str) -> Any:
         """A session of the graph file at `path`."""
-        return open_session(path, self._threads, has_arena=not self._takes_turns, reserves=graph not in DECODE)
+        return open_session(
+            path,
+            self._threads,
+            has_arena=not self._takes_turns,
+            reserves=graph not in DECODE,
+            content=self._content(graph, path),
+        )
+
+    def _content(self, graph: str, path: str) -> bytes | None:
+        """A graph that is loaded in place of the file at `path`, with its weights; None for the file itself."""
+        return None
 
     def _shape_of(self, result: Any) -> tuple[int, ...]:
         shape: tuple[int, ...] = result.shape
