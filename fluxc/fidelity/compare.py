@@ -14,6 +14,7 @@ import numpy as np
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import significant
 from fluxc.base.threads import chosen_threads
+from fluxc.fidelity.constants import check_result
 from fluxc.fidelity.metrics import psnr, ssim
 from fluxrt.bundle import Bundle
 from fluxrt.evidence import AtOnce, Recorded, replay
@@ -67,8 +68,9 @@ def compare_target(
     called `parts_of(recorded)` times a prompt, and once an image.
     """
 
-    def check(what: str, prompt: str, values: Sequence[np.ndarray]) -> None:
+    def check(what: str, prompt: str, values: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> None:
         _check_finite(target, what, prompt, values)
+        check_result(target, what, prompt, values, theirs)
 
     def open_pipeline() -> Pipeline:
         return Pipeline(bundle, target=target, threads=chosen_threads())
@@ -83,7 +85,7 @@ def compare_target(
                 images.append(
                     _generate(pipeline, one, pipeline.encode_text(one.prompt, guidance), grid, guidance, steps)
                 )
-                check("image", one.prompt, images[-1:])
+                check("image", one.prompt, images[-1:], expected[number : number + 1])
                 on_done()
                 if quantizes_text(bundle):
                     apart[number] = psnr(_generate(pipeline, one, one.text, grid, guidance, steps), expected[number])

@@ -12,6 +12,7 @@ import numpy as np
 from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
 from fluxc.fidelity.compare import compare_ranks, compare_target, quantizes_text
+from fluxc.fidelity.constants import check_gemms
 from fluxc.fidelity.evidence import recorded_of, write_evidence
 from fluxc.fidelity.image_tiles import tiling_figures
 from fluxc.fidelity.reference_stage import read_references
@@ -45,7 +46,7 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
     )
     del references, tiled
     an_image = with_images * (1 + quantizes_text(bundle))
-    total = len(runnable) * sum(parts_of(one) + an_image for one in recorded) + len(sharded) * len(recorded)
+    total = len(runnable) * (1 + sum(parts_of(one) + an_image for one in recorded)) + len(sharded) * len(recorded)
     done, now = 0, ""
 
     def advance() -> None:
@@ -66,6 +67,8 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
         images["reference"] = expected
     for target in runnable:
         now = target.name
+        check_gemms(bundle, target.name, recorded[0], size, guidance)
+        advance()
         figures["targets"][target.name], images[target.name] = compare_target(
             bundle,
             target.name,

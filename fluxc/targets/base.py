@@ -22,8 +22,10 @@ from fluxc.recipe.structs import Recipe
 from fluxc.recipe.targets import Target, kind_name
 from fluxc.targets.decoder import Decoder, tiles_of
 from fluxc.targets.parts import Weights
+from fluxc.targets.probe import Probe
 from fluxc.targets.sharding import Shards, shards_of
 from fluxrt import manifest as format
+from fluxrt.bundle import Bundle
 from fluxrt.manifest import StepCache
 
 if TYPE_CHECKING:
@@ -149,6 +151,11 @@ class TargetKind(ABC, Generic[Options, Entry]):
     def apart(self, component: str, plan: list[LayerPlan]) -> list[str]:
         """Weights of a component that the target wants in files of their own, by name."""
         return []
+
+    def probe(self, bundle: Bundle, entry: Entry, threads: int | None) -> Probe | None:
+        """What runs a target's graphs and looks at every GEMM, where the machine that builds can; None: only results of whole
+        stages are looked at."""
+        return None
 
     def evidence(self, entry: Entry) -> dict[str, Any] | None:
         """What was found in what was built, for the report."""

@@ -44,7 +44,7 @@ DTYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "F16": "<f2"}
 """The dtypes in which tensors are stored, beside BF16, which numpy has not."""
 
 Open = Callable[[], AbstractContextManager[Pipeline]]
-Check = Callable[[str, str, Sequence[np.ndarray]], None]
+Check = Callable[[str, str, Sequence[np.ndarray], Sequence[np.ndarray]], None]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def replay(
     """The errors of each stage on recorded inputs of images of `size` (height, width).
 
     `open_pipeline` is entered once for each component and left when all prompts went through it. `on_done` is called after
-    each of `parts_of` every prompt, `check` with every stage's results: (what, prompt, arrays).
+    each of `parts_of` every prompt, `check` with every stage's results: (what, prompt, arrays, recorded ones).
     """
     notes: dict[str, None] = {}
     done = _Counted(on_done, check, notes)
@@ -246,7 +246,7 @@ def _text_error(
     text = done.read(pipeline, pipeline.encoded, recorded.text)
     pipeline.backend.synchronize()
     if text is not None:
-        done.check("text embeddings", recorded.prompt, [text])
+        done.check("text embeddings", recorded.prompt, [text], [recorded.text])
     done.on_done()
     return None if text is None else relative_error(text, recorded.text)
 
@@ -262,13 +262,13 @@ def _transformer_errors(
     for name, expected in recorded.prologue.items():
         value = done.read(pipeline, name, expected)
         if value is not None:
-            done.check("prologue", recorded.prompt, [value])
+            done.check(f"prologue's {name}", recorded.prompt, [value], [expected])
             prologue.append(relative_error(value, expected))
     done.on_done()
     errors, cosines = [], []
     for sigma, latents, expected in zip(recorded.sigmas, recorded.latents, recorded.velocities, strict=True):
         velocity = _velocity(pipeline, latents[None], recorded.text, grid, guidance, sigma)
-        done.check("velocities", recorded.prompt, [velocity])
+        done.check("velocities", recorded.prompt, [velocity], [expected])
         errors.append(relative_error(velocity, expected))
         cosines.append(cosine(velocity, expected))
         done.on_done()
@@ -300,7 +300,8 @@ def _at_once(
     alone = [_velocity(pipeline, one.latents[at][None], one.text, grid, guidance, sigma)[0] for one, at in taken]
     latents = np.stack([one.latents[at] for one, at in taken])
     together = _velocity(pipeline, latents, np.concatenate([one.text for one, _ in taken]), grid, guidance, sigma)
-    done.check(f"velocities of {images} images at once", taken[0][0].prompt, [together])
+    recorded_ones = np.stack([one.velocities[at] for one, at in taken])
+    done.check(f"velocities of {images} images at once", taken[0][0].prompt, [together], [recorded_ones])
     return AtOnce(
         images,
         max(
@@ -316,7 +317,7 @@ def _decode_error(pipeline: Pipeline, grid: tuple[int, int], recorded: Recorded,
     # A backend may need to be told the sizes, which only an image that begins does.
     pipeline.begin(recorded.final, grid, 1.0, recorded.text)
     decoded = pipeline.decode(recorded.final, grid)[0]
-    done.check("decoded latents", recorded.prompt, [decoded])
+    done.check("decoded latents", recorded.prompt, [decoded], [recorded.image])
     done.on_done()
     return relative_error(decoded, recorded.image)
 

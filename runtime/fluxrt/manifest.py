@@ -75,6 +75,11 @@ class Unfold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The rows that are unfolded, first and last + 1."""
         return (0, self.shape[0]) if isinstance(self.rows, msgspec.UnsetType) else self.rows
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The stored tensors it is made of, the weight first."""
+        return tuple(f"{self.layer}.{part}" for part in ("weight", *self.scales))
+
 
 class Faster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file of a graph that computes the same faster and in more memory, and what is unfolded for it."""

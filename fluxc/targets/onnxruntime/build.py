@@ -81,7 +81,7 @@ def build_graphs(
             lowered = lower_with(forms, source, arguments, stored, planned, target.activations, dtype, apart=apart)
             made = {name for entry in lowered.unfolds for name in input_names(entry)}
             bound[component] |= bind(lowered.model, arguments | made, weights[component])
-            bound[component] |= {f"{e.layer}.{part}" for e in lowered.unfolds for part in ("weight", *e.scales)}
+            bound[component] |= {tensor for entry in lowered.unfolds for tensor in entry.tensors}
             variants[kind] = lowered
         built[name] = _described(name, component, f"{component}/{entries[component]}", variants, arguments)
         if for_gpu:

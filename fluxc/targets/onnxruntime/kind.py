@@ -16,8 +16,10 @@ from fluxc.targets.base import COMPONENTS, TargetContext, TargetKind, TargetWork
 from fluxc.targets.onnxruntime import stage
 from fluxc.targets.onnxruntime.forms import CUDA
 from fluxc.targets.parts import Weights
+from fluxc.targets.probe import Probe
 from fluxc.targets.sharding import check_sharding, needs_padding
 from fluxrt import manifest as format
+from fluxrt.bundle import Bundle
 
 
 class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
@@ -94,6 +96,12 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
         return msgspec.structs.replace(
             entry, graphs={name: graph.with_files(placed) for name, graph in entry.graphs.items()}
         )
+
+    def probe(self, bundle: Bundle, entry: format.OnnxRuntimeTarget, threads: int | None) -> Probe | None:
+        """On the CPU, in one process."""
+        from fluxc.targets.onnxruntime.probe import ProbingBackend
+
+        return ProbingBackend(bundle, entry, threads) if entry.device == "cpu" and entry.gpus == 1 else None
 
     def describe(self, target: OnnxRuntimeTarget) -> str:
         """Where it runs and how it holds and multiplies weights."""

@@ -43,9 +43,11 @@ class Pool:
 
 
 class Bound:
-    """A session with what is made of weights bound once; `shapes` are the sizes of its results, which it was bound for."""
+    """A session whose results are `names`, with what is made of weights bound once; `shapes` are the sizes it was bound for."""
 
-    def __init__(self, session: Any, weights: Mapping[str, np.ndarray], shapes: tuple[int, ...]) -> None:
+    def __init__(
+        self, session: Any, names: list[str], weights: Mapping[str, np.ndarray], shapes: tuple[int, ...]
+    ) -> None:
         from onnxruntime import OrtValue
 
         self.shapes = shapes
@@ -54,10 +56,10 @@ class Bound:
         self._weights = weights
         for name, array in weights.items():
             self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
-        self._names = [output.name for output in session.get_outputs()]
+        self._names = names
 
-    def run(self, inputs: Mapping[str, np.ndarray], results: list[np.ndarray]) -> list[np.ndarray]:
-        """`results`, in the order of the session's own, filled from `inputs`."""
+    def run(self, inputs: Mapping[str, np.ndarray], results: list[np.ndarray]) -> None:
+        """Fill `results`, in the order of their names, from `inputs`."""
         from onnxruntime import OrtValue
 
         kept = [OrtValue.ortvalue_from_numpy(array) for array in (*inputs.values(), *results)]
@@ -65,4 +67,3 @@ class Bound:
             bind = self._binding.bind_ortvalue_input if name in inputs else self._binding.bind_ortvalue_output
             bind(name, value)
         self._session.run_with_iobinding(self._binding)
-        return results

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.backends.bound import Bound, Pool
@@ -21,7 +22,7 @@ from fluxrt.unfold import unfold, unfolded_bytes
 from fluxrt.weights import component_weights, weights_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import numpy as np
 
@@ -38,6 +39,8 @@ what the file does, and twice as much while they are made: docs/performance.md, 
 UNFOLDED = {"U8": 16, "F8_E4M3": 4, "BF16": 2, "F16": 2}
 """Bytes that a weight takes while it is multiplied, by the bytes that are stored."""
 DECODER_ACTIVATIONS = 8
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where the files of a graph's weights lie, if the graph comes from none."""
 
 
 def session_options() -> Any:
@@ -55,12 +58,19 @@ def session_options() -> Any:
 
 
 def open_session(
-    path: str, threads: int | None, has_arena: bool, folded: int | None = FOLDED, *, reserves: bool = True
+    path: str,
+    threads: int | None,
+    has_arena: bool,
+    folded: int | None = FOLDED,
+    *,
+    reserves: bool = True,
+    content: bytes | None = None,
 ) -> Any:
     """A session on the CPU of the graph file at `path`; `folded` None lets ONNX Runtime fold constants of any size.
 
     An arena keeps what the widest layer took for the next one: faster, and too much where components take turns. One that
     `reserves` takes all that a run took in one piece from the second run of a shape on, beside what the first one left.
+    `content` is a graph to load in place of the file's, with weights in the same folder.
     """
     import onnxruntime
 
@@ -71,8 +81,10 @@ def open_session(
     options.enable_mem_pattern = reserves
     if threads:
         options.intra_op_num_threads = threads
+    if content is not None:
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(Path(path).parent))
     # Otherwise it prints what goes wrong and tries again.
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    return onnxruntime.InferenceSession(content or path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 def _default_threads() -> int | None:
@@ -248,28 +260,44 @@ class OnnxRuntimeBackend:
         """The outputs of `described`, in order, from the buffers its inputs name.
 
         From its second run with the same sizes on a graph writes into arrays that are there already, which no buffer holds and
-        nothing was given.
+        nobody was given.
         """
-        inputs = {port.name: self._buffers[port.name] for port in described.inputs}
+        names = [port.name for port in described.outputs]
         shapes = tuple(dimension_size(d, self._sizes) for port in described.outputs for d in port.shape if self._sizes)
         bound = self._bound.get(graph)
+        if bound is None or bound.shapes != shapes:
+            self._bound[graph] = Bound(session, names, self._unfolded.get(graph, {}), shapes)
+            return self._results(graph, session, described, names)
+        inputs = {port.name: self._buffers[port.name] for port in described.inputs}
+        results = [self._pool.take(graph, port, self._sizes, self._buffers) for port in described.outputs]
         try:
-            if bound is None or bound.shapes != shapes:
-                self._bound[graph] = Bound(session, self._unfolded.get(graph, {}), shapes)
-                names = [port.name for port in described.outputs]
-                results: list[Any] = session.run(names, inputs | self._unfolded.get(graph, {}))
-                return results
-            return bound.run(inputs, [self._pool.take(graph, port, self._sizes, self._buffers) for port in described.outputs])
+            bound.run(inputs, results)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise BackendError(
-                f"{described.file}: ONNX Runtime failed while it ran: {str(error).strip()}; check the bundle with "
-                "`fluxc verify`, and the memory that is free"
-            ) from error
+            raise _failed(described, error) from error
+        return results
+
+    def _results(self, graph: str, session: Any, described: Graph, names: Sequence[str]) -> list[np.ndarray]:
+        """The results `names` of a session of `graph`, or of a variant of it."""
+        inputs = {port.name: self._buffers[port.name] for port in described.inputs}
+        try:
+            results: list[np.ndarray] = session.run(names, inputs | self._unfolded.get(graph, {}))
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise _failed(described, error) from error
         return results
 
     def _open(self, graph: str, path: str) -> Any:
         """A session of the graph file at `path`."""
-        return open_session(path, self._threads, has_arena=not self._takes_turns, reserves=graph not in DECODE)
+        return open_session(
+            path,
+            self._threads,
+            has_arena=not self._takes_turns,
+            reserves=graph not in DECODE,
+            content=self._content(graph, path),
+        )
+
+    def _content(self, graph: str, path: str) -> bytes | None:
+        """A graph that is loaded in place of the file at `path`, with its weights; None for the file itself."""
+        return None
 
     def _shape_of(self, result: Any) -> tuple[int, ...]:
         shape: tuple[int, ...] = result.shape
@@ -360,6 +388,13 @@ class OnnxRuntimeBackend:
         variant = self._target.graphs[graph].faster_variant
         ranks = self._group.ranks if self._group else 1
         return ranks * unfolded_bytes(variant.unfolded) if variant and graph not in self._unfolded else 0
+
+
+def _failed(described: Graph, error: Exception) -> BackendError:
+    return BackendError(
+        f"{described.file}: ONNX Runtime failed while it ran: {str(error).strip()}; check the bundle with "
+        "`fluxc verify`, and the memory that is free"
+    )
 
 
 def working_memory(target: OnnxRuntimeTarget, bundle: Bundle, sizes: dict[str, int]) -> int:
