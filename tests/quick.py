@@ -14,6 +14,7 @@ QUICK = (
     "calibration.margin=1",
     "precision.transformer.scales=max",
     "gates={}",
+    "targets=[{kind: onnxruntime}, {kind: onnxruntime, activations: nvfp4}]",
 )
 
 

@@ -41,6 +41,7 @@ from fluxrt.prompt import PromptEncoder
 
 MEASURED_AT = {
     "step_cosine": ("stages", "images"),
+    "compute_error": ("stages", "images"),
     "image_psnr_db": ("images",),
     "step_cache_psnr_db": ("images",),
 }

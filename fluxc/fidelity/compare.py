@@ -15,9 +15,9 @@ from fluxc.base.errors import BuildError
 from fluxc.base.numbers import significant
 from fluxc.base.threads import chosen_threads
 from fluxc.fidelity.constants import check_result
-from fluxc.fidelity.metrics import psnr, ssim
+from fluxc.fidelity.metrics import psnr, relative_error, ssim
 from fluxrt.bundle import Bundle
-from fluxrt.evidence import AtOnce, Recorded, replay
+from fluxrt.evidence import VELOCITIES, AtOnce, Recorded, replay
 from fluxrt.pipeline import Pipeline
 from fluxrt.ranked import RankedPipeline
 from fluxrt.request import Request
@@ -58,6 +58,7 @@ def compare_target(
     guidance: float,
     with_images: bool,
     on_done: Callable[[], None],
+    velocities: list[np.ndarray] | None = None,
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """(figures, images fp32 [height, width, 3]) of one target; without images these are none, and their figures None.
 
@@ -65,12 +66,14 @@ def compare_target(
     end to end, and held against `expected`; where the text encoder is quantized, a second one is made of diffusers' embeddings,
     whose PSNR (`image_psnr_db_reference_text`) shows what the transformer alone costs. Figures are the worst over prompts (and
     steps); `image_psnr_db` and `image_ssim` also as means. Without images one component is in memory at a time. `on_done` is
-    called `parts_of(recorded)` times a prompt, and once an image.
+    called `parts_of(recorded)` times a prompt, and once an image. Velocities are appended to `velocities`.
     """
 
     def check(what: str, prompt: str, values: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> None:
         _check_finite(target, what, prompt, values)
         check_result(target, what, prompt, values, theirs)
+        if velocities is not None and what == VELOCITIES:
+            velocities.extend(values)
 
     def open_pipeline() -> Pipeline:
         return Pipeline(bundle, target=target, threads=chosen_threads())
@@ -110,6 +113,23 @@ def compare_target(
             for one in found.at_once
         }
     return summary, images
+
+
+def against_exact(
+    exact: str,
+    velocities: tuple[list[np.ndarray], list[np.ndarray]],
+    images: tuple[list[np.ndarray], list[np.ndarray]],
+) -> dict[str, Any]:
+    """How far a target is from the target `exact`: of (its own, the other's) velocities on the same latents and images."""
+    errors = [relative_error(own, other) for own, other in zip(*velocities, strict=True)]
+    psnrs = [psnr(own, other) for own, other in zip(*images, strict=True)]
+    return {
+        "target": exact,
+        "velocity_error": significant(float(np.sqrt(np.mean(np.square(errors))))),
+        "velocity_error_worst": significant(max(errors)),
+        "image_psnr_db": significant(float(np.mean(psnrs))) if psnrs else None,
+        "image_psnr_db_worst": significant(min(psnrs)) if psnrs else None,
+    }
 
 
 def check_at_once(target: str, at_once: Sequence[AtOnce], alone: float) -> None:

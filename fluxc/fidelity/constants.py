@@ -12,6 +12,7 @@ import numpy as np
 
 from fluxc.base.errors import BuildError
 from fluxc.base.threads import chosen_threads
+from fluxc.targets.probe import Probe
 from fluxc.targets.registry import kind_of
 from fluxrt.bundle import Bundle
 from fluxrt.evidence import Recorded
@@ -28,9 +29,13 @@ def check_gemms(bundle: Bundle, target: str, recorded: Recorded, size: tuple[int
     One component is in memory at a time. Raises BuildError naming the GEMMs that are constant and should not be.
     """
     entry = bundle.target(target)
-    probe = kind_of(entry.kind).probe(bundle, entry, chosen_threads())
-    if probe is None:
-        return
+    for probe in kind_of(entry.kind).probes(bundle, entry, chosen_threads()):
+        _check_gemms(bundle, target, probe, recorded, size, guidance)
+
+
+def _check_gemms(
+    bundle: Bundle, target: str, probe: Probe, recorded: Recorded, size: tuple[int, int], guidance: float
+) -> None:
     with Pipeline(bundle, target=target, backend=probe) as pipeline:
         grid, sigma = pipeline.grid(size), recorded.sigmas[0]
         probe.keep(ENCODE)

@@ -137,6 +137,14 @@ def check_gates(
             for name, figures in targets.items()
             if gate is not None and not figures[field] >= gate
         ]
+    misses["compute_error"] = [
+        f"target {name}: its velocities are {apart['velocity_error']} from those of {apart['target']} (relative error), over "
+        f"compute_error {gates.compute_error}"
+        for name, figures in targets.items()
+        if gates.compute_error is not None
+        and (apart := figures.get("against_exact"))
+        and not apart["velocity_error"] <= gates.compute_error
+    ]
     if gates.step_cache_psnr_db is not None:
         misses["step_cache_psnr_db"] = _step_cache_under(gates.step_cache_psnr_db, cached)
     missed = {field: found for field, found in misses.items() if found}
@@ -144,7 +152,7 @@ def check_gates(
         advice = [*dict.fromkeys(ADVICE[field] for field in missed)]
         raise GateError(
             f"gates: {'; '.join(line for found in missed.values() for line in found)}. No bundle was written; "
-            f"{'; '.join(advice)}; or, if this loss is acceptable, lower {', '.join(f'gates.{field}' for field in missed)}"
+            f"{'; '.join(advice)}; or, if this loss is acceptable, relax {', '.join(f'gates.{field}' for field in missed)}"
         )
 
 
@@ -158,6 +166,7 @@ ADVICE = {
     "layer_snr_db": PRECISION,
     "step_cosine": PRECISION,
     "image_psnr_db": PRECISION,
+    "compute_error": "generate with compute: exact",
     "step_cache_psnr_db": "skip fewer steps (step_cache.skip)",
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
-from fluxc.fidelity.compare import compare_ranks, compare_target, quantizes_text
+from fluxc.fidelity.compare import against_exact, compare_ranks, compare_target, quantizes_text
 from fluxc.fidelity.constants import check_gemms
 from fluxc.fidelity.evidence import recorded_of, write_evidence
 from fluxc.fidelity.image_tiles import tiling_figures
@@ -65,6 +65,9 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
     images: dict[str, list[np.ndarray]] = {}
     if with_images:
         images["reference"] = expected
+    names = {target.name for target in runnable}
+    pairs = [(target.name, target.exact.name) for target in runnable if target.exact and target.exact.name in names]
+    velocities: dict[str, list[np.ndarray]] = {name: [] for pair in pairs for name in pair}
     for target in runnable:
         now = target.name
         check_gemms(bundle, target.name, recorded[0], size, guidance)
@@ -79,6 +82,11 @@ def measure(folder: Path, inputs: CompareInputs, report: Report) -> None:
             guidance=guidance,
             with_images=with_images,
             on_done=advance,
+            velocities=velocities.get(target.name),
+        )
+    for name, exact in pairs:
+        figures["targets"][name]["against_exact"] = against_exact(
+            exact, (velocities[name], velocities[exact]), (images[name], images[exact])
         )
     for target, whole in sharded:
         now = target.name

@@ -218,6 +218,22 @@ def _targets(recipe: Recipe, refuse: Refuse) -> None:
             refuse("targets", f"{name!r} appears twice")
 
 
+@_reads("targets")
+def _compared_computing(recipe: Recipe, refuse: Refuse) -> None:
+    if recipe.gates.compute_error is None:
+        return
+    names = [target.name for target in recipe.targets]
+    rounding = [target for target in recipe.targets if target.exact]
+    for target in rounding:
+        if target.exact and target.exact.name not in names:
+            refuse(
+                "gates.compute_error",
+                f"target {target.name} is compared with {target.exact.name}, which the recipe lacks; add it to targets",
+            )
+    if not rounding:
+        refuse("gates.compute_error", "no target of this recipe computes in fewer bits than compute: exact")
+
+
 @_reads("step_cache")
 def _asked(recipe: Recipe, refuse: Refuse) -> None:
     cache = recipe.step_cache

@@ -437,6 +437,14 @@ class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             30,
         ),
     ] = None
+    compute_error: Annotated[
+        Annotated[float, msgspec.Meta(gt=0)] | None,
+        about(
+            "largest relative error of velocities, root mean square over steps and prompts, of a target that computes in fewer "
+            "bits than `compute: exact`, against the same target that computes so; both must be in the recipe",
+            0.02,
+        ),
+    ] = None
     step_cache_psnr_db: Annotated[
         Decibels | None,
         about("least mean PSNR (dB) of images with the step cache against the same target computing every step", 25),

@@ -50,6 +50,12 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         return None
 
     @property
+    def exact(self) -> Target | None:
+        """The same target computing in fp32, if this one runs here and computes in fewer bits. Where a recipe has both, their
+        velocities are compared."""
+        return None
+
+    @property
     def rounds_inputs(self) -> bool:
         """Whether inputs of NVFP4 and FP8 layers are rounded to the weights' format."""
         return False
@@ -108,19 +114,22 @@ class OnnxRuntimeTarget(ShardedTarget, frozen=True, tag="onnxruntime"):
     ] = "8-bit"
 
     compute: Annotated[
-        Literal["exact", "int8"],
+        Literal["exact", "int8"] | None,
         about(
-            "on the CPU: `exact` multiplies in fp32; `int8` rounds quantized layers' weights to int8 rows and their inputs to "
-            "int8 a token, several times faster ([performance](performance.md))",
-            "int8",
+            "on the CPU: `exact` multiplies in fp32; `int8` rounds weights of quantized layers to int8 rows, and their inputs "
+            "to int8 a token at a time, and is several times as fast ([performance](performance.md))",
+            "exact",
+            left_out="`int8`; `exact` with `activations: nvfp4` or `weights_in_memory: 4-bit`",
         ),
-    ] = "exact"
+    ] = None
 
     in_name = ("device", "dtype", "activations", "weights_in_memory", "compute")
 
     @property
     def computes_in_int8(self) -> bool:
         """Whether products of quantized layers are computed in int8."""
+        if self.compute is None:
+            return self.device == "cpu" and not self.rounds_inputs and self.weights_in_memory == "8-bit"
         return self.compute == "int8"
 
     @property
@@ -132,6 +141,11 @@ class OnnxRuntimeTarget(ShardedTarget, frozen=True, tag="onnxruntime"):
     def in_one(self) -> Target | None:
         """On the CPU, the same without `gpus`."""
         return msgspec.structs.replace(self, gpus=1) if self.device == "cpu" and self.gpus > 1 else None
+
+    @property
+    def exact(self) -> Target | None:
+        """With `compute: exact`."""
+        return msgspec.structs.replace(self, compute="exact") if self.runs_here and self.computes_in_int8 else None
 
     @property
     def rounds_inputs(self) -> bool:
@@ -151,7 +165,7 @@ class OnnxRuntimeTarget(ShardedTarget, frozen=True, tag="onnxruntime"):
             if self.device != device and getattr(self, option) != getattr(usual, option):
                 refuse(f"{field}.{option}", f"goes with device: {device}")
         for option in ("activations", "weights_in_memory"):
-            if self.computes_in_int8 and getattr(self, option) != getattr(usual, option):
+            if self.compute == "int8" and getattr(self, option) != getattr(usual, option):
                 refuse(f"{field}.{option}", "goes with compute: exact")
         if self.gpus > 1 and self.device == "cuda":
             refuse(

@@ -84,5 +84,5 @@ class MadeUpCudaBackend(OnnxRuntimeBackend):
     def _open(self, graph: str, path: str) -> ReferenceEvaluator:
         return ReferenceEvaluator(onnx.load(path), new_ops=OPERATORS)
 
-    def _run(self, session: ReferenceEvaluator, described: Graph) -> list[Any]:
+    def _run(self, graph: str, session: ReferenceEvaluator, described: Graph) -> list[Any]:
         return list(session.run(None, {port.name: self._buffers[port.name] for port in described.inputs}))

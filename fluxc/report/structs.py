@@ -138,11 +138,23 @@ class AtOnceFigures(Struct, frozen=True):
     difference: float
 
 
+class AgainstExact(Struct, frozen=True):
+    """A target that computes in fewer bits against the one, `target`, that computes in fp32: relative errors of velocities on
+    the same latents, root mean square over steps and prompts and the worst, and PSNR of images (null without images)."""
+
+    target: str
+    velocity_error: float
+    velocity_error_worst: float
+    image_psnr_db: float | None
+    image_psnr_db_worst: float | None
+
+
 class TargetFigures(Struct, frozen=True):
     """One target against the reference: the worst over prompts and steps, of images also the mean; null without images.
 
     `image_psnr_db_reference_text` is of images made of the reference's embeddings: what the transformer alone costs. It is
     null where the text encoder is not quantized. `at_once` is by number of images, for those the recipe compiles besides 1.
+    `against_exact` is there for a target that computes in fewer bits than another of the build.
     """
 
     text_error: float
@@ -156,6 +168,7 @@ class TargetFigures(Struct, frozen=True):
     prompts: tuple[PromptFigures, ...]
     image_psnr_db_reference_text: float | None = None
     at_once: dict[str, AtOnceFigures] = {}
+    against_exact: AgainstExact | None = None
 
 
 class LayerFigures(Layer, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ MEANINGS = {
     "layer_snr_db": "signal-to-noise ratio of a quantized weight",
     "step_cosine": "cosine between the target's velocity and the reference's, worst step of the worst prompt",
     "image_psnr_db": "PSNR of the target's images against the reference's, mean over the prompts",
+    "compute_error": "relative error of velocities against the same target computing exactly, over steps and prompts",
     "step_cache_psnr_db": "PSNR of images with the step cache against those with every step computed, mean over the prompts",
 }
 
@@ -31,7 +32,8 @@ def verdict(
     failure: str = "",
 ) -> Verdict:
     """Every gate that applies, failed ones first; the arguments are those of check_gates and check_stages."""
-    found = [*_of_layers(gates, layer_snr_db), *_of_targets(gates, targets), *_of_step_cache(gates, cached)]
+    found = [*_of_layers(gates, layer_snr_db), *_of_targets(gates, targets), *_of_computing(gates, targets)]
+    found += _of_step_cache(gates, cached)
     found += [_rounding(name, figures, bounds[name]) for name, figures in targets.items()]
     return Verdict(
         passed=all(gate.passed for gate in found) and not failure,
@@ -55,6 +57,29 @@ def _of_targets(gates: Gates, targets: Mapping[str, Mapping[str, Any]]) -> Itera
         for name, figures in targets.items() if limit is not None else ():
             missed = 0 if figures[field] >= limit else 1
             yield _gate(field, f"target {name}", figures[field], limit, unit, (1, missed))
+
+
+def _of_computing(gates: Gates, targets: Mapping[str, Mapping[str, Any]]) -> Iterator[Gate]:
+    limit = gates.compute_error
+    for name, figures in targets.items() if limit is not None else ():
+        apart = figures.get("against_exact")
+        if limit is None or not apart:
+            continue
+        value = apart["velocity_error"]
+        finite, passed = math.isfinite(value), value <= limit
+        yield Gate(
+            name="compute_error",
+            about=f"target {name}",
+            meaning=MEANINGS["compute_error"],
+            value=value if finite else None,
+            limit=limit,
+            unit="",
+            at_least=False,
+            margin=significant(limit - value) if finite else None,
+            passed=passed,
+            checked=1,
+            missed=0 if passed else 1,
+        )
 
 
 def _of_step_cache(gates: Gates, cached: Mapping[str, Any] | None) -> Iterator[Gate]:

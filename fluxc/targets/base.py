@@ -7,7 +7,7 @@ answers whatever is asked of a target without a look at its kind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -152,10 +152,10 @@ class TargetKind(ABC, Generic[Options, Entry]):
         """Weights of a component that the target wants in files of their own, by name."""
         return []
 
-    def probe(self, bundle: Bundle, entry: Entry, threads: int | None) -> Probe | None:
-        """What runs a target's graphs and looks at every GEMM, where the machine that builds can; None: only results of whole
-        stages are looked at."""
-        return None
+    def probes(self, bundle: Bundle, entry: Entry, threads: int | None) -> Iterable[Probe]:
+        """What runs a target's graphs and looks at every GEMM, where the machine that builds can, once for every form of the
+        graphs that some machine runs. Without any, only results of whole stages are looked at."""
+        return ()
 
     def evidence(self, entry: Entry) -> dict[str, Any] | None:
         """What was found in what was built, for the report."""

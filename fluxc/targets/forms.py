@@ -16,11 +16,15 @@ Form = TypeVar("Form")
 
 @dataclass(frozen=True)
 class Forms(Generic[Form]):
-    """The forms of a target, `own` by format. `through_reference` makes one of a format's reference form, where those run."""
+    """The forms of a target, `own` by format. `through_reference` makes one of a format's reference form, where those run.
+
+    `takes_rows`: whether they can compute a part of a weight's rows.
+    """
 
     target: str
     own: Mapping[str, Form]
     through_reference: Callable[[Format], Form] | None = None
+    takes_rows: bool = False
 
     def __str__(self) -> str:
         *others, last = self.own

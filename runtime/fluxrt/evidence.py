@@ -43,6 +43,9 @@ FIGURES = {"text_error": TEXT, "prologue_error": PROLOGUE, "step_error": VELOCIT
 DTYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "F16": "<f2"}
 """The dtypes in which tensors are stored, beside BF16, which numpy has not."""
 
+VELOCITIES = "velocities"
+"""What `replay` calls a step's result."""
+
 Open = Callable[[], AbstractContextManager[Pipeline]]
 Check = Callable[[str, str, Sequence[np.ndarray], Sequence[np.ndarray]], None]
 
@@ -268,7 +271,7 @@ def _transformer_errors(
     errors, cosines = [], []
     for sigma, latents, expected in zip(recorded.sigmas, recorded.latents, recorded.velocities, strict=True):
         velocity = _velocity(pipeline, latents[None], recorded.text, grid, guidance, sigma)
-        done.check("velocities", recorded.prompt, [velocity], [expected])
+        done.check(VELOCITIES, recorded.prompt, [velocity], [expected])
         errors.append(relative_error(velocity, expected))
         cosines.append(cosine(velocity, expected))
         done.on_done()

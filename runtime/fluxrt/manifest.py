@@ -17,8 +17,8 @@ from fluxrt.errors import BundleError
 FORMAT = "fluxc-bundle"
 FORMAT_VERSION = 9
 READABLE = (6, 7, 8, 9)
-"""Format versions that are read: 8 is 9 with weights in graphs as they are stored alone, 7 is 8 for one image at a time, 6 is 7 without evidence, levels of `fidelity`, and what the
-model was run on."""
+"""Format versions that are read: 8 is 9 with graphs that take weights as they are stored alone, 7 is 8 for one image at a time,
+6 is 7 without evidence, levels of `fidelity`, and what the model was run on."""
 MANIFEST = "bundle.json"
 NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are no JSON, no UTF-8, or nested too deep."""
@@ -91,8 +91,8 @@ class Faster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A graph file and what goes in and out of it; `weights` is the file its initializers point into.
 
-    `unfold` are further inputs, which the runtime makes of weights. `unsigned` is the file for a CPU whose products of int8 rows
-    would saturate: it takes them as uint8. `faster` is there for a machine with more memory.
+    `unfold` are further inputs, which the runtime makes of weights. `unsigned` is the file for a CPU whose products of int8
+    rows would saturate: it takes them as uint8. `faster` is there for a machine with more memory.
     """
 
     file: str
@@ -128,7 +128,9 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def unsigned_variant(self) -> Graph | None:
         """The graph with the file of `unsigned`; None where there is none."""
-        return None if isinstance(self.unsigned, msgspec.UnsetType) else msgspec.structs.replace(self, file=self.unsigned)
+        return (
+            None if isinstance(self.unsigned, msgspec.UnsetType) else msgspec.structs.replace(self, file=self.unsigned)
+        )
 
 
 class WeightPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,8 +1,8 @@
 """Makes of a layer's stored weight what a graph multiplies by, once when it is loaded: int8 rows, or the values in fp32.
 
-Values are stored as E2M1 pairs (the low nibble first), E4M3, bf16, fp16 or fp32, and stand for themselves times their scales: one
-of the tensor, one a row, or one a block of values of a row. Everything is elementwise IEEE arithmetic in fp32, so the result is
-the same to the bit on any machine. Work goes by pieces that fit a core's cache, on all threads: numpy lets go of the
+Values are stored as E2M1 pairs (the low nibble first), E4M3, bf16, fp16 or fp32, and stand for themselves times their scales:
+one of the tensor, one a row, or one a block of values of a row. All is elementwise IEEE arithmetic in fp32, so that the
+result is the same to the bit on any machine. Work goes by pieces that fit a core's cache, on all threads: numpy lets go of the
 interpreter while it computes.
 """
 
@@ -40,8 +40,8 @@ def unfold(
 ) -> dict[str, np.ndarray]:
     """The arrays of `wanted` by input name.
 
-    `int8`: rows [in, out] int8, or with `signed` false uint8 with zero point 128, and what a value of a row of the weight stands
-    for, fp32 [out]: its largest magnitude / 127, 1 for a row of zeros. `float32`: [out, in].
+    `int8`: rows [in, out] int8, or with `signed` false uint8 with zero point 128, and what a value of a row of the weight
+    stands for, fp32 [out]: its largest magnitude / 127, 1 for a row of zeros. `float32`: [out, in].
     BundleError names a tensor that is missing or has another size than the manifest says.
     """
     entries = list(wanted)
@@ -68,10 +68,8 @@ def input_names(entry: Unfold) -> list[str]:
 
 def _unfold_one(entry: Unfold, stored: Mapping[str, StoredTensor], signed: bool) -> dict[str, np.ndarray]:
     codes, scales = _read(entry, stored)
-    if entry.form == "float32":
-        arrays = [_dense(entry, codes, scales)]
-    else:
-        arrays = list(_int8_rows(entry, codes, scales, signed))
+    dense = entry.form == "float32"
+    arrays = (_dense(entry, codes, scales),) if dense else _int8_rows(entry, codes, scales, signed)
     return dict(zip(input_names(entry), arrays, strict=True))
 
 
@@ -84,20 +82,18 @@ def _read(entry: Unfold, stored: Mapping[str, StoredTensor]) -> tuple[np.ndarray
     width = columns // 2 if entry.values == "e2m1" else columns
     codes = _tensor(f"{entry.layer}.weight", stored, rows * width * CODE_BYTES[entry.values])
     codes = codes.view(f"<u{CODE_BYTES[entry.values]}").reshape(rows, width)
-    scales = np.float32(1)
+    scales: np.ndarray = np.ones((), np.float32)
     for part in entry.scales:
-        tensor = stored.get(f"{entry.layer}.{part}")
-        raw = _tensor(f"{entry.layer}.{part}", stored)
-        values = _scale_values(raw, tensor.dtype if tensor else "")
-        scales = scales * (values.reshape(rows, -1) if values.size > 1 or values.size == rows else values.reshape(()))
+        name = f"{entry.layer}.{part}"
+        values = _scale_values(_tensor(name, stored), stored[name].dtype)
+        scales = scales * (values.reshape(rows, -1) if values.size > 1 else values.reshape(()))
     if entry.block and scales.shape != (rows, columns // entry.block):
         raise BundleError(
             f"the block scales of {entry.layer!r} have shape {list(scales.shape)}, not {[rows, columns // entry.block]}; "
             "the bundle is damaged: copy it again or rebuild it"
         )
-    part = slice(*entry.part)
-    scales = np.asarray(scales, np.float32)
-    return codes[part], scales[part] if scales.ndim else scales
+    first, last = entry.part
+    return codes[first:last], scales[first:last] if scales.ndim else scales
 
 
 CODE_BYTES = {"e2m1": 1, "e4m3": 1, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -110,19 +106,22 @@ def _tensor(name: str, stored: Mapping[str, StoredTensor], nbytes: int | None = 
         raise BundleError(
             f"the tensor {name!r} of the weights file {found}; the bundle is damaged: copy it or rebuild it"
         )
-    return tensor.read()
+    raw: np.ndarray = tensor.read()
+    return raw
 
 
 def _scale_values(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Scales as fp32: E4M3, E8M0 (stored as U8), or numbers."""
     import numpy as np
 
+    values: np.ndarray
     if dtype == "F32":
-        return raw.view("<f4")
-    if dtype == "BF16":
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    table: np.ndarray = {"F8_E4M3": e4m3_table, "U8": _e8m0_table}[dtype]()
-    return table[raw]
+        values = raw.view("<f4")
+    elif dtype == "BF16":
+        values = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = (e4m3_table() if dtype == "F8_E4M3" else _e8m0_table())[raw]
+    return values
 
 
 @cache

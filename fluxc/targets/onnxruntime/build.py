@@ -16,11 +16,11 @@ from fluxc.base.safetensors import TensorRef
 from fluxc.graph.bind import argument_names, bind
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import OnnxRuntimeTarget
+from fluxc.targets.forms import Forms
 from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
 from fluxc.targets.onnxruntime.forms import CPU, CUDA, UNFOLDED, LinearForm, in_int8
 from fluxc.targets.onnxruntime.fuse import fused
 from fluxc.targets.onnxruntime.lower import Lowered, lower_with
-from fluxc.targets.forms import Forms
 from fluxc.targets.unused import check_unused
 from fluxrt.manifest import Faster, Graph, Port
 from fluxrt.unfold import input_names
@@ -77,8 +77,8 @@ def build_graphs(
         dtype = PRECISIONS[target.dtype] if for_gpu and component != "vae" else TensorProto.FLOAT
         variants = {}
         source = model if for_gpu else fused(model)
-        for kind, (forms, apart) in forms_of(target, component).items():
-            lowered = lower_with(forms, source, arguments, stored, planned, target.activations, dtype, apart=apart)
+        for kind, forms in forms_of(target, component).items():
+            lowered = lower_with(forms, source, arguments, stored, planned, target.activations, dtype)
             made = {name for entry in lowered.unfolds for name in input_names(entry)}
             bound[component] |= bind(lowered.model, arguments | made, weights[component])
             bound[component] |= {tensor for entry in lowered.unfolds for tensor in entry.tensors}
@@ -93,15 +93,14 @@ def build_graphs(
     return built
 
 
-def forms_of(target: OnnxRuntimeTarget, component: str) -> dict[str, tuple[Forms[LinearForm], bool]]:
-    """The forms of Linears, by what distinguishes a graph file from its component's others, and whether they compute rows of
-    a weight apart."""
+def forms_of(target: OnnxRuntimeTarget, component: str) -> dict[str, Forms[LinearForm]]:
+    """The forms of Linears, by what distinguishes a graph file from its component's others."""
     if target.device == "cuda":
-        return {STORED: (CUDA, False)}
+        return {STORED: CUDA}
     if target.computes_in_int8:
         every_step = component == "transformer"
-        return {STORED: (in_int8(True, every_step), every_step), UNSIGNED: (in_int8(False, every_step), every_step)}
-    return {STORED: (CPU[target.weights_in_memory], False), FASTER: (UNFOLDED, True)}
+        return {STORED: in_int8(True, every_step), UNSIGNED: in_int8(False, every_step)}
+    return {STORED: CPU[target.weights_in_memory], FASTER: UNFOLDED}
 
 
 def _described(

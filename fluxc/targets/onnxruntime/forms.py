@@ -183,12 +183,13 @@ CPU = {"8-bit": _on_cpu(nvfp4_8_bit), "4-bit": _on_cpu(nvfp4_4_bit)}
 CUDA: Forms[LinearForm] = Forms("ONNX Runtime on CUDA", {"nvfp4": nvfp4_cuda, "fp8": fp8, BF16: stored})
 
 
-def _unfolding(own: Callable[[str], LinearForm], bf16: LinearForm) -> Forms[LinearForm]:
+def _unfolding(own: Callable[[str], LinearForm], bf16: LinearForm, takes_rows: bool = True) -> Forms[LinearForm]:
     """Forms in which the runtime unfolds every format whose values it knows."""
     return Forms(
         "ONNX Runtime",
         {BF16: bf16},
         lambda format: own(format.name) if format.values else through_reference(format),
+        takes_rows,
     )
 
 
@@ -196,8 +197,8 @@ UNFOLDED = _unfolding(unfolded, unfolded(BF16))
 """Every weight in fp32."""
 
 
-
 def in_int8(signed: bool, every_step: bool) -> Forms[LinearForm]:
-    """Quantized layers in int8, with rows that are `signed` or not; the others, where they are computed at `every_step`, in fp32
-    that is unfolded once."""
-    return _unfolding(lambda format: int8(format, signed), unfolded(BF16) if every_step else stored)
+    """Quantized layers in int8, with rows that are `signed` or not; the others as they are stored, or, where they are computed
+    at `every_step`, in fp32 that is unfolded once."""
+    bf16 = unfolded(BF16) if every_step else stored
+    return _unfolding(lambda format: int8(format, signed), bf16, takes_rows=every_step)

@@ -2,12 +2,13 @@
 
 1. Rotary embedding of neighbouring pairs, traced as slices, a concatenation, products and a sum: RotaryEmbedding.
 2. LayerNormalization without weights, then a factor and a shift from the modulation: its own scale and bias.
-3. A Linear whose output is cut apart (queries, keys, values, the two halves of an MLP): where a form can compute rows of a weight
-   apart (`parts_of`), the parts are Linears of their own, and nothing is copied.
+3. A Linear whose output is cut apart (queries, keys, values, the two halves of an MLP): where forms can compute a part of a
+   weight's rows, the parts are Linears of their own (`parts_of`), and nothing is copied.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from fluxc.graph import LINEAR_DOMAIN
 
@@ -87,7 +88,7 @@ def _cut(graph: _Graph, value: str, first: int, last: int, outputs: set[str]) ->
             cuts |= further
     # Overlapping parts would be computed twice.
     ordered = sorted(parts)
-    if any(before.last > after.first for before, after in zip(ordered, ordered[1:], strict=False)):
+    if any(before.last > after.first for before, after in itertools.pairwise(ordered)):
         return whole, set()
     return parts, cuts
 
@@ -250,7 +251,9 @@ def _is_plain(graph: _Graph, norm: onnx.NodeProto) -> bool:
 
 def _has_one(graph: _Graph, node: onnx.NodeProto) -> bool:
     constants = [graph.constants.get(name) for name in node.input]
-    return any(value is not None and value.size == 1 and math.isclose(float(value.reshape(-1)[0]), 1) for value in constants)
+    return any(
+        value is not None and value.size == 1 and math.isclose(float(value.reshape(-1)[0]), 1) for value in constants
+    )
 
 
 def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
@@ -261,5 +264,3 @@ def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodePro
             wanted.update(node.input)
             kept.append(node)
     return kept[::-1]
-
-

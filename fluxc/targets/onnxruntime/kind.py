@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
+from msgspec import UNSET
 
 from fluxc.base.cache import Made
 from fluxc.base.errors import RecipeError
@@ -84,6 +85,7 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
 
     def place(self, entry: format.OnnxRuntimeTarget, folder: Path, staging: Path) -> format.OnnxRuntimeTarget:
         """The graphs; those that are the same to the byte as another target's share its file."""
+
         def placed(file: str) -> str:
             content = (folder / file).read_bytes()
             there = file
@@ -97,11 +99,15 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
             entry, graphs={name: graph.with_files(placed) for name, graph in entry.graphs.items()}
         )
 
-    def probe(self, bundle: Bundle, entry: format.OnnxRuntimeTarget, threads: int | None) -> Probe | None:
-        """On the CPU, in one process."""
+    def probes(self, bundle: Bundle, entry: format.OnnxRuntimeTarget, threads: int | None) -> Iterable[Probe]:
+        """On the CPU, in one process: weights as they are stored, and each variant of the graphs; the faster one, which takes
+        more memory, where it has room."""
         from fluxc.targets.onnxruntime.probe import ProbingBackend
 
-        return ProbingBackend(bundle, entry, threads) if entry.device == "cpu" and entry.gpus == 1 else None
+        if entry.device == "cpu" and entry.gpus == 1:
+            for variant in ("stored", "unsigned", "faster"):
+                if variant == "stored" or any(getattr(graph, variant) is not UNSET for graph in entry.graphs.values()):
+                    yield ProbingBackend(bundle, entry, threads, variant=variant)
 
     def describe(self, target: OnnxRuntimeTarget) -> str:
         """Where it runs and how it holds and multiplies weights."""
@@ -111,11 +117,19 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
                 f"by the operator that multiplies; products in {target.dtype}, the VAE in fp32; its graphs are built and "
                 "checked here"
             )
-        weights = f"NVFP4 weights {target.weights_in_memory} in memory; matrix products in fp32"
-        inputs = (
-            "activations in full precision"
-            if target.activations == "none"
-            else "inputs of NVFP4 and FP8 layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
-        )
+        computed = self._describe_exact(target)
+        if target.computes_in_int8:
+            computed = (
+                "products of quantized layers in int8 (weights rounded to int8 rows when they are loaded, inputs to int8 a "
+                "token at a time), all others in fp32"
+            )
         where = f"in {target.ranks} processes on the CPU" if target.ranks > 1 else "on the CPU"
-        return f"ONNX Runtime {where}; {weights}; {inputs}; built and run on this machine"
+        return f"ONNX Runtime {where}; {computed}; built and run on this machine"
+
+    def _describe_exact(self, target: OnnxRuntimeTarget) -> str:
+        held = f"NVFP4 weights {target.weights_in_memory} in memory, fp32 where there is room; matrix products in fp32"
+        if target.activations == "none":
+            return f"{held}; activations in full precision"
+        return (
+            f"{held}; inputs of NVFP4 and FP8 layers rounded as an FP4 GPU rounds them (block scales from input_scale)"
+        )

@@ -57,12 +57,10 @@ def lower_with(
     plan: dict[str, LayerPlan],
     activations: str = "none",
     dtype: int = TensorProto.FLOAT,
-    *,
-    apart: bool = False,
 ) -> Lowered:
     """Lower `model`, whose inputs other than `arguments` are weights; matrix products are computed in `dtype`.
 
-    With `apart`, the parts that a Linear's output is cut into are computed apart.
+    The parts that a Linear's output is cut into are computed apart where the forms take rows.
 
     `stored` gives each tensor's dtype in the weights file, `plan` each planned Linear by layer name; a Linear without a plan
     is bf16. The result's weight inputs are tensors of the weights file, and those of `unfolds`.
@@ -73,7 +71,7 @@ def lower_with(
     graph.initializer.extend(model.graph.initializer)
     nodes = Nodes(graph, stored, dtype, activations != "none")
     weights = {value.name: value.type.tensor_type for value in model.graph.input if value.name not in arguments}
-    parts = parts_of(model) if apart else {}
+    parts = parts_of(model) if forms.takes_rows else {}
     cutting: set[str] = set()
     for node in model.graph.node:
         if node.domain == LINEAR_DOMAIN and node.op_type == "Linear":

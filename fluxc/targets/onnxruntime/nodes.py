@@ -88,7 +88,8 @@ class Nodes:
         return self.node("MatMul", [x, self.turned(dense, f"{layer.name}.weight")], output)
 
     def unfolded(self, layer: Linear, format: str, form: Literal["int8", "float32"], kind: int) -> list[str]:
-        """Inputs that the runtime makes of the weight of `layer`, stored in `format`, in this form; `kind` is the first's type."""
+        """Inputs that the runtime makes of the weight of `layer`, stored in `format`, in this form; `kind` is the type of the
+        first."""
         shape = (layer.out_features, layer.in_features)
         rows = layer.rows if isinstance(layer, LinearPart) else UNSET
         if format == BF16:

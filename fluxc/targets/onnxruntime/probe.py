@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 
 from fluxc.targets.probe import Constant
 from fluxrt.backends.onnxruntime import OnnxRuntimeBackend, open_session
-from fluxrt.unfold import input_names
+from fluxrt.unfold import input_names, unfold
 from fluxrt.weights import component_weights
 
 if TYPE_CHECKING:
@@ -64,14 +64,28 @@ READ_AT_ONCE = 1 << 24
 class ProbingBackend(OnnxRuntimeBackend):
     """See fluxc.targets.probe.Probe; every graph is looked at when it is first run."""
 
-    def __init__(self, *of: Any, **how: Any) -> None:
+    def __init__(self, *of: Any, variant: str, **how: Any) -> None:
         super().__init__(*of, **how)
+        self._chosen = variant
         self._variants: dict[str, Variant] = {}
         self._constants: dict[str, list[Constant]] = {}
 
     def constants(self) -> list[Constant]:
         """See Probe."""
         return [one for found in self._constants.values() for one in found]
+
+    def _variant(self, graph: str) -> Graph:
+        """The variant of the graph that is looked at, where it has one and that has room."""
+        described = self._described(graph)
+        if self._chosen == "unsigned":
+            return described.unsigned_variant or described
+        faster = described.faster_variant if self._chosen == "faster" else None
+        return faster if faster and described.weights in self._unfolds_once() else described
+
+    def _unfold(self, variant: Graph) -> dict[str, np.ndarray]:
+        """Rows as the variant takes them, whatever this CPU would."""
+        stored = component_weights(self._bundle, variant.weights)
+        return unfold(variant.unfolded, stored, self._threads, signed=self._chosen != "unsigned")
 
     def _content(self, graph: str, path: str) -> bytes | None:
         described = self._variant(graph)
