@@ -87,6 +87,8 @@ def _read(entry: Unfold, stored: Mapping[str, StoredTensor]) -> tuple[np.ndarray
         name = f"{entry.layer}.{part}"
         values = _scale_values(_tensor(name, stored), stored[name].dtype)
         scales = scales * (values.reshape(rows, -1) if values.size > 1 else values.reshape(()))
+    if entry.block and scales.size == rows * (columns // entry.block):
+        scales = scales.reshape(rows, -1)
     if entry.block and scales.shape != (rows, columns // entry.block):
         raise BundleError(
             f"the block scales of {entry.layer!r} have shape {list(scales.shape)}, not {[rows, columns // entry.block]}; "

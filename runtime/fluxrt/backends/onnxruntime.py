@@ -39,6 +39,10 @@ what the file does, and twice as much while they are made: docs/performance.md, 
 UNFOLDED = {"U8": 16, "F8_E4M3": 4, "BF16": 2, "F16": 2}
 """Bytes that a weight takes while it is multiplied, by the bytes that are stored."""
 DECODER_ACTIVATIONS = 8
+NO_VNNI = (
+    "this CPU has no instructions of VNNI, so that products of int8 would saturate; rows are taken as uint8, which gives the "
+    "same numbers in more time"
+)
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Where the files of a graph's weights lie, if the graph comes from none."""
 
@@ -352,6 +356,8 @@ class OnnxRuntimeBackend:
     def _unfold(self, variant: Graph) -> dict[str, np.ndarray]:
         """What is made of weights for a graph, on all of this backend's threads."""
         stored = component_weights(self._bundle, variant.weights)
+        forms = sorted({entry.form for entry in variant.unfolded})
+        LOG.debug("graph %s computes in %s", variant.file, " and ".join(forms))
         return unfold(variant.unfolded, stored, self._threads, signed=not saturates())
 
     def _variant(self, graph: str) -> Graph:
@@ -359,6 +365,8 @@ class OnnxRuntimeBackend:
         described = self._described(graph)
         unsigned = described.unsigned_variant
         if unsigned is not None and saturates():
+            if NO_VNNI not in self.notes:
+                self.notes.append(NO_VNNI)
             return unsigned
         faster = described.faster_variant
         if faster is not None and described.weights in self._unfolds_once():
