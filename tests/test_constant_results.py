@@ -22,15 +22,20 @@ from fluxc.base.errors import BuildError
 from fluxc.fidelity.compare import compare_target
 from fluxc.fidelity.constants import check_gemms, check_result
 from fluxc.targets.base import TargetKind
-from fluxc.targets.onnxruntime import forms
+from fluxc.targets.onnxruntime import forms, probe
 from fluxc.targets.onnxruntime.kind import OnnxRuntime
 from fluxc.targets.onnxruntime.probe import Variant
+from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.evidence import read_evidence
 from fluxrt.manifest import Evidence, File
+from fluxrt.unfold import unfold
+from fluxrt.weights import StoredTensor
 from quick import QUICK
 
 LAYER = "single_transformer_blocks.3.attn.to_out"
+TARGET = "onnxruntime-nvfp4"
+"""Of the quick bundle: its graphs take weights as they are stored, beside the ones that take them unfolded."""
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -51,9 +56,9 @@ def test_onnx_runtimes_zeros_of_computed_scales_are_refused_without_a_gate(
 
     usual = forms.CPU["8-bit"]
     monkeypatch.setitem(forms.CPU, "8-bit", replace(usual, own={**usual.own, "nvfp4": trapped}))
-    one_target = "targets=[{kind: onnxruntime}]"
+    one_target = "targets=[{kind: onnxruntime, compute: exact}]"
     with pytest.raises(
-        BuildError, match=rf"target onnxruntime: {LAYER} \(MatMulNBits .*\) in graph body gives 0, every"
+        BuildError, match=rf"target onnxruntime-exact: {LAYER} \(MatMulNBits .*\) in graph body gives 0, every"
     ):
         compile_into(tmp_path / "zeros", *QUICK, one_target)
     assert not (tmp_path / "zeros").exists()
@@ -96,13 +101,16 @@ def test_layers_stored_as_zeros_pass_in_every_format(tmp_path: Path) -> None:
 def test_a_weight_that_a_graph_unfolds_to_zeros_is_found(quick_copy: Path, graph: str, layer: str) -> None:
     """The file holds others. A convolution gives its bias then; layers behind, whose input is constant, are not named."""
     bundle = changed(quick_copy, graph, lambda model: _zero(model, f"{layer}.weight/fp32"))
-    with pytest.raises(BuildError, match=rf"target onnxruntime: {layer} \(\w+ \S+\) in graph {graph} gives") as told:
+    with pytest.raises(BuildError, match=rf"target {TARGET}: {layer} \(\w+ \S+\) in graph {graph} gives") as told:
         _check(bundle)
     assert str(told.value).count(" in graph ") == 1
 
 
-def test_a_constant_input_explains_a_constant_result_and_the_stage_is_refused(quick_copy: Path) -> None:
+def test_a_constant_input_explains_a_constant_result_and_the_stage_is_refused(
+    quick_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Zeros that no GEMM made; a kind that cannot look inside has this check alone."""
+    monkeypatch.setattr(OnnxRuntimeBackend, "_unfolds_once", lambda self: frozenset())
     bundle = changed(
         quick_copy, "epilogue", lambda model: _zero(model, model.graph.node[_last_product(model)].input[0])
     )
@@ -113,7 +121,7 @@ def test_a_constant_input_explains_a_constant_result_and_the_stage_is_refused(qu
     ):
         compare_target(
             bundle,
-            "onnxruntime",
+            TARGET,
             recorded,
             [one.image for one in recorded],
             size=evidence_of(bundle).size,
@@ -126,8 +134,24 @@ def test_a_constant_input_explains_a_constant_result_and_the_stage_is_refused(qu
 
 def test_a_kind_that_cannot_look_inside_is_not_asked_to(quick_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = changed(quick_copy, "prologue", lambda model: _zero(model, "x_embedder.weight/fp32"))
-    monkeypatch.setattr(OnnxRuntime, "probe", TargetKind.probe)
+    monkeypatch.setattr(OnnxRuntime, "probes", TargetKind.probes)
     _check(bundle)
+
+
+@pytest.mark.parametrize(("target", "form"), [("onnxruntime", "int8"), (TARGET, "float32")])
+def test_zeros_that_the_runtime_makes_of_a_weight_are_found(
+    quick_bundle: Path, target: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file holds others; of the same layer, stored as zeros, nothing is said."""
+    name = f"{LAYER}.weight/{form}"
+
+    def zeros(wanted, stored, threads=None, *, signed=True):
+        arrays = unfold(wanted, stored, threads, signed=signed)
+        return {one: array * 0 if one == name else array for one, array in arrays.items()}
+
+    monkeypatch.setattr(probe, "unfold", zeros)
+    with pytest.raises(BuildError, match=rf"target {target}: {LAYER} \(\w+ \S+\) in graph body gives -?0, everywhere"):
+        _check(open_bundle(quick_bundle), target)
 
 
 def test_a_result_may_be_constant_where_diffusers_is_and_one_number_always_may() -> None:
@@ -172,7 +196,9 @@ def test_what_is_stored_explains_a_constant_only_where_it_is_one_value(
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 8]) for name in "xy"]
     model = helper.make_model(helper.make_graph(nodes, "g", ports[:1], ports[1:], tensors))
     (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
-    variant = Variant("g", tmp_path / "g.onnx")
+    places = {"w.weight": StoredTensor("F8_E4M3", tmp_path / "weights", 1, 64)}
+    places["w.weight_scale"] = StoredTensor("F32", tmp_path / "weights", 65, 4)
+    variant = Variant("g", tmp_path / "g.onnx", {}, places)
     (gemm,) = variant.gemms
     assert (gemm.layer, [value.name for value in gemm.operands]) == ("w", ["x"])
     assert variant.is_stored_as_one(gemm) is explains
@@ -184,15 +210,15 @@ def evidence_of(bundle: Bundle) -> Evidence:
     return evidence
 
 
-def _check(bundle: Bundle) -> None:
+def _check(bundle: Bundle, target: str = TARGET) -> None:
     evidence = evidence_of(bundle)
-    check_gemms(bundle, "onnxruntime", read_evidence(bundle, evidence)[0], evidence.size, evidence.guidance)
+    check_gemms(bundle, target, read_evidence(bundle, evidence)[0], evidence.size, evidence.guidance)
 
 
 def changed(folder: Path, graph: str, change: Callable[[onnx.ModelProto], None]) -> Bundle:
     """The bundle with the file of a graph changed, as if it had been built so."""
     bundle = open_bundle(folder)
-    name = bundle.target("onnxruntime").graphs[graph].file
+    name = bundle.target(TARGET).graphs[graph].file
     model = onnx.load(folder / name, load_external_data=False)
     change(model)
     content = model.SerializeToString()

@@ -33,6 +33,7 @@ from fluxrt.backends import saturation
 from fluxrt.backends.onnxruntime import OnnxRuntimeBackend, open_session
 from fluxrt.bundle import open_bundle
 from fluxrt.manifest import OnnxRuntimeTarget
+from fluxrt.memory import repeatable
 from fluxrt.pipeline import starting_noise
 from fluxrt.request import Request
 from quick import QUICK
@@ -203,6 +204,7 @@ def test_weights_are_unfolded_where_there_is_room(
     nano_bundle: Path, text: np.ndarray, free: int, is_faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
+    monkeypatch.setattr("fluxrt.backends.onnxruntime.LITTLE", 0)
     monkeypatch.setattr("fluxrt.backends.onnxruntime.available_memory", lambda: free)
     monkeypatch.setattr(
         OnnxRuntimeBackend,
@@ -223,6 +225,7 @@ def test_weights_are_unfolded_where_there_is_room(
 def test_the_transformer_alone_is_unfolded_where_there_is_room_for_no_more(
     nano_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fluxrt.backends.onnxruntime.LITTLE", 0)
     pipeline = fluxrt.load(nano_bundle, target="onnxruntime-exact")
     backend = pipeline.backend
     assert isinstance(backend, OnnxRuntimeBackend)
@@ -240,6 +243,12 @@ def test_the_transformer_alone_is_unfolded_where_there_is_room_for_no_more(
         backend._faster = None
         monkeypatch.setattr("fluxrt.backends.onnxruntime.available_memory", lambda room=room: int(room / 0.9) + 1)
         assert backend._unfolds_once() == expected
+    with repeatable():
+        backend._faster = None
+        assert backend._unfolds_once() == set()
+        monkeypatch.setattr("fluxrt.backends.onnxruntime.LITTLE", 1 << 30)
+        backend._faster = None
+        assert backend._unfolds_once() == {graph.weights for graph in graphs.values()}
 
 
 def test_what_int8_rows_take_is_predicted(quick_bundle: Path) -> None:

@@ -42,6 +42,7 @@ from fluxc.targets.parts import Weights
 from fluxc.targets.registry import kind_of
 from fluxrt import manifest as format
 from fluxrt.bundle import Bundle
+from fluxrt.memory import repeatable
 
 WRITE_BUNDLE = "write bundle"
 
@@ -63,7 +64,7 @@ def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str |
     _tell_budget(ready.budget, rates, progress)
     for sentence in job.unused:
         progress.say(sentence)
-    with names_place("build", out), locked(out) as workshop, StageCache(job.root, progress) as cache:
+    with repeatable(), names_place("build", out), locked(out) as workshop, StageCache(job.root, progress) as cache:
         predicted = [0.0] * fetched + predicted_seconds(ready.budget, rates)
         progress.expect(fetched + _count_stages(job, until), predicted)
         prompting = job.prompting(run(cache, template_of(job, cache.file_digest)))

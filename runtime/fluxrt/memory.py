@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
@@ -28,6 +30,24 @@ STAGES = (ENCODE, DENOISE, DECODE)
 
 ROOM = 0.9
 """The part of the free memory that a model may be predicted to take: what libraries take for themselves is not predicted."""
+
+
+_IS_REPEATABLE = ContextVar("is_repeatable", default=False)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Within it nothing that is computed depends on how much memory is free: a build's figures are the same on any machine."""
+    token = _IS_REPEATABLE.set(True)
+    try:
+        yield
+    finally:
+        _IS_REPEATABLE.reset(token)
+
+
+def is_repeatable() -> bool:
+    """Whether `repeatable` is in force here."""
+    return _IS_REPEATABLE.get()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fluxrt.checks import check_threads
 from fluxrt.cores import allowed_cores, usable_cores
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.manifest import dimension_size
-from fluxrt.memory import DECODE, ROOM, Need, available_memory, return_memory
+from fluxrt.memory import DECODE, ROOM, Need, available_memory, is_repeatable, return_memory
 from fluxrt.unfold import unfold, unfolded_bytes
 from fluxrt.weights import component_weights, weights_files
 
@@ -43,6 +43,8 @@ NO_VNNI = (
     "this CPU has no instructions of VNNI, so that products of int8 would saturate; rows are taken as uint8, which gives the "
     "same numbers in more time"
 )
+LITTLE = 1 << 30
+"""Bytes of unfolded weights that are no question of memory."""
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Where the files of a graph's weights lie, if the graph comes from none."""
 
@@ -374,14 +376,16 @@ class OnnxRuntimeBackend:
         return described
 
     def _unfolds_once(self) -> frozenset[str]:
-        """The weights files whose layers are unfolded to fp32 when their graphs are loaded: all of them where there is room
-        beside all else, or those of the transformer alone, which every step reads; otherwise none."""
+        """The weights files whose layers are unfolded to fp32 when their graphs are loaded: all of them where that is little or
+        there is room beside all else, or that of the transformer, which every step reads; otherwise none."""
         if self._faster is None:
             self._faster = frozenset()
             graphs = self._target.graphs
-            transformer = graphs["prologue"].weights
+            everything = {graph.weights for graph in graphs.values()}
+            if sum(self._extra(name) for name in graphs) <= LITTLE:
+                self._faster = frozenset(everything)
             together = list(graphs)
-            for weights in ({graph.weights for graph in graphs.values()}, {transformer}):
+            for weights in () if self._faster or is_repeatable() else (everything, {graphs["prologue"].weights}):
                 if self._takes_turns:
                     together = [name for name, graph in graphs.items() if graph.weights in weights]
                 extra = sum(self._extra(name) for name in graphs if graphs[name].weights in weights)
