@@ -109,7 +109,7 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
                 f"by the operator that multiplies; products in {target.dtype}, the VAE in fp32; its graphs are built and "
                 "checked here"
             )
-        weights = f"NVFP4 weights {target.weights_in_memory} in memory; matrix products in fp32"
+        weights = f"weights of four bits {target.weights_in_memory} in memory; matrix products in fp32"
         inputs = (
             "activations in full precision"
             if target.activations == "none"
