@@ -48,11 +48,18 @@ def test_the_kernel_equals_torch_bit_for_bit(dtype: torch.dtype, scales: cpu.Sca
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mxfp4_and_fp8_kernels_equal_torch_bit_for_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scales", SCALES)
+def test_the_mxfp4_kernels_equal_torch_bit_for_bit(dtype: torch.dtype, scales: cpu.Scales) -> None:
+    for seed, spread in enumerate((1e-4, 0.05, 30.0)):
+        weight = awkward(seed, dtype, spread=spread)
+        ours, theirs = mxfp4.quantize(weight, scales), mxfp4.quantize_by_torch(weight, scales)
+        assert torch.equal(ours.codes, theirs.codes)
+        assert torch.equal(ours.scales, theirs.scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fp8_kernels_equal_torch_bit_for_bit(dtype: torch.dtype) -> None:
     weight = awkward(0, dtype)
-    ours, theirs = mxfp4.quantize(weight), mxfp4.quantize_by_torch(weight)
-    assert torch.equal(ours.codes, theirs.codes)
-    assert torch.equal(ours.scales, theirs.scales)
     for scale in (fp8.tensor_scale(weight.abs().amax()), fp8.row_scales(weight)):
         expected = (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
         assert torch.equal(fp8.quantize(weight, scale).view(torch.uint8), expected.view(torch.uint8))

@@ -310,6 +310,38 @@ def test_mxfp4_zero_blocks_read_as_zeros() -> None:
     assert mxfp4.dequantize(codes, scales).tolist() == weight.tolist()
 
 
+@pytest.mark.parametrize(
+    "draw", [torch.distributions.Normal(0.0, 1.0), torch.distributions.StudentT(3.0)], ids=["normal", "t3"]
+)
+def test_no_power_of_two_beats_the_better_of_mxfp4s_two(draw: torch.distributions.Distribution) -> None:
+    """Every scale from a quarter of OCP's to eight times it, with the nearest of the table by distance."""
+    torch.manual_seed(0)
+    weight = draw.sample((64, 256)).float()
+    ours, first = mxfp4.quantize(weight, "mse"), mxfp4.quantize(weight).scales.int()
+    blocks, table = weight.reshape(64, 8, 32), torch.tensor(OCP_MAGNITUDES)
+    found = (mxfp4.dequantize(*ours).reshape(blocks.shape) - blocks).square().sum(-1)
+    assert (ours.scales > first).float().mean() > 0.1
+    for above in range(-2, 4):
+        scaled = blocks.abs() / torch.exp2(first + above - 127.0)[..., None]
+        nearest = table[(scaled[..., None] - table).abs().argmin(-1)]
+        error = ((nearest - scaled) * torch.exp2(first + above - 127.0)[..., None]).square().sum(-1)
+        assert (found <= error * (1 + 1e-5)).all()
+
+
+def test_modelopt_reads_the_same_mxfp4_values_and_rounds_up_only_where_a_block_would_saturate() -> None:
+    """ModelOpt's scale is 2^ceil(log2(amax / 6)): OCP's, or twice it where the largest value is above 6 under OCP's."""
+    from modelopt.torch.quantization.qtensor import MXFP4QTensor
+
+    weight = gaussian(40, 256, 6, torch.float32, 0.05)
+    ours = mxfp4.quantize(weight)
+    read = MXFP4QTensor(weight.shape, torch.float32, ours.codes)
+    values = read.dequantize(torch.float32, scale=ours.scales.reshape(-1, 1), block_sizes={-1: 32})
+    assert torch.equal(values, mxfp4.dequantize(*ours))
+    _, theirs = MXFP4QTensor.quantize(weight, 32)
+    largest = weight.reshape(40, 8, 32).abs().amax(-1) / torch.exp2(ours.scales.float() - 127)
+    assert torch.equal(theirs.reshape(40, 8).int() - ours.scales.int(), (largest > 6).int())
+
+
 def test_compressed_tensors_reads_the_same_mxfp4_values() -> None:
     """Exactly: a power of two times one of eight magnitudes is a bf16 number."""
     from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor

@@ -70,7 +70,7 @@ CALL_SECONDS = 2e-4
 QUANTIZE_SECONDS = {"max": 1.0e-9, "four-over-six": 4.0e-9, "mse": 8.0e-9}
 """Of one weight on one core, by how block scales are chosen, errors of weight and output included."""
 
-UNFOLDED_BYTES = {BF16: 4.0, "fp8": 4.0, "nvfp4": 8.0, "mxfp4": 12.0}
+UNFOLDED_BYTES = {BF16: 4.0, "fp8": 4.0, "nvfp4": 8.0, "mxfp4": 8.0}
 """Memory of a Linear's weight in ONNX Runtime on the CPU while it is multiplied, by its format. Between two products it lies in
 a map of the file."""
 

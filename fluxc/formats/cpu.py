@@ -235,15 +235,17 @@ def joint_tensor_scale(
     return best
 
 
-def mxfp4(patterns: np.ndarray, dtype: str) -> Quantized:
+def mxfp4(patterns: np.ndarray, dtype: str, scales: Scales = "max") -> Quantized:
     """E2M1 codes and E8M0 scales uint8 [rows, columns/32]; see fluxc.formats.mxfp4."""
     amax = kernels.values_of(block_amax(patterns, dtype, MX_BLOCK), dtype)
     exponent = (amax.view(np.uint32) >> np.uint32(23)).astype(np.int32)
-    scales = np.maximum(exponent - 2, 0).astype(np.uint8)
+    chosen = np.maximum(exponent - 2, 0).astype(np.uint8)
     steps = np.ldexp(np.float32(1), np.arange(255) - 127)
+    if scales != "max":
+        kernels.search_powers(_numbers(patterns, dtype), chosen.copy(), steps, chosen)
     codes = np.empty((patterns.shape[0], patterns.shape[1] // 2), np.uint8)
-    kernels.encode(patterns, scales, kernels.threshold_table(steps, dtype), codes)
-    return Quantized(codes, scales)
+    kernels.encode(patterns, chosen, kernels.threshold_table(steps, dtype), codes)
+    return Quantized(codes, chosen)
 
 
 def mxfp4_values(quantized: Quantized) -> np.ndarray:

@@ -392,6 +392,25 @@ def search_scales(values, first, tensor_scale, below, above, fixed, out):
 
 
 @kernel()
+def search_powers(values, first, steps, out):
+    """`first` or the E8M0 code above it, whichever has less squared error, for every 32 elements, into `out` uint8.
+
+    `values` [rows, columns] is fp32 or bf16 patterns, `first` uint8 [rows, columns/32], which wins ties, `steps` fp32 [255]
+    the value of every code.
+    """
+    rows, columns = values.shape
+    flat = values.reshape(-1)
+    for row in prange(rows):
+        for k in range(columns // (2 * LANES)):
+            at = row * columns + k * 2 * LANES
+            low = np.int64(first[row, k])
+            high = min(low + 1, np.int64(254))
+            error = _squared_error(flat, at, steps[low]) + _squared_error(flat, at + LANES, steps[low])
+            above = _squared_error(flat, at, steps[high]) + _squared_error(flat, at + LANES, steps[high])
+            out[row, k] = high if above < error else low
+
+
+@kernel()
 def widen(patterns, out):
     """fp32 `out` [rows, columns] of bf16 `patterns` uint16 [rows, columns]."""
     rows, columns = patterns.shape

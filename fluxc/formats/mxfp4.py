@@ -3,6 +3,10 @@
 The open format of the OCP Microscaling Formats specification, version 1.0 (sections 5.3.3 and 6.3): scale = 2^(floor(log2
 amax) - 2), 2 being the exponent of E2M1's largest power of two; values are divided by it, rounded half to even on the
 grid and saturate at 6. The layout is that of NVFP4's codes: the LOW nibble holds the even column.
+
+Under that scale the largest value of a block is 4 to 8. Other tools take twice the scale where it is above 6 (ModelOpt, and
+torchao's RCEIL: 2^ceil(log2(amax / 6))) or at least 7 (compressed-tensors, and torchao's EVEN). Where a recipe's `scales` is
+not `max`, it is whichever of the two has less squared error, so that no block is worse than by any of these rules.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from fluxc.formats import cpu
 from fluxc.formats.base import Format, GraphBuilder, Parts
 from fluxc.formats.constants import E2M1_VALUES, MX_BLOCK
 from fluxc.formats.forms import ONNX_FLOAT, ONNX_INT32, e2m1_blocks, scaled_blocks
-from fluxc.formats.nvfp4 import round_to_e2m1
+from fluxc.formats.nvfp4 import block_error, round_to_e2m1
 from fluxc.formats.tensors import patterns_of, refuse_non_finite
 from fluxc.recipe.structs import Scales
 
@@ -32,8 +36,8 @@ class Quantized(NamedTuple):
     scales: torch.Tensor
 
 
-def quantize(weight: torch.Tensor) -> Quantized:
-    """Quantize `weight` [out, in] (bf16, fp16 or fp32).
+def quantize(weight: torch.Tensor, scales: Scales = "max") -> Quantized:
+    """Quantize `weight` [out, in] (bf16, fp16 or fp32); `scales` other than `max` searches.
 
     A block of zeros, or of values under 2^-124, gets the smallest scale, 2^-127. Raises ValueError when in is not a multiple
     of 32, NotFiniteError (a ValueError) with the position of a NaN or infinity.
@@ -43,11 +47,11 @@ def quantize(weight: torch.Tensor) -> Quantized:
     if weight.shape[1] % MX_BLOCK:
         raise ValueError(f"MXFP4 needs in_features divisible by {MX_BLOCK}, got {weight.shape[1]}")
     if weight.device.type == "cpu":
-        return Quantized(*map(torch.from_numpy, cpu.mxfp4(*patterns_of(weight))))
-    return quantize_by_torch(weight)
+        return Quantized(*map(torch.from_numpy, cpu.mxfp4(*patterns_of(weight), scales)))
+    return quantize_by_torch(weight, scales)
 
 
-def quantize_by_torch(weight: torch.Tensor) -> Quantized:
+def quantize_by_torch(weight: torch.Tensor, scales: Scales = "max") -> Quantized:
     """`quantize` in torch operators: what runs on a GPU, and what the kernel is compared with."""
     import torch
 
@@ -55,14 +59,26 @@ def quantize_by_torch(weight: torch.Tensor) -> Quantized:
     rows, columns = weight.shape
     blocks = weight.float().reshape(rows, columns // MX_BLOCK, MX_BLOCK)
     exponent = blocks.abs().amax(-1).view(torch.int32) >> 23
-    scales = (exponent - 2).clamp(min=0)
+    chosen = (exponent - 2).clamp(min=0)
+    if scales != "max":
+        above = (chosen + 1).clamp(max=254)
+        chosen = torch.where(_error(blocks, above) < _error(blocks, chosen), above, chosen)
     # In two exact halves, because 2^127, the reciprocal of the smallest scale, times a value may overflow fp32.
-    power = 127 - scales.unsqueeze(-1)
+    power = 127 - chosen.unsqueeze(-1)
     scaled = torch.ldexp(torch.ldexp(blocks, power // 2), power - power // 2)
     rounded = round_to_e2m1(scaled.abs())
     code = torch.where(rounded < 2, rounded * 2, torch.where(rounded < 4, rounded + 2, rounded / 2 + 4))
     code = (code.to(torch.uint8) | ((scaled < 0).to(torch.uint8) << 3)).reshape(rows, columns)
-    return Quantized((code[:, 1::2] << 4) | code[:, 0::2], scales.to(torch.uint8))
+    return Quantized((code[:, 1::2] << 4) | code[:, 0::2], chosen.to(torch.uint8))
+
+
+def _error(blocks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Squared error of every block [rows, blocks, 32] under E8M0 `codes` [rows, blocks], added in the kernel's order."""
+    import torch
+
+    halves = blocks.reshape(*codes.shape, 2, MX_BLOCK // 2)
+    errors = block_error(halves, torch.ldexp(torch.ones_like(codes, dtype=torch.float32), codes - 127).unsqueeze(-1))
+    return errors[..., 0] + errors[..., 1]
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -86,6 +102,7 @@ class MXFP4(Format):
     algorithm = "MXFP4"
     group_size = MX_BLOCK
     calibrated = False
+    searches_scales = True
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """See Format."""
@@ -97,7 +114,7 @@ class MXFP4(Format):
 
     def encode(self, patterns: np.ndarray, dtype: str, amax: np.ndarray, scale: np.float32, scales: Scales) -> Parts:
         """See Format."""
-        coded = cpu.mxfp4(patterns, dtype)
+        coded = cpu.mxfp4(patterns, dtype, scales)
         return {"weight_scale": coded.block_scales, "weight": coded.codes}
 
     def decode(self, parts: Parts, scale: np.float32) -> np.ndarray:

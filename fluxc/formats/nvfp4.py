@@ -130,15 +130,15 @@ def _search_scales(blocks: torch.Tensor, first: torch.Tensor, scale: torch.Tenso
     else:
         candidates = [(first.float() * 1.5).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)]
     best = first.view(torch.uint8)
-    least = _block_error(blocks, first.float() * scale)
+    least = block_error(blocks, first.float() * scale)
     for candidate in candidates:
-        error = _block_error(blocks, candidate.view(torch.float8_e4m3fn).float() * scale)
+        error = block_error(blocks, candidate.view(torch.float8_e4m3fn).float() * scale)
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return best.view(torch.float8_e4m3fn)
 
 
-def _block_error(blocks: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+def block_error(blocks: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """Squared error of every block under `step` [rows, blocks], added in the kernel's order so that ties fall the same way."""
     magnitude, step = blocks.abs(), step.unsqueeze(-1)
     error = (magnitude - round_to_e2m1(magnitude * (1 / step)) * step).square()

@@ -235,7 +235,8 @@ class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True
         about("formats by pattern; the first that matches counts", [{"match": "*.to_q", "format": "fp8"}]),
     ] = ()
     scales: Annotated[
-        Scales, about("how NVFP4 block scales are chosen; see [block scales](#block-scales)", "four-over-six")
+        Scales,
+        about("how block scales of NVFP4 and MXFP4 are chosen; see [block scales](#block-scales)", "four-over-six"),
     ] = "max"
 
 

@@ -110,7 +110,7 @@ class OnnxRuntimeTarget(ShardedTarget, frozen=True, tag="onnxruntime"):
     ] = "none"
     weights_in_memory: Annotated[
         Literal["8-bit", "4-bit"],
-        about("on the CPU: `4-bit` halves the memory of NVFP4 weights, and takes longer", "4-bit"),
+        about("on the CPU: `4-bit` halves the memory of weights of four bits, and takes longer", "4-bit"),
     ] = "8-bit"
 
     compute: Annotated[

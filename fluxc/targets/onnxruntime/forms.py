@@ -8,15 +8,16 @@
 4. nvfp4, 4-bit: com.microsoft::GatherBlockQuantized of every row, then Transpose and MatMul. Slower than 3, with a smaller
    peak while a layer is computed.
 5. nvfp4 on CUDA: com.microsoft::MatMulBlockQuantizedFp4Weight, which takes codes and block scales as they lie in the file.
-6. Any other format, on the CPU: its reference form, then as 1.
-7. Where inputs are rounded, those of nvfp4 layers pass `fluxc::NVFP4FakeQuantize`, and those of fp8 layers an E4M3
-   QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer. 5 and 6
+6. mxfp4: as 3 or 4 with blocks of 32, the scales from a table of powers of two, which 3 takes half of; no provider of ONNX
+   Runtime's has a type for E8M0 scales that it computes with.
+7. Any other format, on the CPU: its reference form, then as 1.
+8. Where inputs are rounded, those of nvfp4 layers pass `fluxc::NVFP4FakeQuantize`, and those of fp8 layers an E4M3
+   QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer. 5 to 7
    take inputs as they are.
-
-8. In more memory: com.microsoft::FusedMatMul with values in fp32, which fluxrt unfolds when it loads the graph
+9. In more memory: com.microsoft::FusedMatMul with values in fp32, which fluxrt unfolds when it loads the graph
    (fluxrt/unfold.py).
-9. Where products are computed in int8: com.microsoft::MatMulIntegerToFloat of int8 rows, which fluxrt makes when it loads the
-   graph, with inputs rounded to int8 a token at a time.
+10. Where products are computed in int8: com.microsoft::MatMulIntegerToFloat of int8 rows, which fluxrt makes when it loads
+   the graph, with inputs rounded to int8 a token at a time.
 
 A session of fluxrt's folds nothing large (fluxrt/backends/onnxruntime.py): weights stay in memory as the file has them, and
 each layer unfolds its own when it is computed.
@@ -24,12 +25,13 @@ each layer unfolds its own when it is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fluxc.formats.base import Format
 from fluxc.formats.bf16 import BF16
-from fluxc.formats.constants import BLOCK, E2M1_VALUES
+from fluxc.formats.constants import BLOCK, E2M1_VALUES, MX_BLOCK
 from fluxc.formats.forms import ONNX_E2M1, ONNX_E4M3, ONNX_FLOAT, ONNX_INT8, ONNX_INT32, ONNX_INT64, ONNX_UINT8
 from fluxc.graph import LINEAR_DOMAIN
 from fluxc.models.base import Linear
@@ -66,16 +68,25 @@ def fp8(graph: Nodes, layer: Linear, x: str, output: str) -> None:
 def nvfp4_8_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
     """3: codes as bytes."""
     x = graph.rounded(x, layer, _nvfp4_input)
-    name, rows, columns = layer.name, layer.out_features, layer.in_features
     half = graph.constant("half", ONNX_FLOAT, [], [0.5])
-    half_scales = graph.node("Mul", [_block_scales(graph, name), half], f"{name}/half_block_scales")
+    half_scales = graph.node("Mul", [_block_scales(graph, layer.name), half], f"{layer.name}/half_block_scales")
+    _product_of_bytes(graph, layer, x, half_scales, BLOCK, output)
+
+
+def mxfp4_8_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+    """6, by 3."""
+    _product_of_bytes(graph, layer, x, _e8m0_scales(graph, layer.name, 0.5), MX_BLOCK, output)
+
+
+def _product_of_bytes(graph: Nodes, layer: Linear, x: str, half_scales: str, block: int, output: str) -> None:
+    name, rows, columns = layer.name, layer.out_features, layer.in_features
     packed = graph.tensor(f"{name}.weight", ONNX_UINT8)
     index = graph.node("Cast", [packed], f"{name}.weight/index", to=ONNX_INT32)
     doubled = [int(2 * value) + 128 for value in E2M1_VALUES]
     pairs = [doubled[nibble] for byte in range(256) for nibble in (byte & 15, byte >> 4)]
     table = graph.constant("nibble_pairs", ONNX_UINT8, [256, 2], pairs)
     codes = graph.node("Gather", [table, index], f"{name}.weight/pairs", axis=0)
-    shape = graph.constant(f"blocks/{rows}/{columns}", ONNX_INT64, [3], [rows, columns // BLOCK, BLOCK])
+    shape = graph.constant(f"blocks/{rows}/{columns}/{block}", ONNX_INT64, [3], [rows, columns // block, block])
     blocks = graph.node("Reshape", [codes, shape], f"{name}.weight/blocks")
     graph.node(
         "MatMulNBits",
@@ -85,7 +96,7 @@ def nvfp4_8_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
         K=columns,
         N=rows,
         bits=8,
-        block_size=BLOCK,
+        block_size=block,
         accuracy_level=0,
     )
 
@@ -93,7 +104,16 @@ def nvfp4_8_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
 def nvfp4_4_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
     """4: codes as they are stored, every row of them gathered."""
     x = graph.rounded(x, layer, _nvfp4_input)
-    scales, rows = _block_scales(graph, layer.name), layer.out_features
+    _product_of_codes(graph, layer, x, _block_scales(graph, layer.name), BLOCK, output)
+
+
+def mxfp4_4_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+    """6, by 4."""
+    _product_of_codes(graph, layer, x, _e8m0_scales(graph, layer.name, 1.0), MX_BLOCK, output)
+
+
+def _product_of_codes(graph: Nodes, layer: Linear, x: str, scales: str, block: int, output: str) -> None:
+    rows = layer.out_features
     bounds = [graph.constant(f"scalar/{value}", ONNX_INT64, [], [value]) for value in (0, rows, 1)]
     every_row = graph.node("Range", bounds, f"rows/{rows}")
     weight = f"{layer.name}.weight"
@@ -102,7 +122,7 @@ def nvfp4_4_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
         [graph.tensor(weight, ONNX_E2M1), every_row, scales],
         f"{weight}/fp32",
         domain=VENDOR,
-        block_size=BLOCK,
+        block_size=block,
         gather_axis=0,
         quantize_axis=1,
     )
@@ -118,7 +138,7 @@ def nvfp4_cuda(graph: Nodes, layer: Linear, x: str, output: str) -> None:
 
 
 def through_reference(format: Format) -> LinearForm:
-    """6."""
+    """7."""
 
     def form(graph: Nodes, layer: Linear, x: str, output: str) -> None:
         dense = format.reference_form(graph, layer.name, layer.out_features, layer.in_features)
@@ -128,7 +148,7 @@ def through_reference(format: Format) -> LinearForm:
 
 
 def unfolded(format: str) -> LinearForm:
-    """8: values that the runtime unfolded."""
+    """9: values that the runtime unfolded."""
 
     def form(graph: Nodes, layer: Linear, x: str, output: str) -> None:
         (dense,) = graph.unfolded(layer, format, "float32", ONNX_FLOAT)
@@ -139,7 +159,7 @@ def unfolded(format: str) -> LinearForm:
 
 
 def int8(format: str, signed: bool) -> LinearForm:
-    """9: int8 rows that the runtime made."""
+    """10: int8 rows that the runtime made."""
 
     def form(graph: Nodes, layer: Linear, x: str, output: str) -> None:
         rows, row_scale = graph.unfolded(layer, format, "int8", ONNX_INT8 if signed else ONNX_UINT8)
@@ -158,6 +178,14 @@ def _block_scales(graph: Nodes, layer: str) -> str:
     return graph.node("DequantizeLinear", tensors, f"{layer}/block_scales")
 
 
+def _e8m0_scales(graph: Nodes, layer: str, factor: float) -> str:
+    """The E8M0 block scales of `layer` times `factor`, a power of two, as fp32."""
+    powers = [math.ldexp(factor, code - 127) for code in range(255)] + [math.nan]
+    table = graph.constant(f"e8m0_values/{factor:g}", ONNX_FLOAT, [256], powers)
+    codes = graph.node("Cast", [graph.tensor(f"{layer}.weight_scale")], f"{layer}/exponents", to=ONNX_INT32)
+    return graph.node("Gather", [table, codes], f"{layer}/block_scales", axis=0)
+
+
 def _nvfp4_input(graph: Nodes, layer: str, x: str) -> str:
     scale = graph.tensor(f"{layer}.input_scale")
     return graph.node(FAKE_QUANTIZE, [x, scale], f"{layer}/input", domain=LINEAR_DOMAIN)
@@ -173,12 +201,12 @@ QUANTIZERS = {"nvfp4": _nvfp4_input, "fp8": _e4m3_input}
 """What rounds the inputs of a layer where they are rounded, by format."""
 
 
-def _on_cpu(nvfp4: LinearForm) -> Forms[LinearForm]:
-    return Forms("ONNX Runtime", {"nvfp4": nvfp4, "fp8": fp8, BF16: stored}, through_reference)
+def _on_cpu(nvfp4: LinearForm, mxfp4: LinearForm) -> Forms[LinearForm]:
+    return Forms("ONNX Runtime", {"nvfp4": nvfp4, "mxfp4": mxfp4, "fp8": fp8, BF16: stored}, through_reference)
 
 
-CPU = {"8-bit": _on_cpu(nvfp4_8_bit), "4-bit": _on_cpu(nvfp4_4_bit)}
-"""By how NVFP4 weights lie in memory."""
+CPU = {"8-bit": _on_cpu(nvfp4_8_bit, mxfp4_8_bit), "4-bit": _on_cpu(nvfp4_4_bit, mxfp4_4_bit)}
+"""By how weights of four bits lie in memory."""
 
 CUDA: Forms[LinearForm] = Forms("ONNX Runtime on CUDA", {"nvfp4": nvfp4_cuda, "fp8": fp8, BF16: stored})
 

@@ -127,7 +127,7 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
         return f"ONNX Runtime {where}; {computed}; built and run on this machine"
 
     def _describe_exact(self, target: OnnxRuntimeTarget) -> str:
-        held = f"NVFP4 weights {target.weights_in_memory} in memory, fp32 where there is room; matrix products in fp32"
+        held = f"weights of four bits {target.weights_in_memory} in memory, fp32 where there is room; matrix products in fp32"
         if target.activations == "none":
             return f"{held}; activations in full precision"
         return (

@@ -20,6 +20,7 @@ from fluxc.targets.tensorrt.library import (
     GPUS,
     LIBRARIES,
     check_capabilities,
+    check_formats,
     check_keeps_ranks,
     gpu_here,
     how_to_install,
@@ -42,6 +43,7 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
     def check(self, field: str, target: TensorRTTarget, context: TargetContext) -> None:
         """Refuse GPUs that do not compute in the planned formats, and a number of them that cannot share the model."""
         formats = {entry.format for plan in context.source.plans.values() for entry in plan}
+        check_formats(self.name, formats, field)
         check_capabilities(self.name, target.compute_capabilities, formats, f"{field}.compute_capabilities")
         if not self._library.builds_without_gpu and len(target.compute_capabilities) > 1:
             raise RecipeError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from fluxc.base.errors import BuildError, RecipeError
+from fluxc.formats.bf16 import BF16
 
 FORMATS_OF = {
     "7.5": (),
@@ -99,6 +100,17 @@ def check_keeps_ranks(module: ModuleType) -> None:
         raise BuildError(
             f"TensorRT {module.__version__} can lose the number of ranks of a sharded plan, whose collectives then do nothing; "
             f"use {'.'.join(map(str, KEEPS_RANKS))} or newer"
+        )
+
+
+def check_formats(kind: str, formats: set[str], field: str) -> None:
+    """Refuse formats that no engine computes in, whatever the GPU; RecipeError names `field`."""
+    able = {format for found in FORMATS_OF.values() for format in found}
+    unknown = sorted(formats - {BF16, *able})
+    if unknown:
+        raise RecipeError(
+            f"{field}: no engine of {kind} computes in {', '.join(unknown)}, as the precision plan asks, whatever the GPU "
+            f"multiplies; engines compute in {', '.join(sorted(able))} and bf16. Set precision to those, or leave it out"
         )
 
 
