@@ -27,8 +27,11 @@ from fluxrt.pipeline import Pipeline
 from quick import QUICK
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TARGETS = "targets=[{kind: onnxruntime}]"
-BOTH = "targets=[{kind: onnxruntime}, {kind: onnxruntime, weights_in_memory: 4-bit}]"
+EXACT = "onnxruntime-exact"
+TARGETS = "targets=[{kind: onnxruntime, compute: exact}]"
+EVERY = (
+    "targets=[{kind: onnxruntime}, {kind: onnxruntime, compute: exact}, {kind: onnxruntime, weights_in_memory: 4-bit}]"
+)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """OCP's table."""
 
@@ -37,7 +40,7 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 def bundle(workshop: Path) -> Path:
     """The recipe as it stands, with its gates, on two prompts and three steps."""
     quick = [change for change in QUICK if not change.startswith(("gates", "precision"))]
-    return compile_into(workshop / "mxfp4", *quick, BOTH, recipe=RECIPE.with_name("flux2-nano-mxfp4.yaml"))
+    return compile_into(workshop / "mxfp4", *quick, EVERY, recipe=RECIPE.with_name("flux2-nano-mxfp4.yaml"))
 
 
 def test_every_block_is_torchaos_under_one_of_two_scales_and_no_rule_of_torchaos_is_better(bundle: Path) -> None:
@@ -82,7 +85,7 @@ def test_its_config_says_what_it_is(bundle: Path) -> None:
     assert (config["quant_algo"], config["config_groups"]["group_0"]["weights"]["group_size"]) == ("MXFP4", 32)
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-4-bit"])
+@pytest.mark.parametrize("target", [EXACT, "onnxruntime-4-bit"])
 def test_what_the_graph_multiplies_is_the_stored_values_exactly(bundle: Path, target: str) -> None:
     """The nodes before a layer's product, in ONNX's evaluator: codes about 128 with half the scale, or codes and the scale."""
     layer = "transformer_blocks.0.ff.linear_out"
@@ -92,11 +95,11 @@ def test_what_the_graph_multiplies_is_the_stored_values_exactly(bundle: Path, ta
         for node in model.graph.node
         if node.domain == VENDOR and f"{layer}.weight" in node.input[0] + node.input[1]
     )
-    inputs = {"onnxruntime": product.input[1:3], "onnxruntime-4-bit": (product.input[0], product.input[2])}[target]
+    inputs = {EXACT: product.input[1:3], "onnxruntime-4-bit": (product.input[0], product.input[2])}[target]
     codes, scales = ReferenceEvaluator(_upstream(model, inputs)).run(None, {})
     stored = load_file(bundle / "transformer" / WEIGHTS)
     expected = values_of(stored[f"{layer}.weight"].numpy(), stored[f"{layer}.weight_scale"].numpy())
-    if target == "onnxruntime":
+    if target == EXACT:
         assert codes.shape == expected.shape
         found = (codes.astype(np.float32) - 128) * scales.reshape(expected.shape[:2])[..., None]
     else:
@@ -153,7 +156,7 @@ def test_a_step_equals_diffusers_with_the_dequantized_weights(bundle: Path) -> N
             txt_ids=Flux2KleinPipeline._prepare_text_ids(torch.from_numpy(text)),
             return_dict=False,
         )[0].numpy()
-    for target in ("onnxruntime", "onnxruntime-4-bit"):
+    for target in (EXACT, "onnxruntime-4-bit"):
         with Pipeline(opened, target=target) as pipeline:
             pipeline.begin(latents, grid, 1.0, text)
             pipeline.step(sigma, sigma + 1)
@@ -176,6 +179,7 @@ def _upstream(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto
 
 def test_it_generates_within_the_loss_of_four_bits(bundle: Path, quick_bundle: Path) -> None:
     figures = open_bundle(bundle).manifest.fidelity.targets["onnxruntime"]
+    assert 0 < figures["against_exact"]["velocity_error"] < 0.02
     nvfp4 = open_bundle(quick_bundle).manifest.fidelity.targets["onnxruntime"]
     assert 0.95 < figures["step_cosine"] < nvfp4["step_cosine"]
     assert np.asarray(fluxrt.load(bundle).generate(fluxrt.Request("a small red ring", seed=3)).images[0]).std() > 10
@@ -186,7 +190,7 @@ def test_a_bundle_in_mxfp4_is_a_checkpoint(bundle: Path, tmp_path: Path) -> None
     again = compile_into(tmp_path / "again", *QUICK, f"model.source={bundle}", "precision.transformer={}", TARGETS)
     ours, theirs = (load_file(path / "transformer" / WEIGHTS) for path in (bundle, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert open_bundle(again).manifest.fidelity.targets["onnxruntime"]["step_cosine"] > 0.99999
+    assert open_bundle(again).manifest.fidelity.targets[EXACT]["step_cosine"] > 0.99999
 
 
 def test_mxfp4_beside_nvfp4_and_in_the_text_encoder(workshop: Path) -> None:
