@@ -269,7 +269,9 @@ class OnnxRuntimeBackend:
         nobody was given.
         """
         names = [port.name for port in described.outputs]
-        shapes = tuple(dimension_size(d, self._sizes) for port in described.outputs for d in port.shape if self._sizes)
+        if not self._sizes:
+            return self._results(graph, session, described, names)
+        shapes = tuple(dimension_size(d, self._sizes) for port in described.outputs for d in port.shape)
         bound = self._bound.get(graph)
         if bound is None or bound.shapes != shapes:
             self._bound[graph] = Bound(session, names, self._unfolded.get(graph, {}), shapes)
