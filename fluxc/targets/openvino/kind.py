@@ -104,7 +104,7 @@ class OpenVino(TargetKind[OpenVinoTarget, openvino_target.OpenVinoTarget]):
 
     def evidence(self, entry: openvino_target.OpenVinoTarget) -> dict[str, Any]:
         """The OpenVINO that the graphs were audited with, and what was found in them."""
-        return {"library": PACKAGE, "version": entry.version, "audit": entry.audit}
+        return {"library": PACKAGE, "version": entry.version, "graphs": entry.audit}
 
     def inspect(self, entry: openvino_target.OpenVinoTarget) -> RenderableType:
         """The graphs as the audit found them."""

@@ -6,7 +6,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from fluxrt.backends.openvino_device import WORDS, cache_settings, settings, settle
+from fluxrt.backends.openvino_cache import CompiledGraphs
+from fluxrt.backends.openvino_device import WORDS, settings, settle
 from fluxrt.backends.openvino_graph import read_executed
 from fluxrt.backends.openvino_target import how_to_install
 from fluxrt.backends.openvino_weights import int8_rows, keep_compressed, weight_bytes
@@ -62,6 +63,7 @@ class OpenVinoBackend:
         self.notes: list[str] = []
         for note in (*self._settled.notes, *unknown):
             self._note(note)
+        self._kept = CompiledGraphs(self._settled.device, self._version, self._note)
         LOG.info("target %s: OpenVINO %s on %s", target.name, self._version, self._settled)
         self._layers = {
             graph.weights.partition("/")[0]: {
@@ -260,14 +262,13 @@ class OpenVinoBackend:
         if settled.static:
             sizes = {p.name: [dimension_size(d, self._sizes) for d in p.shape] for p in described.inputs}
             model.reshape(sizes)
-        cache = cache_settings(settled, weights, self._version, self._digests(described))
-        try:
+        made_from = [str(settled), str(self._sizes) if settled.static else "", repr(sorted(self._settings.items()))]
+
+        def make(cache: dict[str, Any]) -> Any:
             return self._core.compile_model(model, settled.device, {**self._settings, **cache})
-        except RuntimeError as error:
-            if not cache:
-                raise
-            self._note(f"graph {graph}: its compiled form in {cache['CACHE_DIR']} is not usable ({error}), it is not kept")
-            return self._core.compile_model(model, settled.device, self._settings)
+
+        known = self._digests(described)
+        return self._kept.compiled(make, weights, [*known, *made_from] if known else [])
 
     def _digests(self, described: Graph) -> list[str]:
         """What the manifest says of the graph's file and of those with its weights; empty while a bundle is being made."""

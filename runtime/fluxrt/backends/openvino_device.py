@@ -1,4 +1,4 @@
-"""What OpenVINO computes in on this machine: the device, the precision it has, the settings of a compiled graph, its cache.
+"""What OpenVINO computes in on this machine: the device, the precision it has, the settings of a compiled graph.
 
 A device lists what it can do (OPTIMIZATION_CAPABILITIES). The CPU plugin asks the processor for that list, and its kernels may
 be held to less (ONEDNN_MAX_CPU_ISA); a product of 4-bit weights in a precision that has no kernel then comes back empty,
@@ -7,10 +7,7 @@ without an error. So a small product is computed first, and compared.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.backends.openvino_graph import read_executed
@@ -29,8 +26,6 @@ ROUNDING = {"f32": 1e-4, "bf16": 0.02, "f16": 0.01}
 """The most that a product of 4-bit weights may be off in each precision, relative."""
 INT8_ERROR = (1e-3, 0.1)
 """The least and the most with int8 weights and inputs: an error below says that inputs were not rounded."""
-CACHED = 64 << 20
-"""Bytes of weights up to which the CPU keeps compiled graphs: it writes the weights into them, and compiles quickly."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +89,6 @@ def settings(core: Any, settled: Settled, performance: str, threads: int | None)
     return {name: value for name, value in wanted.items() if name in known}, missing
 
 
-def cache_settings(settled: Settled, weights: int, version: str, digests: list[str]) -> dict[str, Any]:
-    """The properties that keep a compiled graph of so many bytes of weights; none where compiling it again is cheaper.
-
-    It lies below XDG_CACHE_HOME, by device, OpenVINO's version and the SHA-256 of what it is made from.
-    """
-    if not digests or (settled.device == "CPU" and (weights > CACHED or settled.int8)):
-        return {}
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    key = hashlib.sha256("\0".join((str(settled), version, *digests)).encode()).hexdigest()[:32]
-    where: dict[str, Any] = {"CACHE_DIR": str(root / "fluxc" / "openvino" / key)}
-    # Without weights, where the device can read them from the bundle again. The CPU takes the property and writes them.
-    return where if settled.device == "CPU" else where | {"CACHE_MODE": "OPTIMIZE_SIZE"}
-
-
 def int8_fault(core: Any, device: str, columns: int) -> str | None:
     """What is wrong with a product of int8 weights and inputs, `columns` of them; None if it is as it must be."""
     return _fault(core, device, "f32", True, columns)
@@ -137,7 +118,7 @@ def _fault(core: Any, device: str, precision: str, int8: bool, columns: int = 25
         compiled = core.compile_model(model, device, {name: config[name] for name in config if name in known})
         y = compiled.create_infer_request().infer([x])[0].copy()
     except RuntimeError as error:
-        return f"a product fails ({str(error).strip().splitlines()[-1]})"
+        return f"a product has no kernel ({str(error).strip().splitlines()[-1].partition('. ')[0]})"
     expected = x[0] @ weight.T
     if y.shape != (1, *expected.shape):
         return f"a product has shape {list(y.shape)} in place of {[1, *expected.shape]}"
