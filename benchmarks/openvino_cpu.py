@@ -120,18 +120,19 @@ def opened(path: Path, compute: str) -> Any:
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
-    ports = [(v.name, "float32", [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]) for v in graph.input]
+    ports = [
+        (v.name, "float32", [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]) for v in graph.input
+    ]
     if not compute:
         from fluxrt.backends.onnxruntime import open_session
 
         session = open_session(str(path), None, has_arena=True)
         return SimpleNamespace(inputs=ports, run=lambda feeds: session.run(None, feeds)[0])
-    import openvino
-
     from fluxrt.backends.openvino_device import settings, settle
+    from fluxrt.backends.openvino_target import load_library
     from fluxrt.backends.openvino_weights import int8_rows, keep_compressed
 
-    core = openvino.Core()
+    core = load_library().Core()
     settled = settle(core, "CPU", compute)
     assert not settled.notes, settled.notes
     model = core.read_model(str(path))

@@ -304,7 +304,7 @@ def read_target(entry: Any) -> Target:
 
     An entry of a kind that is not known here is kept as it is: nothing runs it, and the bundle's other targets are of use.
     """
-    import fluxrt.backends.registry  # the kinds that it registers are known from here on
+    import fluxrt.backends.registry  # noqa: F401 - registers further kinds
 
     head = msgspec.convert(entry, _AnyKind)
     return msgspec.convert(entry, TARGETS.get(head.kind) or _unknown_kind(head.kind, entry))

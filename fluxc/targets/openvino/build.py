@@ -17,6 +17,7 @@ from fluxc.targets.openvino.audit import Audit, Expected, audit_graph, expected_
 from fluxc.targets.openvino.lower import lower
 from fluxc.targets.unused import check_unused
 from fluxrt.backends.openvino_device import settle
+from fluxrt.backends.openvino_target import load_library
 from fluxrt.manifest import Graph
 
 NAMED = 6
@@ -69,8 +70,7 @@ def build_graphs(
 
 def audit_graphs(folder: Path, built: Mapping[str, BuiltGraph], compute: str) -> dict[str, Audit]:
     """Audit the graph files in `folder` on the CPU here, whatever device they are for; BuildError naming what is wrong."""
-    import openvino
-
+    openvino = load_library()
     core = openvino.Core()
     settled = settle(core, "CPU", compute)
     audits, faults = {}, []
@@ -79,7 +79,9 @@ def audit_graphs(folder: Path, built: Mapping[str, BuiltGraph], compute: str) ->
         try:
             audits[name] = audit_graph(core, folder / graph.entry.file, graph.expected, settled)
         except RuntimeError as error:
-            raise BuildError(f"{graph.entry.file}: OpenVINO {version} does not load it: {str(error).strip()}") from error
+            raise BuildError(
+                f"{graph.entry.file}: OpenVINO {version} does not load it: {str(error).strip()}"
+            ) from error
         faults += [f"{name}: {finding}" for finding in audits[name].faults]
     if faults:
         more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""

@@ -79,4 +79,6 @@ def _product(graph: Nodes, x: str, dense: str, layer: Linear, output: str) -> No
     graph.node("MatMul", [x, turned], output, name=layer.name)
 
 
-FORMS: Forms[LinearForm] = Forms("OpenVINO", {"nvfp4": nvfp4, "mxfp4": mxfp4, "fp8": fp8, BF16: stored}, through_reference)
+FORMS: Forms[LinearForm] = Forms(
+    "OpenVINO", {"nvfp4": nvfp4, "mxfp4": mxfp4, "fp8": fp8, BF16: stored}, through_reference
+)

@@ -14,13 +14,13 @@ import msgspec
 from fluxc.base.cache import Made
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.graph.stage import ExportInputs
+from fluxc.recipe.targets import OpenVinoTarget
 from fluxc.targets.base import COMPONENTS, TargetContext, TargetKind, TargetWork
 from fluxc.targets.openvino import stage
-from fluxc.targets.openvino.options import OpenVinoTarget
 from fluxc.targets.parts import Weights
 from fluxrt import manifest as format
 from fluxrt.backends import openvino_target
-from fluxrt.backends.openvino_target import PACKAGE, how_to_install
+from fluxrt.backends.openvino_target import PACKAGE, how_to_install, load_library
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,8 +43,8 @@ class OpenVino(TargetKind[OpenVinoTarget, openvino_target.OpenVinoTarget]):
         context.decoder().check(field)
         if target.device == "NPU" and context.recipe.size_range is not None:
             raise RecipeError(
-                f"{field}.device: an NPU compiles its graphs for one size at a time, and this recipe has a range of sizes; list "
-                "the sizes under `sizes`, or choose another device"
+                f"{field}.device: an NPU compiles its graphs for one size at a time, and this recipe has a range of sizes; "
+                "list the sizes under `sizes`, or choose another device"
             )
         formats = {entry.format for plan in context.source.plans.values() for entry in plan}
         unknown = sorted(formats - {"nvfp4", "mxfp4", "fp8", "bf16"})
@@ -122,7 +122,9 @@ class OpenVino(TargetKind[OpenVinoTarget, openvino_target.OpenVinoTarget]):
         }
         where = "built, audited and run" if target.runs_here else "built and audited (by the CPU plugin)"
         version = _version() if importlib.util.find_spec(PACKAGE) else None
-        here = f"{where} on this machine (openvino {version})" if version else f"needs openvino here: {how_to_install()}"
+        here = (
+            f"{where} on this machine (openvino {version})" if version else f"needs openvino here: {how_to_install()}"
+        )
         return f"OpenVINO {places[target.device]}; 4-bit weights stay 4-bit; {COMPUTES[target.compute]}; {here}"
 
 
@@ -134,6 +136,4 @@ def _machine() -> tuple[str, ...]:
     """OpenVINO's version, and what it says this CPU computes in; nothing where it is missing."""
     if importlib.util.find_spec(PACKAGE) is None:
         return ()
-    from openvino import Core
-
-    return (_version(), *sorted(Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
+    return (_version(), *sorted(load_library().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")))

@@ -1,7 +1,7 @@
 """Lowers neutral graphs for OpenVINO: each `fluxc::Linear` becomes the form its layer's format needs (forms.py).
 
-Factors beside a weight and gathered rows are as for ONNX Runtime. Every other weight is cast to fp32, if it is stored in another
-type.
+Factors beside a weight and gathered rows are as for ONNX Runtime. Every other weight is cast to fp32, if it is stored in
+another type.
 """
 
 from __future__ import annotations
@@ -45,5 +45,7 @@ def lower(
         else:
             copy = graph.node.add()
             copy.CopyFrom(node)
-            copy.input[:] = [nodes.full(name, weights[name].elem_type) if name in weights else name for name in node.input]
+            copy.input[:] = [
+                nodes.full(name, weights[name].elem_type) if name in weights else name for name in node.input
+            ]
     return make_model(graph)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fluxc.base.cache import Made
 from fluxc.base.progress import Report
 from fluxc.quantize.plan import LayerPlan
-from fluxc.targets.openvino.options import OpenVinoTarget
+from fluxc.recipe.targets import OpenVinoTarget
 from fluxc.targets.parts import Weights, load_exports, weights_beside, write_entry
 from fluxrt.backends import openvino_target
 

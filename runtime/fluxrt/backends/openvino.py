@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrt.backends.openvino_cache import CompiledGraphs
 from fluxrt.backends.openvino_device import WORDS, settings, settle
 from fluxrt.backends.openvino_graph import read_executed
-from fluxrt.backends.openvino_target import how_to_install
+from fluxrt.backends.openvino_target import load_library
 from fluxrt.backends.openvino_weights import int8_rows, keep_compressed, weight_bytes
 from fluxrt.checks import check_threads
 from fluxrt.cores import usable_cores
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fluxrt.bundle import Bundle
     from fluxrt.backends.openvino_target import OpenVinoTarget
+    from fluxrt.bundle import Bundle
     from fluxrt.manifest import Graph, Port
 
 
@@ -35,15 +35,6 @@ HELD = {
     "int8": {"U8": 5.0, "F8_E4M3": 3.0, "BF16": 3.0, "F16": 3.0, "F32": 3.0},
 }
 """Bytes in memory for each stored byte of a weight, on the CPU: what is mapped or unfolded, and the copy that kernels read."""
-
-
-def load_library() -> Any:
-    """The package openvino; BackendError saying how to install it."""
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendError(f"openvino cannot be imported ({error}); {how_to_install()}") from error
-    return openvino
 
 
 class OpenVinoBackend:

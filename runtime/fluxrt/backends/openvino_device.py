@@ -68,7 +68,9 @@ def settle(core: Any, plugin: str, compute: str) -> Settled:
     return Settled(device, precision, int8, tuple(notes))
 
 
-def settings(core: Any, settled: Settled, performance: str, threads: int | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+def settings(
+    core: Any, settled: Settled, performance: str, threads: int | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The properties graphs are compiled with, and in sentences those that this device does not know."""
     wanted: dict[str, Any] = {
         "PERFORMANCE_HINT": performance.upper(),

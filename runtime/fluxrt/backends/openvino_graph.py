@@ -47,7 +47,9 @@ def read_executed(compiled: Any) -> Executed:
     products, attentions = [], []
     for node in compiled.get_runtime_model().get_ordered_ops():
         kind = _said(node, "layerType")
-        names = tuple(name for name in (node.get_friendly_name(), *_said(node, "originalLayersNames").split(",")) if name)
+        names = tuple(
+            name for name in (node.get_friendly_name(), *_said(node, "originalLayersNames").split(",")) if name
+        )
         if kind in PRODUCTS and node.get_input_size() > 1:
             weight, unfolded = _weight(node.input_value(1).get_node())
             # A kernel's name ends with the type it computes in: brgemm_avx512_bf16.

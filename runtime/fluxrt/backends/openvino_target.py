@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
+from fluxrt.errors import BackendError
 from fluxrt.install import install_extra
 from fluxrt.manifest import Graph, Plan, Target
 
@@ -30,7 +34,7 @@ class OpenVinoTarget(Target, frozen=True, tag="openvino"):
     compute: Literal["exact", "bf16", "fp16", "int8"] = "exact"
     performance: Literal["latency", "throughput"] = "latency"
     version: str = ""
-    audit: dict[str, Any] = {}
+    audit: dict[str, Any] = msgspec.field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -68,6 +72,26 @@ def how_to_install() -> str:
     return f"run `{install_extra('fluxrt', PACKAGE)}`"
 
 
+def load_library() -> Any:
+    """The package openvino, which sends nothing; BackendError saying how to install it.
+
+    Its import reports to Google Analytics, unless a file in the user's home refuses that (openvino-telemetry), and writes to
+    that home. Where openvino-telemetry cannot be imported it does neither.
+    """
+    hidden = "openvino_telemetry"
+    before = sys.modules.get(hidden)
+    sys.modules[hidden] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError(f"openvino cannot be imported ({error}); {how_to_install()}") from error
+    finally:
+        del sys.modules[hidden]
+        if before is not None:
+            sys.modules[hidden] = before
+    return openvino
+
+
 def obstacle(bundle: Bundle, target: OpenVinoTarget, machine: Machine) -> str | None:
     """Why `target` does not run here; OpenVINO is imported only to ask for a GPU or an NPU."""
     if importlib.util.find_spec(PACKAGE) is None:
@@ -75,9 +99,7 @@ def obstacle(bundle: Bundle, target: OpenVinoTarget, machine: Machine) -> str | 
     if target.device == "cpu":
         return None
     try:
-        from openvino import Core
-
-        found = Core().available_devices
+        found = load_library().Core().available_devices
     except Exception as error:  # what a broken installation or driver raises has no common base class
         return f"openvino does not start: {error}"
     if any(name.split(".")[0] == target.plugin for name in found):

@@ -73,7 +73,7 @@ def products_of(model: Any, layers: Collection[str]) -> list[tuple[str, Any, tup
     found = []
     for node in model.get_ordered_ops():
         layer = _layer_of(node)
-        if layer in layers:
+        if layer is not None and layer in layers:
             columns, rows = node.input_value(1).get_partial_shape().to_shape()
             found.append((layer, node, (int(rows), int(columns))))
     return found
@@ -115,8 +115,8 @@ def _stored(product: Any, layer: str, core: Any) -> tuple[Any, np.ndarray]:
     if scaled is None or name not in _tables():
         steps = ", ".join(node.get_type_name() for node in reversed(path))
         raise BackendError(
-            f"{layer}: its weight of type {name} goes through {steps}, of which compute: int8 makes nothing; set compute: exact "
-            "in the recipe and rebuild"
+            f"{layer}: its weight of type {name} goes through {steps}, of which compute: int8 makes nothing; set compute: "
+            "exact in the recipe and rebuild"
         )
     scales = _computed(scaled.input_value(1), core)
     rows = source.get_output_shape(0)[0]
