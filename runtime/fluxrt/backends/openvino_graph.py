@@ -33,9 +33,8 @@ class Executed:
     attentions: tuple[tuple[str, ...], ...]
 
     def product(self, names: Iterable[str]) -> Product | None:
-        """The product that one of these nodes went into."""
-        wanted = set(names)
-        return next((product for product in self.products if wanted & set(product.names)), None)
+        """The product that the first of these nodes went into, or else the second, and so on."""
+        return next((product for name in names for product in self.products if name in product.names), None)
 
     def is_fused(self, attention: str) -> bool:
         """Whether the attention node of this name is one kernel, softmax and both products."""
