@@ -142,7 +142,7 @@ def hollow_checkpoint(
 # The long files first, so that both processes end together, and in an order in which neither waits for the other's bundle.
 FIRST = (
     "build ulysses_gpu tensorrt ulysses stepcache_nano sensitivity oracle dev calibrate quantized_source cuda_runtime "
-    "gpu_check parity"
+    "gpu_check parity openvino"
 )
 
 

@@ -109,8 +109,9 @@ def _row(target: Target) -> TargetRow:
     if isinstance(target, OnnxRuntimeTarget) and target.device == "cuda":
         packages = install_elsewhere(*extra_requirements("fluxrt", "onnxruntime-gpu"), instead=("onnxruntime",))
         return TargetRow(target.name, "NVIDIA GPU of compute capability 9.0 or later", packages, options)
-    where = "CPU" if gpus == 1 else f"CPU, {gpus} processes"
-    return TargetRow(target.name, where, "", options)
+    where = target.hardware or ("CPU" if gpus == 1 else f"CPU, {gpus} processes")
+    packages = install_elsewhere(*extra_requirements("fluxrt", target.extra)) if target.extra else ""
+    return TargetRow(target.name, where, packages, options)
 
 
 def _weights(manifest: Manifest) -> list[tuple[str, str, int, str, str]]:

@@ -43,6 +43,7 @@ def machine_checks(machine: Machine | None = None, has_gpu: bool | None = None) 
         Check("Python", "yes", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         _packages("compile", "fluxc", COMPILES_WITH),
         _packages("run onnxruntime targets on the CPU", "fluxrt", RUNS_WITH),
+        _openvino(),
         _kernels(),
         *_gpu(machine, has_gpu),
         *system_checks(machine),
@@ -152,6 +153,16 @@ def _libraries(has_gpu: bool) -> Iterator[Check]:
             yield Check(what, "yes", f"{library.kind} {version}; {how}")
         else:
             yield Check(what, "no", f"{library.package} is not installed; {how}", how_to_install(library))
+
+
+def _openvino() -> Check:
+    """The package that openvino targets are built and run with."""
+    from fluxrt.backends.openvino_target import PACKAGE
+
+    version = _version(PACKAGE)
+    lacking = None if version else install_extra("fluxrt", PACKAGE)
+    detail = f"{PACKAGE} {version}" if version else f"{PACKAGE} is not installed"
+    return Check("build and run openvino targets", "yes" if version else "no", detail, lacking)
 
 
 def _version(package: str) -> str | None:

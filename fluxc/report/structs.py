@@ -63,10 +63,10 @@ Reached = Literal["yes", "no", "partly", "does not apply"]
 class Tiers(Struct, frozen=True):
     """How far one target was taken.
 
-    `built`: its graphs or engines were made. `audited`: what a TensorRT engine runs was read out of it and compared with the
-    plan. `ran`: its stages, or images, were computed while the bundle was built. `matched`: every stage was as near to the
-    reference as rounding explains. `on_target`: it ran on hardware of the kind it is for. `missing` says in a sentence what
-    was not done.
+    `built`: its graphs or engines were made. `audited`: what an engine runs, or OpenVINO a graph, was read out of it and
+    compared with the plan. `ran`: its stages, or images, were computed while the bundle was built. `matched`: every stage was
+    as near to the reference as rounding explains. `on_target`: it ran on hardware of the kind it is for. `missing` says in a
+    sentence what was not done.
     """
 
     target: str

@@ -67,7 +67,7 @@ def _built(target: Target) -> Reached:
 
 def _audited(target: Target) -> Reached:
     if not isinstance(target, TensorRTTarget):
-        return "does not apply"
+        return "does not apply" if target.audited is None else _yes(target.audited)
     audited = [name for name in target.engine.plans if target.engine.audit.get(name)]
     return "yes" if len(audited) == len(target.engine.plans) else "partly" if audited else "no"
 

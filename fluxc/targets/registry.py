@@ -8,6 +8,7 @@ from fluxc.base.errors import RecipeError, nearest
 from fluxc.recipe.targets import TARGETS, TensorRTRtxTarget, TensorRTTarget
 from fluxc.targets.base import Entry, Options, TargetKind
 from fluxc.targets.onnxruntime.kind import OnnxRuntime
+from fluxc.targets.openvino.kind import OpenVino
 from fluxc.targets.tensorrt.kind import TensorRT
 from fluxc.targets.visual_gen.kind import VisualGen
 
@@ -31,6 +32,7 @@ def kind_of(name: str) -> TargetKind[Any, Any]:
 
 BUILT_IN: tuple[TargetKind[Any, Any], ...] = (
     OnnxRuntime(),
+    OpenVino(),
     TensorRT(TensorRTRtxTarget),
     TensorRT(TensorRTTarget),
     VisualGen(),

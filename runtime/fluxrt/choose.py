@@ -133,7 +133,7 @@ def _targets_for(bundle: Bundle, gpus: int) -> list[Target]:
 def _place(target: Target, ranks: int) -> str:
     if target.device == "cpu":
         return "the CPU" if ranks == 1 else f"the CPU, in {ranks} processes"
-    return "the GPU" if ranks == 1 else f"{ranks} GPUs"
+    return ("the NPU" if target.device == "npu" else "the GPU") if ranks == 1 else f"{ranks} GPUs"
 
 
 def _machine_for(targets: list[Target]) -> Machine:

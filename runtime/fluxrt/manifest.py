@@ -262,6 +262,21 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         return ()
 
     @property
+    def hardware(self) -> str | None:
+        """What it runs on, in words, where `device` does not say it."""
+        return None
+
+    @property
+    def extra(self) -> str | None:
+        """The extra of fluxrt with what it needs, where fluxrt alone does not run it on a CPU."""
+        return None
+
+    @property
+    def audited(self) -> bool | None:
+        """Whether what was built was read back; None where there is nothing to read."""
+        return None
+
+    @property
     def gpus(self) -> int:
         """How many GPUs, or on a CPU processes, it takes, where the target itself decides that."""
         return self.sharding.ranks if self.sharding else 1
@@ -359,6 +374,8 @@ def read_target(entry: Any) -> Target:
 
     An entry of a kind that is not known here is kept as it is: nothing runs it, and the bundle's other targets are of use.
     """
+    import fluxrt.backends.registry  # noqa: F401 - registers further kinds
+
     head = msgspec.convert(entry, _AnyKind)
     return msgspec.convert(entry, TARGETS.get(head.kind) or _unknown_kind(head.kind, entry))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
+from fluxrt.backends import openvino_target
 from fluxrt.errors import BackendError, RequestError
 from fluxrt.install import update
 from fluxrt.manifest import (
@@ -170,6 +171,14 @@ def _onnxruntime(bundle: Bundle, target: OnnxRuntimeTarget, threads: int | None,
     return OnnxRuntimeBackend(bundle, target, threads, group)
 
 
+def _openvino(
+    bundle: Bundle, target: openvino_target.OpenVinoTarget, threads: int | None, group: Group | None
+) -> Backend:
+    from fluxrt.backends.openvino import OpenVinoBackend
+
+    return OpenVinoBackend(bundle, target, threads)
+
+
 def _onnxruntime_cuda(bundle: Bundle, target: OnnxRuntimeTarget, threads: int | None, group: Group | None) -> Backend:
     from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
@@ -237,6 +246,9 @@ def _no_visual_gen(bundle: Bundle, target: VisualGenTarget, machine: Machine) ->
 
 BUILT_IN: tuple[Kind[Any], ...] = (
     Kind(OnnxRuntimeTarget, "cpu", 10, _nothing, _onnxruntime),
+    Kind(openvino_target.OpenVinoTarget, "cpu", 12, openvino_target.obstacle, _openvino),
+    Kind(openvino_target.OpenVinoTarget, "npu", 14, openvino_target.obstacle, _openvino),
+    Kind(openvino_target.OpenVinoTarget, "gpu", 16, openvino_target.obstacle, _openvino),
     Kind(OnnxRuntimeTarget, "cuda", 20, _no_cuda_provider, _onnxruntime_cuda),
     Kind(VisualGenTarget, "cuda", 30, _no_visual_gen, pipeline=_visual_gen),
     Kind(TensorRTRtxTarget, "cuda", 40, _no_tensorrt, _tensorrt),

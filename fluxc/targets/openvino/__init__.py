@@ -1,0 +1,1 @@
+"""The `openvino` target: graphs in standard operators for OpenVINO, audited as its CPU plugin executes them."""

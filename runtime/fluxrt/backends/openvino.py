@@ -1,0 +1,292 @@
+"""Runs a bundle's graphs with OpenVINO: one request a graph, which reads and writes the named buffers where they lie."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from fluxrt.backends.openvino_cache import CompiledGraphs
+from fluxrt.backends.openvino_device import WORDS, settings, settle
+from fluxrt.backends.openvino_graph import read_executed
+from fluxrt.backends.openvino_target import load_library
+from fluxrt.backends.openvino_weights import int8_rows, keep_compressed, weight_bytes
+from fluxrt.checks import check_threads
+from fluxrt.cores import usable_cores
+from fluxrt.errors import BackendError, BundleError
+from fluxrt.manifest import dimension_size
+from fluxrt.memory import Need, available_memory, return_memory
+from fluxrt.weights import component_weights, weights_files
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+    from fluxrt.backends.openvino_target import OpenVinoTarget
+    from fluxrt.bundle import Bundle
+    from fluxrt.manifest import Graph, Port
+
+
+LOG = logging.getLogger("fluxrt")
+HELD = {
+    "f32": {"U8": 2.0, "F8_E4M3": 8.0, "BF16": 3.0, "F16": 3.0, "F32": 3.0},
+    "bf16": {"U8": 2.0, "F8_E4M3": 4.0, "BF16": 2.0, "F16": 2.0, "F32": 2.0},
+    "int8": {"U8": 5.0, "F8_E4M3": 3.0, "BF16": 3.0, "F16": 3.0, "F32": 3.0},
+}
+"""Bytes in memory for each stored byte of a weight, on the CPU: what is mapped or unfolded, and the copy that kernels read."""
+
+
+class OpenVinoBackend:
+    """Graphs are compiled when they first run, and kept; on an NPU for one size at a time, elsewhere for any.
+
+    Buffers are numpy arrays. A graph's results lie in arrays of the backend's own, which its next run fills again.
+    """
+
+    def __init__(self, bundle: Bundle, target: OpenVinoTarget, threads: int | None = None) -> None:
+        openvino = load_library()
+        self._bundle, self._target = bundle, target
+        self._version = str(openvino.__version__).partition("-")[0]
+        self._core = openvino.Core()
+        self._settled = settle(self._core, target.plugin, target.compute)
+        threads = usable_cores() if threads is None else check_threads(threads)
+        self._settings, unknown = settings(self._core, self._settled, target.performance, threads)
+        self.notes: list[str] = []
+        for note in (*self._settled.notes, *unknown):
+            self._note(note)
+        self._kept = CompiledGraphs(self._settled.device, self._version, self._note)
+        LOG.info("target %s: OpenVINO %s on %s", target.name, self._version, self._settled)
+        self._layers = {
+            graph.weights.partition("/")[0]: {
+                layer.name
+                for layer in bundle.manifest.precision
+                if layer.component == graph.weights.partition("/")[0] and layer.format != "bf16"
+            }
+            for graph in target.graphs.values()
+        }
+        self._requests: dict[str, Any] = {}
+        self._ran: set[str] = set()
+        self._buffers: dict[str, np.ndarray] = {}
+        self._spare: dict[str, np.ndarray] = {}
+        self._ours: dict[int, np.ndarray] = {}
+        self._set: dict[tuple[str, str], np.ndarray] = {}
+        self._sizes: dict[str, int] = {}
+        self._gathered: Any = None
+
+    def prepare(self, sizes: dict[str, int]) -> None:
+        """Results are held against these sizes; where graphs are for one size, those of another are dropped."""
+        if sizes != self._sizes:
+            self._spare.clear()
+            self._ours.clear()
+            if self._settled.static:
+                self._drop(list(self._requests))
+        self._sizes = dict(sizes)
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """Fill a buffer; the array itself is kept."""
+        self._buffers[name] = array
+
+    def get(self, name: str) -> np.ndarray:
+        """A copy of a buffer's content; BackendError when nothing was put or computed under this name."""
+        return self._buffer(name).copy()
+
+    def run(self, graphs: tuple[str, ...], feedback: Mapping[str, str] | None = None) -> None:
+        """Run graphs in order; raises BackendError when one is missing, does not load, or an input is missing."""
+        for graph in graphs:
+            self._run_one(graph)
+        for source, target in (feedback or {}).items():
+            # What the next run of the graph reads is not what it writes.
+            before = self._buffers.get(target)
+            self._buffers[target] = self._buffers.pop(source)
+            if before is not None and before.shape == self._buffers[target].shape and self._is_ours(before):
+                self._spare[source] = before
+
+    def outputs(self, graph: str) -> tuple[str, ...]:
+        """The results of `graph`."""
+        return tuple(port.name for port in self._described(graph).outputs)
+
+    def save(self, name: str) -> np.ndarray:
+        """A copy of a buffer's array."""
+        return self.get(name)
+
+    def restore(self, name: str, saved: np.ndarray) -> None:
+        """Put what `save` gave."""
+        self.put(name, saved)
+
+    def place(self, source: str, target: str, number: int) -> None:
+        """The rows of all images are gathered in an array of their own."""
+        import numpy as np
+
+        images, rows = self._sizes["images"], self._buffer(source)
+        if number == 0:
+            self._gathered = np.empty((images * len(rows), *rows.shape[1:]), rows.dtype)
+        self._gathered[number * len(rows) : (number + 1) * len(rows)] = rows
+        if number == images - 1:
+            self._buffers[target] = self._gathered
+
+    def keep(self, graphs: tuple[str, ...] | None) -> None:
+        """Drop other graphs, with their weights, and return their memory to the system."""
+        self._drop([name for name in self._requests if graphs is not None and name not in graphs])
+
+    def need(self, sizes: dict[str, int]) -> Need | None:
+        """On the CPU what weights take as they are held there, and what computing takes; of other devices nothing is known."""
+        if self._settled.device != "CPU":
+            return None
+        from fluxrt.backends.onnxruntime import working_memory
+
+        held = HELD["int8" if self._settled.int8 else self._settled.precision]
+        files = {graph.weights for graph in self._target.graphs.values()}
+        tensors = [tensor for file in files for tensor in component_weights(self._bundle, file).values()]
+        weights = sum(int(held.get(tensor.dtype, 1.0) * tensor.nbytes) for tensor in tensors)
+        like: Any = self._target
+        return Need(weights + working_memory(like, self._bundle, sizes), available_memory(), "memory")
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: a request returns when it is done."""
+
+    def close(self) -> None:
+        """Drop graphs and buffers."""
+        self._requests.clear()
+        for held in (self._buffers, self._spare, self._ours, self._set):
+            held.clear()
+
+    def _run_one(self, graph: str) -> None:
+        described = self._described(graph)
+        missing = [port.name for port in described.inputs if port.name not in self._buffers]
+        if missing:
+            raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
+        request = self._request(graph)
+        results = self._results(described)
+        try:
+            for port in described.inputs:
+                self._set_tensor(graph, request, port.name, self._buffers[port.name])
+            for name, array in results.items():
+                self._set_tensor(graph, request, name, array)
+            request.infer()
+            found = {port.name: request.get_tensor(port.name) for port in described.outputs}
+        except RuntimeError as error:
+            raise BackendError(
+                f"{described.file}: OpenVINO failed while it ran: {str(error).strip()}; check the bundle with "
+                "`fluxc verify`, and the memory that is free"
+            ) from error
+        for port in described.outputs:
+            self._check_shape(described.file, port, tuple(found[port.name].shape))
+            self._buffers[port.name] = results[port.name] if results else found[port.name].data.copy()
+        if graph not in self._ran:
+            self._ran.add(graph)
+            self._check_executed(graph, request)
+
+    def _results(self, described: Graph) -> dict[str, np.ndarray]:
+        """The arrays that a graph's results go to; none before sizes are known."""
+        import numpy as np
+
+        found = {}
+        for port in described.outputs if self._sizes else ():
+            shape = tuple(dimension_size(dimension, self._sizes) for dimension in port.shape)
+            array = self._spare.pop(port.name, None)
+            if array is None or array.shape != shape:
+                array = self._buffers.get(port.name)
+            if array is None or array.shape != shape or not self._is_ours(array):
+                array = np.empty(shape, port.dtype)
+                self._ours[id(array)] = array
+            found[port.name] = array
+        return found
+
+    def _is_ours(self, array: np.ndarray) -> bool:
+        """Whether this backend made the array for a result; what was put stays as it is."""
+        return self._ours.get(id(array)) is array
+
+    def _set_tensor(self, graph: str, request: Any, name: str, array: np.ndarray) -> None:
+        """Give `request` the array's own memory, once."""
+        import numpy as np
+        from openvino import Tensor
+
+        if self._set.get((graph, name)) is array:
+            return
+        shared = np.require(array, requirements=["C", "W"])
+        request.set_tensor(name, Tensor(shared, shared_memory=True))
+        # What was set must live as long; a copy is made anew, since its original may change.
+        self._set[graph, name] = shared
+
+    def _check_shape(self, file: str, port: Port, shape: tuple[int, ...]) -> None:
+        """Refuse a result of another shape than the manifest says, for the sizes that were prepared."""
+        wanted = tuple(dimension_size(dimension, self._sizes) for dimension in port.shape) if self._sizes else shape
+        if shape != wanted:
+            raise BundleError(
+                f"{self._bundle.path(file)}: its result {port.name!r} has shape {list(shape)}, the manifest says "
+                f"{list(port.shape)}; the bundle is damaged: copy it again or rebuild it"
+            )
+
+    def _check_executed(self, graph: str, request: Any) -> None:
+        """Note products that the CPU computes in another precision than was settled on."""
+        if self._settled.device != "CPU":
+            return
+        wanted = WORDS[self._settled.precision]
+        others = [p for p in read_executed(request.get_compiled_model()).products if p.computed_in != wanted]
+        if others:
+            names = ", ".join(product.names[0] for product in others[:3]) + (" and more" if len(others) > 3 else "")
+            self._note(f"graph {graph}: {names} computed in {others[0].computed_in}, not in {wanted}")
+
+    def _request(self, graph: str) -> Any:
+        if graph not in self._requests:
+            began = time.perf_counter()
+            path = str(self._bundle.checked_file(self._described(graph).file))
+            try:
+                self._requests[graph] = self._compile(graph, path).create_infer_request()
+            except RuntimeError as error:
+                raise BackendError(
+                    f"{path}: OpenVINO {self._version} cannot load it: {str(error).strip()}; the graph was audited with "
+                    f"OpenVINO {self._target.version}"
+                ) from error
+            LOG.debug("graph %s: loaded in %.2f s", graph, time.perf_counter() - began)
+        return self._requests[graph]
+
+    def _compile(self, graph: str, path: str) -> Any:
+        """The graph compiled as the target asks, from the cache where it has one."""
+        described, settled = self._described(graph), self._settled
+        model = self._core.read_model(path)
+        weights = weight_bytes(model)
+        if settled.device == "CPU":
+            keep_compressed(model)
+        if settled.int8:
+            int8_rows(model, self._layers[described.weights.partition("/")[0]], self._core)
+        if settled.static:
+            sizes = {p.name: [dimension_size(d, self._sizes) for d in p.shape] for p in described.inputs}
+            model.reshape(sizes)
+        made_from = [str(settled), str(self._sizes) if settled.static else "", repr(sorted(self._settings.items()))]
+
+        def make(cache: dict[str, Any]) -> Any:
+            return self._core.compile_model(model, settled.device, {**self._settings, **cache})
+
+        known = self._digests(described)
+        return self._kept.compiled(make, weights, [*known, *made_from] if known else [])
+
+    def _digests(self, described: Graph) -> list[str]:
+        """What the manifest says of the graph's file and of those with its weights; empty while a bundle is being made."""
+        root, files = self._bundle.root, self._bundle.manifest.files
+        weights = [path.relative_to(root).as_posix() for path in weights_files(self._bundle, described.weights)]
+        known = [files[name].sha256 for name in (described.file, *weights) if name in files]
+        return known if len(known) == 1 + len(weights) else []
+
+    def _drop(self, graphs: list[str]) -> None:
+        for graph in graphs:
+            del self._requests[graph]
+            self._set = {key: array for key, array in self._set.items() if key[0] != graph}
+        if graphs:
+            return_memory()
+
+    def _buffer(self, name: str) -> np.ndarray:
+        if name not in self._buffers:
+            raise BackendError(f"nothing has produced {name!r}")
+        return self._buffers[name]
+
+    def _described(self, graph: str) -> Graph:
+        if graph not in self._target.graphs:
+            raise BackendError(f"{self._bundle.root}: target {self._target.name!r} has no graph {graph!r}")
+        return self._target.graphs[graph]
+
+    def _note(self, note: str) -> None:
+        """Say what is not as it was asked for, once, in the log and in `notes`."""
+        if note not in self.notes:
+            LOG.warning("target %s: %s", self._target.name, note)
+            self.notes.append(note)
