@@ -276,7 +276,7 @@ def test_a_rank_that_is_gone_late_or_elsewhere_is_named() -> None:
 def bundle(workshop: Path) -> Bundle:
     """flux2-nano for one, two and four processes, at 64 and at 49 image tokens, with a step cache of 4 in 10 steps."""
     targets = (
-        "targets=[{kind: onnxruntime}, {kind: onnxruntime, gpus: 2}, {kind: onnxruntime, gpus: 4}, "
+        "targets=[{kind: onnxruntime, compute: exact}, {kind: onnxruntime, compute: exact, gpus: 2}, {kind: onnxruntime, compute: exact, gpus: 4}, "
         "{kind: onnxruntime, activations: nvfp4}, {kind: onnxruntime, activations: nvfp4, gpus: 2}]"
     )
     changes = (
@@ -310,8 +310,8 @@ def latents_of(bundle: Bundle, target: str, **request: Any) -> tuple[np.ndarray,
 )
 def test_images_of_n_ranks_are_those_of_one(bundle: Bundle, ranks: int, request_: dict[str, Any]) -> None:
     """At 60 dB and better in fp32, with the same steps skipped by the rule on every rank."""
-    whole, (skipped,) = latents_of(bundle, "onnxruntime", **request_)
-    ours, theirs = latents_of(bundle, f"onnxruntime-{ranks}gpus", **request_)
+    whole, (skipped,) = latents_of(bundle, "onnxruntime-exact", **request_)
+    ours, theirs = latents_of(bundle, f"onnxruntime-exact-{ranks}gpus", **request_)
     assert ours.shape == whole.shape
     assert theirs == [skipped] * ranks
     if "step_cache" in request_:
@@ -319,7 +319,7 @@ def test_images_of_n_ranks_are_those_of_one(bundle: Bundle, ranks: int, request_
     elif "steps" not in request_:
         assert len(skipped) >= 2
     grid = (7, 7) if "size" in request_ else (8, 8)
-    pipeline = Pipeline(bundle, target="onnxruntime")
+    pipeline = Pipeline(bundle, target="onnxruntime-exact")
     images = [pipeline.decode(latents, grid)[0] for latents in (ours, whole)]
     assert psnr(*images) >= 60
     assert np.abs(ours - whole).max() < 1e-3
@@ -332,24 +332,24 @@ def test_rounded_inputs_are_the_same_codes_on_a_rank(bundle: Bundle) -> None:
     # A code that fell the other way moves its token by a hundredth and more; rounding of fp32 sums alone does not.
     moved = np.abs(ours - whole).max(axis=(0, 2))
     assert np.median(moved) < 1e-3
-    pipeline = Pipeline(bundle, target="onnxruntime")
+    pipeline = Pipeline(bundle, target="onnxruntime-exact")
     # Which codes are so near to a tie depends on the processor.
     assert psnr(*(pipeline.decode(latents, (8, 8))[0] for latents in (ours, whole))) >= 40
 
 
 def test_the_build_held_n_processes_against_one(bundle: Bundle) -> None:
     report = json.loads((bundle.root / "report" / "report.json").read_text())
-    assert report["ranks"].keys() == {"onnxruntime-2gpus", "onnxruntime-4gpus", "onnxruntime-nvfp4-2gpus"}
-    assert report["ranks"]["onnxruntime-4gpus"]["against"] == "onnxruntime"
-    assert report["ranks"]["onnxruntime-4gpus"]["image_psnr_db_worst"] > 55
+    assert report["ranks"].keys() == {"onnxruntime-exact-2gpus", "onnxruntime-exact-4gpus", "onnxruntime-nvfp4-2gpus"}
+    assert report["ranks"]["onnxruntime-exact-4gpus"]["against"] == "onnxruntime-exact"
+    assert report["ranks"]["onnxruntime-exact-4gpus"]["image_psnr_db_worst"] > 55
     assert report["not_run"] == []
-    assert "onnxruntime-4gpus" in (bundle.root / "report" / "index.html").read_text()
+    assert "onnxruntime-exact-4gpus" in (bundle.root / "report" / "index.html").read_text()
 
 
 def test_the_command_line_generates_with_processes(bundle: Bundle, tmp_path: Path) -> None:
     """The same PNG to one step of 255, and the same steps skipped."""
     written = {}
-    for arguments in ((), ("--gpus", "4"), ("--target", "onnxruntime-2gpus")):
+    for arguments in ((), ("--gpus", "4"), ("--target", "onnxruntime-exact-2gpus")):
         out = tmp_path / f"{len(written)}.png"
         command = [sys.executable, "-m", "fluxrt", "generate", str(bundle.root), "--out", str(out), *arguments]
         done = subprocess.run(
@@ -372,7 +372,7 @@ def test_the_command_line_generates_with_processes(bundle: Bundle, tmp_path: Pat
 
 
 def test_ranks_serve_many_requests_and_refuse_what_one_refuses(bundle: Bundle) -> None:
-    whole = Pipeline(bundle, target="onnxruntime")
+    whole = Pipeline(bundle, target="onnxruntime-exact")
     with fluxrt.load(bundle.root, gpus=2, threads=1) as pipeline:
         assert isinstance(pipeline, RankedPipeline)
         with pytest.raises(fluxrt.RequestError, match="size 128x128"):
@@ -391,13 +391,15 @@ def test_ranks_serve_many_requests_and_refuse_what_one_refuses(bundle: Bundle) -
 
 
 def test_a_target_is_found_by_its_gpus_or_refused(bundle: Bundle) -> None:
-    assert choose(bundle, gpus=2)[0].name == "onnxruntime-2gpus"
-    with pytest.raises(fluxrt.RequestError, match="no target of this bundle is for 3 GPUs; it has onnxruntime for 1"):
+    assert choose(bundle, gpus=2)[0].name == "onnxruntime-exact-2gpus"
+    with pytest.raises(
+        fluxrt.RequestError, match="no target of this bundle is for 3 GPUs; it has onnxruntime-exact for 1"
+    ):
         fluxrt.load(bundle.root, gpus=3)
-    with pytest.raises(fluxrt.RequestError, match="'onnxruntime-2gpus' is for 2 GPUs, not 4"):
-        fluxrt.load(bundle.root, gpus=4, target="onnxruntime-2gpus")
+    with pytest.raises(fluxrt.RequestError, match="'onnxruntime-exact-2gpus' is for 2 GPUs, not 4"):
+        fluxrt.load(bundle.root, gpus=4, target="onnxruntime-exact-2gpus")
     with pytest.raises(fluxrt.RequestError, match="--gpus 2"):
-        Pipeline(bundle, target="onnxruntime-2gpus")
+        Pipeline(bundle, target="onnxruntime-exact-2gpus")
 
 
 def test_eight_ranks_of_a_random_model_with_eight_heads(tmp_path: Path) -> None:
@@ -413,17 +415,17 @@ def test_eight_ranks_of_a_random_model_with_eight_heads(tmp_path: Path) -> None:
     for file in (checkpoint / "transformer").iterdir():
         file.unlink()
     model.save_pretrained(checkpoint / "transformer")
-    targets = "targets=[{kind: onnxruntime}, {kind: onnxruntime, gpus: 8}]"
+    targets = "targets=[{kind: onnxruntime, compute: exact}, {kind: onnxruntime, compute: exact, gpus: 8}]"
     changes = (f"model.source={checkpoint}", "sizes=[[56, 56]]", "precision.transformer={default: bf16}", targets)
     bundle = open_bundle(compile_into(tmp_path / "bundle", *QUICK, *changes))
-    whole, _ = latents_of(bundle, "onnxruntime")
-    ours, _ = latents_of(bundle, "onnxruntime-8gpus")
+    whole, _ = latents_of(bundle, "onnxruntime-exact")
+    ours, _ = latents_of(bundle, "onnxruntime-exact-8gpus")
     assert ours.shape == (1, 49, 32)
     assert np.abs(ours - whole).max() < 1e-4 * np.abs(whole).max()
 
 
 def test_what_a_step_exchanges_is_what_the_docs_say(bundle: Bundle) -> None:
-    target = bundle.target("onnxruntime-4gpus")
+    target = bundle.target("onnxruntime-exact-4gpus")
     sizes = {"batch": 2, "tokens": 13}
     exchanged = [part for part in target.sharding.body if not isinstance(part, str)]
     assert len(exchanged) == 2 * (CONFIG["num_layers"] + CONFIG["num_single_layers"])
@@ -546,7 +548,7 @@ def test_a_rank_that_cannot_load_says_why(bundle: Bundle, tmp_path: Path) -> Non
     import shutil
 
     copy = Path(shutil.copytree(bundle.root, tmp_path / "copy"))
-    graph = copy / open_bundle(copy).target("onnxruntime-2gpus").graphs["body-1"].file
+    graph = copy / open_bundle(copy).target("onnxruntime-exact-2gpus").graphs["body-1"].file
     data = bytearray(graph.read_bytes())
     data[-1] ^= 1
     graph.write_bytes(data)

@@ -197,6 +197,11 @@ class OpenVinoTarget(Target, frozen=True, tag="openvino"):
     in_name = ("device", "compute", "performance")
 
     @property
+    def exact(self) -> Target | None:
+        """With `compute: exact`."""
+        return msgspec.structs.replace(self, compute="exact") if self.runs_here and self.compute != "exact" else None
+
+    @property
     def runs_here(self) -> bool:
         """On the CPU."""
         return self.device == "CPU"

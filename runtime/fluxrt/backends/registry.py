@@ -246,7 +246,7 @@ def _no_visual_gen(bundle: Bundle, target: VisualGenTarget, machine: Machine) ->
 
 BUILT_IN: tuple[Kind[Any], ...] = (
     Kind(OnnxRuntimeTarget, "cpu", 10, _nothing, _onnxruntime),
-    Kind(openvino_target.OpenVinoTarget, "cpu", 12, openvino_target.obstacle, _openvino),
+    Kind(openvino_target.OpenVinoTarget, "cpu", 10, openvino_target.obstacle, _openvino),
     Kind(openvino_target.OpenVinoTarget, "npu", 14, openvino_target.obstacle, _openvino),
     Kind(openvino_target.OpenVinoTarget, "gpu", 16, openvino_target.obstacle, _openvino),
     Kind(OnnxRuntimeTarget, "cuda", 20, _no_cuda_provider, _onnxruntime_cuda),
