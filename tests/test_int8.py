@@ -6,6 +6,8 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import subprocess
+import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -37,6 +39,9 @@ from fluxrt.memory import repeatable
 from fluxrt.pipeline import starting_noise
 from fluxrt.request import Request
 from quick import QUICK
+
+sys.path.insert(0, str(NANO.parent.parent / "benchmarks"))
+import without_avx512
 
 PROMPT = "a large red circle at the left on a white background"
 RNG = np.random.default_rng(0)
@@ -359,3 +364,44 @@ def test_fluxrt_says_when_it_unfolds(nano_bundle: Path, caplog: pytest.LogCaptur
     with fluxrt.load(nano_bundle, target="onnxruntime") as pipeline:
         pipeline.generate(Request(PROMPT, steps=1))
     assert any("body.onnx computes in int8" in record.message for record in caplog.records)
+
+
+MASKED = """
+import sys
+import numpy as np
+import fluxrt
+import fluxrt.backends.onnxruntime as backend
+from fluxrt.backends.saturation import saturates
+from fluxrt.pipeline import starting_noise
+
+bundle, out, way = sys.argv[1:]
+assert saturates()
+if way == "signed":
+    backend.saturates = lambda: False
+with fluxrt.load(bundle, target="onnxruntime", threads=1) as pipeline:
+    text = np.random.default_rng(0).standard_normal((2, 32, 96)).astype(np.float32)
+    pipeline.begin(starting_noise(0, 64, 32)[None], pipeline.grid((64, 64)), 1.5, text)
+    for number in range(3):
+        pipeline.step(0.8 - 0.1 * number, 0.7 - 0.1 * number)
+    np.save(out, pipeline.latents())
+    assert [note for note in pipeline.notes if "VNNI" in note] == ([] if way == "signed" else pipeline.notes)
+"""
+
+
+@pytest.mark.skipif(not without_avx512.can_mask(), reason="masking AVX-512 takes Linux on x86-64, gcc and objdump")
+def test_without_avx512_and_vnni_signed_rows_saturate_and_unsigned_ones_do_not(
+    quick_bundle: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime's own kernels for AVX2, for which its library is told that this CPU has no more."""
+    environment = without_avx512.environment(tmp_path)
+    with fluxrt.load(quick_bundle, target="onnxruntime", threads=1) as pipeline:
+        expected = latents_after(pipeline, np.random.default_rng(0).standard_normal((2, 32, 96)).astype(np.float32))
+    off = {}
+    for way in ("unsigned", "signed"):
+        command = [sys.executable, "-c", MASKED, str(quick_bundle), str(tmp_path / f"{way}.npy"), way]
+        subprocess.run(command, check=True, env=environment)
+        found = np.load(tmp_path / f"{way}.npy")
+        off[way] = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    # Sums in another order change the codes of some inputs.
+    assert off["unsigned"] < 0.005
+    assert off["signed"] > 2 * off["unsigned"]
