@@ -332,7 +332,7 @@ def generate(quick_bundle: Path, place: Path, capsys: pytest.CaptureFixture[str]
 def test_piped_there_is_a_line_a_stage(generate: Any) -> None:
     out, told = generate("--prompt", "a blue ring")
     assert out == ["a-0.png", "a-1.png"]
-    starts = ("target onnxruntime: onnxruntime on the CPU", "1/3 load, ")
+    starts = ("target onnxruntime: onnxruntime on the CPU, in int8", "1/3 load, ")
     starts += ("2 images of 64x64 (height x width), 2 steps, guidance 1.5, seeds 0, 1",)
     starts += ("memory: resident, ",)
     starts += ("2/3 image 1 of 2: a-0.png, ", "3/3 image 2 of 2: a-1.png, ", "2 images in ")
@@ -507,7 +507,7 @@ def test_each_better_target_that_does_not_run_is_told_with_its_reason(
         first, second = lines
         assert first.levelname == level
         assert first.getMessage().startswith("better target onnxruntime-cuda does not run here: ")
-        assert second.getMessage() == "target onnxruntime: onnxruntime on the CPU"
+        assert second.getMessage() == "target onnxruntime: onnxruntime on the CPU, in int8"
         with pytest.raises(BackendError, match=r"a GPU is required, and no target for one runs on this machine\. onnx"):
             pick(both, require="gpu", machine=machine)
         with pytest.raises(BackendError, match=r"target 'onnxruntime-cuda' is required and does not run here: "):

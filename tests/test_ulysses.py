@@ -276,7 +276,8 @@ def test_a_rank_that_is_gone_late_or_elsewhere_is_named() -> None:
 def bundle(workshop: Path) -> Bundle:
     """flux2-nano for one, two and four processes, at 64 and at 49 image tokens, with a step cache of 4 in 10 steps."""
     targets = (
-        "targets=[{kind: onnxruntime, compute: exact}, {kind: onnxruntime, compute: exact, gpus: 2}, {kind: onnxruntime, compute: exact, gpus: 4}, "
+        "targets=[{kind: onnxruntime, compute: exact}, {kind: onnxruntime, compute: exact, gpus: 2}, "
+        "{kind: onnxruntime, compute: exact, gpus: 4}, "
         "{kind: onnxruntime, activations: nvfp4}, {kind: onnxruntime, activations: nvfp4, gpus: 2}]"
     )
     changes = (

@@ -38,7 +38,7 @@ from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.predict.work import work_of
 from fluxc.quantize.plan import to_quantize
 from fluxc.quantize.source_memory import memory_by_component as weights_by_component
-from fluxc.recipe.targets import OnnxRuntimeTarget, TensorRTTarget, VisualGenTarget
+from fluxc.recipe.targets import OnnxRuntimeTarget, Target, TensorRTTarget, VisualGenTarget
 from fluxc.stepcache.trace_stage import traced
 from fluxc.targets.decoder import decoded_at_once
 from fluxc.targets.sharding import Shards
@@ -63,6 +63,8 @@ LOAD_SECONDS = 5.0
 """Importing diffusers and making its pipeline."""
 MODEL_SHARE, RUNTIME_SHARE = 0.6, 0.5
 """Of the speed of a large product, what a whole model reaches in torch, and in ONNX Runtime, which computes in fp32."""
+INT8_SPEED = 3.0
+"""How many times as fast ONNX Runtime is in int8."""
 UNFOLDING = 4
 """ONNX Runtime moves so many bytes for each that it unfolds of a weight."""
 CALL_SECONDS = 2e-4
@@ -335,7 +337,8 @@ class Needs:
         # Velocities at recorded latents, and, for images, a step loop of its own, or, to tell what a quantized text encoder
         # costs, two.
         loops = 1 + any(entry.format != "bf16" for entry in self.source.plans["text_encoder"])
-        work = self._generating(asked, 1.0 + loops if self.job.fidelity.level == "images" else 1.0) * len(here)
+        times = 1.0 + loops if self.job.fidelity.level == "images" else 1.0
+        work = sum((self._generating(asked, times, target) for target in here), Work())
         disk = SMALL_DISK + asked.prompts * (len(here) + 1) * 3 * math.prod(asked.size)
         return Need(self._compared(asked), disk, work=work, cures=self._lighter(asked))
 
@@ -344,9 +347,17 @@ class Needs:
         place of its bytes."""
         stored = {name: self.weights_bytes[name] for name in WEIGHTS_FILE}
         stored["text_encoder"] = text_encoder or stored["text_encoder"]
+        if any(target.runs_here and target.computes_in_int8 for target in self.recipe.targets):
+            stored = {name: size + self._int8_rows(name) for name, size in stored.items()}
         working = PROCESS + SESSION + max(self._unfolded, self._activations(asked))
         every = working + sum(stored.values())
         return every if every <= self.limit else working + max(stored.values())
+
+    def _int8_rows(self, component: str) -> int:
+        """Bytes that fluxrt makes of a component's weights to compute in int8: rows, and of the transformer's others fp32."""
+        plan = self.source.plans.get(component, [])
+        plain = 4 if component == "transformer" else 0
+        return sum(entry.parameters * (plain if entry.format == BF16 else 1) for entry in plan)
 
     def _lighter(self, asked: Asked) -> tuple[tuple[str, int], ...]:
         """What comparing would take at a smaller size, and with the text encoder in FP8."""
@@ -382,15 +393,19 @@ class Needs:
             4 * step, decoding(self._vae, plain.with_size(decoded_at_once(self.recipe.vae, self._vae, asked.size)[0]))
         )
 
-    def _generating(self, asked: Asked, times: float) -> Work:
-        """What a target computes on this CPU for all prompts, its transformer `times` for every step."""
+    def _generating(self, asked: Asked, times: float, target: Target | None = None) -> Work:
+        """What a target, or the first that runs here, computes on this CPU for all prompts, its transformer `times` for every
+        step."""
+        target = target or next((one for one in self.recipe.targets if one.runs_here), None)
+        in_int8 = target is not None and target.computes_in_int8
         passes = times * asked.prompts * asked.rows * asked.steps
         tile, count = decoded_at_once(self.recipe.vae, self._vae, asked.size)
         flop = passes * self._pass_flop(asked) + 2 * asked.prompts * count * decoding_flop(self._vae, tile)
         flop += (asked.prompts + 1) * text_flop(self.models, asked.text_tokens)
         calls = passes * len(self.models.transformer.linears)
-        unfolded = UNFOLDING * passes / asked.rows * self.weights_bytes["transformer"]
-        return Work(1.0 + CALL_SECONDS * calls / 10, float32=flop / RUNTIME_SHARE, copied=unfolded)
+        unfolded = UNFOLDING * (1 if in_int8 else passes / asked.rows) * self.weights_bytes["transformer"]
+        share = RUNTIME_SHARE * (INT8_SPEED if in_int8 else 1)
+        return Work(1.0 + CALL_SECONDS * calls / 10, float32=flop / share, copied=unfolded)
 
     def _frontier(self, rest: str) -> Need:
         asked, _ = self._fidelity

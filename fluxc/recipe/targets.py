@@ -56,6 +56,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         return None
 
     @property
+    def computes_in_int8(self) -> bool:
+        """Whether products of quantized layers are computed in int8."""
+        return False
+
+    @property
     def rounds_inputs(self) -> bool:
         """Whether inputs of NVFP4 and FP8 layers are rounded to the weights' format."""
         return False
@@ -195,6 +200,11 @@ class OpenVinoTarget(Target, frozen=True, tag="openvino"):
     ] = "latency"
 
     in_name = ("device", "compute", "performance")
+
+    @property
+    def computes_in_int8(self) -> bool:
+        """As `compute` says."""
+        return self.compute == "int8"
 
     @property
     def exact(self) -> Target | None:

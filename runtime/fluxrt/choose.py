@@ -132,7 +132,8 @@ def _targets_for(bundle: Bundle, gpus: int) -> list[Target]:
 
 def _place(target: Target, ranks: int) -> str:
     if target.device == "cpu":
-        return "the CPU" if ranks == 1 else f"the CPU, in {ranks} processes"
+        how = f", in {target.computed_in}" if target.computed_in else ""
+        return f"the CPU{how}" if ranks == 1 else f"the CPU, in {ranks} processes{how}"
     return ("the NPU" if target.device == "npu" else "the GPU") if ranks == 1 else f"{ranks} GPUs"
 
 

@@ -247,6 +247,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         return "nvfp4"
 
     @property
+    def computed_in(self) -> str:
+        """What products of quantized layers are computed in, where that is less than their format or fp32; or empty."""
+        return ""
+
+    @property
     def sharding(self) -> Sharding | None:
         """How an image is divided among several processes, one a rank."""
         return None
@@ -308,6 +313,11 @@ class OnnxRuntimeTarget(Target, frozen=True, tag="onnxruntime"):
     graphs: dict[str, Graph]
     device: str = "cpu"
     sharding: Sharding | None = None
+
+    @property
+    def computed_in(self) -> str:
+        """int8, where a graph takes int8 rows."""
+        return "int8" if any(one.form == "int8" for graph in self.graphs.values() for one in graph.unfolded) else ""
 
     @property
     def parts(self) -> tuple[Graph | Plan, ...]:

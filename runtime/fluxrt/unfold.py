@@ -150,7 +150,7 @@ def _e8m0_table() -> np.ndarray:
 
 
 @cache
-def _e2m1_pairs() -> np.ndarray:
+def e2m1_pairs() -> np.ndarray:
     """The two values of every byte, fp32 pairs as complex64 [256]: one gather of eight bytes."""
     import numpy as np
 
@@ -182,7 +182,7 @@ def _values_into(out: np.ndarray, entry: Unfold, codes: np.ndarray, scales: np.n
 
     # "clip" spares numpy a copy; no byte is out of range.
     if entry.values == "e2m1":
-        np.take(_e2m1_pairs(), codes, out=out.view(np.complex64), mode="clip")
+        np.take(e2m1_pairs(), codes, out=out.view(np.complex64), mode="clip")
     elif entry.values == "e4m3":
         np.take(e4m3_table(), codes, out=out, mode="clip")
     elif entry.values == "bfloat16":
@@ -208,15 +208,31 @@ def _int8_rows(entry: Unfold, codes: np.ndarray, scales: np.ndarray, signed: boo
             own = slice(first + part.start, first + part.stop)
             values = np.empty((part.stop - part.start, columns), np.float32)
             _values_into(values, entry, codes[own], scales[own] if scales.ndim else scales)
-            largest[own] = np.maximum(values.max(axis=1), -values.min(axis=1))
-            factor = np.divide(np.float32(INT8), largest[own], out=np.zeros_like(largest[own]), where=largest[own] > 0)
-            np.multiply(values, factor[:, None], out=values)
-            np.rint(values, out=values)
-            if not signed:
-                values += np.float32(ZERO_POINT)
-            np.copyto(narrow[part], values, casting="unsafe")
+            largest[own] = round_rows(values, narrow[part])
         _turn(narrow, out[:, first : first + TURNED])
-    return out, np.where(largest > 0, largest / np.float32(INT8), np.float32(1))
+    return out, row_scales(largest)
+
+
+def round_rows(values: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Fill `out`, int8, or uint8 with zero point 128, with rows of `values` fp32, which is written over; their largest
+    magnitudes, fp32 [rows]."""
+    import numpy as np
+
+    largest: np.ndarray = np.maximum(values.max(axis=1), -values.min(axis=1))
+    factor = np.divide(np.float32(INT8), largest, out=np.zeros_like(largest), where=largest > 0)
+    np.multiply(values, factor[:, None], out=values)
+    np.rint(values, out=values)
+    if out.dtype == np.uint8:
+        values += np.float32(ZERO_POINT)
+    np.copyto(out, values, casting="unsafe")
+    return largest
+
+
+def row_scales(largest: np.ndarray) -> np.ndarray:
+    """What a value of an int8 row with this largest magnitude stands for; 1 for a row of zeros."""
+    import numpy as np
+
+    return np.where(largest > 0, largest / np.float32(INT8), np.float32(1))
 
 
 def _turn(narrow: np.ndarray, out: np.ndarray) -> None:

@@ -47,6 +47,11 @@ class OpenVinoTarget(Target, frozen=True, tag="openvino"):
         return "none"
 
     @property
+    def computed_in(self) -> str:
+        """As `compute` says."""
+        return "" if self.compute == "exact" else self.compute
+
+    @property
     def parts(self) -> tuple[Graph | Plan, ...]:
         """The graphs."""
         return tuple(self.graphs.values())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.errors import BackendError
+from fluxrt.unfold import e2m1_pairs, e4m3_table, round_rows, row_scales
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 DECOMPRESSION = "decompression_0"
 """The mark of a Convert that plugins fuse into the product behind it (ov::Decompression), as their own readers set it."""
-LEVELS = 127
 GROUP = 128
 """Inputs of a product that share a scale, with int8."""
+TABLES = {"f4e2m1": e2m1_pairs, "f8e4m3": e4m3_table}
+"""The values of a byte, by OpenVINO's type."""
 ROWS = 64
 """Rows of a weight that are rounded at a time, so that they stay in the processor's cache."""
 BITS = {"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "i64": 64, "i32": 32, "f4e2m1": 4, "boolean": 8}
@@ -61,8 +62,8 @@ def int8_rows(model: Any, layers: Collection[str], core: Any) -> list[str]:
         if shape[1] < GROUP:
             continue
         values, scales = _stored(product, layer, core)
-        codes, row_scales = rounded_rows(values, scales, shape)
-        weight = ops.multiply(ops.convert(ops.constant(codes), Type.f32), ops.constant(row_scales.astype(np.float32)))
+        codes, steps = rounded_rows(values, scales, shape)
+        weight = ops.multiply(ops.convert(ops.constant(codes), Type.f32), ops.constant(steps.astype(np.float32)))
         replace(product, weight)
         found.append(layer)
     return found
@@ -112,7 +113,7 @@ def _stored(product: Any, layer: str, core: Any) -> tuple[Any, np.ndarray]:
         source = source.input_value(0).get_node()
     scaled = next((node for node in path if node.get_type_name() == "Multiply"), None)
     name = _type(source.output(0))
-    if scaled is None or name not in _tables():
+    if scaled is None or name not in TABLES:
         steps = ", ".join(node.get_type_name() for node in reversed(path))
         raise BackendError(
             f"{layer}: its weight of type {name} goes through {steps}, of which compute: int8 makes nothing; set compute: "
@@ -133,41 +134,21 @@ def rounded_rows(values: Any, scales: np.ndarray, shape: tuple[int, int]) -> tup
     import numpy as np
 
     rows, columns = shape
-    codes, row_scales = np.empty(shape, np.int8), np.empty((rows, 1), np.float32)
+    codes, largest = np.empty(shape, np.int8), np.empty(rows, np.float32)
     for first in range(0, rows, ROWS):
         last = min(first + ROWS, rows)
         blocks = scales[first:last] if len(scales) > 1 else scales
         dense = values(first, last).reshape(last - first, blocks.shape[1], -1) * blocks[:, :, None]
-        dense = dense.reshape(last - first, columns)
-        amax = np.maximum(dense.max(axis=1), -dense.min(axis=1))
-        step = np.where(amax > 0, amax / np.float32(LEVELS), np.float32(1))[:, None]
-        np.rint(np.divide(dense, step, out=dense), out=dense)
-        codes[first:last], row_scales[first:last] = dense, step
-    return codes, row_scales
+        largest[first:last] = round_rows(dense.reshape(last - first, columns), codes[first:last])
+    return codes, row_scales(largest)[:, None]
 
 
 def values_of(name: str, stored: np.ndarray) -> np.ndarray:
-    """The fp32 values of uint8 [rows, bytes]: [rows, bytes, values of a byte], for OpenVINO's types f4e2m1 and f8e4m3."""
+    """The fp32 values of uint8 [rows, bytes], side by side, for OpenVINO's types f4e2m1 (two a byte) and f8e4m3."""
     import numpy as np
 
-    return np.take(_tables()[name], stored, axis=0)
-
-
-@functools.cache
-def _tables() -> dict[str, np.ndarray]:
-    """By type the fp32 values that each byte holds: of E2M1 two, the low four bits first, of E4M3 one."""
-    import numpy as np
-
-    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-    nibbles = np.concatenate([magnitudes, -magnitudes])
-    byte = np.arange(256)
-    exponent, mantissa = (byte >> 3) & 15, byte & 7
-    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
-    e4m3 = np.where(exponent > 0, normal, np.ldexp(mantissa / 8, -6)) * np.where(byte < 128, 1, -1)
-    return {
-        "f4e2m1": np.stack([nibbles[byte & 15], nibbles[byte >> 4]], axis=1),
-        "f8e4m3": e4m3.astype(np.float32)[:, None],
-    }
+    found: np.ndarray = np.take(TABLES[name](), stored).view(np.float32)
+    return found
 
 
 def _computed(output: Any, core: Any) -> np.ndarray:
