@@ -14,7 +14,6 @@ QUICK = (
     "calibration.margin=1",
     "precision.transformer.scales=max",
     "gates={}",
-    "targets=[{kind: onnxruntime}, {kind: onnxruntime, activations: nvfp4}]",
 )
 
 
