@@ -39,7 +39,7 @@ from fluxc.targets.base import TargetContext
 from fluxc.targets.decoder import Decoder, decoded_at_once
 from fluxc.targets.tensorrt.build import Sizes, build_engine, write_sources
 from fluxc.targets.tensorrt.cut import Component, Cutter
-from fluxrt.backends.onnxruntime import working_memory
+from fluxrt.backends.graphs import working_memory
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.evidence import faults_of, read_evidence, replay
@@ -441,7 +441,7 @@ def test_memory_is_predicted_for_the_tile(bundle: Bundle) -> None:
     assert isinstance(entry, OnnxRuntimeTarget)
     plain = sizes_of(1, (256, 256))
     in_tiles = plain | tile_sizes(sampling.tiled, PIXELS, (256, 256))
-    taken, whole = (working_memory(entry, bundle, sizes | {"tokens": 1}) for sizes in (in_tiles, plain))
+    taken, whole = (working_memory(entry.graphs, bundle, sizes | {"tokens": 1}) for sizes in (in_tiles, plain))
     assert taken < whole / 20
 
 

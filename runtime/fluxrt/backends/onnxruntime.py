@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.backends.bound import Bound, Pool
+from fluxrt.backends.graphs import graph_of, working_memory
 from fluxrt.backends.saturation import saturates
 from fluxrt.checks import check_threads
 from fluxrt.cores import allowed_cores, usable_cores
@@ -36,9 +37,6 @@ FOLDED = 1 << 20
 """Bytes of the largest constant that ONNX Runtime computes when a session is made. Weights in fp32 would take several times
 what the file does, and twice as much while they are made: docs/performance.md, "Memory on a CPU"."""
 
-UNFOLDED = {"U8": 16, "F8_E4M3": 4, "BF16": 2, "F16": 2}
-"""Bytes that a weight takes while it is multiplied, by the bytes that are stored."""
-DECODER_ACTIVATIONS = 8
 NO_VNNI = (
     "this CPU has no instructions of VNNI, so that products of int8 would saturate; rows are taken as uint8, which gives the "
     "same numbers in more time"
@@ -206,7 +204,7 @@ class OnnxRuntimeBackend:
         weights = {file for graph in described for file in weights_files(self._bundle, graph.weights)}
         made = sum(unfolded_bytes(self._target.graphs[g].unfolded) for g in graphs if g not in self._unfolded)
         ranks = self._group.ranks if self._group else 1
-        working = working_memory(self._target, self._bundle, sizes)
+        working = working_memory(self._target.graphs, self._bundle, sizes)
         return sum(file.stat().st_size for file in weights) + ranks * (working + made)
 
     _where = "memory"
@@ -326,9 +324,7 @@ class OnnxRuntimeBackend:
         return self._buffers[name]
 
     def _described(self, graph: str) -> Graph:
-        if graph not in self._target.graphs:
-            raise BackendError(f"{self._bundle.root}: target {self._target.name!r} has no graph {graph!r}")
-        return self._target.graphs[graph]
+        return graph_of(self._bundle, self._target, graph)
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
@@ -409,34 +405,3 @@ def _failed(described: Graph, error: Exception) -> BackendError:
         f"{described.file}: ONNX Runtime failed while it ran: {str(error).strip()}; check the bundle with "
         "`fluxc verify`, and the memory that is free"
     )
-
-
-def working_memory(target: OnnxRuntimeTarget, bundle: Bundle, sizes: dict[str, int]) -> int:
-    """Bytes that the hungriest graph of `target` takes beside weights, estimated.
-
-    The decoder: DECODER_ACTIVATIONS activations of the last block in fp32, one a pixel and channel (benchmarks/vae_memory.py),
-    of an image or a tile; with tiles also images.
-    A block of the transformer: the widest Linear's weight unfolded, and attention's scores of all heads before and after
-    softmax (benchmarks/cpu_memory.py).
-    """
-    graphs = target.graphs
-    rows, columns = sizes.get("tile_rows", sizes["rows"]), sizes.get("tile_columns", sizes["columns"])
-    pixels = bundle.manifest.sampling.pixels_per_token**2 * rows * columns
-    decoder = component_weights(bundle, graphs["vae_decoder"].weights)
-    last = decoder.get("decoder.conv_out.weight")
-    # fp32 or bf16 [3, width, 3, 3].
-    width = last.nbytes // (27 * (4 if last.dtype == "F32" else 2)) if last else 128
-    decoding = DECODER_ACTIVATIONS * 4 * width * pixels
-    # Of a canvas there are the one before, the one after, and the tile as large as they are.
-    decoding += 3 * 4 * 3 * sizes.get("height", 0) * sizes.get("width", 0)
-    weights = component_weights(bundle, graphs["prologue"].weights)
-    widest = max(
-        (UNFOLDED[tensor.dtype] * tensor.nbytes for tensor in weights.values() if tensor.dtype in UNFOLDED), default=0
-    )
-    rope = next((port for port in graphs["prologue"].outputs if port.name == "rope_cos"), None)
-    hidden = next((port for port in graphs["prologue"].outputs if port.name == "hidden"), None)
-    scores = 0
-    if rope and hidden:
-        tokens, channels, head = dimension_size(rope.shape[0], sizes), hidden.shape[-1], rope.shape[-1]
-        scores = 2 * 4 * sizes["batch"] * int(channels) // int(head) * tokens**2
-    return max(decoding, widest + scores)

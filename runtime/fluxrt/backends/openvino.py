@@ -6,6 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from fluxrt.backends.graphs import graph_of, working_memory
 from fluxrt.backends.openvino_cache import CompiledGraphs
 from fluxrt.backends.openvino_device import WORDS, settings, settle
 from fluxrt.backends.openvino_graph import read_executed
@@ -132,14 +133,12 @@ class OpenVinoBackend:
         """On the CPU what weights take as they are held there, and what computing takes; of other devices nothing is known."""
         if self._settled.device != "CPU":
             return None
-        from fluxrt.backends.onnxruntime import working_memory
-
         held = HELD["int8" if self._settled.int8 else self._settled.precision]
         files = {graph.weights for graph in self._target.graphs.values()}
         tensors = [tensor for file in files for tensor in component_weights(self._bundle, file).values()]
         weights = sum(int(held.get(tensor.dtype, 1.0) * tensor.nbytes) for tensor in tensors)
-        like: Any = self._target
-        return Need(weights + working_memory(like, self._bundle, sizes), available_memory(), "memory")
+        working = working_memory(self._target.graphs, self._bundle, sizes)
+        return Need(weights + working, available_memory(), "memory")
 
     def synchronize(self) -> None:
         """Nothing to wait for: a request returns when it is done."""
@@ -281,9 +280,7 @@ class OpenVinoBackend:
         return self._buffers[name]
 
     def _described(self, graph: str) -> Graph:
-        if graph not in self._target.graphs:
-            raise BackendError(f"{self._bundle.root}: target {self._target.name!r} has no graph {graph!r}")
-        return self._target.graphs[graph]
+        return graph_of(self._bundle, self._target, graph)
 
     def _note(self, note: str) -> None:
         """Say what is not as it was asked for, once, in the log and in `notes`."""
