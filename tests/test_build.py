@@ -90,6 +90,7 @@ def test_a_changed_keep_list_repeats_only_what_depends_on_it(own: Path) -> None:
         "hash checkpoint",
         "write transformer weights",
         "build onnxruntime",
+        "build onnxruntime-exact",
         "build onnxruntime-nvfp4",
         "compare with diffusers",
     ]
