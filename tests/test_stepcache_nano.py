@@ -45,7 +45,8 @@ def generated(bundle: Path) -> dict[str, tuple[np.ndarray, list[list[int]]]]:
         "34 steps": {"steps": 34},
     }
     return {
-        name: generate_all(opened, "onnxruntime", request, policy, lambda: None) for name, policy in policies.items()
+        name: generate_all(opened, "onnxruntime-exact", request, policy, lambda: None)
+        for name, policy in policies.items()
     }
 
 
