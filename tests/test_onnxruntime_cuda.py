@@ -51,7 +51,7 @@ HALF = "onnxruntime-cuda-float16"
 def bundle(workshop: Path) -> Bundle:
     fp8 = 'precision.transformer.rules=[{match: "*.ff_context.*", format: fp8}]'
     targets = (
-        "targets=[{kind: onnxruntime}, {kind: onnxruntime, device: cuda}, "
+        "targets=[{kind: onnxruntime, compute: exact}, {kind: onnxruntime, device: cuda}, "
         "{kind: onnxruntime, device: cuda, dtype: float16}]"
     )
     return open_bundle(compile_into(workshop / "cuda", *QUICK, fp8, targets))
@@ -67,7 +67,7 @@ def evaluators(bundle: Bundle, target: str) -> dict[str, ReferenceEvaluator]:
 @pytest.mark.parametrize(("target", "bound"), [(CUDA, 3e-2), (HALF, 5e-3)])
 def test_the_graphs_compute_what_the_cpu_target_computes(bundle: Bundle, target: str, bound: float) -> None:
     """Weights in NVFP4 and FP8, activations in 16 bits: every stage on the same input, within that type's rounding."""
-    cpu, graphs = Pipeline(bundle, target="onnxruntime"), evaluators(bundle, target)
+    cpu, graphs = Pipeline(bundle, target="onnxruntime-exact"), evaluators(bundle, target)
     dtype = np.float16 if target == HALF else ml_dtypes.bfloat16
     grid, guidance = cpu.grid(None), 1.5
     ids, mask = cpu.tokenize([PROMPT, ""])
@@ -187,19 +187,21 @@ def test_a_graph_onnxruntime_does_not_accept_fails_the_build_without_a_gpu(tmp_p
 
 def test_bound_buffers_give_the_images_of_plain_runs(bundle: Bundle) -> None:
     """The backend as it is, but on the CPU's provider and the CPU target's graphs."""
-    pipeline = Pipeline(bundle, target="onnxruntime")
+    pipeline = Pipeline(bundle, target="onnxruntime-exact")
     request = Request([PROMPT, "a large red circle"], steps=3)
     expected = pipeline.generate(request).images
-    pipeline.backend = OnnxRuntimeCudaBackend(bundle, bundle.target("onnxruntime"), "cpu", ("CPUExecutionProvider",))
+    pipeline.backend = OnnxRuntimeCudaBackend(
+        bundle, bundle.target("onnxruntime-exact"), "cpu", ("CPUExecutionProvider",)
+    )
     for ours, theirs in zip(pipeline.generate(request).images, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 def test_work_that_would_fall_back_to_the_cpu_is_refused(bundle: Bundle) -> None:
     """A provider that is there and takes no node: ONNX Runtime gives them all to the CPU, without a word."""
-    pipeline = Pipeline(bundle, target="onnxruntime")
+    pipeline = Pipeline(bundle, target="onnxruntime-exact")
     providers = ("AzureExecutionProvider", "CPUExecutionProvider")
-    pipeline.backend = OnnxRuntimeCudaBackend(bundle, bundle.target("onnxruntime"), "cpu", providers)
+    pipeline.backend = OnnxRuntimeCudaBackend(bundle, bundle.target("onnxruntime-exact"), "cpu", providers)
     with pytest.raises(BackendError, match=r"nodes that do a layer's work \(\w+\) were given to CPUExecutionProvider"):
         pipeline.generate(Request(PROMPT, steps=1))
 
@@ -244,7 +246,7 @@ class Replaced(Bundle):
 
 def test_a_kernel_that_fails_when_it_computes_is_found_at_load(bundle: Bundle, tmp_path: Path) -> None:
     """Attention of opset 23 whose mask fits no number of keys: it loads, and its kernel throws."""
-    target = bundle.target("onnxruntime")
+    target = bundle.target("onnxruntime-exact")
     entry = target.graphs["vae_decoder"]
     heads = numpy_helper.from_array(np.array([1, 2, -1, 16]), "heads")
     mask = numpy_helper.from_array(np.zeros((3, 5), np.float32), "mask")
@@ -270,7 +272,7 @@ def test_graphs_that_ran_before_are_not_tried_again(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    target, gpu = bundle.target("onnxruntime"), Gpu("a made-up GPU", "9.0", "13.0")
+    target, gpu = bundle.target("onnxruntime-exact"), Gpu("a made-up GPU", "9.0", "13.0")
     opened: list[str] = []
 
     class Counting(OnnxRuntimeCudaBackend):
@@ -315,7 +317,7 @@ def test_without_the_cuda_provider_the_package_is_named(bundle: Bundle) -> None:
         match=r"needs ONNX Runtime's CUDAExecutionProvider.*pip uninstall -y onnxruntime .* 'onnxruntime-gpu\[cuda",
     ):
         Pipeline(bundle, target=CUDA)
-    assert Pipeline(bundle).target.name == "onnxruntime"
+    assert Pipeline(bundle).target.name == "onnxruntime-exact"
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_the_bundle_computes_what_diffusers_computes_with_modelopts_dequantized_
         dtype=torch.float32, scale=scale, double_scale=double, block_sizes={-1: 16}
     )
     assert torch.equal(model.get_submodule(LAYER).weight, by_modelopt)
-    figures = open_bundle(bundle[0]).manifest.fidelity.targets["onnxruntime"]
+    figures = open_bundle(bundle[0]).manifest.fidelity.targets["onnxruntime-exact"]
     assert figures["step_cosine"] > 0.99999
     assert figures["image_psnr_db_worst"] > 50
 
@@ -135,7 +135,7 @@ def test_fp8_and_nvfp4_layers_mixed_go_through(tmp_path: Path, workshop: Path) -
     assert [formats[f"transformer_blocks.{n}.ff_context.linear_out"] for n in (0, 1)] == ["fp8", "fp8"]
     theirs, ours = (load_file(root / "transformer" / TENSORS) for root in (source, out))
     assert [name for name in theirs if raw(theirs[name]) != raw(ours[name])] == []
-    assert open_bundle(out).manifest.fidelity.targets["onnxruntime"]["step_cosine"] > 0.9999
+    assert open_bundle(out).manifest.fidelity.targets["onnxruntime-exact"]["step_cosine"] > 0.9999
 
 
 def test_a_bundle_is_a_source_and_gives_the_same_weights(quick_bundle: Path, workshop: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_quantized_text_encoder_is_a_source_too(workshop: Path) -> None:
     one, two = (load_file(root / "text_encoder" / "model.safetensors") for root in (first, second))
     assert {name: raw(tensor) for name, tensor in one.items()} == {name: raw(tensor) for name, tensor in two.items()}
     for bundle, least in ((first, 30.0), (second, 50.0)):
-        figures = open_bundle(bundle).manifest.fidelity.targets["onnxruntime"]
+        figures = open_bundle(bundle).manifest.fidelity.targets["onnxruntime-exact"]
         assert figures["image_psnr_db"] > least
 
 
@@ -192,7 +192,7 @@ def test_awq_and_svdquant_tensors_are_computed_with(damaged: Path, workshop: Pat
     said = json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]
     assert said["quantized_layers"][LAYER] == {"quant_algo": "NVFP4_SVD"}
     figures = open_bundle(out).manifest.fidelity.targets
-    assert figures["onnxruntime"]["step_cosine"] > 0.9999
+    assert figures["onnxruntime-exact"]["step_cosine"] > 0.9999
     assert figures["onnxruntime-nvfp4"]["step_cosine"] > 0.9
     assert {
         entry.layer.group for entry in opened(damaged).plans["transformer"] if ".1.attn.to_" in entry.layer.name
@@ -348,5 +348,5 @@ def test_a_build_goes_on_from_modelopts_export(exported: Path, workshop: Path, m
     assert [(algorithm, prompts, len(kept)) for algorithm, prompts, kept in asked] == [("awq_lite", 2, 9)]
     theirs, ours = (load_file(root / "transformer" / TENSORS) for root in (exported, out))
     assert [name for name in theirs if raw(theirs[name]) != raw(ours[name])] == []
-    figures = open_bundle(out).manifest.fidelity.targets["onnxruntime"]
+    figures = open_bundle(out).manifest.fidelity.targets["onnxruntime-exact"]
     assert 0.98 < figures["step_cosine"] < 0.9999

@@ -94,6 +94,7 @@ class Loaded:
 def twin_of(bundle: Bundle, target: Target) -> Target | None:
     """The bundle's target for one CPU process that rounds as `target` does, else any such, else None."""
     on_cpu = [t for t in bundle.manifest.targets if t.device == "cpu" and t.gpus == 1]
+    on_cpu.sort(key=lambda one: bool(one.computed_in))
     return next((t for t in on_cpu if t.activations == target.activations), on_cpu[0] if on_cpu else None)
 
 

@@ -194,6 +194,10 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             return free_memory()
         return None
 
+    def _variant(self, graph: str) -> Graph:
+        """The graph itself: only a CPU has variants."""
+        return self._described(graph)
+
     def _shape_of(self, result: Any) -> tuple[int, ...]:
         return tuple(result.shape())
 
