@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -42,7 +43,10 @@ from fluxrt.schedule import flow_match_sigmas
 from quick import QUICK
 
 PROMPT = "a large red circle at the left"
-TARGETS = "{kind: onnxruntime}, {kind: openvino}, {kind: openvino, compute: bf16}, {kind: openvino, compute: int8}"
+TARGETS = (
+    "{kind: onnxruntime, compute: exact}, {kind: openvino}, "
+    "{kind: openvino, compute: bf16}, {kind: openvino, compute: int8}"
+)
 CORE = load_library().Core()
 EXACT = Settled("CPU", "f32", False)
 
@@ -90,7 +94,7 @@ def test_in_fp32_every_step_is_onnx_runtimes(bundle: Bundle, size: tuple[int, in
     """Prologue, signal, body and epilogue on two branches and on one, each step from what the step before left."""
     (exact, sigmas), (other, _) = (
         begun(bundle, "openvino", size, guidance),
-        begun(bundle, "onnxruntime", size, guidance),
+        begun(bundle, "onnxruntime-exact", size, guidance),
     )
     tokens = exact.grid(size)[0] * exact.grid(size)[1]
     for backend in (exact.backend, other.backend):
@@ -109,14 +113,14 @@ def test_in_fp32_every_step_is_onnx_runtimes(bundle: Bundle, size: tuple[int, in
 def test_in_fp32_images_are_onnx_runtimes_to_rounding(bundle: Bundle, asked: dict[str, Any]) -> None:
     request = fluxrt.Request([PROMPT, "a small white ring"], seed=3, **asked)
     made = {}
-    for target in ("openvino", "onnxruntime"):
+    for target in ("openvino", "onnxruntime-exact"):
         with fluxrt.load(bundle.root, target=target, threads=1) as pipeline:
             result = pipeline.generate(request)
             made[target] = ([np.asarray(image) / 255 for image in result.images], result.skipped)
             assert not pipeline.notes
-    assert made["openvino"][1] == made["onnxruntime"][1]
+    assert made["openvino"][1] == made["onnxruntime-exact"][1]
     assert any(made["openvino"][1]) == ("step_cache" not in asked)
-    for ours, theirs in zip(made["openvino"][0], made["onnxruntime"][0], strict=True):
+    for ours, theirs in zip(made["openvino"][0], made["onnxruntime-exact"][0], strict=True):
         assert psnr(ours, theirs) > 60
 
 
@@ -134,7 +138,7 @@ def test_bf16_and_int8_are_off_by_their_rounding_and_pass_the_gates(bundle: Bund
     report = figures(bundle)
     assert report["verdict"]["passed"]
     found = report["targets"]
-    exact, other = found["openvino"], found["onnxruntime"]
+    exact, other = found["openvino"], found["onnxruntime-exact"]
     assert abs(exact["step_error"] - other["step_error"]) <= 1e-4 * other["step_error"]
     latents = {}
     for target in ("openvino", "openvino-bf16", "openvino-int8"):
@@ -157,7 +161,7 @@ def test_the_report_and_inspect_show_what_the_audit_found(bundle: Bundle) -> Non
     assert graphs["openvino-bf16"]["body"]["computed_in"] == ("fp32" if bf16.notes else "bf16")
     tiers = {tier["target"]: tier for tier in report["tiers"]}
     assert tiers["openvino"]["audited"] == "yes"
-    assert tiers["onnxruntime"]["audited"] == "does not apply"
+    assert tiers["onnxruntime-exact"]["audited"] == "does not apply"
     assert "36 f4e2m1" in (bundle.root / "report" / "index.html").read_text()
     command = [sys.executable, "-m", "fluxc", "inspect", str(bundle.root)]
     assert "36 f4e2m1" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -181,8 +185,10 @@ def test_the_targets_share_their_graphs_and_verify_replays_them(bundle: Bundle) 
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def test_it_is_chosen_before_onnx_runtime_where_it_is_installed(bundle: Bundle) -> None:
-    assert pick(bundle).name == "openvino"
+def test_of_it_and_onnx_runtime_the_first_of_the_recipe_is_chosen(bundle: Bundle) -> None:
+    assert pick(bundle).name == "onnxruntime-exact"
+    other = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, targets=bundle.manifest.targets[::-1]))
+    assert pick(other).name == "openvino-int8"
 
 
 def test_without_the_package_another_target_is_chosen_and_a_build_says_what_to_install(bundle: Bundle) -> None:
@@ -198,7 +204,7 @@ def test_without_the_package_another_target_is_chosen_and_a_build_says_what_to_i
     )
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=True)
     picked, lacking, load, build = done.stdout.strip().splitlines()
-    assert picked == "onnxruntime"
+    assert picked == "onnxruntime-exact"
     for said in (lacking, load, build):
         assert "install 'openvino>=2026.4'" in said
 
@@ -380,7 +386,7 @@ def test_other_formats_are_executed_as_planned(workshop: Path) -> None:
     changes = (
         "precision.transformer.default=mxfp4",
         "precision.text_encoder.default=fp8",
-        "targets=[{kind: onnxruntime}, {kind: openvino}, {kind: openvino, compute: int8}, "
+        "targets=[{kind: onnxruntime, compute: exact}, {kind: openvino}, {kind: openvino, compute: int8}, "
         "{kind: openvino, device: GPU, compute: fp16}, {kind: openvino, device: NPU, compute: fp16}]",
     )
     bundle = open_bundle(compile_into(workshop / "openvino-formats", *QUICK, *changes))
@@ -390,7 +396,7 @@ def test_other_formats_are_executed_as_planned(workshop: Path) -> None:
     assert exact["text_encoder"]["products"] == {"f8e4m3 unfolded to fp32": 189}
     found = figures(bundle)["targets"]
     for figure in ("text_error", "step_error"):
-        assert found["openvino"][figure] == pytest.approx(found["onnxruntime"][figure], rel=1e-3)
+        assert found["openvino"][figure] == pytest.approx(found["onnxruntime-exact"][figure], rel=1e-3)
     assert found["openvino-int8"]["step_cosine"] > 0.98
     for device in ("GPU", "NPU"):
         target = bundle.target(f"openvino-{device}-fp16")
