@@ -348,16 +348,18 @@ class Needs:
         stored = {name: self.weights_bytes[name] for name in WEIGHTS_FILE}
         stored["text_encoder"] = text_encoder or stored["text_encoder"]
         if any(target.runs_here and target.computes_in_int8 for target in self.recipe.targets):
-            stored = {name: size + self._int8_rows(name) for name, size in stored.items()}
+            stored = {name: size + self._more_in_int8(name) for name, size in stored.items()}
         working = PROCESS + SESSION + max(self._unfolded, self._activations(asked))
         every = working + sum(stored.values())
         return every if every <= self.limit else working + max(stored.values())
 
-    def _int8_rows(self, component: str) -> int:
-        """Bytes that fluxrt makes of a component's weights to compute in int8: rows, and of the transformer's others fp32."""
+    def _more_in_int8(self, component: str) -> int:
+        """Bytes by which a component grows where fluxrt makes int8 rows of it, and fp32 of the transformer's other layers: what
+        they are made of need not stay in memory."""
         plan = self.source.plans.get(component, [])
         plain = 4 if component == "transformer" else 0
-        return sum(entry.parameters * (plain if entry.format == BF16 else 1) for entry in plan)
+        made = [(entry, entry.parameters * (plain if entry.format == BF16 else 1)) for entry in plan]
+        return sum(size - entry.bytes_after for entry, size in made if size)
 
     def _lighter(self, asked: Asked) -> tuple[tuple[str, int], ...]:
         """What comparing would take at a smaller size, and with the text encoder in FP8."""

@@ -50,12 +50,12 @@ def recipe_text(start: Start, model: str, name: str, on: str, gpus: int) -> str:
         "",
         *_precision(start, on),
         "",
-        *_targets(on, gpus),
+        *_targets(on, gpus, start.is_small),
         "",
         "# Other prompts, which nothing was measured with: every target that runs here is compared with diffusers on them.",
         f"fidelity: {{prompts: prompts/{start.prompts}-held-out.txt{reference}}}",
         "",
-        *_gates(start),
+        *_gates(start, on),
     ]
     return "\n".join(lines) + "\n"
 
@@ -104,7 +104,13 @@ def _multiplies_fp4(on: str) -> bool:
     return on == CPU or "nvfp4" in GPUS[on].gemms
 
 
-def _targets(on: str, gpus: int) -> list[str]:
+EXACT = (
+    "  # The same in fp32, which int8 is held against (gates.compute_error).",
+    "  - {kind: onnxruntime, compute: exact}",
+)
+
+
+def _targets(on: str, gpus: int, is_small: bool) -> list[str]:
     """GPU targets for one GPU and for `gpus`; and one that runs where the build does."""
     lines = ["# What to compile for."]
     shared = [1, gpus] if gpus > 1 else [1]
@@ -112,8 +118,9 @@ def _targets(on: str, gpus: int) -> list[str]:
         entries = [f"  - {{kind: onnxruntime{f', gpus: {count}' if count > 1 else ''}}}" for count in shared]
         return [
             "targets:",
-            "  # ONNX Runtime on the CPU: its images are compared with diffusers' when you build.",
+            "  # ONNX Runtime on the CPU, in int8: its images are compared with diffusers' when you build.",
             *entries,
+            *(EXACT if is_small else ()),
         ]
     gpu = GPUS[on]
     kind = "tensorrt_rtx" if on.startswith("rtx") else "tensorrt"
@@ -134,10 +141,11 @@ def _targets(on: str, gpus: int) -> list[str]:
     ]
 
 
-def _gates(start: Start) -> list[str]:
+def _gates(start: Start, on: str) -> list[str]:
     first = "# The worst result that a build may have; a build that misses a gate fails and writes no bundle."
     if start.is_small:
-        return [first, "gates: {layer_snr_db: 15, step_cosine: 0.97, image_psnr_db: 30}"]
+        held = ", compute_error: 0.02" if on == CPU else ""
+        return [first, f"gates: {{layer_snr_db: 15, step_cosine: 0.97, image_psnr_db: 30{held}}}"]
     if start.is_quantized:
         return [first, "# gates: {step_cosine: 0.98}"]
     return [

@@ -192,8 +192,8 @@ class OnnxRuntimeBackend:
             return_memory()
 
     def need(self, sizes: dict[str, int]) -> Need | None:
-        """The weights, each file once, which stay in memory as they are stored, what is made of them in any case and is not
-        made yet, and what computing takes; see working_memory.
+        """The weights that stay in memory as they are stored, each once, what is made of others and is not made yet, and what
+        computing takes; see working_memory.
 
         The ranks of a sharded target map the same files.
         """
@@ -202,10 +202,13 @@ class OnnxRuntimeBackend:
     def _needed(self, graphs: Iterable[str], sizes: dict[str, int]) -> int:
         described = [self._target.graphs[graph] for graph in graphs]
         weights = {file for graph in described for file in weights_files(self._bundle, graph.weights)}
+        gone = {(graph.weights, name) for graph in described for one in graph.unfolded for name in one.tensors}
+        stored = {entry: component_weights(self._bundle, entry) for entry in {entry for entry, _ in gone}}
+        let_go = sum(stored[entry][name].nbytes for entry, name in gone if name in stored[entry])
         made = sum(unfolded_bytes(self._target.graphs[g].unfolded) for g in graphs if g not in self._unfolded)
         ranks = self._group.ranks if self._group else 1
         working = working_memory(self._target.graphs, self._bundle, sizes)
-        return sum(file.stat().st_size for file in weights) + ranks * (working + made)
+        return sum(file.stat().st_size for file in weights) - let_go + ranks * (working + made)
 
     _where = "memory"
 
