@@ -120,7 +120,7 @@ def test_everything_on_a_page_has_words(html: str) -> None:
     """Images have texts, charts a sentence and a table, scrolling regions a name, links a place."""
     page = Page(html)
     images = page.of("img")
-    assert len(images) == 2 + 2 * 5
+    assert len(images) == 2 + 2 * 7
     assert [image for image in images[2:] if not image["alt"]] == []
     charts_shown = [tag for tag in page.of("div") if tag.get("role") == "img"]
     assert len(charts_shown) == 2 * 3
@@ -240,7 +240,7 @@ def test_a_folder_of_the_same_name_as_a_failed_report_is_left_alone(workshop: Pa
 def test_report_prints_the_place_and_makes_the_page_again(quick_bundle: Path, tmp_path: Path, html: str) -> None:
     shown = run(quick_bundle)
     assert shown.exit_code == 0, shown.output
-    assert shown.output.splitlines()[0].endswith("passed. All 2 gates hold.")
+    assert shown.output.splitlines()[0].endswith("passed. All 3 gates hold.")
     assert shown.output.splitlines()[-1] == str(quick_bundle / PAGE)
     out = tmp_path / "new" / "page.html"
     assert run(quick_bundle, "--out", out).exit_code == 0

@@ -101,7 +101,9 @@ def test_wrong_requests_are_refused(pipeline: fluxrt.Pipeline, quick_bundle: Pat
         pipeline.generate(Request([PROMPT, PROMPT], seed=[1]))
     with pytest.raises(RequestError, match="at least 1 and at most 100000, got 0"):
         pipeline.generate(Request(PROMPT, steps=0))
-    with pytest.raises(RequestError, match="no target 'tpu' in this bundle; it has: onnxruntime, onnxruntime-nvfp4"):
+    with pytest.raises(
+        RequestError, match="no target 'tpu' in this bundle; it has: onnxruntime, onnxruntime-exact, onnxruntime-nvfp4"
+    ):
         fluxrt.load(quick_bundle, target="tpu")
 
 

@@ -136,7 +136,8 @@ def test_bound_buffers_carry_the_signal(bundle: Bundle) -> None:
     found = pipeline.generate(Request([PROMPT, "a large red circle"], threshold=0.2))
     assert found.skipped == expected.skipped
     for ours, theirs in zip(found.images, expected.images, strict=True):
-        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+        # Other graphs of the same target: weights as they are stored, and unfolded.
+        np.testing.assert_allclose(np.asarray(ours, int), np.asarray(theirs, int), atol=2)
 
 
 def test_the_signal_is_exported_too(bundle: Bundle, tmp_path: Path) -> None:

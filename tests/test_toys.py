@@ -153,7 +153,7 @@ def test_a_toy_target_builds_a_bundle_that_generates(workshop: Path) -> None:
     figures = manifest.fidelity.targets
     assert figures["toy"]["step_cosine"] == figures["onnxruntime"]["step_cosine"]
     assert manifest.recipe["targets"][1]["beads"] == 7
-    toy = load_recipe(RECIPE, ("targets=[{kind: toy}]",)).recipe.targets[0]
+    toy = load_recipe(RECIPE, ("targets=[{kind: toy}]", "gates={}")).recipe.targets[0]
     assert kind_of("toy").describe(toy) == "a toy: counts the graphs it runs with 10 beads"
     with pytest.raises(RecipeError, match=r"targets\[0\]\.beads: .* no such option, those of kind toy have"):
         load_recipe(RECIPE, ("targets=[{kind: onnxruntime, beads: 7}]",))
