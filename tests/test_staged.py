@@ -305,8 +305,9 @@ def test_ranks_agree_on_taking_turns(gpus: Bundle) -> None:  # noqa: F811
     assert tight[0].notes == tight[1].notes == []
 
 
-def test_text_is_kept_on_the_host_by_onnxruntime_on_cuda(  # noqa: F811
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+def test_text_is_kept_on_the_host_by_onnxruntime_on_cuda(
+    bundle: Bundle,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The backend for CUDA as it is, on the CPU's provider and graphs."""
     request = Request(PROMPTS, steps=2)
