@@ -31,8 +31,9 @@ from fluxc.rehearsal.gpu import FakeDriver, FakeLibrary
 from fluxc.rehearsal.operators import DTYPES, E2M1, OPERATORS
 from fluxc.rehearsal.place import MadeUpPlace
 from fluxc.report.bundles import page_of, report_of
+from fluxc.targets.findings import Finding
 from fluxc.targets.tensorrt import finish, library
-from fluxc.targets.tensorrt.audit import Audit, Expected, Finding
+from fluxc.targets.tensorrt.audit import Audit, Expected
 from fluxc.targets.tensorrt.build import build_audited
 from fluxc.targets.tensorrt.builder import PlanRequest
 from fluxc.targets.tensorrt.finish import finish_bundle

@@ -43,8 +43,9 @@ from fluxc.recipe.structs import ComponentPrecision
 from fluxc.recipe.targets import Allow, TensorRTRtxTarget
 from fluxc.rehearsal.operators import BF16, OPERATORS, Player, read_tensor, unrounded
 from fluxc.targets.base import TargetContext
+from fluxc.targets.findings import Finding
 from fluxc.targets.onnxruntime.lower import lower
-from fluxc.targets.tensorrt.audit import Audit, Expected, Finding, audit
+from fluxc.targets.tensorrt.audit import Audit, Expected, audit
 from fluxc.targets.tensorrt.build import build_engine, check_audits, check_group_scales, write_sources
 from fluxc.targets.tensorrt.builder import PlanRequest, build_plan
 from fluxc.targets.tensorrt.cut import Component, Cutter, without_prefix

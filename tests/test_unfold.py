@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -64,8 +65,8 @@ def case(kind: str, rows: int, columns: int, folder: Path) -> tuple[Unfold, dict
         return Unfold("layer", "float32", shape, "e4m3", ("weight_scale",)), tensors, (codes.float() * scale).numpy()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind]
     weight = torch.randn(shape).to(dtype)
-    plain = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[kind]
-    return Unfold("layer", "float32", shape, plain), stored(folder, weight=weight), weight.float().numpy()  # type: ignore[arg-type]
+    plain: Any = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[kind]
+    return Unfold("layer", "float32", shape, plain), stored(folder, weight=weight), weight.float().numpy()
 
 
 KINDS = ["nvfp4", "mxfp4", "fp8", "fp8 rows", "bf16", "fp16", "fp32"]
@@ -178,5 +179,5 @@ def test_sizes_that_do_not_fit_are_named(tmp_path: Path) -> None:
         unfold([Unfold(**{**_fields(entry), "block": 8})], tensors)
 
 
-def _fields(entry: Unfold) -> dict[str, object]:
+def _fields(entry: Unfold) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in entry.__struct_fields__}

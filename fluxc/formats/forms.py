@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fluxc.formats.base import GraphBuilder
 from fluxc.formats.constants import E2M1_VALUES
 
@@ -17,6 +19,14 @@ def e2m1_blocks(graph: GraphBuilder, layer: str, rows: int, columns: int, block:
     values = graph.node("Gather", [table, index], f"{layer}.weight/pairs", axis=0)
     shape = graph.constant(f"blocks/{rows}/{columns}/{block}", ONNX_INT64, [3], [rows, columns // block, block])
     return graph.node("Reshape", [values, shape], f"{layer}.weight/blocks")
+
+
+def e8m0_scales(graph: GraphBuilder, layer: str, factor: float = 1.0) -> str:
+    """The E8M0 block scales of `layer` times `factor`, a power of two, as fp32."""
+    powers = [math.ldexp(factor, code - 127) for code in range(255)] + [math.nan]
+    table = graph.constant(f"e8m0_values/{factor:g}", ONNX_FLOAT, [256], powers)
+    exponents = graph.node("Cast", [graph.tensor(f"{layer}.weight_scale")], f"{layer}/exponents", to=ONNX_INT32)
+    return graph.node("Gather", [table, exponents], f"{layer}/block_scales", axis=0)
 
 
 def scaled_blocks(graph: GraphBuilder, layer: str, blocks: str, scales: str, shape: tuple[int, int]) -> str:

@@ -11,7 +11,6 @@ not `max`, it is whichever of the two has less squared error, so that no block i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 from fluxc.formats import cpu
 from fluxc.formats.base import Format, GraphBuilder, Parts
 from fluxc.formats.constants import E2M1_VALUES, MX_BLOCK
-from fluxc.formats.forms import ONNX_FLOAT, ONNX_INT32, e2m1_blocks, scaled_blocks
+from fluxc.formats.forms import e2m1_blocks, e8m0_scales, scaled_blocks
 from fluxc.formats.nvfp4 import block_error, round_to_e2m1
 from fluxc.formats.tensors import patterns_of, refuse_non_finite
 from fluxc.recipe.structs import Scales
@@ -131,9 +130,6 @@ class MXFP4(Format):
 
     def reference_form(self, graph: GraphBuilder, layer: str, rows: int, columns: int) -> str:
         """Powers of two from a table, the codes from another."""
-        powers = [2.0 ** (code - 127) for code in range(255)] + [math.nan]
-        table = graph.constant("e8m0_values", ONNX_FLOAT, [256], powers)
-        exponents = graph.node("Cast", [graph.tensor(f"{layer}.weight_scale")], f"{layer}/exponents", to=ONNX_INT32)
-        scales = graph.node("Gather", [table, exponents], f"{layer}/block_scales", axis=0)
+        scales = e8m0_scales(graph, layer)
         blocks = e2m1_blocks(graph, layer, rows, columns, MX_BLOCK)
         return scaled_blocks(graph, layer, blocks, scales, (rows, columns))

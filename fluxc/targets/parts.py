@@ -17,7 +17,7 @@ from fluxc.base.cache import Made
 from fluxc.base.numbers import check_finite
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.components import weights_entry, weights_files, weights_tensors
-from fluxrt.manifest import Target, read_target
+from fluxrt.manifest import Graph, Target, read_target
 
 if TYPE_CHECKING:
     import onnx
@@ -106,6 +106,23 @@ def copy_file(source: Path, target: Path) -> None:
                 raise
     if left:
         shutil.copyfile(source, target)
+
+
+def place_graphs(target: str, graphs: Mapping[str, Graph], folder: Path, staging: Path) -> dict[str, Graph]:
+    """`graphs` with their files copied from `folder` into the bundle at `staging`, under the names they have there.
+
+    A file that is the same to the byte as another target's is shared; one that is not gets the name of `target`.
+    """
+
+    def placed(file: str) -> str:
+        content, there = (folder / file).read_bytes(), file
+        if (staging / there).exists() and (staging / there).read_bytes() != content:
+            there = f"{file.removesuffix('.onnx')}.{target}.onnx"
+        if not (staging / there).exists():
+            shutil.copyfile(folder / file, staging / there)
+        return there
+
+    return {name: graph.with_files(placed) for name, graph in graphs.items()}
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -121,8 +121,10 @@ def _scale_values(raw: np.ndarray, dtype: str) -> np.ndarray:
         values = raw.view("<f4")
     elif dtype == "BF16":
         values = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
+    elif dtype in ("F8_E4M3", "U8"):
         values = (e4m3_table() if dtype == "F8_E4M3" else _e8m0_table())[raw]
+    else:
+        raise BundleError(f"scales of type {dtype} are not known; bring fluxrt up to date, or rebuild the bundle")
     return values
 
 

@@ -25,14 +25,22 @@ each layer unfolds its own when it is computed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fluxc.formats.base import Format
 from fluxc.formats.bf16 import BF16
 from fluxc.formats.constants import BLOCK, E2M1_VALUES, MX_BLOCK
-from fluxc.formats.forms import ONNX_E2M1, ONNX_E4M3, ONNX_FLOAT, ONNX_INT8, ONNX_INT32, ONNX_INT64, ONNX_UINT8
+from fluxc.formats.forms import (
+    ONNX_E2M1,
+    ONNX_E4M3,
+    ONNX_FLOAT,
+    ONNX_INT8,
+    ONNX_INT32,
+    ONNX_INT64,
+    ONNX_UINT8,
+    e8m0_scales,
+)
 from fluxc.graph import LINEAR_DOMAIN
 from fluxc.models.base import Linear
 from fluxc.targets.forms import Forms
@@ -75,7 +83,7 @@ def nvfp4_8_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
 
 def mxfp4_8_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
     """6, by 3."""
-    _product_of_bytes(graph, layer, x, _e8m0_scales(graph, layer.name, 0.5), MX_BLOCK, output)
+    _product_of_bytes(graph, layer, x, e8m0_scales(graph, layer.name, 0.5), MX_BLOCK, output)
 
 
 def _product_of_bytes(graph: Nodes, layer: Linear, x: str, half_scales: str, block: int, output: str) -> None:
@@ -109,7 +117,7 @@ def nvfp4_4_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
 
 def mxfp4_4_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
     """6, by 4."""
-    _product_of_codes(graph, layer, x, _e8m0_scales(graph, layer.name, 1.0), MX_BLOCK, output)
+    _product_of_codes(graph, layer, x, e8m0_scales(graph, layer.name), MX_BLOCK, output)
 
 
 def _product_of_codes(graph: Nodes, layer: Linear, x: str, scales: str, block: int, output: str) -> None:
@@ -176,14 +184,6 @@ def int8(format: str, signed: bool) -> LinearForm:
 def _block_scales(graph: Nodes, layer: str) -> str:
     tensors = [graph.tensor(f"{layer}.weight_scale"), graph.tensor(f"{layer}.weight_scale_2")]
     return graph.node("DequantizeLinear", tensors, f"{layer}/block_scales")
-
-
-def _e8m0_scales(graph: Nodes, layer: str, factor: float) -> str:
-    """The E8M0 block scales of `layer` times `factor`, a power of two, as fp32."""
-    powers = [math.ldexp(factor, code - 127) for code in range(255)] + [math.nan]
-    table = graph.constant(f"e8m0_values/{factor:g}", ONNX_FLOAT, [256], powers)
-    codes = graph.node("Cast", [graph.tensor(f"{layer}.weight_scale")], f"{layer}/exponents", to=ONNX_INT32)
-    return graph.node("Gather", [table, codes], f"{layer}/block_scales", axis=0)
 
 
 def _nvfp4_input(graph: Nodes, layer: str, x: str) -> str:

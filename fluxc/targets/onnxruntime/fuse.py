@@ -127,7 +127,6 @@ class _Graph:
             for name in dict.fromkeys(node.input):
                 self.users.setdefault(name, []).append(node)
         self.constants: dict[str, np.ndarray] = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-        self.widths = {v.name: v.type.tensor_type.shape.dim[-1].dim_value for v in graph.input if _rank(v)}
         self._own: Counter[str] = Counter()
 
     def maker(self, value: str, op: str) -> onnx.NodeProto | None:
@@ -157,10 +156,6 @@ class _Graph:
         """`node`, the first time one with its output is asked for."""
         self._own[node.output[0]] += 1
         return [node] if self._own[node.output[0]] == 1 else []
-
-
-def _rank(value: onnx.ValueInfoProto) -> int:
-    return len(value.type.tensor_type.shape.dim)
 
 
 def _rotary(graph: _Graph, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from fluxc.recipe.targets import OnnxRuntimeTarget
 from fluxc.targets.base import COMPONENTS, TargetContext, TargetKind, TargetWork
 from fluxc.targets.onnxruntime import stage
 from fluxc.targets.onnxruntime.forms import CUDA
-from fluxc.targets.parts import Weights
+from fluxc.targets.parts import Weights, place_graphs
 from fluxc.targets.probe import Probe
 from fluxc.targets.sharding import check_sharding, needs_padding
 from fluxrt import manifest as format
@@ -86,18 +85,7 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
     def place(self, entry: format.OnnxRuntimeTarget, folder: Path, staging: Path) -> format.OnnxRuntimeTarget:
         """The graphs; those that are the same to the byte as another target's share its file."""
 
-        def placed(file: str) -> str:
-            content = (folder / file).read_bytes()
-            there = file
-            if (staging / there).exists() and (staging / there).read_bytes() != content:
-                there = f"{file.removesuffix('.onnx')}.{entry.name}.onnx"
-            if not (staging / there).exists():
-                shutil.copyfile(folder / file, staging / there)
-            return there
-
-        return msgspec.structs.replace(
-            entry, graphs={name: graph.with_files(placed) for name, graph in entry.graphs.items()}
-        )
+        return msgspec.structs.replace(entry, graphs=place_graphs(entry.name, entry.graphs, folder, staging))
 
     def probes(self, bundle: Bundle, entry: format.OnnxRuntimeTarget, threads: int | None) -> Iterable[Probe]:
         """On the CPU, in one process: weights as they are stored, and each variant of the graphs; the faster one, which takes
@@ -127,7 +115,10 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
         return f"ONNX Runtime {where}; {computed}; built and run on this machine"
 
     def _describe_exact(self, target: OnnxRuntimeTarget) -> str:
-        held = f"weights of four bits {target.weights_in_memory} in memory, fp32 where there is room; matrix products in fp32"
+        held = (
+            f"weights in memory in fp32 where there is room, otherwise as stored (four-bit ones as {target.weights_in_memory} "
+            "codes); matrix products in fp32"
+        )
         if target.activations == "none":
             return f"{held}; activations in full precision"
         return (

@@ -84,14 +84,14 @@ def lower_with(
                 cutting |= cut.cutting
                 for first, last, output in cut.parts:
                     part = LinearPart(layer.name, layer.out_features, layer.in_features, layer.group, (first, last))
-                    add_linear(nodes, forms.of(format, name), part, x, output)
+                    _add_linear(nodes, forms.of(format, name), part, x, output)
             else:
-                add_linear(nodes, forms.of(format, name), layer, x, node.output[0])
+                _add_linear(nodes, forms.of(format, name), layer, x, node.output[0])
             continue
         if cutting.intersection(node.output):
             continue
         if node.op_type == "Gather" and node.input[0] in weights:
-            add_gather(nodes, node, weights[node.input[0]].elem_type)
+            _add_gather(nodes, node, weights[node.input[0]].elem_type)
             continue
         inputs = [nodes.full(name, weights[name].elem_type) if name in weights else name for name in node.input]
         copy = graph.node.add()
@@ -122,7 +122,7 @@ def _put_weights_first(graph: onnx.GraphProto, arguments: set[str]) -> None:
     graph.node.extend(ordered)
 
 
-def add_linear(graph: Nodes, form: LinearForm, layer: Linear, x: str, output: str) -> None:
+def _add_linear(graph: Nodes, form: LinearForm, layer: Linear, x: str, output: str) -> None:
     """`output` = `x` @ weight.T by `form`, with the scales and factors that `layer` has beside its weight."""
     smoothing, factors = f"{layer.name}.pre_quant_scale", [f"svdquant_lora_{side}" for side in "ab"]
     if graph.holds(smoothing):
@@ -138,7 +138,7 @@ def add_linear(graph: Nodes, form: LinearForm, layer: Linear, x: str, output: st
     graph.node("Add", [f"{output}/quantized", low], output)
 
 
-def add_gather(graph: Nodes, node: onnx.NodeProto, to: int) -> None:
+def _add_gather(graph: Nodes, node: onnx.NodeProto, to: int) -> None:
     """`node`, which gathers from a weight traced as `to`; the whole table in that type would take twice its bytes or more."""
     table, indices = node.input
     result = node.output[0]

@@ -19,6 +19,7 @@ from fluxrt.unfold import INT8, ZERO_POINT, input_names
 
 STORED = {"F32": TensorProto.FLOAT, "BF16": TensorProto.BFLOAT16, "F16": TensorProto.FLOAT16}
 LEAST_SCALE = 1e-30
+"""Of a token of zeros, by which it is divided."""
 _PLAIN: dict[str, Any] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TYPE_NAMES: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
 
@@ -124,7 +125,6 @@ class Nodes:
         bottom = self.node("ReduceMin", [x, last], f"{x}/bottom", keepdims=1)
         largest = self.node("Max", [top, self.node("Neg", [bottom], f"{x}/depth")], f"{x}/largest")
         step = self.constant("int8_step", TensorProto.FLOAT, [], [1 / INT8])
-        # A token of zeros must not divide by zero.
         least = self.constant("least_scale", TensorProto.FLOAT, [], [LEAST_SCALE])
         scale = self.node("Max", [self.node("Mul", [largest, step], f"{x}/step"), least], f"{x}/scale")
         flat = self.node("Reshape", [scale, last], f"{x}/flat_scale")

@@ -9,6 +9,9 @@
 5. No part of a graph that is no Linear is computed in another precision than asked for.
 
 Where this machine lacks the precision, graphs are audited in fp32; `computed_in` says so.
+
+Kinds of findings: `missing` (no product computes the layer), `precision` (it is computed in another one), `weight` (it is held
+in another type), `inputs` (they are not rounded to int8), `attention` (not one kernel).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from fluxc.targets.findings import Finding
 from fluxrt.backends.openvino_device import WORDS, Settled, int8_fault, settings
 from fluxrt.backends.openvino_graph import Executed, Product, attentions_of, read_executed
 from fluxrt.backends.openvino_weights import GROUP, keep_compressed, products_of
@@ -54,22 +58,6 @@ class Expected:
 
     layers: Mapping[str, Layer]
     attentions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is not executed as it must be.
-
-    Kinds: `missing` (no product computes the layer), `precision` (it is computed in another one), `weight` (it is held in
-    another type), `inputs` (they are not rounded to int8), `attention` (not one kernel).
-    """
-
-    kind: str
-    layers: tuple[str, ...]
-    text: str
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.layers)}: {self.text}" if self.layers else self.text
 
 
 @dataclass(frozen=True)

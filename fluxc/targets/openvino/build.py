@@ -13,8 +13,9 @@ from fluxc.base.safetensors import TensorRef
 from fluxc.graph.bind import argument_names, bind
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.onnxruntime.build import COMPONENT_OF, port_of
+from fluxc.targets.onnxruntime.lower import lower_with
 from fluxc.targets.openvino.audit import Audit, Expected, audit_graph, expected_of
-from fluxc.targets.openvino.lower import lower
+from fluxc.targets.openvino.forms import FORMS
 from fluxc.targets.unused import check_unused
 from fluxrt.backends.openvino_device import settle
 from fluxrt.backends.openvino_target import load_library
@@ -50,7 +51,7 @@ def build_graphs(
         component, arguments = COMPONENT_OF[name], argument_names(model)
         stored = {tensor: ref.dtype for tensor, ref in weights[component].items()}
         planned = {entry.layer.name: entry for entry in plans.get(component, [])}
-        lowered = lower(model, arguments, stored, planned)
+        lowered = lower_with(FORMS, model, arguments, stored, planned).model
         bound[component] |= bind(lowered, arguments, weights[component])
         entry = Graph(
             file=f"{component}/{name}.openvino.onnx",

@@ -12,14 +12,13 @@ The product has the name of its layer, by which the audit finds it. Free of onnx
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fluxc.formats.base import Format
 from fluxc.formats.bf16 import BF16
 from fluxc.formats.constants import BLOCK, MX_BLOCK
-from fluxc.formats.forms import ONNX_E2M1, ONNX_FLOAT, ONNX_INT32
+from fluxc.formats.forms import ONNX_E2M1, e8m0_scales
 from fluxc.models.base import Linear
 from fluxc.targets.forms import Forms
 
@@ -55,10 +54,7 @@ def nvfp4(graph: Nodes, layer: Linear, x: str, output: str) -> None:
 def mxfp4(graph: Nodes, layer: Linear, x: str, output: str) -> None:
     """4: in place of the format's reference form, which looks values up, so that the weight would be unfolded."""
     weight = f"{layer.name}.weight"
-    powers = [2.0 ** (code - 127) for code in range(255)] + [math.nan]
-    table = graph.constant("e8m0_values", ONNX_FLOAT, [256], powers)
-    exponents = graph.node("Cast", [graph.tensor(f"{weight}_scale")], f"{layer.name}/exponents", to=ONNX_INT32)
-    scales = graph.node("Gather", [table, exponents], f"{layer.name}/block_scales", axis=0)
+    scales = e8m0_scales(graph, layer.name)
     parts = [graph.tensor(weight, ONNX_E2M1), scales]
     dense = graph.node("DequantizeLinear", parts, f"{weight}/fp32", axis=1, block_size=MX_BLOCK)
     _product(graph, x, dense, layer, output)

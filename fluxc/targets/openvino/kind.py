@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,7 @@ from fluxc.graph.stage import ExportInputs
 from fluxc.recipe.targets import OpenVinoTarget
 from fluxc.targets.base import COMPONENTS, TargetContext, TargetKind, TargetWork
 from fluxc.targets.openvino import stage
-from fluxc.targets.parts import Weights
+from fluxc.targets.parts import Weights, place_graphs
 from fluxrt import manifest as format
 from fluxrt.backends import openvino_target
 from fluxrt.backends.openvino_target import PACKAGE, how_to_install, load_library
@@ -92,15 +91,7 @@ class OpenVino(TargetKind[OpenVinoTarget, openvino_target.OpenVinoTarget]):
         self, entry: openvino_target.OpenVinoTarget, folder: Path, staging: Path
     ) -> openvino_target.OpenVinoTarget:
         """The graphs; those that are the same to the byte as another target's share its file."""
-        graphs = {}
-        for name, graph in entry.graphs.items():
-            content, file = (folder / graph.file).read_bytes(), graph.file
-            if (staging / file).exists() and (staging / file).read_bytes() != content:
-                file = f"{graph.file.removesuffix('.openvino.onnx')}.{entry.name}.onnx"
-            if not (staging / file).exists():
-                shutil.copyfile(folder / graph.file, staging / file)
-            graphs[name] = msgspec.structs.replace(graph, file=file)
-        return msgspec.structs.replace(entry, graphs=graphs)
+        return msgspec.structs.replace(entry, graphs=place_graphs(entry.name, entry.graphs, folder, staging))
 
     def evidence(self, entry: openvino_target.OpenVinoTarget) -> dict[str, Any]:
         """The OpenVINO that the graphs were audited with, and what was found in them."""

@@ -8,6 +8,10 @@
 5. Of bound weights, a run copies block scales and vectors only, never a quantized or a Linear's weight.
 6. Every collective is there, of the kind and among as many ranks as asked for. TensorRT has been reported to forget the number
    of ranks when a plain attention follows; such a plan loads, and its collectives do nothing.
+
+Kinds of findings: `missing` (no kernel computes the layer), `format` (it runs in another one), `group` (a fusion group is
+several GEMMs), `attention` (not one fused kernel), `copy` (a run moves the whole weight); and, of the plan itself, `gpus`,
+`capture`, `allocation` (working memory that is allocated while it runs), `ranks`, `collective`.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from fluxc.targets.findings import Finding
 from fluxc.targets.tensorrt.program import Kernel, Program, Tensor, read_programs
 
 OPERAND = {"nvfp4": "fp4_e2m1", "fp8": "fp8_e4m3"}
@@ -42,23 +47,6 @@ class Expected:
 
 WAIVABLE = ("missing", "format", "group", "attention", "copy")
 """Kinds of findings that cost speed or precision of a layer; anything else means another plan than was asked for."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something in a plan that is not as it must be.
-
-    Kinds: `missing` (no kernel computes the layer), `format` (it runs in another one), `group` (a fusion group is several
-    GEMMs), `attention` (not one fused kernel), `copy` (a run moves the whole weight); and, of the plan itself, `gpus`,
-    `capture`, `allocation` (working memory that is allocated while it runs), `ranks`, `collective`.
-    """
-
-    kind: str
-    layers: tuple[str, ...]
-    text: str
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.layers)}: {self.text}" if self.layers else self.text
 
 
 @dataclass(frozen=True)

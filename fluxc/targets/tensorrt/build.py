@@ -21,7 +21,8 @@ from fluxc.formats.bf16 import BF16
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import Allow, TensorRTTarget
-from fluxc.targets.tensorrt.audit import WAIVABLE, Audit, Expected, Finding, audit
+from fluxc.targets.findings import Finding
+from fluxc.targets.tensorrt.audit import WAIVABLE, Audit, Expected, audit
 from fluxc.targets.tensorrt.builder import PlanRequest, build_plan
 from fluxc.targets.tensorrt.cut import MEMORY_A_BYTE, Component, Cut, Cutter
 from fluxc.targets.tensorrt.inspector import inspect

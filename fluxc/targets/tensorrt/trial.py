@@ -11,7 +11,8 @@ import msgspec
 import onnx
 
 from fluxc.base.errors import BuildError
-from fluxc.targets.tensorrt.audit import Audit, Expected, Finding
+from fluxc.targets.findings import Finding
+from fluxc.targets.tensorrt.audit import Audit, Expected
 from fluxc.targets.tensorrt.build import build_audited
 from fluxc.targets.tensorrt.builder import PlanRequest
 from fluxc.targets.tensorrt.timing import LooseFiles, time_program

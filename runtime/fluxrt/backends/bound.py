@@ -4,42 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fluxrt.manifest import dimension_size
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy as np
-
-    from fluxrt.manifest import Port
-
-
-class Pool:
-    """Arrays for results. One that a buffer holds, or that was given to a caller, is not written to."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[tuple[str, str], list[np.ndarray]] = {}
-
-    def take(self, graph: str, port: Port, sizes: Mapping[str, int], buffers: Mapping[str, Any]) -> np.ndarray:
-        """An array for the result `port` of `graph`, one that is none of `buffers`."""
-        import numpy as np
-
-        own = self._arrays.setdefault((graph, port.name), [])
-        held = {id(array) for array in buffers.values()}
-        free = next((array for array in own if id(array) not in held), None)
-        if free is None:
-            free = np.empty([dimension_size(dimension, sizes) for dimension in port.shape], port.dtype)
-            own.append(free)
-        return free
-
-    def give(self, array: np.ndarray) -> None:
-        """Let go of `array`, which a caller has now."""
-        for own in self._arrays.values():
-            own[:] = [other for other in own if other is not array]
-
-    def clear(self) -> None:
-        """Let go of all."""
-        self._arrays.clear()
 
 
 class Bound:

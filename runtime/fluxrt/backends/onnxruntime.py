@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxrt.backends.bound import Bound, Pool
-from fluxrt.backends.graphs import graph_of, working_memory
+from fluxrt.backends.arrays import ArrayBackend
+from fluxrt.backends.bound import Bound
+from fluxrt.backends.graphs import working_memory
 from fluxrt.backends.saturation import saturates
 from fluxrt.checks import check_threads
 from fluxrt.cores import allowed_cores, usable_cores
@@ -23,13 +24,13 @@ from fluxrt.unfold import unfold, unfolded_bytes
 from fluxrt.weights import component_weights, weights_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
 
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
-    from fluxrt.manifest import Graph, OnnxRuntimeTarget, Port, Sharding
+    from fluxrt.manifest import Graph, OnnxRuntimeTarget, Sharding, Unfold
 
 
 LOG = logging.getLogger("fluxrt")
@@ -98,94 +99,46 @@ def _default_threads() -> int | None:
     return usable if usable < allowed_cores() else None
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(ArrayBackend):
     """Sessions are made when a graph first runs and kept for the life of the backend; buffers are numpy arrays.
 
     The body of a sharded target is several graphs; `group` carries out the exchanges between them.
     """
 
+    _target: OnnxRuntimeTarget
+
     def __init__(
         self, bundle: Bundle, target: OnnxRuntimeTarget, threads: int | None = None, group: Group | None = None
     ) -> None:
-        self._bundle = bundle
-        self._target = target
+        super().__init__(bundle, target)
         self._threads = _default_threads() if threads is None else check_threads(threads)
         self._group = group
         self._last_uses: list[list[str]] = []
         self._sessions: dict[str, Any] = {}
-        self._buffers: dict[str, Any] = {}
-        self._sizes: dict[str, int] = {}
         self._takes_turns = False
         self._unfolded: dict[str, dict[str, np.ndarray]] = {}
         self._bound: dict[str, Bound] = {}
-        self._pool = Pool()
+        self._loaded: dict[str, Graph] = {}
         self._faster: frozenset[str] | None = None
-        self._gathered: Any = None
-        self.notes: list[str] = []
 
-    def prepare(self, sizes: dict[str, int]) -> None:
-        """Sessions take any size; results are held against these."""
-        if sizes != self._sizes:
-            self._pool.clear()
-        self._sizes = dict(sizes)
-
-    def put(self, name: str, array: np.ndarray) -> None:
-        """Fill a buffer; the array itself is kept."""
-        self._buffers[name] = array
-
-    def get(self, name: str) -> np.ndarray:
-        """A buffer's content; BackendError when nothing was put or computed under this name."""
-        array: np.ndarray = self._buffer(name)
-        # Whoever has it may keep it.
-        self._pool.give(array)
-        return array
-
-    def run(self, graphs: tuple[str, ...], feedback: Mapping[str, str] | None = None) -> None:
-        """Run graphs in order; raises BackendError when one is missing, does not load, or an input is missing."""
-        for graph in graphs:
-            if graph == "body" and self._target.sharding:
-                self._run_sharded(self._target.sharding)
-            else:
-                self._run_one(graph)
-        for source, target in (feedback or {}).items():
-            self._buffers[target] = self._buffers.pop(source)
+    def _run_graph(self, graph: str) -> None:
+        if graph == "body" and self._target.sharding:
+            self._run_sharded(self._target.sharding)
+        else:
+            self._run_one(graph)
 
     def outputs(self, graph: str) -> tuple[str, ...]:
         """The results of `graph`."""
         last = self._target.sharding.body[-1] if graph == "body" and self._target.sharding else graph
-        return tuple(port.name for port in self._described(str(last)).outputs)
-
-    def save(self, name: str) -> np.ndarray:
-        """A buffer's array, which none writes to again."""
-        return self.get(name)
-
-    def restore(self, name: str, saved: np.ndarray) -> None:
-        """Put what `save` gave."""
-        self.put(name, saved)
-
-    def place(self, source: str, target: str, number: int) -> None:
-        """The buffer itself of a single image; those of several are gathered on the host."""
-        import numpy as np
-
-        images = self._sizes["images"]
-        if images == 1:
-            self._buffers[target] = self._buffer(source)
-            return
-        rows = self.save(source)
-        if number == 0:
-            self._gathered = np.empty((images * len(rows), *rows.shape[1:]), rows.dtype)
-        self._gathered[number * len(rows) : (number + 1) * len(rows)] = rows
-        if number == images - 1:
-            self.restore(target, self._gathered)
+        return super().outputs(str(last))
 
     def keep(self, graphs: tuple[str, ...] | None) -> None:
         """Drop the sessions of other graphs, with what they mapped, and return their memory to the system."""
         self._takes_turns = graphs is not None
         others = [name for name in self._sessions if graphs is not None and name.partition("-")[0] not in graphs]
         for name in others:
-            del self._sessions[name]
-            self._unfolded.pop(name, None)
-            self._bound.pop(name, None)
+            for held in (self._sessions, self._loaded, self._unfolded, self._bound):
+                held.pop(name, None)
         # Whether there is room to unfold is another question now.
         self._faster = None
         if others:
@@ -200,7 +153,7 @@ class OnnxRuntimeBackend:
         return Need(self._needed(self._target.graphs, sizes), self._free_memory(), self._where)
 
     def _needed(self, graphs: Iterable[str], sizes: dict[str, int]) -> int:
-        described = [self._target.graphs[graph] for graph in graphs]
+        described = [self._loaded.get(graph, self._target.graphs[graph]) for graph in graphs]
         weights = {file for graph in described for file in weights_files(self._bundle, graph.weights)}
         gone = {(graph.weights, name) for graph in described for one in graph.unfolded for name in one.tensors}
         stored = {entry: component_weights(self._bundle, entry) for entry in {entry for entry, _ in gone}}
@@ -215,22 +168,14 @@ class OnnxRuntimeBackend:
     def _free_memory(self) -> int | None:
         return available_memory()
 
-    def synchronize(self) -> None:
-        """Nothing to wait for: a session returns when it is done."""
-
     def close(self) -> None:
         """Drop sessions and buffers."""
-        self._sessions.clear()
-        self._unfolded.clear()
-        self._bound.clear()
-        self._pool.clear()
-        self._buffers.clear()
+        for held in (self._sessions, self._loaded, self._unfolded, self._bound):
+            held.clear()
+        super().close()
 
     def _run_one(self, graph: str) -> None:
-        described = self._described(graph)
-        missing = [port.name for port in described.inputs if port.name not in self._buffers]
-        if missing:
-            raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
+        described = self._ready(graph)
         results = self._run(graph, self._session(graph), described)
         for port, result in zip(described.outputs, results, strict=True) if self._sizes else ():
             self._check_shape(described.file, port, self._shape_of(result))
@@ -312,23 +257,6 @@ class OnnxRuntimeBackend:
         shape: tuple[int, ...] = result.shape
         return shape
 
-    def _check_shape(self, file: str, port: Port, shape: tuple[int, ...]) -> None:
-        """Refuse a result of another shape than the manifest says, for the sizes that were prepared."""
-        wanted = tuple(dimension_size(dimension, self._sizes) for dimension in port.shape)
-        if shape != wanted:
-            raise BundleError(
-                f"{self._bundle.path(file)}: its result {port.name!r} has shape {list(shape)}, the manifest says "
-                f"{list(port.shape)}; the bundle is damaged: copy it again or rebuild it"
-            )
-
-    def _buffer(self, name: str) -> Any:
-        if name not in self._buffers:
-            raise BackendError(f"nothing has produced {name!r}")
-        return self._buffers[name]
-
-    def _described(self, graph: str) -> Graph:
-        return graph_of(self._bundle, self._target, graph)
-
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
             import onnxruntime
@@ -337,10 +265,11 @@ class OnnxRuntimeBackend:
             path = self._bundle.checked_file(variant.file)
             began = time.perf_counter()
             try:
-                self._sessions[graph] = self._open(graph, str(path))
+                session = self._open(graph, str(path))
                 opened = time.perf_counter()
                 if variant.unfolded:
                     self._unfolded[graph] = self._unfold(variant)
+                self._sessions[graph], self._loaded[graph] = session, variant
                 LOG.debug(
                     "graph %s: loaded in %.2f s, and weights made of those stored in %.2f s",
                     graph,
@@ -383,7 +312,7 @@ class OnnxRuntimeBackend:
             self._faster = frozenset()
             graphs = self._target.graphs
             everything = {graph.weights for graph in graphs.values()}
-            if sum(self._extra(name) for name in graphs) <= LITTLE:
+            if sum(unfolded_bytes(_faster(graph)) for graph in graphs.values()) <= LITTLE:
                 self._faster = frozenset(everything)
             together = list(graphs)
             for weights in () if self._faster or is_repeatable() else (everything, {graphs["prologue"].weights}):
@@ -397,10 +326,15 @@ class OnnxRuntimeBackend:
         return self._faster
 
     def _extra(self, graph: str) -> int:
-        """Bytes that the faster variant of a graph takes on every rank together."""
-        variant = self._target.graphs[graph].faster_variant
+        """Bytes that the faster variant of a graph still takes, on every rank together."""
         ranks = self._group.ranks if self._group else 1
-        return ranks * unfolded_bytes(variant.unfolded) if variant and graph not in self._unfolded else 0
+        return 0 if graph in self._unfolded else ranks * unfolded_bytes(_faster(self._target.graphs[graph]))
+
+
+def _faster(graph: Graph) -> tuple[Unfold, ...]:
+    """What is unfolded for the faster variant of a graph; nothing where it has none."""
+    variant = graph.faster_variant
+    return variant.unfolded if variant else ()
 
 
 def _failed(described: Graph, error: Exception) -> BackendError:

@@ -6,7 +6,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from fluxrt.backends.graphs import graph_of, working_memory
+from fluxrt.backends.arrays import ArrayBackend
+from fluxrt.backends.graphs import working_memory
 from fluxrt.backends.openvino_cache import CompiledGraphs
 from fluxrt.backends.openvino_device import WORDS, settings, settle
 from fluxrt.backends.openvino_graph import read_executed
@@ -14,19 +15,17 @@ from fluxrt.backends.openvino_target import load_library
 from fluxrt.backends.openvino_weights import int8_rows, keep_compressed, weight_bytes
 from fluxrt.checks import check_threads
 from fluxrt.cores import usable_cores
-from fluxrt.errors import BackendError, BundleError
+from fluxrt.errors import BackendError
 from fluxrt.manifest import dimension_size
 from fluxrt.memory import Need, available_memory, return_memory
 from fluxrt.weights import component_weights, weights_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
 
     from fluxrt.backends.openvino_target import OpenVinoTarget
     from fluxrt.bundle import Bundle
-    from fluxrt.manifest import Graph, Port
+    from fluxrt.manifest import Graph
 
 
 LOG = logging.getLogger("fluxrt")
@@ -38,21 +37,19 @@ HELD = {
 """Bytes in memory for each stored byte of a weight, on the CPU: what is mapped or unfolded, and the copy that kernels read."""
 
 
-class OpenVinoBackend:
-    """Graphs are compiled when they first run, and kept; on an NPU for one size at a time, elsewhere for any.
+class OpenVinoBackend(ArrayBackend):
+    """Graphs are compiled when they first run, and kept; on an NPU for one size at a time, elsewhere for any."""
 
-    Buffers are numpy arrays. A graph's results lie in arrays of the backend's own, which its next run fills again.
-    """
+    _target: OpenVinoTarget
 
     def __init__(self, bundle: Bundle, target: OpenVinoTarget, threads: int | None = None) -> None:
         openvino = load_library()
-        self._bundle, self._target = bundle, target
+        super().__init__(bundle, target)
         self._version = str(openvino.__version__).partition("-")[0]
         self._core = openvino.Core()
         self._settled = settle(self._core, target.plugin, target.compute)
         threads = usable_cores() if threads is None else check_threads(threads)
         self._settings, unknown = settings(self._core, self._settled, target.performance, threads)
-        self.notes: list[str] = []
         for note in (*self._settled.notes, *unknown):
             self._note(note)
         self._kept = CompiledGraphs(self._settled.device, self._version, self._note)
@@ -67,63 +64,13 @@ class OpenVinoBackend:
         }
         self._requests: dict[str, Any] = {}
         self._ran: set[str] = set()
-        self._buffers: dict[str, np.ndarray] = {}
-        self._spare: dict[str, np.ndarray] = {}
-        self._ours: dict[int, np.ndarray] = {}
         self._set: dict[tuple[str, str], np.ndarray] = {}
-        self._sizes: dict[str, int] = {}
-        self._gathered: Any = None
 
     def prepare(self, sizes: dict[str, int]) -> None:
         """Results are held against these sizes; where graphs are for one size, those of another are dropped."""
-        if sizes != self._sizes:
-            self._spare.clear()
-            self._ours.clear()
-            if self._settled.static:
-                self._drop(list(self._requests))
-        self._sizes = dict(sizes)
-
-    def put(self, name: str, array: np.ndarray) -> None:
-        """Fill a buffer; the array itself is kept."""
-        self._buffers[name] = array
-
-    def get(self, name: str) -> np.ndarray:
-        """A copy of a buffer's content; BackendError when nothing was put or computed under this name."""
-        return self._buffer(name).copy()
-
-    def run(self, graphs: tuple[str, ...], feedback: Mapping[str, str] | None = None) -> None:
-        """Run graphs in order; raises BackendError when one is missing, does not load, or an input is missing."""
-        for graph in graphs:
-            self._run_one(graph)
-        for source, target in (feedback or {}).items():
-            # What the next run of the graph reads is not what it writes.
-            before = self._buffers.get(target)
-            self._buffers[target] = self._buffers.pop(source)
-            if before is not None and before.shape == self._buffers[target].shape and self._is_ours(before):
-                self._spare[source] = before
-
-    def outputs(self, graph: str) -> tuple[str, ...]:
-        """The results of `graph`."""
-        return tuple(port.name for port in self._described(graph).outputs)
-
-    def save(self, name: str) -> np.ndarray:
-        """A copy of a buffer's array."""
-        return self.get(name)
-
-    def restore(self, name: str, saved: np.ndarray) -> None:
-        """Put what `save` gave."""
-        self.put(name, saved)
-
-    def place(self, source: str, target: str, number: int) -> None:
-        """The rows of all images are gathered in an array of their own."""
-        import numpy as np
-
-        images, rows = self._sizes["images"], self._buffer(source)
-        if number == 0:
-            self._gathered = np.empty((images * len(rows), *rows.shape[1:]), rows.dtype)
-        self._gathered[number * len(rows) : (number + 1) * len(rows)] = rows
-        if number == images - 1:
-            self._buffers[target] = self._gathered
+        if sizes != self._sizes and self._settled.static:
+            self._drop(list(self._requests))
+        super().prepare(sizes)
 
     def keep(self, graphs: tuple[str, ...] | None) -> None:
         """Drop other graphs, with their weights, and return their memory to the system."""
@@ -140,22 +87,17 @@ class OpenVinoBackend:
         working = working_memory(self._target.graphs, self._bundle, sizes)
         return Need(weights + working, available_memory(), "memory")
 
-    def synchronize(self) -> None:
-        """Nothing to wait for: a request returns when it is done."""
-
     def close(self) -> None:
         """Drop graphs and buffers."""
         self._requests.clear()
-        for held in (self._buffers, self._spare, self._ours, self._set):
-            held.clear()
+        self._set.clear()
+        super().close()
 
-    def _run_one(self, graph: str) -> None:
-        described = self._described(graph)
-        missing = [port.name for port in described.inputs if port.name not in self._buffers]
-        if missing:
-            raise BackendError(f"graph {graph!r} needs {', '.join(missing)}, which nothing has produced")
+    def _run_graph(self, graph: str) -> None:
+        described = self._ready(graph)
         request = self._request(graph)
-        results = self._results(described)
+        ports = described.outputs if self._sizes else ()
+        results = {port.name: self._pool.take(graph, port, self._sizes, self._buffers) for port in ports}
         try:
             for port in described.inputs:
                 self._set_tensor(graph, request, port.name, self._buffers[port.name])
@@ -175,26 +117,6 @@ class OpenVinoBackend:
             self._ran.add(graph)
             self._check_executed(graph, request)
 
-    def _results(self, described: Graph) -> dict[str, np.ndarray]:
-        """The arrays that a graph's results go to; none before sizes are known."""
-        import numpy as np
-
-        found = {}
-        for port in described.outputs if self._sizes else ():
-            shape = tuple(dimension_size(dimension, self._sizes) for dimension in port.shape)
-            array = self._spare.pop(port.name, None)
-            if array is None or array.shape != shape:
-                array = self._buffers.get(port.name)
-            if array is None or array.shape != shape or not self._is_ours(array):
-                array = np.empty(shape, port.dtype)
-                self._ours[id(array)] = array
-            found[port.name] = array
-        return found
-
-    def _is_ours(self, array: np.ndarray) -> bool:
-        """Whether this backend made the array for a result; what was put stays as it is."""
-        return self._ours.get(id(array)) is array
-
     def _set_tensor(self, graph: str, request: Any, name: str, array: np.ndarray) -> None:
         """Give `request` the array's own memory, once."""
         import numpy as np
@@ -206,15 +128,6 @@ class OpenVinoBackend:
         request.set_tensor(name, Tensor(shared, shared_memory=True))
         # What was set must live as long; a copy is made anew, since its original may change.
         self._set[graph, name] = shared
-
-    def _check_shape(self, file: str, port: Port, shape: tuple[int, ...]) -> None:
-        """Refuse a result of another shape than the manifest says, for the sizes that were prepared."""
-        wanted = tuple(dimension_size(dimension, self._sizes) for dimension in port.shape) if self._sizes else shape
-        if shape != wanted:
-            raise BundleError(
-                f"{self._bundle.path(file)}: its result {port.name!r} has shape {list(shape)}, the manifest says "
-                f"{list(port.shape)}; the bundle is damaged: copy it again or rebuild it"
-            )
 
     def _check_executed(self, graph: str, request: Any) -> None:
         """Note products that the CPU computes in another precision than was settled on."""
@@ -273,14 +186,6 @@ class OpenVinoBackend:
             self._set = {key: array for key, array in self._set.items() if key[0] != graph}
         if graphs:
             return_memory()
-
-    def _buffer(self, name: str) -> np.ndarray:
-        if name not in self._buffers:
-            raise BackendError(f"nothing has produced {name!r}")
-        return self._buffers[name]
-
-    def _described(self, graph: str) -> Graph:
-        return graph_of(self._bundle, self._target, graph)
 
     def _note(self, note: str) -> None:
         """Say what is not as it was asked for, once, in the log and in `notes`."""
