@@ -38,6 +38,7 @@ from fluxrt.manifest import OnnxRuntimeTarget
 from fluxrt.memory import repeatable
 from fluxrt.pipeline import starting_noise
 from fluxrt.request import Request
+from fluxrt.unfold import unfolded_bytes
 from quick import QUICK
 
 sys.path.insert(0, str(NANO.parent.parent / "benchmarks"))
@@ -140,8 +141,8 @@ def test_a_cpu_whose_products_saturate_computes_the_same_to_the_bit(
     monkeypatch.setattr(
         OnnxRuntimeBackend,
         "_open",
-        lambda self, graph, path, usual=OnnxRuntimeBackend._open: (
-            opened.append(Path(path).name) or usual(self, graph, path)
+        lambda self, graph, path, constants, usual=OnnxRuntimeBackend._open: (
+            opened.append(Path(path).name) or usual(self, graph, path, constants)
         ),
     )
     with fluxrt.load(quick_bundle, target="onnxruntime") as pipeline:
@@ -214,8 +215,8 @@ def test_weights_are_unfolded_where_there_is_room(
     monkeypatch.setattr(
         OnnxRuntimeBackend,
         "_open",
-        lambda self, graph, path, usual=OnnxRuntimeBackend._open: (
-            opened.append(Path(path).name) or usual(self, graph, path)
+        lambda self, graph, path, constants, usual=OnnxRuntimeBackend._open: (
+            opened.append(Path(path).name) or usual(self, graph, path, constants)
         ),
     )
     with fluxrt.load(nano_bundle, target="onnxruntime-exact") as pipeline:
@@ -265,7 +266,7 @@ def test_what_int8_rows_take_is_predicted(quick_bundle: Path) -> None:
         before = backend.need(backend._sizes)
         pipeline.generate(Request(PROMPT, steps=1))
         after = backend.need(backend._sizes)
-        made = sum(array.nbytes for arrays in backend._unfolded.values() for array in arrays.values())
+        made = sum(unfolded_bytes(backend._target.graphs[name].unfolded) for name in backend._sessions)
         assert before is not None
         assert after is not None
         assert before.resident - after.resident == made > 1 << 20
@@ -294,11 +295,13 @@ def body() -> onnx.ModelProto:
 
 
 def test_fused_graphs_compute_the_same_in_fewer_operators() -> None:
-    """Rotary embedding and modulated normalization; what diffusers computes, tests/test_parity.py holds them against."""
+    """Rotary embedding, modulated normalization and attention; what diffusers computes, tests/test_parity.py holds them against."""
     model = body()
     after = fused(model)
     before_ops, ops = (Counter(node.op_type for node in graph.graph.node) for graph in (model, after))
     assert ops["RotaryEmbedding"] == 4
+    assert ops["MultiHeadAttention"] == before_ops["Attention"] == 2
+    assert ops["Attention"] == ops["Transpose"] == 0
     assert ops["Slice"] < before_ops["Slice"]
     assert ops["Mul"] + ops["Add"] <= before_ops["Mul"] + before_ops["Add"] - 16
     arguments = argument_names(model)

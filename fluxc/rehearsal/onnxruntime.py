@@ -5,6 +5,7 @@ MatMulBlockQuantizedFp4Weight is written out here from the operator's schema.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class MadeUpCudaBackend(OnnxRuntimeBackend):
         """Put what `save` gave."""
         self._buffers[name] = saved
 
-    def _open(self, graph: str, path: str) -> ReferenceEvaluator:
+    def _open(self, graph: str, path: str, constants: Mapping[str, np.ndarray]) -> ReferenceEvaluator:
         return ReferenceEvaluator(onnx.load(path), new_ops=OPERATORS)
 
     def _run(self, graph: str, session: ReferenceEvaluator, described: Graph) -> list[Any]:

@@ -2,7 +2,8 @@
 
 1. Rotary embedding of neighbouring pairs, traced as slices, a concatenation, products and a sum: RotaryEmbedding.
 2. LayerNormalization without weights, then a factor and a shift from the modulation: its own scale and bias.
-3. A Linear whose output is cut apart (queries, keys, values, the two halves of an MLP): where forms can compute a part of a
+3. Attention between transpositions of heads: MultiHeadAttention, which needs none, and holds no matrix of all scores.
+4. A Linear whose output is cut apart (queries, keys, values, the two halves of an MLP): where forms can compute a part of a
    weight's rows, the parts are Linears of their own (`parts_of`), and nothing is copied.
 """
 
@@ -22,7 +23,7 @@ from fluxc.graph import LINEAR_DOMAIN
 
 
 def fused(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with 1 and 2, wherever they occur; the same values but for rounding."""
+    """`model` with 1 to 3, wherever they occur; the same values but for rounding."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = _Graph(copy.graph)
@@ -30,8 +31,10 @@ def fused(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in model.graph.node:
         if node.op_type == "Add":
             found = _rotary(graph, node) or _modulated(graph, node)
-            if found:
-                replaced[node.output[0]] = found
+        else:
+            found = _attention(graph, node) if node.op_type == "Transpose" else None
+        if found:
+            replaced[node.output[0]] = found
     if not replaced:
         return model
     nodes = [new for node in model.graph.node for new in replaced.get(node.output[0], [node])]
@@ -144,6 +147,23 @@ class _Graph:
         """An attribute's value."""
         return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
+    def heads(self, value: str) -> int | None:
+        """H of a value [B, T, H, D] that is known by the shape it was given; None for others."""
+        node = self.made.get(value)
+        while node is not None and node.op_type in ("Concat", "Add", "Mul", "RMSNormalization"):
+            if node.op_type == "Concat" and self.attribute(node, "axis", 0) != 1:
+                return None
+            value = node.input[0]
+            node = self.made.get(value)
+        if node is None or node.op_type != "Reshape":
+            return None
+        shape = self.made.get(node.input[1])
+        if shape is not None and shape.op_type == "Concat" and len(shape.input) == 4:
+            number = self.constants.get(shape.input[2])
+            return None if number is None else int(number.reshape(-1)[0])
+        given = self.constants.get(node.input[1])
+        return int(given[2]) if given is not None and given.size == 4 and given[2] > 0 else None
+
     def constant(self, name: str, values: Iterable[int]) -> str:
         """An int64 vector of the graph."""
         if name not in self.constants:
@@ -211,6 +231,40 @@ def _rotary_nodes(graph: _Graph, x: str, heads: int, output: str) -> list[onnx.N
     turned = add("RotaryEmbedding", [flat, *halves], f"{output}/turned", num_heads=heads, interleaved=1)
     add("Reshape", [turned, apart], output)
     return nodes
+
+
+HEADS_LAST = [0, 2, 1, 3]
+"""[B, T, H, D] to [B, H, T, D], and back."""
+
+
+def _attention(graph: _Graph, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+    """Attention on transposed queries, keys and values [B, T, H, D], and its result transposed back by `node`; None if it is
+    something else."""
+    attention = graph.maker(node.input[0], "Attention")
+    if attention is None or len(attention.input) != 3 or len(attention.output) != 1 or not _is_turned(graph, node):
+        return None
+    turned = [graph.maker(name, "Transpose") for name in attention.input]
+    heads = {graph.heads(maker.input[0]) for maker in turned if maker is not None and _is_turned(graph, maker)}
+    is_plain = not graph.attribute(attention, "is_causal", 0) and not graph.attribute(attention, "softcap", 0.0)
+    if None in turned or len(heads - {None}) != 1 or len(graph.users[node.input[0]]) != 1 or not is_plain:
+        return None
+    number = next(iter(heads - {None}))
+    scale = graph.attribute(attention, "scale", None)
+    output, merged = node.output[0], graph.constant("fused/merged", [0, 0, -1])
+    flat = [f"{output}/{part}" for part in ("queries", "keys", "values")]
+    nodes = [
+        helper.make_node("Reshape", [maker.input[0], merged], [name])
+        for maker, name in zip(turned, flat, strict=True)
+        if maker is not None
+    ]
+    how = {"num_heads": number} | ({} if scale is None else {"scale": scale})
+    nodes.append(helper.make_node("MultiHeadAttention", flat, [f"{output}/flat"], domain="com.microsoft", **how))
+    apart = graph.constant(f"fused/{number}", [0, 0, number, -1])
+    return [*nodes, helper.make_node("Reshape", [f"{output}/flat", apart], [output])]
+
+
+def _is_turned(graph: _Graph, node: onnx.NodeProto) -> bool:
+    return list(graph.attribute(node, "perm", [])) == HEADS_LAST
 
 
 def _modulated(graph: _Graph, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:

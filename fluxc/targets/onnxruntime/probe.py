@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -114,8 +115,13 @@ class ProbingBackend(OnnxRuntimeBackend):
         operands = [value for gemm in suspects for value in gemm.operands]
         if not operands:
             return {}
-        content = variant.telling(operands)
-        session = open_session(str(variant.path), self._threads, has_arena=False, content=content)
+        content, path = variant.telling(operands), str(variant.path)
+        loaded, held = self._variant(variant.graph), self._unfolded[variant.graph]
+        # What was packed is held by the session alone.
+        packed = [entry for entry in loaded.unfolded if not held.keys() >= set(input_names(entry))]
+        made = self._unfold(msgspec.structs.replace(loaded, unfold=tuple(packed))) if packed else {}
+        constants = {name: array for name, array in made.items() if name not in held}
+        session = open_session(path, self._threads, has_arena=False, content=content, constants=constants)
         return _of_one_value(operands, self._results(variant.graph, session, described, told(operands)))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrt.backends.arrays import ArrayBackend
 from fluxrt.backends.bound import Bound
 from fluxrt.backends.graphs import working_memory
+from fluxrt.backends.packed import copies, give, with_constants
 from fluxrt.backends.saturation import saturates
 from fluxrt.checks import check_threads
 from fluxrt.cores import allowed_cores, usable_cores
@@ -24,7 +25,7 @@ from fluxrt.unfold import unfold, unfolded_bytes
 from fluxrt.weights import component_weights, weights_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import numpy as np
 
@@ -70,12 +71,14 @@ def open_session(
     *,
     reserves: bool = True,
     content: bytes | None = None,
+    constants: Mapping[str, np.ndarray] | None = None,
 ) -> Any:
     """A session on the CPU of the graph file at `path`; `folded` None lets ONNX Runtime fold constants of any size.
 
     An arena keeps what the widest layer took for the next one: faster, and too much where components take turns. One that
     `reserves` takes all that a run took in one piece from the second run of a shape on, beside what the first one left.
-    `content` is a graph to load in place of the file's, with weights in the same folder.
+    `content` is a graph to load in place of the file's, with weights in the same folder. Inputs that `constants` names become
+    constants (fluxrt.backends.packed).
     """
     import onnxruntime
 
@@ -86,6 +89,9 @@ def open_session(
     options.enable_mem_pattern = reserves
     if threads:
         options.intra_op_num_threads = threads
+    if constants:
+        content = with_constants(Path(path).read_bytes() if content is None else content, constants)
+        give(options, constants)
     if content is not None:
         options.add_session_config_entry(WEIGHTS_FOLDER, str(Path(path).parent))
     # Otherwise it prints what goes wrong and tries again.
@@ -239,14 +245,15 @@ class OnnxRuntimeBackend(ArrayBackend):
             raise _failed(described, error) from error
         return results
 
-    def _open(self, graph: str, path: str) -> Any:
-        """A session of the graph file at `path`."""
+    def _open(self, graph: str, path: str, constants: Mapping[str, np.ndarray]) -> Any:
+        """A session of the graph file at `path`, with these inputs as constants."""
         return open_session(
             path,
             self._threads,
             has_arena=not self._takes_turns,
             reserves=graph not in DECODE,
             content=self._content(graph, path),
+            constants=constants,
         )
 
     def _content(self, graph: str, path: str) -> bytes | None:
@@ -259,31 +266,52 @@ class OnnxRuntimeBackend(ArrayBackend):
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
-            import onnxruntime
-
-            variant = self._variant(graph)
-            path = self._bundle.checked_file(variant.file)
-            began = time.perf_counter()
-            try:
-                session = self._open(graph, str(path))
-                opened = time.perf_counter()
-                if variant.unfolded:
-                    self._unfolded[graph] = self._unfold(variant)
-                self._sessions[graph], self._loaded[graph] = session, variant
-                LOG.debug(
-                    "graph %s: loaded in %.2f s, and weights made of those stored in %.2f s",
-                    graph,
-                    opened - began,
-                    time.perf_counter() - opened,
-                )
-            except (BackendError, BundleError):
-                raise
-            except Exception as error:  # onnxruntime's exceptions share no base class
-                raise BackendError(
-                    f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}; "
-                    "the bundle names the version it was built with under provenance.tools"
-                ) from error
+            for name in self._loading_order(graph):
+                self._load(name)
         return self._sessions[graph]
+
+    def _loading_order(self, graph: str) -> list[str]:
+        """The graphs to load when one is wanted: before it others of its component whose rows are to be packed, the largest
+        first, since that takes their memory twice for a moment."""
+        graphs = self._target.graphs
+        described = graphs.get(graph)
+        beside = [name for name, other in graphs.items() if described and other.weights == described.weights]
+        packed = {name: size for name in beside if (size := _packed_bytes(graphs[name])) and name not in self._sessions}
+        return [*sorted(packed.keys() - {graph}, key=lambda name: -packed[name]), graph]
+
+    def _load(self, graph: str) -> None:
+        import onnxruntime
+
+        variant = self._variant(graph)
+        path = self._bundle.checked_file(variant.file)
+        began = time.perf_counter()
+        try:
+            made = self._unfold(variant) if variant.unfolded else {}
+            unfolded = time.perf_counter()
+            # Weights in fp32 would gain little, and their sums would be of another order.
+            packed = {name: a for name, a in made.items() if a.itemsize == 1} if self._packs(variant) else {}
+            self._sessions[graph] = self._open(graph, str(path), packed)
+            self._loaded[graph] = variant
+            self._unfolded[graph] = {name: array for name, array in made.items() if name not in packed}
+            LOG.debug(
+                "graph %s: weights made of those stored in %.2f s, and loaded in %.2f s",
+                graph,
+                unfolded - began,
+                time.perf_counter() - unfolded,
+            )
+        except (BackendError, BundleError):
+            raise
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise BackendError(
+                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}; "
+                "the bundle names the version it was built with under provenance.tools"
+            ) from error
+
+    def _packs(self, variant: Graph) -> bool:
+        """Whether ONNX Runtime packs a graph's int8 weights, which takes their memory once more while it loads."""
+        extra = _packed_bytes(variant) * (self._group.ranks if self._group else 1)
+        free = self._free_memory()
+        return extra > 0 and (free is None or extra <= ROOM * free) and copies()
 
     def _unfold(self, variant: Graph) -> dict[str, np.ndarray]:
         """What is made of weights for a graph, on all of this backend's threads."""
@@ -335,6 +363,11 @@ def _faster(graph: Graph) -> tuple[Unfold, ...]:
     """What is unfolded for the faster variant of a graph; nothing where it has none."""
     variant = graph.faster_variant
     return variant.unfolded if variant else ()
+
+
+def _packed_bytes(graph: Graph) -> int:
+    """Bytes of the int8 rows that a graph takes."""
+    return unfolded_bytes(entry for entry in graph.unfolded if entry.form == "int8")
 
 
 def _failed(described: Graph, error: Exception) -> BackendError:

@@ -26,7 +26,7 @@ from fluxrt.system import check_driver
 from fluxrt.tiles import with_tiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import numpy as np
 
@@ -217,7 +217,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         results: list[Any] = binding.get_outputs()
         return results
 
-    def _open(self, graph: str, path: str) -> Any:
+    def _open(self, graph: str, path: str, constants: Mapping[str, np.ndarray]) -> Any:
         import onnxruntime
 
         options = session_options()
