@@ -153,7 +153,7 @@ def _e8m0_table() -> np.ndarray:
 
 @cache
 def e2m1_pairs() -> np.ndarray:
-    """The two values of every byte, fp32 pairs as complex64 [256]: one gather of eight bytes."""
+    """The two values of every byte, fp32 pairs as complex64 [256]."""
     import numpy as np
 
     values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -162,38 +162,76 @@ def e2m1_pairs() -> np.ndarray:
     return np.stack([values[byte & 15], values[byte >> 4]], axis=1).copy().view(np.complex64)[:, 0]
 
 
+@cache
+def _byte_pairs(values: str) -> np.ndarray:
+    """What two bytes that follow each other stand for, of e2m1 or e4m3: complex128 or complex64 [65536], so that one lookup
+    gives four values or two."""
+    import numpy as np
+
+    each = e2m1_pairs() if values == "e2m1" else e4m3_table()
+    both = np.stack([np.tile(each, 256), np.repeat(each, 256)], axis=1)
+    return both.view(np.complex128 if values == "e2m1" else np.complex64)[:, 0]
+
+
 def _dense(entry: Unfold, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """fp32 [out, in]."""
     import numpy as np
 
     rows, columns = len(codes), entry.shape[1]
     out = np.empty((rows, columns), np.float32)
-    for part in _pieces(rows, columns):
-        _values_into(out[part], entry, codes[part], scales[part] if scales.ndim else scales)
+    pieces = _Pieces(entry, codes, scales)
+    for part in pieces.of(slice(0, rows)):
+        pieces.values_into(out[part], part)
     return out
 
 
-def _pieces(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, PIECE // columns)
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+class _Pieces:
+    """Rows of a weight, few enough at a time to stay in a core's cache; what is worked in is allocated once."""
 
+    def __init__(self, entry: Unfold, codes: np.ndarray, scales: np.ndarray) -> None:
+        import numpy as np
 
-def _values_into(out: np.ndarray, entry: Unfold, codes: np.ndarray, scales: np.ndarray) -> None:
-    """The values of rows of the weight, with their scales, as fp32."""
-    import numpy as np
+        self._entry, self._codes, self._scales = entry, codes, scales
+        rows, columns = len(codes), entry.shape[1]
+        self._step = min(rows, max(1, PIECE // columns))
+        self._looks_up = entry.values in ("e2m1", "e4m3")
+        # Bytes are looked up two at a time where rows have an even number.
+        self._pairs = self._looks_up and codes.shape[1] % 2 == 0
+        self._table: np.ndarray = np.empty(0)
+        if self._looks_up:
+            bytewise = e2m1_pairs if entry.values == "e2m1" else e4m3_table
+            self._table = _byte_pairs(entry.values) if self._pairs else bytewise()
+        width = codes.shape[1] // 2 if self._pairs else codes.shape[1]
+        self._index = np.empty((self._step, width) if self._looks_up else 0, np.intp)
+        self._spread = np.empty((self._step, columns) if entry.block else 0, np.float32)
 
-    # "clip" spares numpy a copy; no byte is out of range.
-    if entry.values == "e2m1":
-        np.take(e2m1_pairs(), codes, out=out.view(np.complex64), mode="clip")
-    elif entry.values == "e4m3":
-        np.take(e4m3_table(), codes, out=out, mode="clip")
-    elif entry.values == "bfloat16":
-        np.left_shift(codes, 16, out=out.view(np.uint32), dtype=np.uint32)
-    else:
-        np.copyto(out, codes.view("<f2" if entry.values == "float16" else "<f4"))
-    if entry.scales:
-        # One long product is faster than many of a block each.
-        spread = np.repeat(scales, entry.block, axis=1) if entry.block else scales
+    def of(self, rows: slice) -> Iterator[slice]:
+        """The pieces of `rows`."""
+        step = self._step
+        return (slice(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step))
+
+    def values_into(self, out: np.ndarray, rows: slice) -> None:
+        """The values of one piece, with their scales, as fp32."""
+        import numpy as np
+
+        entry, codes = self._entry, self._codes[rows]
+        if self._looks_up:
+            index = self._index[: len(codes)]
+            np.copyto(index, codes.view("<u2") if self._pairs else codes)
+            # "clip" spares numpy a copy; no index is out of range.
+            np.take(self._table, index, out=out.view(self._table.dtype), mode="clip")
+        elif entry.values == "bfloat16":
+            np.left_shift(codes, 16, out=out.view(np.uint32), dtype=np.uint32)
+        else:
+            np.copyto(out, codes.view("<f2" if entry.values == "float16" else "<f4"))
+        if not entry.scales:
+            return
+        spread = self._scales[rows] if self._scales.ndim else self._scales
+        if entry.block:
+            # One long product is faster than many of a block each.
+            wide = self._spread[: len(codes)]
+            np.copyto(wide.reshape(len(codes), -1, entry.block), spread[:, :, None])
+            spread = wide
         np.multiply(out, spread, out=out)
 
 
@@ -204,14 +242,16 @@ def _int8_rows(entry: Unfold, codes: np.ndarray, scales: np.ndarray, signed: boo
     rows, columns = len(codes), entry.shape[1]
     out = np.empty((columns, rows), np.int8 if signed else np.uint8)
     largest = np.empty(rows, np.float32)
+    pieces = _Pieces(entry, codes, scales)
+    narrow = np.empty((min(TURNED, rows), columns), out.dtype)
+    values = np.empty((min(len(narrow), max(1, PIECE // columns)), columns), np.float32)
     for first in range(0, rows, TURNED):
-        narrow = np.empty((min(TURNED, rows - first), columns), out.dtype)
-        for part in _pieces(len(narrow), columns):
-            own = slice(first + part.start, first + part.stop)
-            values = np.empty((part.stop - part.start, columns), np.float32)
-            _values_into(values, entry, codes[own], scales[own] if scales.ndim else scales)
-            largest[own] = round_rows(values, narrow[part])
-        _turn(narrow, out[:, first : first + TURNED])
+        last = min(first + TURNED, rows)
+        for part in pieces.of(slice(first, last)):
+            own = values[: part.stop - part.start]
+            pieces.values_into(own, part)
+            largest[part] = round_rows(own, narrow[part.start - first : part.stop - first])
+        _turn(narrow[: last - first], out[:, first:last])
     return out, row_scales(largest)
 
 

@@ -8,6 +8,8 @@
 4. Every attention is one kernel: softmax and both products.
 5. No part of a graph that is no Linear is computed in another precision than asked for.
 
+A graph whose products take sines of the step's time is computed in fp32 in any case (Settled.for_graph).
+
 Where this machine lacks the precision, graphs are audited in fp32; `computed_in` says so.
 
 Kinds of findings: `missing` (no product computes the layer), `precision` (it is computed in another one), `weight` (it is held
@@ -98,6 +100,7 @@ def audit_graph(core: Any, file: Path, expected: Expected, settled: Settled) -> 
     that are never written, and E4M3 is unfolded for one layer of each shape.
     """
     model = core.read_model(str(file))
+    settled = settled.for_graph(model)
     read = attentions_of(model)
     keep_compressed(model)
     known, _ = settings(core, settled, "latency", None)

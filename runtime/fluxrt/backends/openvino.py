@@ -23,6 +23,7 @@ from fluxrt.weights import component_weights, weights_files
 if TYPE_CHECKING:
     import numpy as np
 
+    from fluxrt.backends.openvino_device import Settled
     from fluxrt.backends.openvino_target import OpenVinoTarget
     from fluxrt.bundle import Bundle
     from fluxrt.manifest import Graph
@@ -48,11 +49,10 @@ class OpenVinoBackend(ArrayBackend):
         self._version = str(openvino.__version__).partition("-")[0]
         self._core = openvino.Core()
         self._settled = settle(self._core, target.plugin, target.compute)
-        threads = usable_cores() if threads is None else check_threads(threads)
-        self._settings, unknown = settings(self._core, self._settled, target.performance, threads)
+        self._threads = usable_cores() if threads is None else check_threads(threads)
+        _, unknown = settings(self._core, self._settled, target.performance, self._threads)
         for note in (*self._settled.notes, *unknown):
             self._note(note)
-        self._kept = CompiledGraphs(self._settled.device, self._version, self._note)
         LOG.info("target %s: OpenVINO %s on %s", target.name, self._version, self._settled)
         self._layers = {
             graph.weights.partition("/")[0]: {
@@ -63,6 +63,7 @@ class OpenVinoBackend(ArrayBackend):
             for graph in target.graphs.values()
         }
         self._requests: dict[str, Any] = {}
+        self._computed: dict[str, Settled] = {}
         self._ran: set[str] = set()
         self._set: dict[tuple[str, str], np.ndarray] = {}
 
@@ -131,9 +132,10 @@ class OpenVinoBackend(ArrayBackend):
 
     def _check_executed(self, graph: str, request: Any) -> None:
         """Note products that the CPU computes in another precision than was settled on."""
-        if self._settled.device != "CPU":
+        settled = self._computed[graph]
+        if settled.device != "CPU":
             return
-        wanted = WORDS[self._settled.precision]
+        wanted = WORDS[settled.precision]
         others = [p for p in read_executed(request.get_compiled_model()).products if p.computed_in != wanted]
         if others:
             names = ", ".join(product.names[0] for product in others[:3]) + (" and more" if len(others) > 3 else "")
@@ -155,8 +157,9 @@ class OpenVinoBackend(ArrayBackend):
 
     def _compile(self, graph: str, path: str) -> Any:
         """The graph compiled as the target asks, from the cache where it has one."""
-        described, settled = self._described(graph), self._settled
+        described = self._described(graph)
         model = self._core.read_model(path)
+        settled = self._computed[graph] = self._settled.for_graph(model)
         weights = weight_bytes(model)
         if settled.device == "CPU":
             keep_compressed(model)
@@ -165,13 +168,15 @@ class OpenVinoBackend(ArrayBackend):
         if settled.static:
             sizes = {p.name: [dimension_size(d, self._sizes) for d in p.shape] for p in described.inputs}
             model.reshape(sizes)
-        made_from = [str(settled), str(self._sizes) if settled.static else "", repr(sorted(self._settings.items()))]
+        wanted, _ = settings(self._core, settled, self._target.performance, self._threads)
+        made_from = [str(settled), str(self._sizes) if settled.static else "", repr(sorted(wanted.items()))]
 
         def make(cache: dict[str, Any]) -> Any:
-            return self._core.compile_model(model, settled.device, {**self._settings, **cache})
+            return self._core.compile_model(model, settled.device, {**wanted, **cache})
 
         known = self._digests(described)
-        return self._kept.compiled(make, weights, [*known, *made_from] if known else [])
+        kept = CompiledGraphs(settled.device, self._version, self._note)
+        return kept.compiled(make, weights, [*known, *made_from] if known else [])
 
     def _digests(self, described: Graph) -> list[str]:
         """What the manifest says of the graph's file and of those with its weights; empty while a bundle is being made."""

@@ -7,10 +7,10 @@ without an error. So a small product is computed first, and compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fluxrt.backends.openvino_graph import read_executed
+from fluxrt.backends.openvino_graph import multiplies_angles, read_executed
 from fluxrt.backends.openvino_weights import GROUP, values_of
 from fluxrt.errors import BackendError
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 INT8 = "int8"
+HINT = "INFERENCE_PRECISION_HINT"
+"""The property that says in what a graph is computed."""
 WORDS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 PRECISION = {"exact": "f32", "bf16": "bf16", "fp16": "f16", INT8: "f32"}
 CAPABILITY = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
@@ -31,17 +33,24 @@ INT8_ERROR = (1e-3, 0.1)
 @dataclass(frozen=True)
 class Settled:
     """Where and in what graphs are computed: OpenVINO's `device`, `precision` ("f32", "bf16", "f16"), whether quantized weights
-    become int8, and, in sentences, what was asked for and cannot be had."""
+    become int8, and, in sentences, what was asked for and cannot be had. `has_fp32`: whether the device computes in fp32."""
 
     device: str
     precision: str
     int8: bool
     notes: tuple[str, ...] = ()
+    has_fp32: bool = True
 
     @property
     def static(self) -> bool:
         """Whether graphs are compiled for one size alone."""
         return self.device == "NPU"
+
+    def for_graph(self, model: Any) -> Settled:
+        """Where and in what this graph is computed: if its products take angles, in fp32, on the CPU if the device has none."""
+        if self.precision == "f32" or not multiplies_angles(model):
+            return self
+        return replace(self, precision="f32", device=self.device if self.has_fp32 else "CPU", has_fp32=True)
 
     def __str__(self) -> str:
         return f"{self.device}, {WORDS[self.precision]}" + (", int8 weights and inputs" if self.int8 else "")
@@ -65,7 +74,7 @@ def settle(core: Any, plugin: str, compute: str) -> Settled:
             raise BackendError(f"OpenVINO computes wrongly on {device} here: {fault}; choose another --target")
         notes.append(f"{INT8 if int8 else WORDS[precision]} is not usable on {device} here: {fault}; fp32 is used")
         precision, int8 = "f32", False
-    return Settled(device, precision, int8, tuple(notes))
+    return Settled(device, precision, int8, tuple(notes), "FP32" in able)
 
 
 def settings(
@@ -75,7 +84,7 @@ def settings(
     wanted: dict[str, Any] = {
         "PERFORMANCE_HINT": performance.upper(),
         "PERFORMANCE_HINT_NUM_REQUESTS": 1,
-        "INFERENCE_PRECISION_HINT": settled.precision,
+        HINT: settled.precision,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if settled.int8 else 0,
     }
     if settled.device == "CPU":

@@ -64,6 +64,20 @@ def attentions_of(model: Any) -> list[str]:
     return [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() == ATTENTION]
 
 
+def multiplies_angles(model: Any) -> bool:
+    """Whether products of an openvino.Model take sines or cosines of what it is given, such as the embedding of a step's time:
+    its angles reach 1000, which 8 or 11 bits round to nothing like them."""
+    behind = set()
+    for node in model.get_ordered_ops():
+        sources = {node.input_value(at).get_node().get_friendly_name() for at in range(node.get_input_size())}
+        kind, name = node.get_type_name(), node.get_friendly_name()
+        if kind == "MatMul" and sources & behind:
+            return True
+        if kind in ("Sin", "Cos") or sources & behind:
+            behind.add(name)
+    return False
+
+
 def _weight(node: Any) -> tuple[str | None, str | None]:
     """The type in which a factor lies in memory, and what it is unfolded from; two times None where it is computed."""
     held = _plain(_said(node, "runtimePrecision"))
