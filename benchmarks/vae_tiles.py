@@ -180,7 +180,7 @@ class Sessions:
         from fluxrt.cores import usable_cores
 
         self._sessions = {
-            name: open_session(str(folder / f"{name}.onnx"), usable_cores(), has_arena=True, reserves=False)
+            name: open_session(str(folder / f"{name}.onnx"), usable_cores(), has_arena=True)
             for name in ("vae_decoder", "vae_blend")
         }
         self._buffers: dict[str, np.ndarray] = {}

@@ -295,7 +295,7 @@ def body() -> onnx.ModelProto:
 
 
 def test_fused_graphs_compute_the_same_in_fewer_operators() -> None:
-    """Rotary embedding, modulated normalization and attention; what diffusers computes, tests/test_parity.py holds them against."""
+    """Rotary embedding, modulated normalization and attention; tests/test_parity.py holds them against diffusers."""
     model = body()
     after = fused(model)
     before_ops, ops = (Counter(node.op_type for node in graph.graph.node) for graph in (model, after))

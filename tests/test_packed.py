@@ -79,7 +79,7 @@ def test_fields_of_every_wire_type_are_kept() -> None:
 def test_what_is_no_graph_is_refused(quick_bundle: Path) -> None:
     content = graph_and_rows(quick_bundle, "body")[0].read_bytes()
     for damaged in (content[:-1], content[:1], b"\x07" + content, b"\xff" * 4):
-        with pytest.raises(ValueError, match="ends too early|no ONNX file"):
+        with pytest.raises(ValueError, match=r"ends too early|no ONNX file"):
             with_constants(damaged, {"a": np.ones(2, np.int8)})
 
 
@@ -115,13 +115,11 @@ def test_nothing_is_packed_where_memory_is_short(quick_bundle: Path, monkeypatch
     np.testing.assert_array_equal(latents(quick_bundle), expected)
 
 
-def test_the_largest_graph_of_a_component_is_loaded_first(
-    quick_bundle: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_largest_graph_of_a_component_is_loaded_first(quick_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "fluxrt")
     latents(quick_bundle, [])
     loaded = [record.args[0] for record in caplog.records if "and loaded in" in record.msg and record.args]
-    assert [name for name in loaded if name in ("body", "prologue", "epilogue")][0] == "body"
+    assert next(name for name in loaded if name in ("body", "prologue", "epilogue")) == "body"
     assert len(loaded) == len(set(loaded))
 
 

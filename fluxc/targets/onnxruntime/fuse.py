@@ -244,19 +244,16 @@ def _attention(graph: _Graph, node: onnx.NodeProto) -> list[onnx.NodeProto] | No
     if attention is None or len(attention.input) != 3 or len(attention.output) != 1 or not _is_turned(graph, node):
         return None
     turned = [graph.maker(name, "Transpose") for name in attention.input]
-    heads = {graph.heads(maker.input[0]) for maker in turned if maker is not None and _is_turned(graph, maker)}
+    sources = [maker.input[0] for maker in turned if maker is not None and _is_turned(graph, maker)]
+    heads = {number for source in sources if (number := graph.heads(source)) is not None}
     is_plain = not graph.attribute(attention, "is_causal", 0) and not graph.attribute(attention, "softcap", 0.0)
-    if None in turned or len(heads - {None}) != 1 or len(graph.users[node.input[0]]) != 1 or not is_plain:
+    if len(sources) != 3 or len(heads) != 1 or len(graph.users[node.input[0]]) != 1 or not is_plain:
         return None
-    number = next(iter(heads - {None}))
+    (number,) = heads
     scale = graph.attribute(attention, "scale", None)
     output, merged = node.output[0], graph.constant("fused/merged", [0, 0, -1])
     flat = [f"{output}/{part}" for part in ("queries", "keys", "values")]
-    nodes = [
-        helper.make_node("Reshape", [maker.input[0], merged], [name])
-        for maker, name in zip(turned, flat, strict=True)
-        if maker is not None
-    ]
+    nodes = [helper.make_node("Reshape", [source, merged], [name]) for source, name in zip(sources, flat, strict=True)]
     how = {"num_heads": number} | ({} if scale is None else {"scale": scale})
     nodes.append(helper.make_node("MultiHeadAttention", flat, [f"{output}/flat"], domain="com.microsoft", **how))
     apart = graph.constant(f"fused/{number}", [0, 0, number, -1])

@@ -20,7 +20,7 @@ from fluxrt.checks import check_threads
 from fluxrt.cores import allowed_cores, usable_cores
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.manifest import dimension_size
-from fluxrt.memory import DECODE, ROOM, Need, available_memory, is_repeatable, return_memory
+from fluxrt.memory import ROOM, Need, available_memory, is_repeatable, return_memory
 from fluxrt.unfold import unfold, unfolded_bytes
 from fluxrt.weights import component_weights, weights_files
 
@@ -69,14 +69,12 @@ def open_session(
     has_arena: bool,
     folded: int | None = FOLDED,
     *,
-    reserves: bool = True,
     content: bytes | None = None,
     constants: Mapping[str, np.ndarray] | None = None,
 ) -> Any:
     """A session on the CPU of the graph file at `path`; `folded` None lets ONNX Runtime fold constants of any size.
 
-    An arena keeps what the widest layer took for the next one: faster, and too much where components take turns. One that
-    `reserves` takes all that a run took in one piece from the second run of a shape on, beside what the first one left.
+    An arena keeps what the widest layer took for the next one: faster, and too much where components take turns.
     `content` is a graph to load in place of the file's, with weights in the same folder. Inputs that `constants` names become
     constants (fluxrt.backends.packed).
     """
@@ -86,7 +84,8 @@ def open_session(
     if folded is not None:
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
     options.enable_cpu_mem_arena = has_arena
-    options.enable_mem_pattern = reserves
+    # With it the second run takes all that the first one took once more, in one piece, and the first one's stays.
+    options.enable_mem_pattern = False
     if threads:
         options.intra_op_num_threads = threads
     if constants:
@@ -251,7 +250,6 @@ class OnnxRuntimeBackend(ArrayBackend):
             path,
             self._threads,
             has_arena=not self._takes_turns,
-            reserves=graph not in DECODE,
             content=self._content(graph, path),
             constants=constants,
         )

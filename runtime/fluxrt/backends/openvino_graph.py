@@ -67,7 +67,7 @@ def attentions_of(model: Any) -> list[str]:
 def multiplies_angles(model: Any) -> bool:
     """Whether products of an openvino.Model take sines or cosines of what it is given, such as the embedding of a step's time:
     its angles reach 1000, which 8 or 11 bits round to nothing like them."""
-    behind = set()
+    behind: set[str] = set()
     for node in model.get_ordered_ops():
         sources = {node.input_value(at).get_node().get_friendly_name() for at in range(node.get_input_size())}
         kind, name = node.get_type_name(), node.get_friendly_name()
