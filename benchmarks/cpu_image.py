@@ -5,8 +5,9 @@
 
 BUNDLE and CHECKPOINT are a model compiled and as published; the size, steps and guidance are the bundle's. Each contender is a
 command that starts a process, makes an image and ends; commands take turns, medians of `--turns`. *To the first image*: seconds
-on the clock and of CPU time of the whole command. *The next one*: seconds in a process that has made one already. *Memory*: the
-most that the process had resident.
+on the clock and of CPU time of the whole command, from files in the page cache, or with `--cold` from files that are not (the
+Python packages stay). *The next one*: seconds in a process that has made one already. *Memory*: the most that the process had
+resident, mapped files included.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--size", type=int, help="side in pixels; by default the bundle's first size")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument(
+        "--cold", action="store_true", help="from files that are not in the page cache, without a second image"
+    )
+    parser.add_argument("--only", default="", help="contenders that match this; the first is compared with")
     parser.add_argument("--second", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sampling = json.loads((options.bundle / "bundle.json").read_text())["sampling"]
@@ -45,32 +51,46 @@ def main() -> None:
         return
     targets = [t["name"] for t in json.loads((options.bundle / "bundle.json").read_text())["targets"]]
     names = [*TORCH, *(f"fluxrt, {target}" for target in targets if "gpu" not in target)]
+    names = [name for name in names if re.search(options.only, name)]
     first: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     following: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="cpu-image-") as folder:
         picture = Path(folder) / "image.png"
         for _ in range(options.turns):
             for name in list(names):
+                if options.cold:
+                    evict(options.checkpoint if name in TORCH else options.bundle)
                 found = command_of(name, options, sampling, size, picture)
                 if found is None:
                     names.remove(name)
                     continue
                 first[name].append(found)
+                if options.cold:
+                    continue
                 again = [sys.executable, __file__, str(options.bundle), str(options.checkpoint), "--second", name]
                 again += [str(picture), *(["--size", str(options.size)] if options.size else [])]
                 output = subprocess.run(again, check=True, capture_output=True, text=True).stdout
                 following[name].append(json.loads(output.splitlines()[-1]))
     steps = f"{sampling['steps']} steps, guidance {sampling['guidance']:g}"
-    print(f"{options.bundle.name}, {size[0]}x{size[1]} pixels, {steps}; {cpu_name()}; {instructions()}\n")
-    columns = "command", "to the first image, s", "x diffusers fp32", "CPU s", "the next one, s", "memory, MiB"
+    state = "files not in the page cache" if options.cold else "files in the page cache"
+    print(f"{options.bundle.name}, {size[0]}x{size[1]} pixels, {steps}; {cpu_name()}; {instructions()}; {state}\n")
+    columns = "command", "to the first image, s", f"x {names[0]}", "CPU s", "the next one, s", "memory, MiB"
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     medians = {name: [statistics.median(values) for values in zip(*first[name], strict=True)] for name in names}
     for name in names:
         clock, used, peak = medians[name]
-        ratio = medians["diffusers, fp32"][0] / clock
-        print(
-            f"| {name} | {clock:.2f} | {ratio:.1f} | {used:.2f} | {statistics.median(following[name]):.2f} | {peak:.0f} |"
-        )
+        ratio = medians[names[0]][0] / clock
+        next_one = f"{statistics.median(following[name]):.2f}" if following[name] else ""
+        print(f"| {name} | {clock:.2f} | {ratio:.1f} | {used:.2f} | {next_one} | {peak:.0f} |")
+
+
+def evict(folder: Path) -> None:
+    """Let the page cache drop the files below `folder`."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def command_of(

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -62,9 +63,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, help="image side in pixels, 8 to a token (default 128, of flux2-nano 64)")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps a turn")
-    parser.add_argument(
-        "--only", default="", help="contenders whose name holds one of these words, separated by commas"
-    )
+    parser.add_argument("--only", default="", help="contenders whose name matches this")
     parser.add_argument("--folder", type=Path, help="where the checkpoint and the bundle are kept and found again")
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -76,8 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cpu-step-") as temporary:
         folder = options.folder or Path(temporary)
         checkpoint, bundle = prepare(folder, options)
-        words = options.only.split(",")
-        names = [name for name in (*TORCH, *TARGETS) if any(word in name for word in words)]
+        names = [name for name in (*TORCH, *TARGETS) if re.search(options.only, name)]
         results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(options.turns):
             for name in list(results):

@@ -211,12 +211,13 @@ def fluxrt_step(config: dict[str, Any], tokens: int, length: int, folder: Path, 
     pieces = trace_transformer(config, length, False, torch.bfloat16 if device == "cuda" else torch.float32)
     body = compose_body(pieces, config["num_layers"], config["num_single_layers"], length)
     graphs = {"prologue": pieces["prologue"], "body": body, "epilogue": pieces["epilogue"]}
-    target = OnnxRuntimeTarget(device=device)
+    target = OnnxRuntimeTarget(device=device) if device == "cuda" else OnnxRuntimeTarget(compute="exact")
     built = build_graphs(
         graphs, {"transformer": read_header(file)}, {"transformer": file.name}, {"transformer": plan}, target, {}
     )
     for graph in built.values():
-        (folder / graph.entry.file).write_bytes(graph.model.SerializeToString())
+        for name, model in graph.files.items():
+            (folder / name).write_bytes(model.SerializeToString())
     graphs_of = {name: graph.entry for name, graph in built.items()}
     entry = format.OnnxRuntimeTarget(target.name, target.activations, graphs_of, device)
     providers = (PROVIDER,) if device == "cuda" else ("CPUExecutionProvider",)

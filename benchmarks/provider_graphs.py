@@ -22,15 +22,17 @@ import onnxruntime
 from fluxrt.backends.onnxruntime import OnnxRuntimeBackend, session_options
 from fluxrt.bundle import Bundle, open_bundle
 from fluxrt.evidence import read_evidence, relative_error
-from fluxrt.manifest import Graph
+from fluxrt.manifest import Evidence, Graph
 from fluxrt.pipeline import Pipeline
+from fluxrt.unfold import unfold
+from fluxrt.weights import component_weights
 
 FOLDED = ("optimization.constant_folding_max_output_size_in_bytes", str(1 << 20))
 ASSIGNED = ("session.record_ep_graph_assignment_info", "1")
 
 
 class Recording(OnnxRuntimeBackend):
-    """Keeps what each graph was given and gave, the first time it ran."""
+    """Keeps what each graph was given and gave, the first time it ran, in the form that its main file has."""
 
     seen: dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
@@ -38,9 +40,13 @@ class Recording(OnnxRuntimeBackend):
         super().__init__(*of)
         self.seen = {}
 
-    def _run(self, session: Any, described: Graph) -> list[Any]:
-        results = super()._run(session, described)
+    def _variant(self, graph: str) -> Graph:
+        return self._described(graph)
+
+    def _run(self, graph: str, session: Any, described: Graph) -> list[Any]:
+        results = super()._run(graph, session, described)
         given = {port.name: self._buffers[port.name] for port in described.inputs}
+        given |= unfold(described.unfolded, component_weights(self._bundle, described.weights))
         gave = {port.name: value for port, value in zip(described.outputs, results, strict=True)}
         self.seen.setdefault(described.file, (given, gave))
         return results
@@ -72,7 +78,7 @@ def main() -> None:
 def on_cpu(bundle: Bundle, target: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """By graph file what the first recorded prompt gives it and gets from it on the CPU: text, one step, an image."""
     evidence = bundle.manifest.evidence
-    if evidence is None:
+    if not isinstance(evidence, Evidence):
         raise SystemExit(f"{bundle.root}: it has no evidence; build it with fidelity.level stages or images")
     recorded, sigma = read_evidence(bundle, evidence)[0], evidence.sigmas[0]
     backend = Recording(bundle, bundle.target(target))
