@@ -18,6 +18,7 @@ from fluxrt.backends.packed import with_constants
 from fluxrt.bundle import open_bundle
 from fluxrt.errors import BackendError
 from fluxrt.manifest import OnnxRuntimeTarget
+from fluxrt.memory import repeatable
 from fluxrt.pipeline import starting_noise
 from fluxrt.unfold import input_names, unfold
 from fluxrt.weights import component_weights
@@ -113,6 +114,13 @@ def test_nothing_is_packed_where_memory_is_short(quick_bundle: Path, monkeypatch
     expected = latents(quick_bundle, [])
     monkeypatch.setattr(OnnxRuntimeBackend, "_free_memory", lambda self: 1000)
     np.testing.assert_array_equal(latents(quick_bundle), expected)
+
+
+def test_a_build_packs_only_what_is_little(quick_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with repeatable():
+        expected = latents(quick_bundle, [])
+        monkeypatch.setattr("fluxrt.backends.onnxruntime.LITTLE", 1000)
+        np.testing.assert_array_equal(latents(quick_bundle), expected)
 
 
 def test_the_largest_graph_of_a_component_is_loaded_first(quick_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:

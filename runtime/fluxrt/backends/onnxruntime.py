@@ -306,9 +306,10 @@ class OnnxRuntimeBackend(ArrayBackend):
             ) from error
 
     def _packs(self, variant: Graph) -> bool:
-        """Whether ONNX Runtime packs a graph's int8 weights, which takes their memory once more while it loads."""
+        """Whether ONNX Runtime packs a graph's int8 weights, which takes their memory once more while it loads. A build may be
+        told to take less than is free, so that it packs only what is little."""
         extra = _packed_bytes(variant) * (self._group.ranks if self._group else 1)
-        free = self._free_memory()
+        free = LITTLE if is_repeatable() else self._free_memory()
         return extra > 0 and (free is None or extra <= ROOM * free) and copies()
 
     def _unfold(self, variant: Graph) -> dict[str, np.ndarray]:
