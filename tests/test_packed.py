@@ -109,11 +109,16 @@ def test_packed_weights_give_the_same_bits_as_bound_ones(quick_bundle: Path, mon
     np.testing.assert_array_equal(latents(quick_bundle), expected)
 
 
-def test_nothing_is_packed_where_memory_is_short(quick_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_packed_where_memory_is_short(
+    quick_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Beside the rows that are there, the session takes them once more while it is made."""
+    caplog.set_level(logging.INFO, "fluxrt")
     expected = latents(quick_bundle, [])
+    assert "too little memory" not in caplog.text
     monkeypatch.setattr(OnnxRuntimeBackend, "_free_memory", lambda self: 1000)
     np.testing.assert_array_equal(latents(quick_bundle), expected)
+    assert "body.onnx: too little memory is free to pack its int8 weights" in caplog.text
 
 
 def test_a_build_packs_only_what_is_little(quick_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
