@@ -45,6 +45,7 @@ TARGETS = {
     "fluxrt, OpenVINO, exact": "{kind: openvino}",
     "fluxrt, OpenVINO, bf16": "{kind: openvino, compute: bf16}",
     "fluxrt, OpenVINO, int8": "{kind: openvino, compute: int8}",
+    "fluxrt, OpenVINO, int8 and bf16": "{kind: openvino, compute: int8-bf16}",
 }
 TORCH = {
     "torch, fp32": "float32",

@@ -45,7 +45,7 @@ from quick import QUICK
 PROMPT = "a large red circle at the left"
 TARGETS = (
     "{kind: onnxruntime, compute: exact}, {kind: openvino}, "
-    "{kind: openvino, compute: bf16}, {kind: openvino, compute: int8}"
+    "{kind: openvino, compute: bf16}, {kind: openvino, compute: int8}, {kind: openvino, compute: int8-bf16}"
 )
 CORE = load_library().Core()
 EXACT = Settled("CPU", "f32", False)
@@ -174,11 +174,12 @@ def test_bf16_and_int8_are_off_by_their_rounding_and_pass_the_gates(bundle: Bund
     exact, other = found["openvino"], found["onnxruntime-exact"]
     assert abs(exact["step_error"] - other["step_error"]) <= 1e-4 * other["step_error"]
     latents = {}
-    for target in ("openvino", "openvino-bf16", "openvino-int8"):
+    for target in ("openvino", "openvino-bf16", "openvino-int8", "openvino-int8-bf16"):
         pipeline, (sigma, following, *_) = begun(bundle, target, (64, 64))
         pipeline.step(sigma, following)
         latents[target] = pipeline.backend.get("residual")
-    for target, least, most in (("openvino-bf16", 1e-3, 0.05), ("openvino-int8", 3e-3, 0.15)):
+    ranges = ("openvino-bf16", 1e-3, 0.05), ("openvino-int8", 3e-3, 0.15), ("openvino-int8-bf16", 4e-3, 0.15)
+    for target, least, most in ranges:
         assert least < relative_error(latents[target], latents["openvino"]) < most, target
         assert found[target]["step_cosine"] > 0.99
 
@@ -188,6 +189,8 @@ def test_the_report_and_inspect_show_what_the_audit_found(bundle: Bundle) -> Non
     graphs = {name: found["graphs"] for name, found in report["engines"].items()}
     assert graphs["openvino"]["body"]["products"] == {"f4e2m1": 36}
     assert graphs["openvino-int8"]["body"]["products"] == {"i8": 36}
+    assert graphs["openvino-int8-bf16"]["body"]["products"] == {"i8": 36}
+    assert graphs["openvino-int8-bf16"]["body"]["computed_in"] == graphs["openvino-bf16"]["body"]["computed_in"]
     assert graphs["openvino"]["prologue"]["products"] == {"bf16": 7}
     assert graphs["openvino"]["text_encoder"]["attentions"] == 27
     bf16 = settle(CORE, "CPU", "bf16")
@@ -221,7 +224,7 @@ def test_the_targets_share_their_graphs_and_verify_replays_them(bundle: Bundle) 
 def test_of_it_and_onnx_runtime_the_first_of_the_recipe_is_chosen(bundle: Bundle) -> None:
     assert pick(bundle).name == "onnxruntime-exact"
     other = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, targets=bundle.manifest.targets[::-1]))
-    assert pick(other).name == "openvino-int8"
+    assert pick(other).name == "openvino-int8-bf16"
 
 
 def test_without_the_package_another_target_is_chosen_and_a_build_says_what_to_install(bundle: Bundle) -> None:
@@ -258,14 +261,20 @@ def test_a_precision_without_kernels_falls_back_and_says_so(bundle: Bundle, tmp_
         "--json",
     ]
     shown = {}
-    for target in ("openvino", "openvino-bf16", "openvino-int8"):
+    for target in ("openvino", "openvino-bf16", "openvino-int8", "openvino-int8-bf16"):
         environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
         options = ["--target", target, "--out", str(out)]
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=True, env=environment)
         shown[target] = (json.loads(done.stdout)["notes"], out.read_bytes())
     assert shown["openvino"][0] == []
-    for target, word in (("openvino-bf16", "bf16"), ("openvino-int8", "int8")):
-        (note,) = (note for note in shown[target][0] if "fp32 is used" in note)
+    both = [note for note in shown["openvino-int8-bf16"][0] if "bf16" in note]
+    assert len(both) == 1
+    assert both[0].startswith(
+        ("int8-bf16 is not usable on CPU here", "CPU has no bf16 of its own, as compute: int8-bf16")
+    )
+    words = ("openvino-bf16", "bf16"), ("openvino-int8", "int8"), ("openvino-int8-bf16", "int8")
+    for target, word in words:
+        (note,) = (note for note in shown[target][0] if note.endswith("fp32 is used"))
         assert note.startswith((f"{word} is not usable on CPU here", f"CPU has no {word}"))
         assert shown[target][1] == shown["openvino"][1]
 

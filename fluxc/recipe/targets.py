@@ -187,10 +187,10 @@ class OpenVinoTarget(Target, frozen=True, tag="openvino"):
         about("where it runs; `AUTO` is a GPU of Intel where there is one, or else the CPU", "GPU"),
     ] = "CPU"
     compute: Annotated[
-        Literal["exact", "bf16", "fp16", "int8"],
+        Literal["exact", "bf16", "fp16", "int8", "int8-bf16"],
         about(
             "what it computes in: `exact` is fp32; `int8` rounds weights that are quantized, and their inputs, to 8 bits, and "
-            "computes all else in fp32. Where the machine lacks it, fp32 is used, which is said",
+            "computes all else in fp32, `int8-bf16` in bf16. Where the machine lacks it, fp32 is used, which is said",
             "bf16",
         ),
     ] = "exact"
@@ -204,7 +204,7 @@ class OpenVinoTarget(Target, frozen=True, tag="openvino"):
     @property
     def computes_in_int8(self) -> bool:
         """As `compute` says."""
-        return self.compute == "int8"
+        return self.compute.startswith("int8")
 
     @property
     def exact(self) -> Target | None:
@@ -219,7 +219,7 @@ class OpenVinoTarget(Target, frozen=True, tag="openvino"):
     @property
     def dtype(self) -> str:
         """The type of values between layers."""
-        return {"bf16": "bfloat16", "fp16": "float16"}.get(self.compute, "float32")
+        return {"bf16": "bfloat16", "int8-bf16": "bfloat16", "fp16": "float16"}.get(self.compute, "float32")
 
     @property
     def activation_bytes(self) -> int:

@@ -1,9 +1,10 @@
 """Checks that a graph is executed as the precision plan says, by reading back what OpenVINO's CPU plugin makes of it.
 
 1. Every Linear is one product, in the precision that was asked for.
-2. Its weight lies in memory as it is stored: E2M1 of nvfp4 and mxfp4, bf16 of the rest; with `compute: int8`, int8 in place of
-   any quantized one. Only E4M3 is unfolded, to the type of the product, when the graph is loaded.
-3. With `compute: int8`, products of each width round their inputs too: a small one is computed and compared, since nothing that
+2. Its weight lies in memory as it is stored: E2M1 of nvfp4 and mxfp4, bf16 of the rest; with `compute: int8` (or
+   `int8-bf16`), int8 in place of any quantized one. Only E4M3 is unfolded, to the type of the product, when the graph is
+   loaded.
+3. With int8, products of each width round their inputs too: a small one is computed and compared, since nothing that
    the plugin says shows it.
 4. Every attention is one kernel: softmax and both products.
 5. No part of a graph that is no Linear is computed in another precision than asked for.
@@ -111,7 +112,7 @@ def audit_graph(core: Any, file: Path, expected: Expected, settled: Settled) -> 
     executed = read_executed(core.compile_model(model, settled.device, known))
     del hollow
     found = compare(executed, expected, read, settled)
-    unrounded = _unrounded(core, expected) if settled.int8 else ()
+    unrounded = _unrounded(core, expected, settled) if settled.int8 else ()
     return replace(found, faults=(*found.faults, *apart, *unrounded))
 
 
@@ -192,11 +193,11 @@ def _attentions(executed: Executed, expected: Expected, read: list[str]) -> tupl
     return len(read) - len(apart), found
 
 
-def _unrounded(core: Any, expected: Expected) -> Iterable[Finding]:
+def _unrounded(core: Any, expected: Expected, settled: Settled) -> Iterable[Finding]:
     """Layers whose inputs int8 does not round, by a product of their width."""
     names = int8_layers(expected)
     for columns in sorted({expected.layers[name].columns for name in names}):
-        fault = int8_fault(core, "CPU", columns)
+        fault = int8_fault(core, "CPU", columns, settled.precision)
         if fault:
             layers = tuple(name for name in names if expected.layers[name].columns == columns)
             yield Finding("inputs", layers, fault)

@@ -29,6 +29,7 @@ COMPUTES = {
     "bf16": "computes in bf16, where the processor does so itself, or else in fp32",
     "fp16": "computes in fp16, where the device does so itself, or else in fp32",
     "int8": "quantized layers compute in int8 (weights by row, inputs by groups of 128), all else in fp32",
+    "int8-bf16": "quantized layers compute in int8 (weights by row, inputs by groups of 128), all else in bf16",
 }
 
 
@@ -47,10 +48,10 @@ class OpenVino(TargetKind[OpenVinoTarget, openvino_target.OpenVinoTarget]):
             )
         formats = {entry.format for plan in context.source.plans.values() for entry in plan}
         unknown = sorted(formats - {"nvfp4", "mxfp4", "fp8", "bf16"})
-        if target.compute == "int8" and unknown:
+        if target.computes_in_int8 and unknown:
             raise RecipeError(
-                f"{field}.compute: int8 is made of nvfp4, mxfp4 and fp8, not of {', '.join(unknown)}, as the precision plan "
-                "asks; set compute: exact"
+                f"{field}.compute: {target.compute} is made of nvfp4, mxfp4 and fp8, not of {', '.join(unknown)}, as the "
+                "precision plan asks; set compute: exact"
             )
 
     def check_library(self, target: OpenVinoTarget) -> None:

@@ -21,7 +21,7 @@ INT8 = "int8"
 HINT = "INFERENCE_PRECISION_HINT"
 """The property that says in what a graph is computed."""
 WORDS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
-PRECISION = {"exact": "f32", "bf16": "bf16", "fp16": "f16", INT8: "f32"}
+PRECISION = {"exact": "f32", "bf16": "bf16", "fp16": "f16", INT8: "f32", "int8-bf16": "bf16"}
 CAPABILITY = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 """What a device calls it, under OPTIMIZATION_CAPABILITIES."""
 ROUNDING = {"f32": 1e-4, "bf16": 0.02, "f16": 0.01}
@@ -66,14 +66,17 @@ def settle(core: Any, plugin: str, compute: str) -> Settled:
         lacks = f"{device} has no {WORDS[precision]} of its own, as compute: {compute} asks"
         notes.append(f"{lacks}; {WORDS[other]} is used")
         precision = other
-    int8 = compute == INT8 and "INT8" in able
-    if compute == INT8 and not int8:
+    asks_int8 = compute.startswith(INT8)
+    int8 = asks_int8 and "INT8" in able
+    if asks_int8 and not int8:
         notes.append(f"{device} does not compute in int8; {WORDS[precision]} is used, with weights as they are stored")
     while fault := _fault(core, device, precision, int8):
         if precision == "f32" and not int8:
             raise BackendError(f"OpenVINO computes wrongly on {device} here: {fault}; choose another --target")
-        notes.append(f"{INT8 if int8 else WORDS[precision]} is not usable on {device} here: {fault}; fp32 is used")
-        precision, int8 = "f32", False
+        is_both = int8 and precision != "f32"
+        asked = compute if is_both else INT8 if int8 else WORDS[precision]
+        notes.append(f"{asked} is not usable on {device} here: {fault}; {INT8 if is_both else WORDS['f32']} is used")
+        precision, int8 = "f32", is_both
     return Settled(device, precision, int8, tuple(notes), "FP32" in able)
 
 
@@ -100,9 +103,10 @@ def settings(
     return {name: value for name, value in wanted.items() if name in known}, missing
 
 
-def int8_fault(core: Any, device: str, columns: int) -> str | None:
-    """What is wrong with a product of int8 weights and inputs, `columns` of them; None if it is as it must be."""
-    return _fault(core, device, "f32", True, columns)
+def int8_fault(core: Any, device: str, columns: int, precision: str = "f32") -> str | None:
+    """What is wrong with a product of int8 weights and inputs, `columns` of them, where all else is computed in `precision`;
+    None if it is as it must be."""
+    return _fault(core, device, precision, True, columns)
 
 
 def _find_device(core: Any, plugin: str) -> str:

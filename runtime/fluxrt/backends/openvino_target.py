@@ -24,14 +24,14 @@ HARDWARE = {"CPU": "CPU", "AUTO": "GPU of Intel, or else CPU", "GPU": "GPU of In
 
 class OpenVinoTarget(Target, frozen=True, tag="openvino"):
     """Graphs by name, for OpenVINO's `plugin`. `compute` says in what they are computed: exact (fp32), bf16, fp16, or int8
-    where weights are quantized.
+    where weights are quantized, with all else in fp32 or, as int8-bf16, in bf16.
 
     `version` is the OpenVINO that the graphs were audited with, `audit` by graph what was found in it.
     """
 
     graphs: dict[str, Graph]
     plugin: Literal["CPU", "GPU", "NPU", "AUTO"] = "CPU"
-    compute: Literal["exact", "bf16", "fp16", "int8"] = "exact"
+    compute: Literal["exact", "bf16", "fp16", "int8", "int8-bf16"] = "exact"
     performance: Literal["latency", "throughput"] = "latency"
     version: str = ""
     audit: dict[str, Any] = msgspec.field(default_factory=dict)
