@@ -386,7 +386,7 @@ def test_json_and_the_log_say_the_same_to_scripts(generate: Any) -> None:
     assert all({"time", "level", "tool", "message"} <= set(line) for line in lines)
     kept = [json.loads(line) for line in Path("x.log").read_text().splitlines()]
     assert [line for line in kept if line["level"] != "debug"] == lines
-    assert any(line["message"].startswith("graph body: loaded in ") for line in kept)
+    assert any(line["message"].startswith("graph body: weights made of those stored in ") for line in kept)
 
 
 def test_result_names_its_target_and_a_required_one_is_not_replaced(quick_bundle: Path, generate: Any) -> None:

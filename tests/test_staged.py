@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,9 +48,9 @@ class Opened(OnnxRuntimeBackend):
         self.opened: list[str] = []
         self.ran: list[str] = []
 
-    def _open(self, graph: str, path: str) -> Any:
+    def _open(self, graph: str, path: str, constants: Mapping[str, np.ndarray]) -> Any:
         self.opened.append(graph)
-        return super()._open(graph, path)
+        return super()._open(graph, path, constants)
 
     def _run_one(self, graph: str) -> None:
         self.ran.append(graph)

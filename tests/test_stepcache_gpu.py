@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from conftest import compile_into
 from fluxc.rehearsal.gpu import FakeDriver, FakeLibrary
 from fluxc.targets.tensorrt.export_onnx import export_onnx
+from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
 from fluxrt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle
@@ -128,16 +129,17 @@ def test_the_change_in_16_bits_is_the_change(bundle: Bundle, target: str) -> Non
         previous = {"cpu": cpu.backend.get("signal"), "gpu": state["signal"]}
 
 
-def test_bound_buffers_carry_the_signal(bundle: Bundle) -> None:
-    """ONNX Runtime's CUDA backend on the CPU's provider: same decisions, same images as the plain one."""
+def test_bound_buffers_carry_the_signal(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's CUDA backend on the CPU's provider: same decisions, same images as the plain one, both with weights as
+    they are stored. Unfolded ones differ by roundings, which decide some codes of inputs."""
+    monkeypatch.setattr(OnnxRuntimeBackend, "_unfolds_once", lambda self: frozenset())
     expected = Pipeline(bundle, target=CPU).generate(Request([PROMPT, "a large red circle"], threshold=0.2))
     pipeline = Pipeline(bundle, target=CPU)
     pipeline.backend = OnnxRuntimeCudaBackend(bundle, bundle.target(CPU), "cpu", ("CPUExecutionProvider",))
     found = pipeline.generate(Request([PROMPT, "a large red circle"], threshold=0.2))
     assert found.skipped == expected.skipped
     for ours, theirs in zip(found.images, expected.images, strict=True):
-        # Other graphs of the same target: weights as they are stored, and unfolded.
-        np.testing.assert_allclose(np.asarray(ours, int), np.asarray(theirs, int), atol=2)
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 def test_the_signal_is_exported_too(bundle: Bundle, tmp_path: Path) -> None:
