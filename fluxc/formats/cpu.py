@@ -156,9 +156,16 @@ def nvfp4_scales(
     kernels.e4m3_scales(exact, tensor_scale, first)
     if scales == "max":
         return first
-    below, above, fixed = (MSE_BELOW, MSE_ABOVE, 0.0) if scales == "mse" else (0, 0, E2M1_MAX / 4)
+    below, above, fixed = search_range(scales)
     kernels.search_scales(_numbers(patterns, dtype), first.copy(), tensor_scale, below, above, fixed, first)
     return first
+
+
+def search_range(scales: Scales) -> tuple[int, int, float]:
+    """The candidates of search_scales: how many codes below and above the first one, and a factor on its value or 0."""
+    if scales == "max":
+        return 0, 0, 0.0
+    return (MSE_BELOW, MSE_ABOVE, 0.0) if scales == "mse" else (0, 0, E2M1_MAX / 4)
 
 
 def nvfp4(

@@ -311,6 +311,13 @@ def _value(typing, pattern):
     return types.float32(pattern), generate
 
 
+@njit(inline="always")
+def _first_scale(exact):
+    """E4M3 code of amax / (6 * tensor_scale): zero becomes 1, the rest lies in 2^-9..448."""
+    exact = np.float32(1) if exact == np.float32(0) else exact
+    return _to_e4m3(min(max(exact, np.float32(0.001953125)), np.float32(448)))
+
+
 @kernel(error_model="numpy")
 def e4m3_scales(amax, tensor_scale, out):
     """E4M3 codes of amax / (6 * tensor_scale): zero becomes 1, the rest lies in 2^-9..448.
@@ -321,10 +328,7 @@ def e4m3_scales(amax, tensor_scale, out):
     whole = np.float32(6) * tensor_scale
     for row in prange(rows):
         for k in range(blocks):
-            exact = _value(amax[row, k]) / whole
-            exact = np.float32(1) if exact == np.float32(0) else exact
-            exact = min(max(exact, np.float32(0.001953125)), np.float32(448))
-            out[row, k] = _to_e4m3(exact)
+            out[row, k] = _first_scale(_value(amax[row, k]) / whole)
 
 
 @kernel()
@@ -362,6 +366,24 @@ def decode(codes, steps, values, out):
                 out[row, 2 * j + 1] = values[byte >> 4] * step
 
 
+@njit(inline="always", error_model="numpy")
+def _best_scale(flat, at, start, tensor_scale, below, above, fixed):
+    """The E4M3 code of least squared error for sixteen values of `flat` from `at` on, of the candidates of search_scales."""
+    best = start
+    least = _squared_error(flat, at, _from_e4m3(start) * tensor_scale)
+    if fixed > 0:
+        code = np.int64(_to_e4m3(min(_from_e4m3(start) * np.float32(fixed), np.float32(448))))
+        error = _squared_error(flat, at, _from_e4m3(code) * tensor_scale)
+        if error < least:
+            best, least = code, error
+    for offset in range(-below, above + 1):
+        code = min(max(start + offset, np.int64(1)), np.int64(126))
+        error = _squared_error(flat, at, _from_e4m3(code) * tensor_scale)
+        if error < least:
+            best, least = code, error
+    return best
+
+
 @kernel(error_model="numpy")
 def search_scales(values, first, tensor_scale, below, above, fixed, out):
     """The E4M3 code of least squared error for every 16 elements, into `out` uint8 [rows, columns/16].
@@ -375,20 +397,56 @@ def search_scales(values, first, tensor_scale, below, above, fixed, out):
     for row in prange(rows):
         for k in range(columns // LANES):
             at = row * columns + k * LANES
-            start = np.int64(first[row, k])
-            best = start
-            least = _squared_error(flat, at, _from_e4m3(start) * tensor_scale)
-            if fixed > 0:
-                code = np.int64(_to_e4m3(min(_from_e4m3(start) * np.float32(fixed), np.float32(448))))
-                error = _squared_error(flat, at, _from_e4m3(code) * tensor_scale)
-                if error < least:
-                    best, least = code, error
-            for offset in range(-below, above + 1):
-                code = min(max(start + offset, np.int64(1)), np.int64(126))
-                error = _squared_error(flat, at, _from_e4m3(code) * tensor_scale)
-                if error < least:
-                    best, least = code, error
-            out[row, k] = best
+            out[row, k] = _best_scale(flat, at, np.int64(first[row, k]), tensor_scale, below, above, fixed)
+
+
+@njit(inline="always")
+def _e2m1_code(quotient):
+    """Code of a non-negative fp32 quotient, ties to the even code; what threshold_table decides by."""
+    code = np.uint8(quotient > np.float32(0.25)) + np.uint8(quotient >= np.float32(0.75))
+    code += np.uint8(quotient > np.float32(1.25)) + np.uint8(quotient >= np.float32(1.75))
+    code += np.uint8(quotient > np.float32(2.5)) + np.uint8(quotient >= np.float32(3.5))
+    return code + np.uint8(quotient > np.float32(5))
+
+
+@kernel(error_model="numpy")
+def solve_columns(work, upper, grid, tensor_scale, search, out):
+    """Round the columns of `work` fp32 [rows, columns] in order, each with what those before it lost; see fluxc.formats.gptq.
+
+    `upper` fp32 [columns, columns] is the part of the factor for these columns. When a block of sixteen begins, its scale is
+    chosen from what it has become, as in e4m3_scales and search_scales, of which `search` are below, above and fixed. `grid`
+    fp32 [8] are the E2M1 magnitudes. `out` are the scales uint8 [rows, columns/16], codes uint8 [rows, columns/2], and fp32
+    [rows, columns] what each column lost, over the diagonal of `upper`. `work` is used up.
+    """
+    (below, above, fixed), (scales, codes, errors) = search, out
+    rows, columns = work.shape
+    flat, whole = work.reshape(-1), np.float32(6) * tensor_scale
+    for row in prange(rows):
+        for k in range(columns // LANES):
+            at = row * columns + k * LANES
+            amax = np.float32(0)
+            for column in range(at, at + LANES):
+                amax = max(amax, abs(flat[column]))
+            start = np.int64(_first_scale(amax / whole))
+            best = _best_scale(flat, at, start, tensor_scale, below, above, fixed)
+            scales[row, k] = best
+            step = _from_e4m3(best) * tensor_scale
+            for j in range(LANES):
+                column = k * LANES + j
+                value = work[row, column]
+                quotient = value / step
+                code = _e2m1_code(abs(quotient))
+                restored = grid[code] * step
+                if value < 0:
+                    restored = -restored
+                error = (value - restored) / upper[column, column]
+                errors[row, column] = error
+                for later in range(column + 1, columns):
+                    work[row, later] -= error * upper[column, later]
+                if quotient < 0:
+                    code |= np.uint8(8)
+                half = (column // 2, np.uint8(4 * (column % 2)))
+                codes[row, half[0]] = code if column % 2 == 0 else codes[row, half[0]] | (code << half[1])
 
 
 @kernel()
