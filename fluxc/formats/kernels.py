@@ -2,8 +2,9 @@
 
 Weights are read as they lie on disk: the bit patterns of bf16, fp16 (uint16) or fp32 (uint32). The magnitude of a pattern
 grows with the pattern itself, so the E2M1 code of an element under a given scale is the number of seven thresholds its
-pattern exceeds: no element is converted or divided. `threshold_table` finds the thresholds of every scale by bisection on
-the division itself, so codes are those of round(w / scale), bit for bit.
+pattern exceeds: no element is converted or divided (`solve_columns` alone divides, since what it rounds is computed).
+`threshold_table` finds the thresholds of every scale by bisection on the division itself, so codes are those of
+round(w / scale), bit for bit.
 
 All of it is one file, because numba's cache on disk only looks at the file a compiled function is in.
 """

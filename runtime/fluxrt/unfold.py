@@ -186,14 +186,14 @@ def _dense(entry: Unfold, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 class _Pieces:
-    """Rows of a weight, few enough at a time to stay in a core's cache; what is worked in is allocated once."""
+    """Pieces of a weight, of so many `rows` that they stay in a core's cache; what is worked in is allocated once."""
 
     def __init__(self, entry: Unfold, codes: np.ndarray, scales: np.ndarray) -> None:
         import numpy as np
 
         self._entry, self._codes, self._scales = entry, codes, scales
         rows, columns = len(codes), entry.shape[1]
-        self._step = min(rows, max(1, PIECE // columns))
+        self.rows = min(rows, max(1, PIECE // columns))
         self._looks_up = entry.values in ("e2m1", "e4m3")
         # Bytes are looked up two at a time where rows have an even number.
         self._pairs = self._looks_up and codes.shape[1] % 2 == 0
@@ -202,13 +202,12 @@ class _Pieces:
             bytewise = e2m1_pairs if entry.values == "e2m1" else e4m3_table
             self._table = _byte_pairs(entry.values) if self._pairs else bytewise()
         width = codes.shape[1] // 2 if self._pairs else codes.shape[1]
-        self._index = np.empty((self._step, width) if self._looks_up else 0, np.intp)
-        self._spread = np.empty((self._step, columns) if entry.block else 0, np.float32)
+        self._index = np.empty((self.rows, width) if self._looks_up else 0, np.intp)
+        self._spread = np.empty((self.rows, columns) if entry.block else 0, np.float32)
 
     def of(self, rows: slice) -> Iterator[slice]:
         """The pieces of `rows`."""
-        step = self._step
-        return (slice(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step))
+        return (slice(at, min(at + self.rows, rows.stop)) for at in range(rows.start, rows.stop, self.rows))
 
     def values_into(self, out: np.ndarray, rows: slice) -> None:
         """The values of one piece, with their scales, as fp32."""
@@ -244,7 +243,7 @@ def _int8_rows(entry: Unfold, codes: np.ndarray, scales: np.ndarray, signed: boo
     largest = np.empty(rows, np.float32)
     pieces = _Pieces(entry, codes, scales)
     narrow = np.empty((min(TURNED, rows), columns), out.dtype)
-    values = np.empty((min(len(narrow), max(1, PIECE // columns)), columns), np.float32)
+    values = np.empty((pieces.rows, columns), np.float32)
     for first in range(0, rows, TURNED):
         last = min(first + TURNED, rows)
         for part in pieces.of(slice(first, last)):

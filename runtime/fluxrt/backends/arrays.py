@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from fluxrt.backends.graphs import graph_of
@@ -46,7 +47,7 @@ class Pool:
         self._arrays.clear()
 
 
-class ArrayBackend:
+class ArrayBackend(ABC):
     """A Backend of graphs without what runs one, `_run_graph`. Results lie in arrays that stay: a step allocates none."""
 
     def __init__(self, bundle: Bundle, target: HasGraphs) -> None:
@@ -109,7 +110,7 @@ class ArrayBackend:
         if number == images - 1:
             self.restore(target, self._gathered)
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027 - what is true of every backend here, no gap to be filled
         """Nothing to wait for: a graph has run when it returns."""
 
     def close(self) -> None:
@@ -117,9 +118,9 @@ class ArrayBackend:
         self._pool.clear()
         self._buffers.clear()
 
+    @abstractmethod
     def _run_graph(self, graph: str) -> None:
         """Run one graph on the buffers that its inputs name, into those that its results name."""
-        raise NotImplementedError
 
     def _ready(self, graph: str) -> Graph:
         """The graph, whose inputs are all there."""

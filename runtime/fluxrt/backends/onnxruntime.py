@@ -310,17 +310,15 @@ class OnnxRuntimeBackend(ArrayBackend):
         """Whether ONNX Runtime packs a graph's int8 weights, which takes their memory once more while it loads. A build may be
         told to take less than is free, so that it packs only what is little."""
         extra = _packed_bytes(variant) * (self._group.ranks if self._group else 1)
-        free = LITTLE if is_repeatable() else self._free_memory()
         if not extra or not copies():
             return False
+        if is_repeatable():
+            return extra <= LITTLE
+        free = self._free_memory()
         has_room = free is None or extra <= ROOM * free
-        if not has_room and not is_repeatable():
-            LOG.info(
-                "%s: too little memory is free to pack its int8 weights (%.1f GiB); %s",
-                variant.file,
-                extra / 2**30,
-                SLOWER,
-            )
+        if not has_room:
+            size = f"{extra / 2**30:.1f} GiB"
+            LOG.info("%s: too little memory is free to pack its int8 weights (%s); %s", variant.file, size, SLOWER)
         return has_room
 
     def _unfold(self, variant: Graph) -> dict[str, np.ndarray]:
