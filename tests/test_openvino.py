@@ -158,6 +158,11 @@ def test_angles_go_to_the_cpu_where_a_device_has_no_fp32(bundle: Bundle) -> None
     graphs = bundle.target("openvino").graphs
     models = {name: CORE.read_model(str(bundle.path(graph.file))) for name, graph in graphs.items()}
     assert [name for name, model in models.items() if multiplies_angles(model)] == ["prologue"]
+    with fluxrt.load(bundle.root, target="openvino-bf16") as pipeline:
+        held = [
+            pipeline.backend._precision_of(graphs[name].weights) for name in ("body", "text_encoder", "vae_decoder")
+        ]
+        assert held == ["bf16"] * 3 or pipeline.notes
     npu = Settled("NPU", "f16", False, has_fp32=False)
     for_angles = npu.for_graph(models["prologue"])
     assert (for_angles.device, for_angles.precision, for_angles.static) == ("CPU", "f32", False)

@@ -81,12 +81,25 @@ class OpenVinoBackend(ArrayBackend):
         """On the CPU what weights take as they are held there, and what computing takes; of other devices nothing is known."""
         if self._settled.device != "CPU":
             return None
-        held = HELD["int8" if self._settled.int8 else self._settled.precision]
-        files = {graph.weights for graph in self._target.graphs.values()}
-        tensors = [tensor for file in files for tensor in component_weights(self._bundle, file).values()]
-        weights = sum(int(held.get(tensor.dtype, 1.0) * tensor.nbytes) for tensor in tensors)
+        weights = 0
+        for file in {graph.weights for graph in self._target.graphs.values()}:
+            held = HELD["int8" if self._settled.int8 else self._precision_of(file)]
+            tensors = component_weights(self._bundle, file).values()
+            weights += sum(int(held.get(tensor.dtype, 1.0) * tensor.nbytes) for tensor in tensors)
         working = working_memory(self._target.graphs, self._bundle, sizes)
         return Need(weights + working, available_memory(), "memory")
+
+    def _precision_of(self, weights: str) -> str:
+        """In what the graphs on a weights file are computed; fp32 where all of them are."""
+        if self._settled.precision == "f32":
+            return "f32"
+        graphs = [name for name, graph in self._target.graphs.items() if graph.weights == weights]
+        for name in graphs:
+            if name not in self._computed:
+                path = str(self._bundle.checked_file(self._described(name).file))
+                self._computed[name] = self._settled.for_graph(self._core.read_model(path))
+        found = {self._computed[name].precision for name in graphs}
+        return found.pop() if len(found) == 1 else self._settled.precision
 
     def close(self) -> None:
         """Drop graphs and buffers."""
