@@ -26,6 +26,22 @@ TERMINATED = """try:
                 os.kill(os.getpid(), signal.SIGTERM)
             except BaseException as error:
                 raise ImportError('initialization failed') from error"""
+LOST = """try:
+                os.kill(os.getpid(), signal.{sent})
+            except BaseException:
+                pass
+            import time
+            time.sleep(60)"""
+CLEANING = """\
+import os, signal, time
+from fluxrt.signals import ended_by_signals
+with ended_by_signals():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        time.sleep(1.2)
+        print("cleaned", flush=True)
+"""
 RUN = "from {command}.entry import main\nsys.exit(main(sys.argv[1:]))\n"
 
 
@@ -72,3 +88,16 @@ def test_who_ignores_interrupts_goes_on_doing_so() -> None:
     ignored = "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     code = ignored + HIT.format(module="click", then=INTERRUPTED) + RUN.format(command="fluxc")
     assert ended(code, "--version") == (0, "")
+
+
+@pytest.mark.parametrize(("sent", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_a_library_loses_is_raised_again(sent: str, code: int) -> None:
+    """As `except ImportError` does around a library that makes an error of its own out of it."""
+    lost = HIT.format(module="ruamel.yaml", then=LOST.format(sent=sent)) + RUN.format(command="fluxc")
+    assert ended(lost, "plan", str(RECIPE))[0] == code
+
+
+def test_what_a_command_does_when_it_is_ended_is_not_interrupted_by_the_same_signal() -> None:
+    command = [sys.executable, "-c", CLEANING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "cleaned\n", "")

@@ -23,7 +23,7 @@ import click
 from fluxrt.errors import FluxError
 from fluxrt.log import Logs, printable, silence
 from fluxrt.parameters import PathText
-from fluxrt.signals import INTERRUPTED, ended_by_signal, ended_by_sigterm
+from fluxrt.signals import INTERRUPTED, ended_by_signal, ended_by_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,7 +83,7 @@ class CommandLine(click.Group):
         arguments = list(sys.argv[1:] if args is None else args)
         with Logs(tool) as logs:
             try:
-                with ended_by_sigterm():
+                with ended_by_signals():
                     self._complete(tool)
                     with self.make_context(tool, list(arguments) or ["--help"], obj=logs) as context:
                         self.invoke(context)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,8 @@ def a_command(name: str) -> Iterator[Callable[[], None]]:
 
 
 INTERRUPTED = 128 + signal.SIGINT
+AGAIN = 0.5
+"""Seconds after which a signal that was lost is raised again."""
 
 
 class Terminated(SystemExit):
@@ -57,18 +61,55 @@ def ended_by_signal(error: BaseException | None) -> int | None:
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the command as an interrupt does, so that what is half written is removed and ranks are ended."""
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends the command as an interrupt does, so that what is half written is removed and ranks are ended.
 
-    def end(*_: object) -> None:
-        raise Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not the main thread
+    Either is raised again for as long as a library has lost it: an import that fails because of it may pass for a package that
+    is not installed. Who ignores interrupts, or handles them, keeps that.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    ends = [End(signal.SIGTERM, Terminated)]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        ends.append(End(signal.SIGINT, KeyboardInterrupt))
+    before = [(end, signal.signal(end.number, end.came)) for end in ends]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for end, handler in before:
+            end.over()
+            signal.signal(end.number, handler)
+
+
+class End:
+    """A signal that ends the command by raising `raised`: when it comes, and each `AGAIN` seconds in which nobody handles it."""
+
+    def __init__(self, number: signal.Signals, raised: type[BaseException]) -> None:
+        self.number = number
+        self._raised, self._asks = raised, False
+        self._over, self._lock = threading.Event(), threading.Lock()
+        self._asking: threading.Thread | None = None
+
+    def came(self, *_: object) -> None:
+        """The handler of the signal."""
+        asks, self._asks = self._asks, False
+        if asks and (self._over.is_set() or ended_by_signal(sys.exc_info()[1]) is not None):
+            return
+        if self._asking is None:
+            self._asking = threading.Thread(target=self._ask, name=f"{self.number.name} again", daemon=True)
+            self._asking.start()
+        raise self._raised
+
+    def over(self) -> None:
+        """The command has ended."""
+        with self._lock:
+            self._over.set()
+
+    def _ask(self) -> None:
+        main = threading.main_thread().ident
+        while not self._over.wait(AGAIN):
+            with self._lock:
+                if main is not None and not self._over.is_set():
+                    self._asks = True
+                    signal.pthread_kill(main, self.number)
