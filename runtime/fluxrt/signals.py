@@ -83,7 +83,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 class End:
-    """A signal that ends the command by raising `raised`: when it comes, and each `AGAIN` seconds in which nobody handles it."""
+    """A signal that ends the command by raising `raised`: when it comes, and each `AGAIN` seconds in which it is lost."""
 
     def __init__(self, number: signal.Signals, raised: type[BaseException]) -> None:
         self.number = number
