@@ -21,6 +21,8 @@ from fluxc.formats import cpu
 from fluxc.formats.constants import BLOCK
 
 if TYPE_CHECKING:
+    import torch
+
     from fluxc.recipe.structs import Scales
 
 DAMPING = 0.01
@@ -28,6 +30,8 @@ DAMPING = 0.01
 MORE_DAMPING = (1.0, 10.0, 100.0)
 """Times DAMPING, tried in turn until H can be factorized."""
 COLUMNS = 128
+PANEL, LEAF = 512, 32
+"""Columns of `factor` that are eliminated at a time, and at most by LAPACK."""
 
 
 class SingularError(ValueError):
@@ -35,31 +39,87 @@ class SingularError(ValueError):
 
 
 def factor(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
-    """U fp32 [in, in], upper triangular, U^T U the inverse of the dampened second `moments` [in, in], float64.
+    """U fp32 [in, in], upper triangular, U^T U the inverse of the dampened second `moments` [in, in].
 
-    Raises SingularError where they are not finite, or not positive definite even with a hundred times the damping.
+    Of `moments`, fp32 or fp64, the upper triangle is read; computed is in fp64, in panels whose products do not depend on the
+    number of threads. Raises SingularError where they are not finite, or not positive definite even with a hundred times the
+    damping.
     """
     import torch
 
-    size = len(moments)
-    matrix = torch.from_numpy(np.array(moments, np.float64))
-    diagonal = matrix.diagonal()
-    if not bool(torch.isfinite(matrix).all()) or bool((diagonal < 0).any()):
+    given = torch.from_numpy(moments)
+    diagonal = given.diagonal().double()
+    if not bool(torch.isfinite(given.sum(dtype=torch.float64))) or bool((diagonal < 0).any()):
         raise SingularError("the second moments of its inputs are not finite, or negative")
     dead = diagonal == 0
     if bool(dead.all()):
-        return np.eye(size, dtype=np.float32)
+        return np.eye(len(moments), dtype=np.float32)
     share = float(diagonal[~dead].mean())
-    diagonal[dead] = share
+    diagonal = torch.where(dead, share, diagonal)
     for more in MORE_DAMPING:
-        dampened = matrix + torch.eye(size, dtype=torch.float64) * (damping * more * share)
         # Of H turned end for end the lower factor is the upper one of H.
-        lower, failed = torch.linalg.cholesky_ex(dampened.flip(0, 1))
-        if not int(failed):
-            unit = torch.eye(size, dtype=torch.float64)
-            upper: np.ndarray = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True).float().numpy()
-            return upper
+        lower = given.flip(0, 1).double()
+        lower.diagonal().copy_(diagonal.flip(0) + damping * more * share)
+        if _invert_factor(lower):
+            return np.ascontiguousarray(lower.float().flip(0, 1).numpy())
     raise SingularError("the second moments of its inputs are not positive definite")
+
+
+def _invert_factor(lower: torch.Tensor) -> bool:
+    """In place of the lower triangle of a symmetric matrix fp64, the inverse of its Cholesky factor, above it zeros; False, and
+    anything, where it is not positive definite."""
+    import torch
+
+    size = len(lower)
+    panels = [slice(first, min(first + PANEL, size)) for first in range(0, size, PANEL)]
+    inverses = []
+    for number, panel in enumerate(panels):
+        rest = slice(panel.stop, size)
+        inverse = _inverted_block(lower[panel, panel])
+        if inverse is None:
+            return False
+        inverses.append(inverse)
+        below = lower[rest, panel]
+        below.copy_(below @ inverse.T)
+        for other in panels[number + 1 :]:
+            lower[other.start :, other].addmm_(lower[other.start :, panel], lower[other, panel].T, alpha=-1)
+    for number, panel in enumerate(panels):
+        # Row by row: those above are inverted already, and each begins at its diagonal.
+        row = torch.zeros(panel.stop - panel.start, panel.start, dtype=lower.dtype, device=lower.device)
+        for other in panels[:number]:
+            # A product over many rows at once would be parted between threads, and added up as there are threads.
+            for between in panels[panels.index(other) : number]:
+                row[:, other].addmm_(lower[panel, between], lower[between, other])
+        lower[panel, : panel.start] = -(inverses[number] @ row)
+        lower[panel, panel] = inverses[number]
+        lower[panel, panel.stop :] = 0
+    return True
+
+
+def _inverted_block(block: torch.Tensor) -> torch.Tensor | None:
+    """The inverse of the Cholesky factor of a block; None where it is not positive definite.
+
+    Halved until LAPACK takes the same path with any number of threads.
+    """
+    import torch
+
+    size = len(block)
+    if size <= LEAF:
+        lower, failed = torch.linalg.cholesky_ex(block)
+        unit = torch.eye(size, dtype=block.dtype, device=block.device)
+        return None if int(failed) else torch.linalg.solve_triangular(lower, unit, upper=False)
+    half = size // 2
+    first = _inverted_block(block[:half, :half])
+    if first is None:
+        return None
+    below = block[half:, :half] @ first.T
+    second = _inverted_block(block[half:, half:] - below @ below.T)
+    if second is None:
+        return None
+    inverse = torch.zeros_like(block)
+    inverse[:half, :half], inverse[half:, half:] = first, second
+    inverse[half:, :half] = -(second @ (below @ first))
+    return inverse
 
 
 def solve(weight: np.ndarray, upper: np.ndarray, tensor_scale: np.float32, scales: Scales = "max") -> cpu.Quantized:
