@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,10 +74,12 @@ def write_measured(path: Path, kind: Kind, origin: Origin, tensors: dict[str, np
         partial.unlink(missing_ok=True)
 
 
-def read_measured(path: Path, kind: Kind) -> tuple[Origin, dict[str, np.ndarray]]:
-    """Origin and tensors of `path`. Raises CheckpointError if it is damaged or of another kind, BuildError if it is of
-    another version."""
-    from safetensors.numpy import load
+def read_measured(
+    path: Path, kind: Kind, is_wanted: Callable[[str], bool] = lambda _: True
+) -> tuple[Origin, dict[str, np.ndarray]]:
+    """Origin of `path`, and those of its tensors whose names are wanted. Raises CheckpointError if it is damaged or of another
+    kind, BuildError if it is of another version."""
+    from safetensors import safe_open
 
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such {kind.noun}; {kind.advice}")
@@ -98,7 +101,9 @@ def read_measured(path: Path, kind: Kind) -> tuple[Origin, dict[str, np.ndarray]
             f"`fluxc {kind.verb}` again with this version"
         )
     try:
-        return msgspec.convert(about, Origin), load(path.read_bytes())
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if is_wanted(name)}  # noqa: SIM118
+        return msgspec.convert(about, Origin), tensors
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{path}: damaged: {error}; {kind.advice}") from error
 

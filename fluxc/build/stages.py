@@ -17,7 +17,7 @@ from fluxc.base.progress import StageProgress
 from fluxc.build.job import Job
 from fluxc.build.requests import cache_settings, calibration_request, judges_of, trace_request, trace_size
 from fluxc.build.runner import Results, Stage, Step, plan_steps
-from fluxc.calibrate import modelopt_stage, sensitivity_stage, weights_stage
+from fluxc.calibrate import modelopt_stage, rounding_stage, sensitivity_stage, weights_stage
 from fluxc.calibrate import stage as calibration_stage
 from fluxc.calibrate.assumed import assumed_amax
 from fluxc.calibrate.file import read_calibration
@@ -30,7 +30,7 @@ from fluxc.fidelity import stage as compare_stage
 from fluxc.formats.registry import FORMATS
 from fluxc.graph import stage as export_stage
 from fluxc.graph.stage import ExportInputs
-from fluxc.quantize.plan import needs_calibration
+from fluxc.quantize.plan import needs_calibration, to_quantize
 from fluxc.quantize.source import kept_tensors, narrowed
 from fluxc.recipe.structs import Calibration, Recipe
 from fluxc.recipe.targets import Target
@@ -44,6 +44,8 @@ from fluxrt.manifest import StepCache
 
 PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 """What `--until` can name, in order."""
+ROUNDED = ("transformer", "text_encoder")
+"""The components whose weights can be solved."""
 DRAFT = "draft"
 """The name among the results of the bundle in the making, which the comparison is run on."""
 
@@ -60,6 +62,8 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
         yield Step("step-cache", "step-cache", lambda results: _fit(job, results))
     yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
     yield Step("sensitivity", "weights", lambda results: _choice(job, results))
+    for name in ROUNDED:
+        yield Step(f"rounding-{name}", "weights", partial(_rounding, job, component=name))
     for name in WEIGHTS_FILE:
         yield Step(f"weights-{name}", "weights", partial(_weights, job, component=name))
     for target in recipe.targets:
@@ -296,6 +300,28 @@ def _amax_settings(recipe: Recipe) -> Calibration:
     return Calibration(prompts="", amax=asked.amax, percentile=asked.percentile, margin=asked.margin)
 
 
+def _rounding(job: Job, results: Results, component: str) -> Stage[Any, Made] | None:
+    precision = getattr(job.loaded.recipe.precision, component)
+    if precision.rounding == "nearest":
+        return None
+    source, calibration = job.source(results), _calibration(job, results)
+    solved = [entry for entry in to_quantize(source.plans[component]) if FORMATS[entry.format].solves]
+    if not solved or calibration is None:
+        return None
+    inputs = rounding_stage.RoundingInputs(
+        component=component,
+        files=job.files,
+        tensors=kept_tensors(source, component),
+        plan=solved,
+        calibration=calibration,
+        scales=precision.scales,
+        rows=job.rows(calibration_request(job.loaded, job.is_large)["guidance"]),
+        text_layers=job.original.family.text_layers,
+        aside=job.aside(f"rounding-{component}"),
+    )
+    return Stage(f"rounding-{component}", f"solve {component} weights", inputs, rounding_stage.run, rounding_stage.load)
+
+
 def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
     recipe, source = job.loaded.recipe, job.source(results)
     plan = source.plans.get(component, [])
@@ -326,6 +352,7 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
         apart=list(dict.fromkeys(apart)),
         assumed=assumed,
         narrow=narrowed(component, tensors),
+        solved=results.get(f"rounding-{component}"),
     )
     return Stage(f"weights-{component}", f"write {component} weights", inputs, weights_stage.run, weights_stage.load)
 

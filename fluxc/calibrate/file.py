@@ -1,11 +1,13 @@
-"""The calibration file: every layer's records, and what they were measured on.
+"""The calibration file: every layer's records, the calls that were kept, and what they were measured on.
 
-Tensors are `component/layer/field`; histograms keep the bins from the first filled one to the last.
+Tensors are `component/layer/field`; histograms keep the bins from the first filled one to the last. Those of calls (calls.py)
+begin with `calls/`; they are the most of the file, and read only by who asks for them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,12 @@ import numpy as np
 
 from fluxc.base.errors import BuildError, CheckpointError
 from fluxc.base.measured import Kind, Origin, read_measured, write_measured
+from fluxc.calibrate.calls import Calls, of_arrays
 from fluxc.calibrate.records import BINS, LayerInputs
 
 KIND = Kind("fluxc-calibration", 1, "calibration file", "calibrate")
+
+CALLS = "calls/"
 
 Records = dict[str, dict[str, LayerInputs]]
 """By component, then layer."""
@@ -30,9 +35,11 @@ class CalibrationFile:
     records: Records
 
 
-def write_calibration(path: Path, origin: Origin, records: Records) -> None:
+def write_calibration(path: Path, origin: Origin, records: Records, calls: Mapping[str, Calls] | None = None) -> None:
     """Write `path`; it appears when complete. Raises BuildError naming the layer that saw a NaN or infinity."""
     tensors: dict[str, np.ndarray] = {}
+    for component, kept in (calls or {}).items():
+        tensors |= {f"{CALLS}{name}": array for name, array in kept.arrays(component).items()}
     for component, layers in records.items():
         for layer, record in layers.items():
             if not math.isfinite(record.amax):
@@ -55,11 +62,20 @@ def write_calibration(path: Path, origin: Origin, records: Records) -> None:
 
 def read_calibration(path: Path) -> CalibrationFile:
     """Read `path`. Raises CheckpointError if it is damaged or no calibration file, BuildError if it is of another version."""
-    origin, tensors = read_measured(path, KIND)
+    origin, tensors = read_measured(path, KIND, lambda name: not name.startswith(CALLS))
     try:
         return CalibrationFile(path, origin, _records(tensors))
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged: its records are incomplete ({error!r}); {KIND.advice}") from error
+
+
+def read_calls(path: Path) -> dict[str, Calls]:
+    """The calls by component that `path` holds; errors as read_calibration."""
+    _, tensors = read_measured(path, KIND, lambda name: name.startswith(CALLS))
+    try:
+        return of_arrays({name.removeprefix(CALLS): array for name, array in tensors.items()})
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: its calls are incomplete ({error!r}); {KIND.advice}") from error
 
 
 def _records(tensors: dict[str, np.ndarray]) -> Records:

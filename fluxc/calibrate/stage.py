@@ -58,8 +58,8 @@ def calibrate_into(inputs: CalibrationInputs, path: Path, device: str, report: R
     made_by = key_of(*model, request, str(placement), library_versions(), code_digest(__name__))
     work = inputs.aside.folder.with_name(f"{inputs.aside.folder.name}-{made_by}")
     generation = generation_of(request, inputs.text_layers)
-    records = calibrate(checkpoint, request["prompts"], generation, inputs.rows, origin, placement, work, report)
-    write_calibration(path, origin, records)
+    found = calibrate(checkpoint, request["prompts"], generation, inputs.rows, origin, placement, work, report)
+    write_calibration(path, origin, *found)
     shutil.rmtree(work)
 
 

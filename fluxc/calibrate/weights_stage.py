@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from fluxc.base.cache import Made
 from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
@@ -24,7 +26,8 @@ class WeightsInputs:
     """`files` hold the component's `tensors`; `apart` names those that get a file of their own.
 
     `calibration` and its `settings` are there where a layer is quantized under a measured range; ranges that were not measured
-    are in `assumed`, by layer. Tensors that are rounded from fp32 to bf16 are in `narrow`.
+    are in `assumed`, by layer. Tensors that are rounded from fp32 to bf16 are in `narrow`. `solved`: the folder of weights that
+    were solved, where some were.
     """
 
     component: str
@@ -38,14 +41,17 @@ class WeightsInputs:
     apart: list[str]
     assumed: dict[str, float] = field(default_factory=dict)
     narrow: list[str] = field(default_factory=list)
+    solved: Made | None = None
 
 
 def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
     """Write the weights, and layers.json: format and errors of every quantized layer."""
     from fluxc.calibrate.amax import input_amax
     from fluxc.calibrate.file import read_calibration
+    from fluxc.quantize.solved import Solved
     from fluxc.quantize.writer import write_weights
 
+    solved = Solved(inputs.solved.folder) if inputs.solved else None
     records, amax = {}, inputs.assumed
     if inputs.calibration and inputs.settings:
         records = read_calibration(inputs.calibration).records[inputs.component]
@@ -57,6 +63,7 @@ def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
         amax,
         scales=inputs.scales,
         input_rows=lambda layer: records[layer].rows if layer in records else None,
+        solved=solved.layers if solved else None,
         shard_bytes=inputs.shard_bytes,
         apart=inputs.apart,
         narrow=frozenset(inputs.narrow),
@@ -69,12 +76,20 @@ def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
             "scales": inputs.scales if FORMATS[r.format].searches_scales else "max",
             "snr_db": _finite(r.snr_db, 3),
             "output_snr_db": _finite(r.output_snr_db, 2),
+            "rounding": msgspec.to_builtins(solved.roundings.get(r.name)) if solved else None,
         }
         for r in written
     ]
     # No original to compare with, so their errors are not known.
     layers += [
-        {"name": e.layer.name, "format": e.format, "scales": None, "snr_db": None, "output_snr_db": None}
+        {
+            "name": e.layer.name,
+            "format": e.format,
+            "scales": None,
+            "snr_db": None,
+            "output_snr_db": None,
+            "rounding": None,
+        }
         for e in inputs.plan
         if e.quantized_in_source
     ]

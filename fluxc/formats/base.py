@@ -46,9 +46,10 @@ class Format(ABC):
     `algorithm` and `group_size` are ModelOpt's words for it, `variants` its words for the format with a further part
     (`pre_quant_scale`, `svdquant_lora_a`), `bits` and `number` (float or int) those of a value. `scalars` are the parts a
     fusion group shares, `calibrated` whether inputs are rounded under a static scale, which calibration finds.
-    `searches_scales`: whether a recipe's `scales` changes anything. `margin`: how many times the largest input that calibration
-    saw the static scale stands for, where a recipe does not say. `values` are what the part `weight` holds where a value is
-    that times its scales, the parts whose name begins with `weight_scale`; None for a format that is not of this kind.
+    `searches_scales`: whether a recipe's `scales` changes anything; `solves`: whether its `rounding` does. `margin`: how many
+    times the largest input that calibration saw the static scale stands for, where a recipe does not say. `values` are what
+    the part `weight` holds where a value is that times its scales, the parts whose name begins with `weight_scale`; None for a
+    format that is not of this kind.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Format(ABC):
     scalars: tuple[str, ...] = ()
     calibrated: bool = True
     searches_scales: bool = False
+    solves: bool = False
     margin: float = 1.0
     values: Literal["e2m1", "e4m3"] | None = None
 
@@ -98,6 +100,10 @@ class Format(ABC):
     @abstractmethod
     def encode(self, patterns: np.ndarray, dtype: str, amax: np.ndarray, scale: np.float32, scales: Scales) -> Parts:
         """The parts of these rows that grow with rows; `amax` as `amaxes` gives it, `scale` as `group_scale`."""
+
+    def solve(self, weight: np.ndarray, upper: np.ndarray, scale: np.float32, scales: Scales) -> Parts:
+        """As `encode`, of rows fp32 that are rounded for the inputs that `upper` stands for (fluxc.formats.gptq)."""
+        raise NotImplementedError
 
     @abstractmethod
     def decode(self, parts: Parts, scale: np.float32) -> np.ndarray:

@@ -38,16 +38,16 @@ class SingularError(ValueError):
     """Second moments that cannot be factorized, however they are dampened."""
 
 
-def factor(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+def factor(moments: np.ndarray | torch.Tensor, damping: float = DAMPING) -> np.ndarray:
     """U fp32 [in, in], upper triangular, U^T U the inverse of the dampened second `moments` [in, in].
 
-    Of `moments`, fp32 or fp64, the upper triangle is read; computed is in fp64, in panels whose products do not depend on the
-    number of threads. Raises SingularError where they are not finite, or not positive definite even with a hundred times the
-    damping.
+    Of `moments`, fp32 or fp64, the upper triangle is read; computed is in fp64, where they are (a tensor may be on a GPU), in
+    panels whose products do not depend on the number of threads. Raises SingularError where they are not finite, or not
+    positive definite even with a hundred times the damping.
     """
     import torch
 
-    given = torch.from_numpy(moments)
+    given = torch.as_tensor(moments)
     diagonal = given.diagonal().double()
     if not bool(torch.isfinite(given.sum(dtype=torch.float64))) or bool((diagonal < 0).any()):
         raise SingularError("the second moments of its inputs are not finite, or negative")
@@ -61,7 +61,7 @@ def factor(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
         lower = given.flip(0, 1).double()
         lower.diagonal().copy_(diagonal.flip(0) + damping * more * share)
         if _invert_factor(lower):
-            return np.ascontiguousarray(lower.float().flip(0, 1).numpy())
+            return np.ascontiguousarray(lower.float().flip(0, 1).cpu().numpy())
     raise SingularError("the second moments of its inputs are not positive definite")
 
 

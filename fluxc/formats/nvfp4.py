@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fluxc.formats import cpu
+from fluxc.formats import cpu, gptq
 from fluxc.formats.base import Format, GraphBuilder, Matrix, Parts
 from fluxc.formats.constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
 from fluxc.formats.forms import e2m1_blocks, scaled_blocks
@@ -201,6 +201,7 @@ class NVFP4(Format):
     group_size = BLOCK
     scalars = ("input_scale", "weight_scale_2")
     searches_scales = True
+    solves = True
     # A block whose scale would exceed 448 is clipped whole, while E4M3 scales stay precise for 14 octaves below.
     margin = 8.0
 
@@ -228,6 +229,11 @@ class NVFP4(Format):
     def encode(self, patterns: np.ndarray, dtype: str, amax: np.ndarray, scale: np.float32, scales: Scales) -> Parts:
         """See Format."""
         coded = cpu.nvfp4(patterns, dtype, amax, scale, scales)
+        return {"weight_scale": coded.block_scales, "weight": coded.codes}
+
+    def solve(self, weight: np.ndarray, upper: np.ndarray, scale: np.float32, scales: Scales) -> Parts:
+        """See Format."""
+        coded = gptq.solve(weight, upper, scale, scales)
         return {"weight_scale": coded.block_scales, "weight": coded.codes}
 
     def decode(self, parts: Parts, scale: np.float32) -> np.ndarray:

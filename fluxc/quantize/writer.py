@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from fluxc.formats.base import Format
 from fluxc.formats.bf16 import in_bf16
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
+from fluxc.quantize.solved import Layer
 from fluxc.recipe.structs import Scales
 
 CHUNK_BYTES = 16 << 20
@@ -125,6 +126,7 @@ def write_weights(
     *,
     scales: Scales = "max",
     input_rows: Rows | None = None,
+    solved: Mapping[str, Layer] | None = None,
     shard_bytes: int | None = None,
     apart: Container[str] = (),
     narrow: Container[str] = (),
@@ -133,11 +135,11 @@ def write_weights(
     """Write `path` from the checkpoint's `tensors` under `plan`; `input_amax` holds each layer's largest input magnitude.
 
     `scales` says how NVFP4 block scales are chosen (see cpu.nvfp4_scales), `input_rows` gives sampled inputs fp32 [rows, in]
-    of a layer for its output error. When the tensors exceed `shard_bytes`, NAME-0000i-of-0000n.safetensors and
-    NAME.safetensors.index.json are written in place of `path`; tensors in `apart` get files of their own, the last. fp32
-    tensors in `narrow` that are not quantized are rounded to bf16. Returns one report a quantized layer. `on_progress` counts
-    source bytes. Raises CheckpointError naming tensor and position of a NaN or infinity; no file appears unless all are
-    complete.
+    of a layer for its output error. Layers in `solved` are stored as they were solved. When the tensors exceed `shard_bytes`,
+    NAME-0000i-of-0000n.safetensors and NAME.safetensors.index.json are written in place of `path`; tensors in `apart` get
+    files of their own, the last. fp32 tensors in `narrow` that are not quantized are rounded to bf16. Returns one report a
+    quantized layer. `on_progress` counts source bytes. Raises CheckpointError naming tensor and position of a NaN or infinity;
+    no file appears unless all are complete.
     """
     quantized = {f"{entry.layer.name}.weight": entry for entry in to_quantize(plan)}
     input_scale_amax = _group_input_amax(quantized, input_amax)
@@ -151,6 +153,7 @@ def write_weights(
     reports: list[LayerReport] = []
     partial = {name: path.with_name(f".{name}.partial") for name in names}
     files: list[_File] = []
+    quantizer = _Quantizer(input_scale_amax, scales, input_rows, solved or {}, progress)
     try:
         for name, shard in zip(names, shards, strict=True):
             file = _File(partial[name], _layout(tensors, quantized, [t for unit in shard for t in unit], narrow))
@@ -159,7 +162,7 @@ def write_weights(
                 members = [t for t in unit if t in quantized]
                 if members:
                     refs = [(tensors[t], quantized[t]) for t in members]
-                    reports += _write_group(file, refs, input_scale_amax, scales, input_rows, progress)
+                    reports += quantizer.write(file, refs)
                 for tensor in (t for t in unit if t not in quantized):
                     _copy(file, tensors[tensor], progress, tensor in narrow)
             file.sync()
@@ -293,35 +296,60 @@ def _layout(
     return sorted(entries, key=lambda entry: entry.rank)
 
 
-def _write_group(
-    file: _File,
-    members: list[tuple[TensorRef, LayerPlan]],
-    input_amax: dict[str, float],
-    scales: Scales,
-    input_rows: Rows | None,
-    progress: _Progress,
-) -> list[LayerReport]:
-    """Quantize the Linears of one fusion group under their joint tensor scale."""
-    entry = members[0][1]
-    format = FORMATS[entry.format]
-    amaxes = [_amax_by_chunk(ref, format, progress) for ref, _ in members]
-    amax = max(
-        cpu.largest(chunk, ref.dtype) for (ref, _), chunks in zip(members, amaxes, strict=True) for chunk in chunks
-    )
-    weights = [(cpu.patterns_in(ref), ref.dtype) for ref, _ in members]
-    scale = format.group_scale(weights, amax, scales)
-    scalars = dict.fromkeys(format.scalars, scale)
-    if "input_scale" in scalars:
-        scalars["input_scale"] = format.input_scale(input_amax[entry.layer.group or entry.layer.name])
-    reports = []
-    for (ref, planned), chunks in zip(members, amaxes, strict=True):
-        layer = planned.layer.name
-        rows = input_rows(layer) if input_rows else None
+@dataclass(frozen=True)
+class _Quantizer:
+    """Writes fusion groups, and reports on their layers; arguments as those of write_weights."""
+
+    input_amax: dict[str, float]
+    scales: Scales
+    input_rows: Rows | None
+    solved: Mapping[str, Layer]
+    progress: _Progress
+
+    def write(self, file: _File, members: list[tuple[TensorRef, LayerPlan]]) -> list[LayerReport]:
+        """Quantize the Linears of one fusion group under their joint tensor scale."""
+        entry = members[0][1]
+        format = FORMATS[entry.format]
+        amaxes = [_amax_by_chunk(ref, format, self.progress) for ref, _ in members]
+        scale = self._scale(members, format, amaxes)
+        scalars = dict.fromkeys(format.scalars, scale)
+        if "input_scale" in scalars:
+            scalars["input_scale"] = format.input_scale(self.input_amax[entry.layer.group or entry.layer.name])
+        return [
+            self._layer(file, ref, planned, chunks, scalars, scale)
+            for (ref, planned), chunks in zip(members, amaxes, strict=True)
+        ]
+
+    def _scale(
+        self, members: list[tuple[TensorRef, LayerPlan]], format: Format, amaxes: list[list[np.ndarray]]
+    ) -> np.float32:
+        """The tensor scale of a group: the one its layers were solved under, where some were."""
+        for _, planned in members:
+            if planned.layer.name in self.solved:
+                return self.solved[planned.layer.name].scale
+        amax = max(
+            cpu.largest(chunk, ref.dtype) for (ref, _), chunks in zip(members, amaxes, strict=True) for chunk in chunks
+        )
+        return format.group_scale([(cpu.patterns_in(ref), ref.dtype) for ref, _ in members], amax, self.scales)
+
+    def _layer(
+        self,
+        file: _File,
+        ref: TensorRef,
+        planned: LayerPlan,
+        amaxes: list[np.ndarray],
+        scalars: dict[str, np.float32],
+        scale: np.float32,
+    ) -> LayerReport:
+        layer, format = planned.layer.name, FORMATS[planned.format]
+        rows = self.input_rows(layer) if self.input_rows else None
         rows = None if rows is None else rows[:: max(1, len(rows) // INPUT_ROWS)][:INPUT_ROWS]
-        every = max(1, ref.shape[0] // OUTPUTS)
-        sums = _Sums()
-        for (first, patterns), chunk_amax in zip(_row_chunks(ref), chunks, strict=True):
-            parts = format.encode(patterns, ref.dtype, chunk_amax, scale, scales)
+        solved, every, sums = self.solved.get(layer), max(1, ref.shape[0] // OUTPUTS), _Sums()
+        for (first, patterns), amax in zip(_row_chunks(ref), amaxes, strict=True):
+            if solved is None:
+                parts = format.encode(patterns, ref.dtype, amax, scale, self.scales)
+            else:
+                parts = solved.rows(first, len(patterns), ref.shape[0])
             sums.weight += format.error(patterns, ref.dtype, parts, scale)
             for part, rows_of in parts.items():
                 file.write(f"{layer}.{part}", first * rows_of.nbytes // len(rows_of), rows_of)
@@ -330,13 +358,12 @@ def _write_group(
                 restored = format.decode({part: rows_of[sampled] for part, rows_of in parts.items()}, scale)
                 exact = cpu.values(np.ascontiguousarray(patterns[sampled]), ref.dtype)
                 sums.output += [np.square(rows @ w.T, dtype=np.float64).sum() for w in (exact, exact - restored)]
-            progress.add(patterns.nbytes // 2)
+            self.progress.add(patterns.nbytes // 2)
         for part, value in scalars.items():
             file.write(f"{layer}.{part}", 0, value.reshape(1))
-        progress.add(ref.nbytes - 2 * (ref.nbytes // 2), finished=1)
+        self.progress.add(ref.nbytes - 2 * (ref.nbytes // 2), finished=1)
         output = None if rows is None else _Sums.decibels(sums.output)
-        reports.append(LayerReport(layer, planned.format, _Sums.decibels(sums.weight), output))
-    return reports
+        return LayerReport(layer, planned.format, _Sums.decibels(sums.weight), output)
 
 
 def _amax_by_chunk(ref: TensorRef, format: Format, progress: _Progress) -> list[np.ndarray]:
@@ -347,7 +374,7 @@ def _amax_by_chunk(ref: TensorRef, format: Format, progress: _Progress) -> list[
             found.append(format.amaxes(patterns, ref.dtype))
         except cpu.NotFiniteError as error:
             row, *rest = error.position
-            raise _not_finite(ref, (first + row, *rest)) from None
+            raise not_finite(ref, (first + row, *rest)) from None
         progress.add(patterns.nbytes - patterns.nbytes // 2)
     return found
 
@@ -389,7 +416,7 @@ def _copy(file: _File, ref: TensorRef, progress: _Progress, narrow: bool = False
             )
             if bad:
                 at = start // dtype.itemsize + bad[0]
-                raise _not_finite(ref, tuple(int(i) for i in np.unravel_index(at, ref.shape)))
+                raise not_finite(ref, tuple(int(i) for i in np.unravel_index(at, ref.shape)))
         if narrow:
             file.write(ref.name, start // 2, in_bf16(np.ascontiguousarray(data).view(np.uint32)))
         else:
@@ -398,7 +425,8 @@ def _copy(file: _File, ref: TensorRef, progress: _Progress, narrow: bool = False
     progress.add(0, finished=1)
 
 
-def _not_finite(ref: TensorRef, position: tuple[int, ...]) -> CheckpointError:
+def not_finite(ref: TensorRef, position: tuple[int, ...]) -> CheckpointError:
+    """What is raised where a tensor of the checkpoint holds a NaN or infinity."""
     return CheckpointError(
         f"{ref.file}: tensor {ref.name!r} is not finite (NaN or infinity) at {list(position)}; "
         "the checkpoint is damaged, use it as published"

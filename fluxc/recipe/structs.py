@@ -238,6 +238,14 @@ class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True
         Scales,
         about("how block scales of NVFP4 and MXFP4 are chosen; see [block scales](#block-scales)", "four-over-six"),
     ] = "max"
+    rounding: Annotated[
+        Literal["nearest", "gptq"],
+        about(
+            "how weights in NVFP4 are rounded: each value by itself, or solved so that the layer's output on calibration's "
+            "inputs stays what it was; see [rounding](#rounding)",
+            "gptq",
+        ),
+    ] = "nearest"
 
 
 class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

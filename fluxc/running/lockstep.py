@@ -35,10 +35,13 @@ class Row(greenlet):
 
 
 class Lockstep:
-    """`run` takes calls of a module through its parts together: `load(part)` before the first, `free(part)` after the last."""
+    """`run` takes calls of a module through its parts together: `load(part)` before the first, `done(part)` after the last, and
+    then, or after an exception, `free(part)`."""
 
-    def __init__(self, load: Callable[[str], None], free: Callable[[str], None]) -> None:
-        self._load, self._free = load, free
+    def __init__(
+        self, load: Callable[[str], None], free: Callable[[str], None], done: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._load, self._free, self._done = load, free, done
         self._rows: list[Row] = []
 
     def run(self, calls: Sequence[Callable[[], T]]) -> list[T]:
@@ -67,6 +70,7 @@ class Lockstep:
             for row in [row for row in self._rows if row.part == part]:
                 row.part = None
                 self._switch(row)
+            self._done(part)
         finally:
             self._free(part)
 

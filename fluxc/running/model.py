@@ -39,13 +39,14 @@ longer. A small component's passes are so short that giving back would be most o
 class PlacedModel:
     """A component that can be run. `module` is its torch module, on which hooks may be put; call it inside `run` only.
 
-    Where layers are read, `on_load` is called when a part has its weights, and `on_progress(share, calls)` with the share of
-    the parts that so many calls have done of a pass.
+    Where layers are read, `on_load` is called when a part has its weights, `on_done` when all calls have gone through it and it
+    still has them, and `on_progress(share, calls)` with the share of the parts that so many calls have done of a pass.
     """
 
     def __init__(self, module: nn.Module, weights: PartWeights, placement: Placement) -> None:
         self.module, self._weights, self._placement = module, weights, placement
         self.on_load: LayerHook | None = None
+        self.on_done: LayerHook | None = None
         self.on_progress: Callable[[float, int], None] | None = None
         self._calls = 0
         self._lockstep: Lockstep | None = None
@@ -56,7 +57,7 @@ class PlacedModel:
                 for part in weights.parts[::TRIMMED_EVERY]:
                     module.get_submodule(part).register_forward_hook(lambda *_: return_memory())
             return
-        self._lockstep = Lockstep(self._load, self._free)
+        self._lockstep = Lockstep(self._load, self._free, self._done)
         for part in weights.parts:
             module.get_submodule(part).register_forward_pre_hook(_waiting(part))
 
@@ -95,6 +96,10 @@ class PlacedModel:
             self.on_load(part, self.module)
         if self.on_progress:
             self.on_progress(self.parts.index(part) / len(self.parts), self._calls)
+
+    def _done(self, part: str) -> None:
+        if self.on_done:
+            self.on_done(part, self.module)
 
     def _free(self, part: str) -> None:
         self._weights.free(part)

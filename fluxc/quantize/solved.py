@@ -1,0 +1,100 @@
+"""Weights that were solved against calibration (GPTQ), on their way from the stage that solves them to the one that writes.
+
+A folder of safetensors files, one for each part of the model, with the parts of each solved Linear that grow with its rows, and
+the tensor scale of its fusion group; of each layer the metadata says how it was rounded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from fluxc.base.errors import CheckpointError
+from fluxc.base.safetensors import TensorRef, read_header
+from fluxc.formats.base import Parts
+from fluxrt.safetensors import raw_header
+
+KEY = "fluxc"
+
+
+class Rounding(msgspec.Struct, frozen=True):
+    """How the weight of one layer was rounded: `gptq`, or `nearest` and `why`.
+
+    `damping`: share of the mean diagonal that was added to the second moments. `snr_db` and `nearest_snr_db`: signal-to-noise
+    of the layer's output on inputs that were held out, solved and rounded to nearest; None where there were none, or nothing
+    was solved, or no error at all.
+    """
+
+    rounding: str
+    damping: float | None = None
+    snr_db: float | None = None
+    nearest_snr_db: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A solved Linear: its parts by name, and the scale its fusion group shares."""
+
+    parts: dict[str, TensorRef]
+    scale: np.float32
+
+    def rows(self, first: int, count: int, of: int) -> Parts:
+        """Its parts for `count` rows from `first`, of so many."""
+        found = {}
+        for name, ref in self.parts.items():
+            width = ref.nbytes // of
+            found[name] = ref.bytes_view(first * width, (first + count) * width).reshape(count, width)
+        return found
+
+
+class Solved:
+    """What a folder of them holds: `roundings` of all layers, and the `layers` that were solved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.roundings: dict[str, Rounding] = {}
+        self.layers: dict[str, Layer] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            self.roundings |= read_roundings(path)
+            by_layer: dict[str, dict[str, TensorRef]] = {}
+            for name, ref in read_header(path).items():
+                layer, _, part = name.rpartition(".")
+                by_layer.setdefault(layer, {})[part] = ref
+            for layer, parts in by_layer.items():
+                scale = parts.pop(SCALE).bytes_view().view(np.float32)[0]
+                self.layers[layer] = Layer(parts, np.float32(scale))
+
+
+SCALE = "scale"
+
+
+def write_solved(path: Path, solved: dict[str, tuple[Parts, np.float32]], roundings: dict[str, Rounding]) -> None:
+    """Write `path`; it appears when complete."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for layer, (parts, scale) in solved.items():
+        tensors |= {f"{layer}.{part}": np.ascontiguousarray(value) for part, value in parts.items()}
+        tensors[f"{layer}.{SCALE}"] = np.array([scale], np.float32)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata={KEY: json.dumps(msgspec.to_builtins(roundings), sort_keys=True)})
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_roundings(path: Path) -> dict[str, Rounding]:
+    """How each layer of `path` was rounded; CheckpointError where it is not one of these files, or not whole."""
+    read_header(path)
+    try:
+        return msgspec.json.decode(raw_header(path)[0]["__metadata__"][KEY], type=dict[str, Rounding])
+    except (KeyError, TypeError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{path}: no file of solved weights") from error
