@@ -447,7 +447,7 @@ def run_calibration(work: Path, placement: Placement = WHOLE) -> Records:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("whole")
-    write_calibration(folder / "file", origin(), run_calibration(folder / "work"))
+    write_calibration(folder / "file", origin(), *run_calibration(folder / "work"))
     return (folder / "file").read_bytes()
 
 

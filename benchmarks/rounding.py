@@ -1,0 +1,157 @@
+"""What solving weights (`rounding: gptq`) gains: flux2-nano's errors by block scales, rounding, guidance and calibration.
+
+    python benchmarks/rounding.py                    # everything, about an hour on two idle cores
+    python benchmarks/rounding.py --parts 1.5        # one table: guidance 1.5 or 3, or calibration
+    python benchmarks/rounding.py --work FOLDER      # keeps finished variants there, and goes on after an interruption
+
+Every variant is a whole build of flux2-nano, compared with one reference of diffusers in fp32 on 64 prompts that neither the
+model was trained on nor calibration saw, and on 16 that resemble none of them (benchmarks/calibration.py). Two targets each: with
+NVFP4 weights alone, and with inputs rounded to NVFP4 too. `oracle` counts the images whose shapes, colours and places are those
+that the prompt asks for, of the 64, as models/flux2-nano/oracle.py reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from calibration import CALIBRATED, HELD_OUT, NANO, ROOT, summarized, write_prompts
+from cpu_step import cpu_name
+
+TARGETS = {"weights": "onnxruntime-exact", "and activations": "onnxruntime-nvfp4"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One build; `format` bf16 quantizes nothing, and `prompts` and `steps` are calibration's."""
+
+    scales: str
+    rounding: str
+    guidance: float
+    prompts: int = CALIBRATED
+    steps: int = 24
+    format: str = "nvfp4"
+
+    @property
+    def name(self) -> str:
+        """For files; no two variants share one."""
+        how = f"{self.format}-{self.scales}-{self.rounding}"
+        return f"{how}-guidance-{self.guidance}-{self.prompts}-prompts-{self.steps}-steps"
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """To recipes/flux2-nano.yaml."""
+        quantized = [
+            f"precision.transformer.scales={self.scales}",
+            f"precision.transformer.rounding={self.rounding}",
+        ]
+        return (
+            f"precision.transformer.default={self.format}",
+            *(quantized if self.format == "nvfp4" else ()),
+            f"sampling.guidance={self.guidance}",
+            f"calibration.max_prompts={self.prompts}",
+            f"calibration.steps={self.steps}",
+            "targets=[{kind: onnxruntime, compute: exact}, {kind: onnxruntime, activations: nvfp4}]",
+            "gates={}",
+        )
+
+
+SCALES = ("max", "four-over-six", "mse")
+CALIBRATIONS = ((1, 1), (1, 24), (4, 4), (4, 24), (CALIBRATED, 24))
+PARTS: dict[str, list[Variant]] = {
+    **{
+        f"{guidance:g}": [Variant(scales, rounding, guidance) for rounding in ("nearest", "gptq") for scales in SCALES]
+        for guidance in (1.5, 3.0)
+    },
+    "calibration": [
+        *(Variant("mse", "gptq", 1.5, prompts, steps) for prompts, steps in CALIBRATIONS),
+        Variant("mse", "nearest", 1.5),
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="which tables")
+    parser.add_argument("--steps", type=int, default=24, help="denoising steps of every image compared (default 24)")
+    parser.add_argument("--work", type=Path, help="a folder for finished variants")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        write_prompts(work)
+        print(f"flux2-nano, 64x64, {options.steps} steps, on {cpu_name()}", flush=True)
+        for part in (part for part in PARTS if part in options.parts):
+            print_table(part, PARTS[part], work, options.steps)
+
+
+def figures_of(variant: Variant, work: Path, steps: int) -> dict[str, Any]:
+    """By target the report's figures of every prompt and the oracle's count, and the mean SNR of outputs; of a build, or kept of
+    an earlier one in `work`."""
+    from fluxc.base.progress import StageProgress
+    from fluxc.build.build import build
+    from fluxc.recipe.load import load_recipe
+    from fluxc.report.structs import REPORT_JSON
+
+    kept = work / f"{variant.name}-compared-in-{steps}.json"
+    if not kept.exists():
+        prompts = [f"calibration.prompts={work / 'calibration.txt'}", f"fidelity.prompts={work / 'reference.txt'}"]
+        recipe = load_recipe(
+            ROOT / "recipes" / "flux2-nano.yaml", (*prompts, f"sampling.steps={steps}", *variant.changes)
+        )
+        bundle = build(recipe, work / "bundle", StageProgress())
+        assert bundle is not None
+        report = json.loads((bundle / REPORT_JSON).read_text())
+        snr = [layer["output_snr_db"] for layer in report["layers"] if layer.get("output_snr_db")]
+        found = {
+            "output_snr_db": float(np.mean(snr)) if snr else None,
+            **{
+                what: {"prompts": report["targets"][target]["prompts"], "oracle": followed(bundle, target)}
+                for what, target in TARGETS.items()
+            },
+        }
+        kept.write_text(json.dumps(found))
+    read: dict[str, Any] = json.loads(kept.read_text())
+    return read
+
+
+def followed(bundle: Path, target: str) -> int:
+    """Of the held-out prompts, how many the images of `target` follow."""
+    import fluxrt
+
+    sys.path.insert(0, str(NANO))
+    from oracle import follows
+    from pictures import TEMPLATES, split_specs
+
+    specs = split_specs()[1][:HELD_OUT]
+    prompts = [spec.caption(number % len(TEMPLATES)) for number, spec in enumerate(specs)]
+    with fluxrt.load(bundle, target=target) as pipeline:
+        images = pipeline.generate(fluxrt.Request(prompts, seed=0)).images
+    return sum(follows(np.asarray(image), spec) for image, spec in zip(images, specs, strict=True))
+
+
+def print_table(part: str, variants: list[Variant], work: Path, steps: int) -> None:
+    """One row a variant: how weights were rounded, then for each target the errors on held-out prompts and on those unlike
+    them."""
+    measured = [f"{target}: {what}" for target in TARGETS for what in ("velocity", "PSNR", "worst", "oracle", "unlike")]
+    columns = ["calibration", "rounding", "scales", "output SNR", *measured]
+    print(f"\n{part}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for variant in variants:
+        figures = figures_of(variant, work, steps)
+        ran = f"{variant.prompts} prompt{'s'[: variant.prompts - 1]}, {variant.steps} step{'s'[: variant.steps - 1]}"
+        row = [ran, variant.rounding, variant.scales, f"{figures['output_snr_db']:.1f}"]
+        for target in TARGETS:
+            of_target = figures[target]
+            row += [*summarized(of_target["prompts"][:HELD_OUT]), f"{of_target['oracle']}"]
+            row.append(next(summarized(of_target["prompts"][HELD_OUT:])))
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
