@@ -5,9 +5,9 @@
     python benchmarks/rounding.py --work FOLDER      # keeps finished variants there, and goes on after an interruption
 
 Every variant is a whole build of flux2-nano, compared with one reference of diffusers in fp32 on 64 prompts that neither the
-model was trained on nor calibration saw, and on 16 that resemble none of them (benchmarks/calibration.py). Two targets each: with
-NVFP4 weights alone, and with inputs rounded to NVFP4 too. `oracle` counts the images whose shapes, colours and places are those
-that the prompt asks for, of the 64, as models/flux2-nano/oracle.py reads them.
+model was trained on nor calibration saw, and on 16 that resemble none of them (benchmarks/calibration.py). Two targets each:
+with NVFP4 weights alone, and with inputs rounded to NVFP4 too. `oracle` counts, of the 64, the images whose shapes, colours and
+places are those that the prompt asks for, as tests/oracle.py reads them.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def main() -> None:
 
 
 def figures_of(variant: Variant, work: Path, steps: int) -> dict[str, Any]:
-    """By target the report's figures of every prompt and the oracle's count, and the mean SNR of outputs; of a build, or kept of
-    an earlier one in `work`."""
+    """By target the report's figures of every prompt and the oracle's count, and the mean SNR of outputs; of a build, or kept
+    of an earlier one in `work`."""
     from fluxc.base.progress import StageProgress
     from fluxc.build.build import build
     from fluxc.recipe.load import load_recipe
@@ -125,7 +125,7 @@ def followed(bundle: Path, target: str) -> int:
     """Of the held-out prompts, how many the images of `target` follow."""
     import fluxrt
 
-    sys.path.insert(0, str(NANO))
+    sys.path[:0] = [str(NANO), str(ROOT / "tests")]
     from oracle import follows
     from pictures import TEMPLATES, split_specs
 

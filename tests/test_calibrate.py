@@ -27,6 +27,7 @@ from fluxc.build.measure import calibrate_to_file
 from fluxc.build.requests import trace_request
 from fluxc.calibrate.amax import input_amax, least_error, percentile
 from fluxc.calibrate.assumed import assumed_amax
+from fluxc.calibrate.calls import Calls
 from fluxc.calibrate.file import Records, read_calibration, write_calibration
 from fluxc.calibrate.observe import Observer, add_up
 from fluxc.calibrate.records import BINS, ROWS, LayerInputs, bin_edges, merge
@@ -440,7 +441,7 @@ WHOLE = Placement("cpu", torch.bfloat16, "component")
 LAYERS = Placement("cpu", torch.bfloat16, "layer")
 
 
-def run_calibration(work: Path, placement: Placement = WHOLE) -> Records:
+def run_calibration(work: Path, placement: Placement = WHOLE) -> tuple[Records, dict[str, Calls]]:
     return calibrate(open_checkpoint(str(NANO), None, NANO), PROMPTS, GENERATION, 2, origin(), placement, work)
 
 
@@ -523,7 +524,7 @@ def test_a_prompts_records_that_were_cut_short_are_measured_again(whole: bytes, 
     run_calibration(tmp_path / "work")
     first = tmp_path / "work" / "prompts-00000-00000.safetensors"
     first.write_bytes(first.read_bytes()[:-8])
-    write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work"))
+    write_calibration(tmp_path / "file", origin(), *run_calibration(tmp_path / "work"))
     assert (tmp_path / "file").read_bytes() == whole
 
 
@@ -543,13 +544,13 @@ def test_an_interrupted_calibration_goes_on_and_gives_the_same_bytes(
     monkeypatch.setattr(ReferenceModel, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_calibration(tmp_path / "work")
-    write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work"))
+    write_calibration(tmp_path / "file", origin(), *run_calibration(tmp_path / "work"))
     assert decoded == ["image", "interrupted", "image"]
     assert (tmp_path / "file").read_bytes() == whole
 
 
 def test_a_model_larger_than_memory_is_read_layer_by_layer_with_the_same_result(whole: bytes, tmp_path: Path) -> None:
-    write_calibration(tmp_path / "file", origin(), run_calibration(tmp_path / "work", LAYERS))
+    write_calibration(tmp_path / "file", origin(), *run_calibration(tmp_path / "work", LAYERS))
     assert (tmp_path / "file").read_bytes() == whole
 
 

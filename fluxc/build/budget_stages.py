@@ -17,7 +17,8 @@ from fluxc.build.budget_rates import Rates
 from fluxc.build.job import Job
 from fluxc.build.requests import calibration_request, trace_request
 from fluxc.calibrate.records import ROWS
-from fluxc.calibrate.stage import asked_of, records_bytes
+from fluxc.calibrate.solve_needs import solving
+from fluxc.calibrate.stage import asked_of, calls_bytes, records_bytes
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.checkpoint.identify import vae_of
 from fluxc.checkpoint.needs import (
@@ -29,8 +30,10 @@ from fluxc.checkpoint.needs import (
     image_tokens,
     memory_by_component,
     memory_by_layer,
+    memory_of_calls,
     models_of,
     text_flop,
+    tokens_of,
     weights_read,
 )
 from fluxc.formats.bf16 import BF16
@@ -71,6 +74,11 @@ CALL_SECONDS = 2e-4
 """Python's part of a Linear's call, with an observer's."""
 QUANTIZE_SECONDS = {"max": 1.0e-9, "four-over-six": 4.0e-9, "mse": 8.0e-9}
 """Of one weight on one core, by how block scales are chosen, errors of weight and output included."""
+
+SOLVE_SECONDS = 6.0e-8
+"""Of solving one weight on one core, besides matrix products."""
+FACTOR_TIMES = 6.0
+"""A factor's FLOP in fp64 take so many times as long as those of a large product in fp32."""
 
 UNFOLDED_BYTES = {BF16: 4.0, "fp8": 4.0, "nvfp4": 8.0, "mxfp4": 8.0}
 """Memory of a Linear's weight in ONNX Runtime on the CPU while it is multiplied, by its format. Between two products it lies in
@@ -153,6 +161,7 @@ class Needs:
             "compare": self._compare,
             "frontier": self._frontier,
             "sensitivity": self._sensitivity,
+            "rounding": self._rounding,
         }.get(first)
         if name == "step-trace":
             return self._step_trace()
@@ -223,14 +232,15 @@ class Needs:
         asked, dtype = self._asked(request, self.job.rows(request["guidance"]), "bfloat16")
         layers = [*self.models.transformer.linears, *self.models.text_encoder.linears(self.models.text_layers)]
         columns = sum(layer.in_features for layer in layers)
-        asked = replace(asked, observed=2 * records_bytes(self.models))
+        calls = calls_bytes(self.models, asked)
+        asked = replace(asked, observed=2 * (records_bytes(self.models) + calls))
         ranges = columns * 4 + len(layers) * HISTOGRAM_DISK
         cures = [("calibration.engine: none", 0)] if self.recipe.calibration.engine == "fluxc" else []
         need = self._running(asked, dtype)
         return replace(
             need,
-            disk=ranges + columns * 2 * ROWS,
-            scratch=asked.prompts * ranges + columns * 2 * ROWS,
+            disk=ranges + columns * 2 * ROWS + calls,
+            scratch=asked.prompts * ranges + columns * 2 * ROWS + calls,
             cures=(*self._smaller("calibration", asked, dtype), *cures),
         )
 
@@ -270,6 +280,28 @@ class Needs:
         recorded = min(PROMPTS, asked.prompts) * asked.steps * asked.rows
         times = len(groups) if rest == "costs" else SEARCHES + 2
         return self._running(replace(asked, prompts=min(PROMPTS, asked.prompts)), dtype, recorded + times * states)
+
+    def _rounding(self, component: str) -> Need:
+        """Of solving a component's weights: its calls run once, the moments of a part's inputs, and one factor at a time."""
+        request = calibration_request(self.job.loaded, self.job.is_large)
+        asked, dtype = self._asked(request, self.job.rows(request["guidance"]), "bfloat16")
+        is_transformer = component == "transformer"
+        made = asked.prompts * asked.steps * asked.rows if is_transformer else asked.prompts + (asked.rows > 1)
+        calls = min(ROWS, made)
+        asked = replace(asked, prompts=min(asked.prompts, ROWS))
+        work = solving(self.source.plans[component])
+        rows = calls * tokens_of(self.models, asked, component)
+        flop = self._pass_flop(asked) if is_transformer else text_flop(self.models, asked.text_tokens)
+        fixed = COMPILE_SECONDS + LOAD_SECONDS + work.weights * SOLVE_SECONDS / self.cores
+        running = Work(fixed, **{dtype: calls * flop / MODEL_SHARE}, read=2 * work.weights)
+        products = work.moments * rows + work.factors * FACTOR_TIMES + work.products
+        return Need(
+            memory_of_calls(self.models, asked, component, calls) + work.memory,
+            disk=int(0.6 * work.weights) + SMALL_DISK,
+            work=running + Work(float32=products),
+            how="one block at a time",
+            cures=(("precision." + component + ".rounding: nearest", 0),),
+        )
 
     def _weights(self, component: str) -> Need:
         plan = self.source.plans.get(component, [])

@@ -22,7 +22,7 @@ from fluxc.build.requests import (
     trace_request,
 )
 from fluxc.build.runner import NotBuiltError, Results, Stage
-from fluxc.calibrate.file import read_calibration
+from fluxc.calibrate.file import has_calls, read_calibration
 from fluxc.checkpoint import template_stage
 from fluxc.checkpoint.components import small_files
 from fluxc.checkpoint.files import Aside, CheckpointFiles, Digests, checkpoint_digests
@@ -33,6 +33,7 @@ from fluxc.quantize.plan import to_quantize
 from fluxc.quantize.source import Source, read_source, with_auto
 from fluxc.recipe.faults import Collected
 from fluxc.recipe.load import LoadedRecipe
+from fluxc.recipe.structs import QUANTIZED
 from fluxc.stepcache.file import check_complete, read_trace
 from fluxc.targets.base import TargetContext
 from fluxc.targets.registry import kind_of
@@ -302,6 +303,12 @@ def _check_calibration(job: Job, given: Given) -> None:
     except (BuildError, CheckpointError) as error:
         raise RecipeError(f"calibration.file: {error}") from error
     records = file.records
+    for component in QUANTIZED:
+        if getattr(job.loaded.recipe.precision, component).rounding != "nearest" and not has_calls(path, component):
+            raise RecipeError(
+                f"calibration.file: {path}: it holds no calls of the {component}, which precision.{component}.rounding: gptq "
+                "solves weights against; measure again with this version, or leave one of the two out"
+            )
     for component, plan in source.plans.items():
         for entry in to_quantize(plan):
             record = records.get(component, {}).get(entry.layer.name)

@@ -32,7 +32,7 @@ from fluxc.graph import stage as export_stage
 from fluxc.graph.stage import ExportInputs
 from fluxc.quantize.plan import needs_calibration, to_quantize
 from fluxc.quantize.source import kept_tensors, narrowed
-from fluxc.recipe.structs import Calibration, Recipe
+from fluxc.recipe.structs import QUANTIZED, Calibration, Recipe
 from fluxc.recipe.targets import Target
 from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
 from fluxc.stepcache.file import read_trace
@@ -44,8 +44,6 @@ from fluxrt.manifest import StepCache
 
 PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 """What `--until` can name, in order."""
-ROUNDED = ("transformer", "text_encoder")
-"""The components whose weights can be solved."""
 DRAFT = "draft"
 """The name among the results of the bundle in the making, which the comparison is run on."""
 
@@ -62,7 +60,7 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
         yield Step("step-cache", "step-cache", lambda results: _fit(job, results))
     yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
     yield Step("sensitivity", "weights", lambda results: _choice(job, results))
-    for name in ROUNDED:
+    for name in QUANTIZED:
         yield Step(f"rounding-{name}", "weights", partial(_rounding, job, component=name))
     for name in WEIGHTS_FILE:
         yield Step(f"weights-{name}", "weights", partial(_weights, job, component=name))

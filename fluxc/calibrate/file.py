@@ -10,13 +10,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fluxc.base.errors import BuildError, CheckpointError
 from fluxc.base.measured import Kind, Origin, read_measured, write_measured
-from fluxc.calibrate.calls import Calls, of_arrays
+from fluxc.base.safetensors import read_header
 from fluxc.calibrate.records import BINS, LayerInputs
+
+if TYPE_CHECKING:
+    from fluxc.calibrate.calls import Calls
 
 KIND = Kind("fluxc-calibration", 1, "calibration file", "calibrate")
 
@@ -69,8 +73,15 @@ def read_calibration(path: Path) -> CalibrationFile:
         raise CheckpointError(f"{path}: damaged: its records are incomplete ({error!r}); {KIND.advice}") from error
 
 
+def has_calls(path: Path, component: str) -> bool:
+    """Whether `path`, a calibration file that is whole, holds calls of `component`."""
+    return any(name.startswith(f"{CALLS}{component}/") for name in read_header(path))
+
+
 def read_calls(path: Path) -> dict[str, Calls]:
     """The calls by component that `path` holds; errors as read_calibration."""
+    from fluxc.calibrate.calls import of_arrays
+
     _, tensors = read_measured(path, KIND, lambda name: name.startswith(CALLS))
     try:
         return of_arrays({name.removeprefix(CALLS): array for name, array in tensors.items()})

@@ -15,7 +15,7 @@ PANEL = 1024
 ROWS_AT_A_TIME = 512
 HELD_OUT_EVERY, HELD_OUT_FROM = 8, 5
 """Every eighth call is held out, the sixth first; with fewer than eight calls none."""
-HELD_OUT_ROWS = 1024
+HELD_OUT_ROWS = 256
 """Inputs kept of all calls that are held out."""
 
 

@@ -23,6 +23,7 @@ from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
 from fluxc.calibrate.calls import FIXED, Call, Calls
 from fluxc.calibrate.moments import Moments
+from fluxc.calibrate.solve_needs import CHUNK
 from fluxc.formats import cpu
 from fluxc.formats.base import Format, Parts
 from fluxc.formats.gptq import DAMPING, SingularError, factor
@@ -35,8 +36,6 @@ from fluxc.running.model import PlacedModel
 
 DAMPINGS = (DAMPING, 10 * DAMPING, 100 * DAMPING)
 """Tried in turn, until a layer is better than rounded to nearest."""
-CHUNK = 1 << 24
-"""Values of a weight that are solved at a time."""
 
 Group = list[LayerPlan]
 

@@ -14,7 +14,7 @@ from fluxc.base.progress import Report
 from fluxc.calibrate.file import write_calibration
 from fluxc.calibrate.records import BINS, ROWS
 from fluxc.checkpoint.files import Aside, CheckpointFiles
-from fluxc.checkpoint.needs import Asked, Models, models_of
+from fluxc.checkpoint.needs import Asked, Models, image_tokens, models_of
 
 if TYPE_CHECKING:
     from fluxc.checkpoint.reference import Generation
@@ -51,7 +51,8 @@ def calibrate_into(inputs: CalibrationInputs, path: Path, device: str, report: R
     from fluxc.running.placement import find_placement
 
     checkpoint, request = inputs.files.checkpoint, inputs.request
-    asked = replace(asked_of(request, inputs.rows), observed=2 * records_bytes(models_of(checkpoint)))
+    models, asked = models_of(checkpoint), asked_of(request, inputs.rows)
+    asked = replace(asked, observed=2 * (records_bytes(models) + calls_bytes(models, asked)))
     placement = find_placement(checkpoint, device, torch.bfloat16, asked)
     origin = Origin(inputs.files.hashes(), request, str(placement), tool_versions())
     model = (inputs.files.hashes(), inputs.rows, list(inputs.text_layers))
@@ -67,6 +68,14 @@ def records_bytes(models: Models) -> int:
     """Bytes that records of the inputs of every Linear take; a calibration holds them twice, made and merged."""
     layers = [*models.transformer.linears, *models.text_encoder.linears(models.text_layers)]
     return 4 * (ROWS + 1) * sum(layer.in_features for layer in layers) + 8 * BINS * len(layers)
+
+
+def calls_bytes(models: Models, asked: Asked) -> int:
+    """Bytes of the calls that are kept, most of which are latents and embeddings."""
+    latents = min(ROWS, asked.prompts * asked.steps * asked.rows) * image_tokens(models, asked.size)
+    texts = (min(ROWS, asked.prompts) + (asked.rows > 1)) * asked.text_tokens
+    transformer = models.transformer
+    return asked.itemsize * (latents * transformer.in_channels + texts * transformer.joint_attention_dim)
 
 
 def asked_of(request: dict[str, Any], rows: int) -> Asked:

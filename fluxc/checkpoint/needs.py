@@ -104,6 +104,21 @@ def memory_by_layer(models: Models, asked: Asked) -> int:
     return PROCESS + int(max(peaks)) + _besides(models, asked)
 
 
+def memory_of_calls(models: Models, asked: Asked, component: str, calls: int) -> int:
+    """Bytes of the process at its peak while so many calls of the transformer or the text encoder go through it together, two
+    parts of it in memory at a time; each call keeps its residual streams alone."""
+    found = (_TextEncoder if component == "text_encoder" else _Transformer)(models, asked)
+    layers = models.text_layers + 2 if component == "text_encoder" else 1
+    weights = asked.itemsize * sum(size for _, size in found.parts.most_common(2)) + found.largest_read
+    kept = calls * 2 * found.kept / layers
+    return PROCESS + int(weights + ALLOCATOR * (kept + found.activations)) + _besides(models, asked)
+
+
+def tokens_of(models: Models, asked: Asked, component: str) -> int:
+    """Tokens of one call of the transformer or the text encoder."""
+    return asked.text_tokens + (image_tokens(models, asked.size) if component == "transformer" else 0)
+
+
 def weights_read(models: Models, asked: Asked, by_layer: bool) -> int:
     """Bytes that are read from the checkpoint's files, stored in 16 bits: once, or, layer by layer, the transformer's once a
     step."""

@@ -6,8 +6,8 @@ U[c, c+1:] is taken from the columns behind it.
 
 1. The tensor scale is fixed first. The scale of a block of 16 is chosen when its first column comes, from the values that the
    block has by then; one chosen for the values as published could be too small for them.
-2. Columns go by COLUMNS at a time: inside, the kernel does the work, a row at a time; what all of them lost is taken from the
-   rest of the weight in one matrix product.
+2. Columns go by FEW at a time, in which the kernel does the work, a row at a time; what they lost is taken from the rest of
+   COLUMNS in a matrix product, and what all of these lost from the rest of the weight in another.
 3. `factor` dampens H by a share of its mean diagonal. A channel whose inputs were all zero is rounded to the nearest.
 """
 
@@ -29,7 +29,7 @@ DAMPING = 0.01
 """Of the mean diagonal of H, added to it: GPTQ's own."""
 MORE_DAMPING = (1.0, 10.0, 100.0)
 """Times DAMPING, tried in turn until H can be factorized."""
-COLUMNS = 128
+COLUMNS, FEW = 128, 32
 PANEL, LEAF = 512, 32
 """Columns of `factor` that are eliminated at a time, and at most by LAPACK."""
 
@@ -136,16 +136,20 @@ def solve(weight: np.ndarray, upper: np.ndarray, tensor_scale: np.float32, scale
     out = cpu.Quantized(np.empty((rows, columns // 2), np.uint8), np.empty((rows, columns // BLOCK), np.uint8))
     search = cpu.search_range(scales)
     work, factors = torch.from_numpy(np.array(weight, np.float32)), torch.from_numpy(upper)
-    for first in range(0, columns, COLUMNS):
-        last = min(first + COLUMNS, columns)
-        own = work[:, first:last].contiguous()
-        errors = np.empty((rows, last - first), np.float32)
-        block_scales = np.empty((rows, (last - first) // BLOCK), np.uint8)
-        codes = np.empty((rows, (last - first) // 2), np.uint8)
-        block = np.ascontiguousarray(upper[first:last, first:last])
-        outs = (block_scales, codes, errors)
-        cpu.kernels.solve_columns(own.numpy(), block, cpu.E2M1[:8], np.float32(tensor_scale), search, outs)
-        out.codes[:, first // 2 : last // 2] = codes
-        out.block_scales[:, first // BLOCK : last // BLOCK] = block_scales
-        work[:, last:].addmm_(torch.from_numpy(errors), factors[first:last, last:], alpha=-1)
+    for start in range(0, columns, COLUMNS):
+        stop = min(start + COLUMNS, columns)
+        block, lost = work[:, start:stop].contiguous(), torch.empty(rows, stop - start)
+        for first in range(start, stop, FEW):
+            last = min(first + FEW, stop)
+            own, errors = block[:, first - start : last - start].contiguous(), torch.empty(rows, last - first)
+            scales_of = np.empty((rows, (last - first) // BLOCK), np.uint8)
+            codes = np.empty((rows, (last - first) // 2), np.uint8)
+            triangle = np.ascontiguousarray(upper[first:last, first:last])
+            outs = (scales_of, codes, errors.numpy())
+            cpu.kernels.solve_columns(own.numpy(), triangle, cpu.E2M1[:8], np.float32(tensor_scale), search, outs)
+            out.codes[:, first // 2 : last // 2] = codes
+            out.block_scales[:, first // BLOCK : last // BLOCK] = scales_of
+            lost[:, first - start : last - start] = errors
+            block[:, last - start :].addmm_(errors, factors[first:last, last:stop], alpha=-1)
+        work[:, stop:].addmm_(lost, factors[start:stop, stop:], alpha=-1)
     return out

@@ -149,7 +149,19 @@ def precision_plan(
         bf16_bytes = 2 * layer.out_features * layer.in_features
         before = (source_bytes or {}).get(layer.name, bf16_bytes)
         plan.append(LayerPlan(component, layer, chosen, why, before, widened))
+    _check_rounding(component, precision, plan)
     return plan
+
+
+def _check_rounding(component: str, precision: ComponentPrecision, plan: list[LayerPlan]) -> None:
+    """Refuse to solve weights where there are none to solve."""
+    if precision.rounding == "nearest" or any(FORMATS[entry.format].solves for entry in to_quantize(plan)):
+        return
+    formats = ", ".join(sorted(name for name, format in FORMATS.items() if format.solves))
+    raise RecipeError(
+        f"precision.{component}.rounding: {precision.rounding} solves weights in {formats}, and this build quantizes none of "
+        f"the {component}'s layers to that; leave it out"
+    )
 
 
 def _check_patterns(component: str, precision: ComponentPrecision, names: list[str]) -> None:

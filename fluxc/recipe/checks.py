@@ -15,7 +15,7 @@ import msgspec
 from fluxc.base.numbers import floats
 from fluxc.recipe.faults import Fault, overlap
 from fluxc.recipe.fields import LARGEST_SEED, MOST_STEPS
-from fluxc.recipe.structs import LEAST_STEPS, Recipe, SizeRange, most_skipped
+from fluxc.recipe.structs import LEAST_STEPS, QUANTIZED, Recipe, SizeRange, most_skipped
 from fluxc.recipe.targets import Refuse
 
 SEEDS = LARGEST_SEED + 1
@@ -192,6 +192,23 @@ def _auto(recipe: Recipe, refuse: Refuse) -> None:
         )
     elif budget is not None and (budget.share is None) == (budget.error is None):
         refuse("precision.transformer.budget", "give either share or error, more than 0 and less than 1")
+
+
+@_reads("precision", "calibration.engine")
+def _rounding(recipe: Recipe, refuse: Refuse) -> None:
+    engine = recipe.calibration.engine
+    for name in QUANTIZED:
+        if getattr(recipe.precision, name).rounding == "nearest":
+            continue
+        field = f"precision.{name}.rounding"
+        if engine == "none":
+            refuse(
+                field, "gptq solves weights against inputs that calibration saw, and calibration.engine: none sees none"
+            )
+        elif engine == "modelopt" and name == "transformer":
+            refuse(
+                field, "gptq solves weights that fluxc quantizes; calibration.engine: modelopt quantizes these itself"
+            )
 
 
 @_reads("step_cache")

@@ -259,6 +259,10 @@ class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
 
 
+QUANTIZED = Precision.__struct_fields__
+"""The components whose layers can be quantized."""
+
+
 class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Skips denoising steps, as TeaCache does; leave it out where every step is to be computed."""
 

@@ -101,7 +101,7 @@ def _layers(manifest: Manifest, measured: list[dict[str, Any]]) -> tuple[LayerFi
     layers = []
     for entry in manifest.precision:
         errors = found.get((entry.component, entry.name))
-        fields = {name: errors[name] for name in ("scales", "snr_db", "output_snr_db")} if errors else {}
+        fields = {name: errors[name] for name in ("scales", "snr_db", "output_snr_db", "rounding")} if errors else {}
         plain = msgspec.to_builtins(entry) | fields
         plain["quantized_in_checkpoint"] = bool(errors) and fields["scales"] is None
         layers.append(plain)

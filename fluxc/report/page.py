@@ -57,6 +57,7 @@ def render(report: Report, images: Path) -> str:
         charts=shown,
         formats=_formats(report),
         layers=sorted(report.layers, key=_worst_first),
+        solved=[layer.rounding for layer in report.layers if layer.rounding],
         steps=_step_rows(report),
         onset=pictures.onset(report, images),
         skipped=_skipped(report),

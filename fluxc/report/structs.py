@@ -171,17 +171,34 @@ class TargetFigures(Struct, frozen=True):
     against_exact: AgainstExact | None = None
 
 
+class Rounding(Struct, frozen=True):
+    """How a layer's weight was rounded: `gptq`, solved against calibration's inputs, or `nearest`, and then `why`.
+
+    `snr_db` and `nearest_snr_db` are signal-to-noise ratios of the layer's output on inputs that were held out from what it was
+    solved on: as it is stored, and rounded to nearest; null where calibration had too few calls to hold any out. `damping` is
+    the share of the mean diagonal that was added to the second moments.
+    """
+
+    rounding: str
+    damping: float | None = None
+    snr_db: float | None = None
+    nearest_snr_db: float | None = None
+    why: str = ""
+
+
 class LayerFigures(Layer, frozen=True, kw_only=True):
     """A Linear as the manifest has it, and its errors.
 
     `snr_db` is the signal-to-noise ratio of the weight, `output_snr_db` that of the layer's output over calibration inputs.
-    `scales` is how the scales were found; null for a layer that was not quantized by this build.
+    `scales` is how the scales were found; null for a layer that was not quantized by this build. `rounding` is there where the
+    recipe asks to solve weights.
     """
 
     quantized_in_checkpoint: bool = False
     scales: str | None = None
     snr_db: float | None = None
     output_snr_db: float | None = None
+    rounding: Rounding | None = None
 
 
 class CachedImage(Struct, frozen=True):
