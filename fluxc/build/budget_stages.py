@@ -80,7 +80,7 @@ SOLVE_SECONDS = 6.0e-8
 FACTOR_TIMES = 6.0
 """A factor's FLOP in fp64 take so many times as long as those of a large product in fp32."""
 
-UNFOLDED_BYTES = {BF16: 4.0, "fp8": 4.0, "nvfp4": 8.0, "mxfp4": 8.0}
+UNFOLDED_BYTES = {BF16: 4.0, "fp8": 4.0, "nvfp4": 8.0, "nvfp4-w4a16": 8.0, "mxfp4": 8.0}
 """Memory of a Linear's weight in ONNX Runtime on the CPU while it is multiplied, by its format. Between two products it lies in
 a map of the file."""
 

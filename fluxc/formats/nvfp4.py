@@ -15,6 +15,7 @@ import numpy as np
 
 from fluxc.formats import cpu, gptq
 from fluxc.formats.base import Format, GraphBuilder, Matrix, Parts
+from fluxc.formats.bf16 import BF16
 from fluxc.formats.constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_TINY
 from fluxc.formats.forms import e2m1_blocks, scaled_blocks
 from fluxc.formats.tensors import patterns_of, refuse_non_finite
@@ -199,7 +200,7 @@ class NVFP4(Format):
     algorithm = "NVFP4"
     variants = MappingProxyType({"pre_quant_scale": "NVFP4_AWQ", "svdquant_lora_a": "NVFP4_SVD"})
     group_size = BLOCK
-    scalars = ("input_scale", "weight_scale_2")
+    scalars: tuple[str, ...] = ("input_scale", "weight_scale_2")
     searches_scales = True
     solves = True
     # A block whose scale would exceed 448 is clipped whole, while E4M3 scales stay precise for 14 octaves below.
@@ -265,3 +266,37 @@ class NVFP4(Format):
         )
         blocks = e2m1_blocks(graph, layer, rows, columns, BLOCK)
         return scaled_blocks(graph, layer, blocks, scales, (rows, columns))
+
+
+class NVFP4W4A16(NVFP4):
+    """NVFP4 weights alone: no input scale, and inputs stay as they are; a GPU dequantizes the weight and multiplies in bf16."""
+
+    name = "nvfp4-w4a16"
+    algorithm = "W4A16_NVFP4"
+    variants = MappingProxyType({})
+    scalars = ("weight_scale_2",)
+    calibrated = False
+    multiplies = BF16
+    margin = 1.0
+
+    def parts(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See Format."""
+        return {name: part for name, part in super().parts(rows, columns).items() if name != "input_scale"}
+
+    def recognises(self, dtypes: Mapping[str, str]) -> bool:
+        """See Format: what has an input scale is NVFP4."""
+        return "input_scale" not in dtypes and "weight_scale" in dtypes and super().recognises(dtypes)
+
+    def input_scale(self, amax: float) -> np.float32:
+        """See Format."""
+        return np.float32(1)
+
+    def fake_quantize(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """See Format."""
+        return x
+
+    def tensor_scale(self, amax: torch.Tensor) -> torch.Tensor:
+        """See Format."""
+        import torch
+
+        return torch.ones_like(amax)

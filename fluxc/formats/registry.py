@@ -7,7 +7,7 @@ from fluxc.formats.base import Format
 from fluxc.formats.bf16 import BF16
 from fluxc.formats.fp8 import FP8
 from fluxc.formats.mxfp4 import MXFP4
-from fluxc.formats.nvfp4 import NVFP4
+from fluxc.formats.nvfp4 import NVFP4, NVFP4W4A16
 from fluxc.recipe import fields
 
 FORMATS: dict[str, Format] = {}
@@ -19,6 +19,12 @@ def register(format: Format) -> None:
     fields.FORMATS.setdefault(format.name, (type(format).__doc__ or "").partition("\n")[0])
 
 
+def multiplied_in(format: str) -> str:
+    """The format that a GPU multiplies in where a layer is planned in `format`."""
+    known = FORMATS.get(format)
+    return format if known is None or known.multiplies is None else known.multiplies
+
+
 def check_format(name: str, field: str) -> None:
     """Refuse a format that there is not, with near matches: RecipeError naming `field`."""
     known = (*FORMATS, BF16)
@@ -28,5 +34,5 @@ def check_format(name: str, field: str) -> None:
         )
 
 
-for _format in (NVFP4(), FP8(), MXFP4()):
+for _format in (NVFP4W4A16(), NVFP4(), FP8(), MXFP4()):
     register(_format)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fluxc.base.console import new_table
 from fluxc.base.fitted import Column, fitted_table
+from fluxc.formats.registry import multiplied_in
 from fluxc.predict.published import CALIBRATED_ON, STEPS, TEACACHE, calibrated, checked, steps_computed_with_teacache
 from fluxc.predict.rates import EXCHANGE_LATENCY, KERNEL_GAP
 from fluxc.predict.scaling import Prediction, RankMemory, Scaling
@@ -42,7 +43,7 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
     console.print(
         "CUDA's and NCCL's own memory is not counted. Weights are the same on every rank: sharding divides activations."
     )
-    if any(entry.format not in gpu.gemms for entry in subject.plan):
+    if any(multiplied_in(entry.format) not in gpu.gemms for entry in subject.plan):
         console.print(
             f"{gpu.name} does not multiply every format of this plan: those layers are taken to be computed in bf16."
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from fluxc.base.errors import RecipeError
 from fluxc.checkpoint.identify import check_sizes, vae_of
+from fluxc.formats.registry import multiplied_in
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.models.published import MODELS, TEXT_ENCODERS
@@ -207,7 +208,9 @@ def _work(subject: Subject, plan: list[LayerPlan], count: int, images: int) -> W
 
 
 def _predict(subject: Subject, gpu: Gpu, count: int, images: int = 1) -> Prediction:
-    computed = [entry if entry.format in gpu.gemms else replace(entry, format="bf16") for entry in subject.plan]
+    computed = [
+        entry if multiplied_in(entry.format) in gpu.gemms else replace(entry, format="bf16") for entry in subject.plan
+    ]
     work = _work(subject, computed, count, images)
     held = rank_memory(subject, work, images)
     weights = held.weights + subject.text_encoder + subject.vae

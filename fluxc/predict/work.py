@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from fluxc.formats.bf16 import BF16
 from fluxc.formats.constants import BLOCK
-from fluxc.formats.registry import FORMATS
+from fluxc.formats.registry import FORMATS, multiplied_in
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.decoder import Decoder
@@ -99,7 +99,7 @@ def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shards: Shards
     for layer in layers:
         rows = _rows(layer.name, text, image, branches)
         gemms[_gemm(layer, rows)] += 1
-        moved += _quantizing(layer) * rows + _swizzling(layer)
+        moved += _quantizing(layer) * rows + _swizzling(layer) + _dequantizing(layer)
         kernels += KERNELS_QUANTIZING * (layer.format != BF16)
     double, single, exchanging = (ACTIVATION * sum(map(sum, passes)) for passes in _passes(width, hidden))
     moved += tokens * (double * doubles + single * singles)
@@ -107,7 +107,7 @@ def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shards: Shards
         moved += tokens * blocks * exchanging
         kernels += KERNELS_SHARDED * blocks
     whole = (shards.text_tokens + shards.image_tokens) * ranks
-    copies = max(_swizzling(layer) / 2 for layer in layers)
+    copies = max(_swizzling(layer) / 2 + 2 * layer.parameters * (_dequantizing(layer) > 0) for layer in layers)
     return Work(
         ranks=ranks,
         gemms=tuple(replace(gemm, count=count) for gemm, count in gemms.items()),
@@ -155,23 +155,21 @@ def _rows(name: str, text: int, image: int, branches: int) -> int:
 
 
 def _gemm(layer: _Layer, rows: int) -> Gemm:
-    weight = (
-        2 * layer.parameters
-        if layer.format == BF16
-        else FORMATS[layer.format].nbytes(layer.out_features, layer.in_features)
-    )
+    format = multiplied_in(layer.format)
+    weight = 2 * layer.parameters if format == BF16 else FORMATS[format].nbytes(layer.out_features, layer.in_features)
     read = weight + rows * layer.in_features * _input_bits(layer) / 8
-    return Gemm(layer.format, 2.0 * rows * layer.parameters, read + ACTIVATION * rows * layer.out_features)
+    return Gemm(format, 2.0 * rows * layer.parameters, read + ACTIVATION * rows * layer.out_features)
 
 
 def _input_bits(layer: _Layer) -> float:
-    """Bits of a value that a GEMM reads: inputs are quantized as weights are."""
-    return 16 if layer.format == BF16 else FORMATS[layer.format].bits_with_scales(layer.in_features)
+    """Bits of a value that a GEMM reads: inputs are quantized as weights are, unless those are dequantized first."""
+    format = multiplied_in(layer.format)
+    return 16 if format == BF16 else FORMATS[format].bits_with_scales(layer.in_features)
 
 
 def _quantizing(layer: _Layer) -> float:
     """Bytes a token: the pass before leaves a quantized layer's input in fp32, which one more pass quantizes."""
-    if layer.format == BF16:
+    if multiplied_in(layer.format) == BF16:
         return 0.0
     return layer.in_features * ((4 - ACTIVATION) + 4 + _input_bits(layer) / 8)
 
@@ -179,6 +177,13 @@ def _quantizing(layer: _Layer) -> float:
 def _swizzling(layer: _Layer) -> float:
     """Bytes a step: block scales of bound weights are brought into the order of the tensor cores in two copies."""
     return 4 * layer.parameters / BLOCK if layer.format == "nvfp4" else 0.0
+
+
+def _dequantizing(layer: _Layer) -> float:
+    """Bytes a step: a weight that is multiplied in bf16 and stored in fewer bits is read, and written in bf16."""
+    if layer.format == BF16 or multiplied_in(layer.format) != BF16:
+        return 0.0
+    return FORMATS[layer.format].nbytes(layer.out_features, layer.in_features) + 2.0 * layer.parameters
 
 
 def _passes(width: int, hidden: int) -> tuple[list[tuple[int, int]], ...]:

@@ -11,6 +11,7 @@ LEFT_OUT, NAMES = "left out", "names"
 
 FORMATS = {
     "nvfp4": "4 bits, an E4M3 scale for each 16 values and one for the tensor",
+    "nvfp4-w4a16": "weights as `nvfp4`, inputs in 16 bits: a GPU dequantizes the weight and multiplies in bf16",
     "fp8": "8 bits (E4M3), one scale for the tensor",
     "mxfp4": "4 bits, a power of two as scale for each 32 values",
     "bf16": "16 bits: not quantized",

@@ -27,7 +27,7 @@ COLOURS = {
     **{f"c{number}": f"#0{number}0505" for number in range(1, 7)},
 }
 """Custom properties of the page's style, and the colours that stand for them while matplotlib draws."""
-FORMATS = {"nvfp4": "c1", "fp8": "c2", "mxfp4": "c3", "bf16": "c4"}
+FORMATS = {"nvfp4": "c1", "fp8": "c2", "mxfp4": "c3", "nvfp4-w4a16": "c6", "bf16": "c4"}
 OTHER_FORMAT = "c5"
 GATE_LINE: dict[str, Any] = {"color": COLOURS["limit"], "lw": 1.5, "ls": (0, (5, 3))}
 MOST_LAYERS = 30

@@ -3,8 +3,8 @@
 1. bf16: Cast to fp32, Transpose, MatMul.
 2. fp8: DequantizeLinear of the E4M3 weight, then com.microsoft::FusedMatMul, which takes it as it lies; a Transpose is not
    fused behind DequantizeLinear, and doubles the time. On CUDA: Cast, Transpose, MatMul.
-3. nvfp4, 8-bit: com.microsoft::MatMulNBits. Twice an E2M1 value is an integer of at most 12, so codes + 128 with half the
-   block scale are exact; a table turns the packed bytes into them.
+3. nvfp4 and nvfp4-w4a16, 8-bit: com.microsoft::MatMulNBits. Twice an E2M1 value is an integer of at most 12, so codes + 128
+   with half the block scale are exact; a table turns the packed bytes into them.
 4. nvfp4, 4-bit: com.microsoft::GatherBlockQuantized of every row, then Transpose and MatMul. Slower than 3, with a smaller
    peak while a layer is computed.
 5. nvfp4 on CUDA: com.microsoft::MatMulBlockQuantizedFp4Weight, which takes codes and block scales as they lie in the file.
@@ -12,8 +12,8 @@
    Runtime's has a type for E8M0 scales that it computes with.
 7. Any other format, on the CPU: its reference form, then as 1.
 8. Where inputs are rounded, those of nvfp4 layers pass `fluxc::NVFP4FakeQuantize`, and those of fp8 layers an E4M3
-   QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer. 5 to 7
-   take inputs as they are.
+   QuantizeLinear/DequantizeLinear pair: what an FP4 GPU computes with. Members of a fusion group share one quantizer.
+   nvfp4-w4a16, and 5 to 7, take inputs as they are.
 9. In more memory: com.microsoft::FusedMatMul with values in fp32, which fluxrt unfolds when it loads the graph
    (fluxrt/unfold.py).
 10. Where products are computed in int8: com.microsoft::MatMulIntegerToFloat of int8 rows, which fluxrt makes when it loads
@@ -75,7 +75,6 @@ def fp8(graph: Nodes, layer: Linear, x: str, output: str) -> None:
 
 def nvfp4_8_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
     """3: codes as bytes."""
-    x = graph.rounded(x, layer, _nvfp4_input)
     half = graph.constant("half", ONNX_FLOAT, [], [0.5])
     half_scales = graph.node("Mul", [_block_scales(graph, layer.name), half], f"{layer.name}/half_block_scales")
     _product_of_bytes(graph, layer, x, half_scales, BLOCK, output)
@@ -111,7 +110,6 @@ def _product_of_bytes(graph: Nodes, layer: Linear, x: str, half_scales: str, blo
 
 def nvfp4_4_bit(graph: Nodes, layer: Linear, x: str, output: str) -> None:
     """4: codes as they are stored, every row of them gathered."""
-    x = graph.rounded(x, layer, _nvfp4_input)
     _product_of_codes(graph, layer, x, _block_scales(graph, layer.name), BLOCK, output)
 
 
@@ -201,14 +199,29 @@ QUANTIZERS = {"nvfp4": _nvfp4_input, "fp8": _e4m3_input}
 """What rounds the inputs of a layer where they are rounded, by format."""
 
 
+def _of_rounded(form: LinearForm) -> LinearForm:
+    """`form` of inputs in NVFP4, where they are rounded."""
+
+    def rounding(graph: Nodes, layer: Linear, x: str, output: str) -> None:
+        form(graph, layer, graph.rounded(x, layer, _nvfp4_input), output)
+
+    return rounding
+
+
 def _on_cpu(nvfp4: LinearForm, mxfp4: LinearForm) -> Forms[LinearForm]:
-    return Forms("ONNX Runtime", {"nvfp4": nvfp4, "mxfp4": mxfp4, "fp8": fp8, BF16: stored}, through_reference)
+    return Forms(
+        "ONNX Runtime",
+        {"nvfp4": _of_rounded(nvfp4), "nvfp4-w4a16": nvfp4, "mxfp4": mxfp4, "fp8": fp8, BF16: stored},
+        through_reference,
+    )
 
 
 CPU = {"8-bit": _on_cpu(nvfp4_8_bit, mxfp4_8_bit), "4-bit": _on_cpu(nvfp4_4_bit, mxfp4_4_bit)}
 """By how weights of four bits lie in memory."""
 
-CUDA: Forms[LinearForm] = Forms("ONNX Runtime on CUDA", {"nvfp4": nvfp4_cuda, "fp8": fp8, BF16: stored})
+CUDA: Forms[LinearForm] = Forms(
+    "ONNX Runtime on CUDA", {"nvfp4": nvfp4_cuda, "nvfp4-w4a16": nvfp4_cuda, "fp8": fp8, BF16: stored}
+)
 
 
 def _unfolding(own: Callable[[str], LinearForm], bf16: LinearForm, takes_rows: bool = True) -> Forms[LinearForm]:

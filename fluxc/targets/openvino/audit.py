@@ -34,7 +34,15 @@ from fluxrt.backends.openvino_graph import Executed, Product, attentions_of, rea
 from fluxrt.backends.openvino_weights import GROUP, keep_compressed, products_of
 from fluxrt.backends.openvino_weights import replace as replace_weight
 
-HELD = {"nvfp4": "f4e2m1", "mxfp4": "f4e2m1", "fp8": "f8e4m3", "BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+HELD = {
+    "nvfp4": "f4e2m1",
+    "nvfp4-w4a16": "f4e2m1",
+    "mxfp4": "f4e2m1",
+    "fp8": "f8e4m3",
+    "BF16": "bf16",
+    "F16": "fp16",
+    "F32": "fp32",
+}
 """How OpenVINO names what a weight is stored in: by format where it is quantized, by dtype of the file elsewhere."""
 
 HALF = 0.5

@@ -76,5 +76,5 @@ def _product(graph: Nodes, x: str, dense: str, layer: Linear, output: str) -> No
 
 
 FORMS: Forms[LinearForm] = Forms(
-    "OpenVINO", {"nvfp4": nvfp4, "mxfp4": mxfp4, "fp8": fp8, BF16: stored}, through_reference
+    "OpenVINO", {"nvfp4": nvfp4, "nvfp4-w4a16": nvfp4, "mxfp4": mxfp4, "fp8": fp8, BF16: stored}, through_reference
 )

@@ -47,7 +47,7 @@ class OpenVino(TargetKind[OpenVinoTarget, openvino_target.OpenVinoTarget]):
                 "list the sizes under `sizes`, or choose another device"
             )
         formats = {entry.format for plan in context.source.plans.values() for entry in plan}
-        unknown = sorted(formats - {"nvfp4", "mxfp4", "fp8", "bf16"})
+        unknown = sorted(formats - {"nvfp4", "nvfp4-w4a16", "mxfp4", "fp8", "bf16"})
         if target.computes_in_int8 and unknown:
             raise RecipeError(
                 f"{field}.compute: {target.compute} is made of nvfp4, mxfp4 and fp8, not of {', '.join(unknown)}, as the "

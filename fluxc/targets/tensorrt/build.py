@@ -118,14 +118,14 @@ def check_group_scales(component: Component) -> None:
 
 def unused_scales(plan: list[LayerPlan], taken: set[str]) -> set[str]:
     """Scalar scales of group members that a graph rightly leaves alone: another member's, equal, is used for the group."""
-    quantized = [entry for entry in plan if entry.format != BF16 and entry.layer.group]
-    used = {entry.layer.group for entry in quantized if f"{entry.layer.name}.input_scale" in taken}
-    return {
-        f"{entry.layer.name}.{part}"
-        for entry in quantized
-        if entry.layer.group in used
+    scales = [
+        (entry.layer.group, part, f"{entry.layer.name}.{part}")
+        for entry in plan
+        if entry.format != BF16 and entry.layer.group
         for part in FORMATS[entry.format].scalars
-    }
+    ]
+    used = {(group, part) for group, part, name in scales if name in taken}
+    return {name for group, part, name in scales if (group, part) in used}
 
 
 def write_sources(cut: Cut, folder: Path) -> None:

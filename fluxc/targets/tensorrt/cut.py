@@ -17,6 +17,7 @@ import onnx
 
 from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef
+from fluxc.formats.registry import multiplied_in
 from fluxc.graph.attention import attention_apart, attention_in_tiles
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import (
@@ -206,6 +207,7 @@ class Cutter:
             if baked and gemm in planned and planned[gemm].layer.group:
                 groups.setdefault(str(planned[gemm].layer.group), []).append(gemm)
         linears = {f"{layer}.weight" for layer in planned}
+        apart = {f"{name}.weight" for name, entry in planned.items() if multiplied_in(entry.format) != entry.format}
         matrices = {port.name for port in lowered.weights if linears.intersection(port.tensors)}
         graph = lowered.model.graph
         weights = {port.name for port in lowered.weights}
@@ -218,6 +220,7 @@ class Cutter:
             vectors=tuple(sorted(weights - matrices)),
             collectives=tuple(node.name for node in collectives),
             ranks=ranks_of(collectives[0]) if collectives else 1,
+            dequantized=tuple(sorted(port.name for port in lowered.weights if apart.intersection(port.tensors))),
         )
         return PlanGraph(
             name=name,

@@ -7,6 +7,7 @@ Weights bound (the plan holds code, its weights are inputs):
    weight round at every run.
 2. fp8: likewise, with an E4M3 QuantizeLinear/DequantizeLinear pair under scale 1.
 3. bf16: `Gemm(transB=1)`.
+4. nvfp4-w4a16: the weight dequantized with its block scales alone, 3, and the product times weight_scale_2.
 
 Weights baked (the plan holds them): 3, or the canonical form with every scale where TensorRT expects it, a constant.
 """
@@ -74,6 +75,25 @@ def fp8_bound(graph: Nodes, gemm: Gemm, x: str) -> str:
     return _times_scales(graph, gemm, product, scales)
 
 
+def nvfp4_w4a16_bound(graph: Nodes, gemm: Gemm, x: str) -> str:
+    """4."""
+    tensor_scale = graph.weight(gemm.first("weight_scale_2"))
+    block_scales = graph.weight(gemm.every("weight_scale"))
+    codes = graph.weight(gemm.every("weight"), TensorProto.FLOAT4E2M1)
+    dense = _dequantized(graph, codes, block_scales, graph.one(), f"{gemm.name}/weight")
+    product = graph.gemm(x, graph.cast(dense), gemm.name, "nvfp4-w4a16")
+    full = graph.node("Mul", [graph.cast(product, TensorProto.FLOAT), tensor_scale], f"{gemm.name}/unscaled")
+    return graph.cast(full)
+
+
+def nvfp4_w4a16_baked(graph: Nodes, gemm: Gemm, x: str) -> str:
+    """The canonical form of nvfp4, of the weight alone."""
+    codes = graph.weight(gemm.every("weight"), TensorProto.FLOAT4E2M1)
+    block_scales, tensor_scale = graph.weight(gemm.every("weight_scale")), graph.weight(gemm.first("weight_scale_2"))
+    dense = _dequantized(graph, codes, block_scales, tensor_scale, f"{gemm.name}/weight")
+    return _canonical(graph, gemm, x, dense, "nvfp4-w4a16")
+
+
 def nvfp4_baked(graph: Nodes, gemm: Gemm, x: str) -> str:
     """The canonical form of nvfp4."""
     input_scale, tensor_scale = graph.weight(gemm.first("input_scale")), graph.weight(gemm.first("weight_scale_2"))
@@ -131,5 +151,9 @@ def _dequantized(graph: Nodes, codes: str, block_scales: str, scale: str, name: 
     return graph.node("DequantizeLinear", [codes, scales], name, axis=-1, block_size=BLOCK)
 
 
-BOUND: Forms[LinearForm] = Forms("TensorRT", {"nvfp4": nvfp4_bound, "fp8": fp8_bound, BF16: plain})
-BAKED: Forms[LinearForm] = Forms("TensorRT", {"nvfp4": nvfp4_baked, "fp8": fp8_baked, BF16: plain})
+BOUND: Forms[LinearForm] = Forms(
+    "TensorRT", {"nvfp4": nvfp4_bound, "nvfp4-w4a16": nvfp4_w4a16_bound, "fp8": fp8_bound, BF16: plain}
+)
+BAKED: Forms[LinearForm] = Forms(
+    "TensorRT", {"nvfp4": nvfp4_baked, "nvfp4-w4a16": nvfp4_w4a16_baked, "fp8": fp8_baked, BF16: plain}
+)

@@ -204,5 +204,8 @@ def _copies(layers: Iterable[Layer], expected: Expected) -> Iterator[tuple[Layer
             yield layer, read[0], layer.outputs[0].nbytes
             continue
         for tensor in layer.inputs:
-            if weight_of.get(tensor.name) in expected.matrices and tensor.type in OPERAND.values():
-                yield layer, weight_of[tensor.name], 0
+            weight = weight_of.get(tensor.name)
+            if weight in expected.dequantized:
+                continue
+            if weight in expected.matrices and tensor.type in OPERAND.values():
+                yield layer, weight, 0

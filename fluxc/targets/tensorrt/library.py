@@ -8,6 +8,7 @@ from types import ModuleType
 
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.formats.bf16 import BF16
+from fluxc.formats.registry import multiplied_in
 
 FORMATS_OF = {
     "7.5": (),
@@ -106,7 +107,7 @@ def check_keeps_ranks(module: ModuleType) -> None:
 def check_formats(kind: str, formats: set[str], field: str) -> None:
     """Refuse formats that no engine computes in, whatever the GPU; RecipeError names `field`."""
     able = {format for found in FORMATS_OF.values() for format in found}
-    unknown = sorted(formats - {BF16, *able})
+    unknown = sorted(format for format in formats if multiplied_in(format) not in {BF16, *able})
     if unknown:
         raise RecipeError(
             f"{field}: no engine of {kind} computes in {', '.join(unknown)}, as the precision plan asks, whatever the GPU "
@@ -125,10 +126,11 @@ def check_capabilities(kind: str, capabilities: tuple[str, ...], formats: set[st
             raise RecipeError(
                 f"{field}: {kind} does not build for compute capability {capability!r} ({hint}). It builds for {possible}"
             )
-        missing = sorted(formats - {"bf16", *FORMATS_OF[capability]})
+        missing = sorted(format for format in formats if multiplied_in(format) not in {BF16, *FORMATS_OF[capability]})
         if missing:
             able = ", ".join(FORMATS_OF[capability]) or "no quantized format"
-            others = [c for c in library.compute_capabilities if formats <= {"bf16", *FORMATS_OF[c]}]
+            wanted = {multiplied_in(format) for format in formats}
+            others = [c for c in library.compute_capabilities if wanted <= {BF16, *FORMATS_OF[c]}]
             raise RecipeError(
                 f"{field}: GPUs of compute capability {capability} ({GPUS[capability]}) do not compute in "
                 f"{', '.join(missing)}, as the precision plan asks; they compute in {able} and bf16. Set precision to "
