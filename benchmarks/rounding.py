@@ -1,7 +1,7 @@
 """What solving weights (`rounding: gptq`) gains: flux2-nano's errors by block scales, rounding, guidance and calibration.
 
     python benchmarks/rounding.py                    # everything, about an hour on two idle cores
-    python benchmarks/rounding.py --parts 1.5        # one table: guidance 1.5 or 3, or calibration
+    python benchmarks/rounding.py --parts 1.5        # one table: guidance 1.5 or 3, calibration, or activations
     python benchmarks/rounding.py --work FOLDER      # keeps finished variants there, and goes on after an interruption
 
 Every variant is a whole build of flux2-nano, compared with one reference of diffusers in fp32 on 64 prompts that neither the
@@ -29,31 +29,30 @@ TARGETS = {"weights": "onnxruntime-exact", "and activations": "onnxruntime-nvfp4
 
 @dataclass(frozen=True)
 class Variant:
-    """One build; `format` bf16 quantizes nothing, and `prompts` and `steps` are calibration's."""
+    """One build; `prompts` and `steps` are calibration's. Inputs of the layers `in_16_bits`, patterns, are never rounded."""
 
     scales: str
     rounding: str
     guidance: float
     prompts: int = CALIBRATED
     steps: int = 24
-    format: str = "nvfp4"
+    in_16_bits: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """For files; no two variants share one."""
-        how = f"{self.format}-{self.scales}-{self.rounding}"
-        return f"{how}-guidance-{self.guidance}-{self.prompts}-prompts-{self.steps}-steps"
+        apart = "-".join(pattern.strip("*.").replace("[", "").replace("]", "") for pattern in self.in_16_bits)
+        how = f"{self.scales}-{self.rounding}-guidance-{self.guidance}-{self.prompts}-prompts-{self.steps}-steps"
+        return f"{how}-16-{apart}" if apart else how
 
     @property
     def changes(self) -> tuple[str, ...]:
         """To recipes/flux2-nano.yaml."""
-        quantized = [
+        rules = ", ".join(f'{{match: "{pattern}", format: nvfp4-w4a16}}' for pattern in self.in_16_bits)
+        return (
             f"precision.transformer.scales={self.scales}",
             f"precision.transformer.rounding={self.rounding}",
-        ]
-        return (
-            f"precision.transformer.default={self.format}",
-            *(quantized if self.format == "nvfp4" else ()),
+            f"precision.transformer.rules=[{rules}]",
             f"sampling.guidance={self.guidance}",
             f"calibration.max_prompts={self.prompts}",
             f"calibration.steps={self.steps}",
@@ -63,6 +62,9 @@ class Variant:
 
 
 SCALES = ("max", "four-over-six", "mse")
+ATTENDING = ("*.to_[qkv]", "*.add_[qkv]_proj", "*.to_qkv_mlp_proj")
+OUTPUTS = ("*.to_out*", "*.to_add_out")
+FEED_FORWARD = ("*.ff.*", "*.ff_context.*")
 CALIBRATIONS = ((1, 1), (1, 24), (4, 4), (4, 24), (CALIBRATED, 24))
 PARTS: dict[str, list[Variant]] = {
     **{
@@ -72,6 +74,11 @@ PARTS: dict[str, list[Variant]] = {
     "calibration": [
         *(Variant("mse", "gptq", 1.5, prompts, steps) for prompts, steps in CALIBRATIONS),
         Variant("mse", "nearest", 1.5),
+    ],
+    "activations": [
+        Variant("mse", "gptq", guidance, in_16_bits=patterns)
+        for guidance in (1.5, 3.0)
+        for patterns in ((), FEED_FORWARD, OUTPUTS, ATTENDING, (*ATTENDING, *OUTPUTS, *FEED_FORWARD))
     ],
 }
 
@@ -140,12 +147,13 @@ def print_table(part: str, variants: list[Variant], work: Path, steps: int) -> N
     """One row a variant: how weights were rounded, then for each target the errors on held-out prompts and on those unlike
     them."""
     measured = [f"{target}: {what}" for target in TARGETS for what in ("velocity", "PSNR", "worst", "oracle", "unlike")]
-    columns = ["calibration", "rounding", "scales", "output SNR", *measured]
+    columns = ["guidance", "calibration", "rounding", "scales", "inputs in 16 bits", "output SNR", *measured]
     print(f"\n{part}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for variant in variants:
         figures = figures_of(variant, work, steps)
         ran = f"{variant.prompts} prompt{'s'[: variant.prompts - 1]}, {variant.steps} step{'s'[: variant.steps - 1]}"
-        row = [ran, variant.rounding, variant.scales, f"{figures['output_snr_db']:.1f}"]
+        row = [f"{variant.guidance:g}", ran, variant.rounding, variant.scales, ", ".join(variant.in_16_bits) or "-"]
+        row.append(f"{figures['output_snr_db']:.1f}")
         for target in TARGETS:
             of_target = figures[target]
             row += [*summarized(of_target["prompts"][:HELD_OUT]), f"{of_target['oracle']}"]

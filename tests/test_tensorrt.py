@@ -29,6 +29,7 @@ from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.build.job import check_targets
 from fluxc.families.dev import DEV as DEV_FAMILY
 from fluxc.fidelity.metrics import cosine, psnr, relative_error
+from fluxc.formats.registry import multiplied_in
 from fluxc.graph.bind import argument_names, bind
 from fluxc.graph.compose import compose_steps
 from fluxc.graph.export import trace_transformer
@@ -72,7 +73,8 @@ RTX = ROOT / "recipes" / "flux2-nano-rtx.yaml"
 MIXED = (
     *QUICK,
     "precision.text_encoder={default: fp8}",
-    'precision.transformer.rules=[{match: "*.ff_context.*", format: fp8}]',
+    'precision.transformer.rules=[{match: "*.ff_context.*", format: fp8}, {match: "*.add_[qkv]_proj", format: nvfp4-w4a16}, '
+    "{match: single_transformer_blocks.*.to_out, format: nvfp4-w4a16}]",
 )
 SM120 = ("12.0",)
 
@@ -104,7 +106,8 @@ def test_every_linear_runs_in_the_format_the_plan_names(which: str, request: pyt
             assert found["fused_share"] == 1.0
             run.update(found["gemms"])
     planned = Counter(
-        format for _, format in {(layer.group or layer.name, layer.format) for layer in bundle.manifest.precision}
+        multiplied_in(format)
+        for _, format in {(layer.group or layer.name, layer.format) for layer in bundle.manifest.precision}
     )
     decoder_linears = engine.audit["vae_decoder"]["gemms"]["bf16"]
     assert run == planned + Counter(bf16=decoder_linears)
@@ -300,7 +303,7 @@ def test_an_image_generated_by_the_graphs_is_the_cpu_targets(rtx_bundle: Path) -
     assert psnr(image, np.asarray(expected.images[0], np.float64) / 255) > 30
 
 
-@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("format", ["nvfp4", "nvfp4-w4a16", "fp8"])
 def test_smoothing_and_low_rank_factors_are_computed_with(format: str, tmp_path: Path) -> None:
     """pre_quant_scale and SVDQuant's factors of one layer, random and large, against the CPU's lowering in ONNX Runtime."""
     import onnxruntime
@@ -312,7 +315,9 @@ def test_smoothing_and_low_rank_factors_are_computed_with(format: str, tmp_path:
         "l.svdquant_lora_b": torch.from_numpy(rng.standard_normal((48, 4)).astype(np.float32)).bfloat16(),
         "l.input_scale": torch.tensor(0.004),
     }
-    if format == "nvfp4":
+    if format == "nvfp4-w4a16":
+        del tensors["l.input_scale"]
+    if format != "fp8":
         tensors["l.weight"] = torch.from_numpy(rng.integers(0, 256, (48, 16), dtype=np.uint8))
         tensors["l.weight_scale"] = torch.from_numpy(rng.uniform(0.5, 4, (48, 2)).astype(np.float32)).to(
             torch.float8_e4m3fn
