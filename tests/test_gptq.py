@@ -150,3 +150,41 @@ def test_moments_that_cannot_be_factorized_are_refused() -> None:
         factor(np.eye(32) - 5 * np.ones((32, 32)) + 5 * np.eye(32))
     with pytest.raises(ValueError, match="divisible by 16"):
         solve(np.ones((2, 20), np.float32), np.eye(20, dtype=np.float32), np.float32(1))
+
+
+def test_the_factor_is_modelopts() -> None:
+    from modelopt.torch.quantization.utils.calib_utils import compute_hessian_inverse
+
+    x = inputs(700, 192)
+    moments = x.T @ x
+    theirs = compute_hessian_inverse(torch.from_numpy(moments).float(), torch.ones(4, 192), 0.01).numpy()
+    assert np.abs(factor(moments) - theirs).max() < 1e-3 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_it_loses_no_more_than_modelopts_gptq(seed: int) -> None:
+    """modelopt's own update of the columns, around its own rounding to NVFP4; its block scales are those of the weight as it
+    was."""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+    from modelopt.torch.quantization.utils.calib_utils import compute_hessian_inverse, gptq_blockwise_update
+
+    x = inputs(900, 256)
+    moments = x.T @ x
+    weight = (np.random.default_rng(seed).standard_normal((96, 256)) * 0.05).astype(np.float32)
+    scale = cpu.tensor_scale(float(np.abs(weight).max()), "nvfp4")
+
+    tensor_scale = torch.tensor(scale)
+    scales = NVFP4QTensor.get_weights_scaling_factor(torch.from_numpy(weight), 16, tensor_scale)[0]
+
+    def rounded(given: torch.Tensor) -> torch.Tensor:
+        stored, *_ = NVFP4QTensor.quantize(given, 16, scales, tensor_scale)
+        return stored.dequantize(dtype=torch.float32, scale=scales, double_scale=tensor_scale, block_sizes={-1: 16})
+
+    theirs = torch.from_numpy(weight.copy())
+    factor_of = compute_hessian_inverse(torch.from_numpy(moments).float(), theirs, 0.01)
+    gptq_blockwise_update(theirs, factor_of, 128, rounded)
+    off = weight.astype(np.float64) - theirs.numpy()
+    lost = float(np.einsum("ri,ij,rj->", off, moments, off))
+    ours = loss(weight, solve(weight, factor(moments), scale, "max"), scale, moments)
+    assert ours < 1.05 * lost
+    assert ours < 0.5 * loss(weight, nearest(weight, scale, "max"), scale, moments)
