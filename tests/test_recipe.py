@@ -102,7 +102,7 @@ def test_a_wrong_field_is_named(change: str, expected: str) -> None:
         ),
         (
             "precision.transformer.rules=[{match: '*.to_q', format: int3}]",
-            r"transformer\.rules\[0\]\.format: there is no format 'int3'.* It can be nvfp4, fp8, mxfp4, bf16",
+            r"transformer\.rules\[0\]\.format: there is no format 'int3'.* It can be nvfp4, nvfp4-w4a16, fp8, mxfp4, bf16",
         ),
     ],
 )

@@ -94,7 +94,7 @@ def test_layer_by_layer_the_error_of_a_quantized_group_is_the_same() -> None:
     linears = Flux2Transformer.read(component.config).linears
     plan = precision_plan("transformer", linears, ComponentPrecision("nvfp4"))
     group = [entry for entry in plan if entry.layer.group == "transformer_blocks.1.attn.to_qkv"]
-    simulation = Simulation(component.tensors, {e.layer.name: 8.0 for e in group}, "max", True)
+    simulation = Simulation(component.tensors, {(e.layer.name, e.format): 8.0 for e in group}, "max", True)
     errors: dict[str, list[float]] = {}
     for pieces in ("component", "layer"):
         with nano_transformer(pieces) as (transformer, states):
@@ -128,7 +128,7 @@ def _check_group(transformer: PlacedModel, states: list[State]) -> None:
     tensors = checkpoint.components["transformer"].tensors
     errors = {}
     for rounded in (False, True):
-        with Simulation(tensors, {e.layer.name: 8.0 for e in group}, "max", rounded).of(transformer, group):
+        with Simulation(tensors, {(e.layer.name, e.format): 8.0 for e in group}, "max", rounded).of(transformer, group):
             shared = torch.cat([before[f"{e.layer.name}.weight"].flatten() for e in group]).abs().amax()
             for entry in group:
                 weight = before[f"{entry.layer.name}.weight"]

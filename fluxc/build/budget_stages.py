@@ -162,6 +162,7 @@ class Needs:
             "frontier": self._frontier,
             "sensitivity": self._sensitivity,
             "rounding": self._rounding,
+            "tune": self._tuning,
         }.get(first)
         if name == "step-trace":
             return self._step_trace()
@@ -280,6 +281,13 @@ class Needs:
         recorded = min(PROMPTS, asked.prompts) * asked.steps * asked.rows
         times = len(groups) if rest == "costs" else SEARCHES + 2
         return self._running(replace(asked, prompts=min(PROMPTS, asked.prompts)), dtype, recorded + times * states)
+
+    def _tuning(self, formats: str) -> Need:
+        """Of measuring every group in so many formats."""
+        from fluxc.calibrate.sensitivity import SEARCHES
+
+        need = self._sensitivity("costs")
+        return replace(need, work=need.work * int(formats) + self._sensitivity("").work * (1 + 10 / SEARCHES))
 
     def _rounding(self, component: str) -> Need:
         """Of solving a component's weights: its calls run once, the moments of a part's inputs, and one factor at a time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,7 @@ from fluxc.base.progress import StageProgress
 from fluxc.build.job import Job
 from fluxc.build.requests import cache_settings, calibration_request, judges_of, trace_request, trace_size
 from fluxc.build.runner import Results, Stage, Step, plan_steps
-from fluxc.calibrate import modelopt_stage, rounding_stage, sensitivity_stage, weights_stage
+from fluxc.calibrate import modelopt_stage, rounding_stage, sensitivity_stage, tuning_stage, weights_stage
 from fluxc.calibrate import stage as calibration_stage
 from fluxc.calibrate.assumed import assumed_amax
 from fluxc.calibrate.file import read_calibration
@@ -58,10 +59,10 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
     if recipe.step_cache:
         yield Step("step-trace", "step-cache", lambda results: _step_trace(job))
         yield Step("step-cache", "step-cache", lambda results: _fit(job, results))
-    yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
-    yield Step("sensitivity", "weights", lambda results: _choice(job, results))
     for name in QUANTIZED:
         yield Step(f"rounding-{name}", "weights", partial(_rounding, job, component=name))
+    yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
+    yield Step("sensitivity", "weights", lambda results: _choice(job, results))
     for name in WEIGHTS_FILE:
         yield Step(f"weights-{name}", "weights", partial(_weights, job, component=name))
     for target in recipe.targets:
@@ -85,6 +86,31 @@ def comparing(job: Job) -> Iterator[Step]:
         yield Step(f"frontier-{number}", "fidelity", partial(_point, job, target=target, point=str(number)))
     yield Step("frontier-chosen", "fidelity", lambda results: _point(job, results, target, "chosen"))
     yield Step("frontier", "fidelity", lambda results: _cache_figures(job, results, target, numbers))
+
+
+def tuning_steps(job: Job, formats: tuple[str, ...]) -> Iterator[Step]:
+    """The steps up to the costs of every group of layers in each of `formats`."""
+
+    def costs(results: Results) -> Stage[Any, Any] | None:
+        measured = _measured_inputs(job, results)
+        if measured is None:
+            return None
+        inputs = tuning_stage.FormatInputs(replace(measured, round_inputs=True), formats)
+        return Stage("tune-costs", "measure formats of layers", inputs, tuning_stage.run, tuning_stage.load)
+
+    yield Step("modelopt", "calibrate", lambda results: _modelopt(job))
+    yield Step("calibrate", "calibrate", lambda results: _calibrate(job, results, True))
+    yield Step("rounding-transformer", "weights", partial(_rounding, job, component="transformer"))
+    yield Step("tune-costs", "weights", costs)
+
+
+def tuning_inputs(
+    job: Job, results: Results, formats: tuple[str, ...], choices: tuple[tuning_stage.Choice, ...]
+) -> tuning_stage.ChoiceInputs:
+    """What measuring whole choices depends on, after tuning_steps."""
+    measured = _measured_inputs(job, results)
+    assert measured is not None
+    return tuning_stage.ChoiceInputs(replace(measured, round_inputs=True), formats, choices)
 
 
 def planned_stages(job: Job) -> list[tuple[Step, str]]:
@@ -255,10 +281,12 @@ def _fit(job: Job, results: Results) -> Stage[Any, StepCache]:
 def _cost_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs | None:
     """What `exclude: auto` measures; None where it does not, or nothing would be quantized."""
     recipe = job.loaded.recipe
-    precision = recipe.precision.transformer
-    if precision.exclude != "auto":
-        return None
-    calibration = _calibration(job, results)
+    return _measured_inputs(job, results) if recipe.precision.transformer.exclude == "auto" else None
+
+
+def _measured_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs | None:
+    """What measuring the sensitivity of layers depends on; None where nothing would be quantized."""
+    recipe, calibration = job.loaded.recipe, _calibration(job, results)
     if calibration is None:
         return None
     request = calibration_request(job.loaded, job.is_large)
@@ -271,8 +299,9 @@ def _cost_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs | N
         plan=job.source(results, with_plan=False).plans["transformer"],
         calibration=calibration,
         settings=_amax_settings(recipe),
-        scales=precision.scales,
+        scales=recipe.precision.transformer.scales,
         round_inputs=any(target.rounds_inputs for target in recipe.targets),
+        solved=results.get("rounding-transformer"),
     )
 
 
@@ -302,7 +331,8 @@ def _rounding(job: Job, results: Results, component: str) -> Stage[Any, Made] | 
     precision = getattr(job.loaded.recipe.precision, component)
     if precision.rounding == "nearest":
         return None
-    source, calibration = job.source(results), _calibration(job, results)
+    # Before `exclude: auto` chooses, which is to know how layers compute.
+    source, calibration = job.source(results, with_plan=False), _calibration(job, results)
     solved = [entry for entry in to_quantize(source.plans[component]) if FORMATS[entry.format].solves]
     if not solved or calibration is None:
         return None

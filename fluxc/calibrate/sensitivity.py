@@ -27,6 +27,7 @@ from fluxc.checkpoint.source import Checkpoint
 from fluxc.formats import cpu
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
+from fluxc.quantize.solved import Solved
 from fluxc.recipe.structs import Budget, Scales
 from fluxc.running.lockstep import CALL
 from fluxc.running.model import PlacedModel, ReferenceModel
@@ -112,12 +113,17 @@ def output_error(velocities: Velocities, states: list[State], guidance: float) -
 
 @dataclass(frozen=True)
 class Simulation:
-    """How quantized layers compute: from the checkpoint's `tensors`, and with rounded inputs or not."""
+    """How quantized layers compute: from the checkpoint's `tensors`, and with rounded inputs or not.
+
+    `input_amax` is by layer and format. Layers that are among the `solved`, in the format they were solved in or one with the
+    same weights, compute with what was solved.
+    """
 
     tensors: dict[str, TensorRef]
-    input_amax: dict[str, float]
+    input_amax: dict[tuple[str, str], float]
     scales: Scales
     round_inputs: bool
+    solved: Solved | None = None
 
     @contextmanager
     def of(self, transformer: PlacedModel, entries: list[LayerPlan]) -> Iterator[None]:
@@ -172,14 +178,20 @@ class Simulation:
         amaxes = [format.amaxes(*weight) for weight in weights]
         amax = max(cpu.largest(found, dtype) for found, (_, dtype) in zip(amaxes, weights, strict=True))
         scale = format.group_scale(weights, amax, self.scales)
-        return [
-            format.decode(format.encode(*weight, found, scale, self.scales), scale)
-            for weight, found in zip(weights, amaxes, strict=True)
-        ]
+        solved = self.solved.layers if self.solved and format.solves else {}
+        rounded = []
+        for entry, weight, found in zip(members, weights, amaxes, strict=True):
+            layer = solved.get(entry.layer.name)
+            if layer is None:
+                parts = format.encode(*weight, found, scale, self.scales)
+            else:
+                parts, scale = layer.rows(0, len(weight[0]), len(weight[0])), layer.scale
+            rounded.append(format.decode(parts, scale))
+        return rounded
 
     def _rounding(self, entry: LayerPlan) -> Callable[[Any, Any], Any]:
         format = FORMATS[entry.format]
-        scale = format.tensor_scale(torch.tensor(self.input_amax[entry.layer.name]))
+        scale = format.tensor_scale(torch.tensor(self.input_amax[entry.layer.name, entry.format]))
 
         def rounded(_: Any, inputs: Any) -> Any:
             x = inputs[0]

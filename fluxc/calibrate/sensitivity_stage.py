@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxc.base.cache import Made
 from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
 from fluxc.checkpoint.files import CheckpointFiles
-from fluxc.quantize.plan import LayerPlan
+from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.structs import Budget, Calibration, Scales
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ COSTS, RESULT = "costs.json", "sensitivity.json"
 
 @dataclass(frozen=True)
 class CostInputs:
-    """The model and the prompts it is measured on, the plan without the choice, and how quantized layers compute."""
+    """The model and the prompts it is measured on, the plan without the choice, and how quantized layers compute.
+
+    `solved`: the folder of weights that were solved, where some were.
+    """
 
     files: CheckpointFiles
     request: dict[str, Any]
@@ -37,6 +41,7 @@ class CostInputs:
     settings: Calibration
     scales: Scales
     round_inputs: bool
+    solved: Made | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def run(inputs: CostInputs, folder: Path, report: Report) -> None:
     """Write every group's cost as JSON."""
     from fluxc.calibrate.sensitivity import measure_costs
 
-    with _prepared(inputs) as error:
+    with prepared_error(inputs) as error:
         costs = measure_costs(error, inputs.plan, report)
     plain = [{"layers": list(c.layers), "parameters": c.parameters, "cost": c.cost} for c in costs]
     (folder / COSTS).write_text(as_json(plain, "sensitivity", indent=1) + "\n")
@@ -72,7 +77,7 @@ def run_choice(inputs: ChoiceInputs, folder: Path, report: Report) -> None:
         GroupCost(tuple(plain["layers"]), plain["parameters"], plain["cost"])
         for plain in json.loads(inputs.costs.read_text())
     ]
-    with _prepared(measured) as error:
+    with prepared_error(measured) as error:
         chosen = choose_layers(error, measured.plan, costs, inputs.budget)
     on = measured_on(len(request["prompts"]), request["steps"])
     found = {**on, "inputs_rounded": measured.round_inputs, **chosen}
@@ -85,18 +90,25 @@ def load_choice(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _prepared(inputs: CostInputs) -> AbstractContextManager[ErrorOf]:
+def prepared_error(inputs: CostInputs, formats: tuple[str, ...] = ()) -> AbstractContextManager[ErrorOf]:
+    """What gives the error of quantized layers while the body runs: in the formats of the plan, or in any of `formats`."""
     import torch
 
     from fluxc.calibrate.amax import input_amax
     from fluxc.calibrate.file import read_calibration
     from fluxc.calibrate.sensitivity import Simulation, prepared
     from fluxc.calibrate.stage import asked_of, generation_of
+    from fluxc.quantize.solved import Solved
     from fluxc.running.placement import find_placement
 
     checkpoint = inputs.files.checkpoint
     records = read_calibration(inputs.calibration).records["transformer"]
-    amax = input_amax(records, inputs.plan, inputs.settings)
+    amax: dict[tuple[str, str], float] = {}
+    for plan in (inputs.plan, *([replace(entry, format=f) for entry in to_quantize(inputs.plan)] for f in formats)):
+        format_of = {entry.layer.name: entry.format for entry in plan}
+        found = input_amax(records, plan, inputs.settings)
+        amax |= {(layer, format_of[layer]): value for layer, value in found.items()}
+    solved = Solved(inputs.solved.folder) if inputs.solved else None
     tensors = checkpoint.components["transformer"].tensors
     placement = find_placement(checkpoint, "auto", getattr(torch, inputs.dtype), asked_of(inputs.request, inputs.rows))
     return prepared(
@@ -105,5 +117,5 @@ def _prepared(inputs: CostInputs) -> AbstractContextManager[ErrorOf]:
         generation_of(inputs.request, inputs.text_layers),
         inputs.rows,
         placement,
-        Simulation(tensors, amax, inputs.scales, inputs.round_inputs),
+        Simulation(tensors, amax, inputs.scales, inputs.round_inputs, solved),
     )

@@ -11,6 +11,7 @@ from fluxc.cli.gpu import add_evidence, gpu_check
 from fluxc.cli.plan import plan, predict
 from fluxc.cli.recipe import init, schema
 from fluxc.cli.report import report
+from fluxc.cli.tune import tune
 from fluxrt.commands import CommandLine
 
 
@@ -27,7 +28,7 @@ def main() -> None:
 for command in (
     *(init, schema),
     *(build, calibrate, trace, merge_traces),
-    *(plan, predict),
+    *(plan, predict, tune),
     *(inspect, report, verify, finish, export_onnx, doctor),
     *(gpu_check, add_evidence),
 ):

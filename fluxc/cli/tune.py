@@ -1,0 +1,162 @@
+"""`fluxc tune`: the formats of layers under a limit of predicted time or memory, or of measured error."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fluxc.cli.options import (
+    PLACE,
+    RECIPE,
+    json_option,
+    memory_option,
+    recipe_argument,
+    set_option,
+    shows_progress,
+    threads_option,
+    verb,
+)
+from fluxc.predict.gpus import GPUS
+
+if TYPE_CHECKING:
+    from fluxc.base.shown import ShownProgress
+    from fluxc.build.tune import Point, Tuned, Wish
+
+CANDIDATES = ("nvfp4", "nvfp4-w4a16", "fp8")
+"""Formats of layers that are tried where --formats does not say."""
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+@verb(
+    short_help="Choose formats of layers under a limit of time, memory or error.",
+    arguments=RECIPE,
+    example="fluxc tune recipes/flux2-nano.yaml --on rtx-5090 --error 0.08 --out recipes/flux2-nano-tuned.yaml",
+)
+@recipe_argument
+@set_option
+@click.option("--on", required=True, type=click.Choice(tuple(GPUS), case_sensitive=False), help="The kind of GPU.")
+@click.option("--gpus", type=click.IntRange(1, 8), default=1, help="How many.")
+@click.option("--time", "milliseconds", type=POSITIVE, metavar="MS", help="Most predicted time of a step.")
+@click.option("--gpu-memory", type=POSITIVE, metavar="GIB", help="Most predicted memory of the fullest GPU.")
+@click.option("--error", type=POSITIVE, help="Most relative error of the velocity, as the costs of groups add up.")
+@click.option(
+    "--least",
+    type=click.Choice(("time", "memory")),
+    default="time",
+    help="Under --error: what there is to be least of.",
+)
+@click.option(
+    "--formats",
+    metavar="FORMAT,...",
+    help="Formats a layer may have, besides bf16.",
+    show_default=f"those of {', '.join(CANDIDATES)} that the GPU computes in",
+)
+@click.option("--out", type=PLACE, help="The recipe to write.", show_default="RECIPE-tuned.yaml")
+@memory_option
+@threads_option
+@json_option
+@shows_progress
+def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: ShownProgress, **options: Any) -> None:
+    """Choose the format of each layer that RECIPE quantizes: the least error under a limit of time or memory, or the least time
+    or memory under one of error.
+
+    What a format costs is measured on calibration's prompts, what it saves is predicted for the GPU. Shown is the frontier,
+    each choice measured as a whole; the one that meets the limit is written as a recipe.
+    """
+    from fluxc.base.errors import RecipeError
+    from fluxc.base.output import check_output
+    from fluxc.build.tune import tune as run
+    from fluxc.formats.registry import check_format, multiplied_in
+    from fluxc.recipe.edit import write_with_formats
+    from fluxc.recipe.load import load_recipe
+
+    wish, gpu = _wish(options), GPUS[options["on"]]
+    if options["formats"] is None:
+        formats = tuple(name for name in CANDIDATES if multiplied_in(name) in gpu.gemms)
+    else:
+        formats = tuple(dict.fromkeys(word.strip() for word in options["formats"].split(",")))
+    for format in formats:
+        check_format(format, "--formats")
+    loaded = load_recipe(recipe, changes)
+    target = out or recipe.with_name(f"{recipe.stem}-tuned.yaml")
+    check_output(target, "a recipe")
+    if target.resolve().parent != recipe.resolve().parent:
+        raise RecipeError(f"--out {target}: a recipe's paths start from its folder; write it beside {recipe}")
+    tuned = run(loaded, (gpu, options["gpus"]), wish, formats, target, progress)
+    write_with_formats(recipe, changes, tuned.rules, target)
+    # What was written must say what was chosen.
+    load_recipe(target)
+    progress.finish(f"tuned {target}", f"build it: fluxc build {target}")
+    if options["as_json"]:
+        click.echo(json.dumps(_as_json(tuned), indent=2))
+        return
+    _print(tuned)
+    click.echo(click.format_filename(target))
+
+
+def _wish(options: dict[str, Any]) -> Wish:
+    from fluxc.build.tune import Wish
+
+    milliseconds, memory, error = (options[name] for name in ("milliseconds", "gpu_memory", "error"))
+    if sum(limit is not None for limit in (milliseconds, memory, error)) != 1:
+        raise click.UsageError("give one of --time, --gpu-memory and --error")
+    seconds = None if milliseconds is None else milliseconds / 1e3
+    return Wish(seconds, None if memory is None else memory * 2**30, error, options["least"])
+
+
+def _as_json(tuned: Tuned) -> dict[str, Any]:
+    return {
+        "gpu": tuned.gpu.name,
+        "gpus": tuned.gpus,
+        "measured_on": tuned.measured_on,
+        "frontier": [asdict(point) for point in tuned.frontier],
+        "chosen": asdict(tuned.chosen),
+        "bf16": asdict(tuned.plain),
+        "rules": tuned.rules,
+    }
+
+
+def _print(tuned: Tuned) -> None:
+    from fluxc.base.console import new_console, new_table
+
+    console = new_console()
+    table = new_table(
+        "",
+        "a step, ms",
+        "x bf16",
+        "weights",
+        "GPU",
+        "error, added up",
+        "error, measured",
+        "layers",
+        title=f"time and memory PREDICTED for {tuned.gpus} x {tuned.gpu.name}, one image; error measured",
+    )
+    rows = [("", point) for point in tuned.frontier] + [("chosen", tuned.chosen), ("bf16", tuned.plain)]
+    for name, point in rows:
+        table.add_row(name, *_figures(point, tuned))
+    console.print(table)
+    on = tuned.measured_on
+    console.print(
+        f"Errors are of the guided velocity, relative, root mean square over {on['prompts']} calibration prompts at steps "
+        f"{', '.join(map(str, on['steps']))}, with inputs rounded as a GPU rounds them. Added up: what each layer costs alone."
+    )
+
+
+def _figures(point: Point, tuned: Tuned) -> list[str]:
+    from fluxc.report.page import bytes_words
+
+    left = len(tuned.names) - len(point.choice)
+    formats = [f"{count} {format}" for format, count in point.formats.items()] + ([f"{left} bf16"] if left else [])
+    return [
+        f"{1e3 * point.seconds:.4g}",
+        f"{tuned.plain.seconds / point.seconds:.2f}",
+        bytes_words(point.weights),
+        bytes_words(point.memory),
+        f"{point.predicted_error:.4f}",
+        "" if point.error is None else f"{point.error:.4f}",
+        ", ".join(formats),
+    ]

@@ -1,0 +1,47 @@
+"""Writes a recipe anew with other formats of layers."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+from fluxc.recipe.document import read_document
+
+WIDTH = 120
+
+
+def write_with_formats(recipe: Path, changes: tuple[str, ...], formats: dict[str, str], out: Path) -> None:
+    """Write `out`: `recipe` with `changes` and with `formats` of layers as rules. Everything else stays as it is written there,
+    comments too. It appears when complete."""
+    yaml = YAML()
+    yaml.width = WIDTH
+    data = yaml.load(recipe.read_text(encoding="utf-8-sig"))
+    for change in changes:
+        where, _, value = change.partition("=")
+        *parents, last = where.split(".")
+        place = data
+        for parent in parents:
+            if place.get(parent) is None:
+                place[parent] = CommentedMap()
+            place = place[parent]
+        place[last] = read_document(value, where)
+    precision = data.setdefault("precision", CommentedMap()).setdefault("transformer", CommentedMap())
+    rules = CommentedSeq()
+    for layer, format in formats.items():
+        rule = CommentedMap(match=layer, format=format)
+        rule.fa.set_flow_style()
+        rules.append(rule)
+    precision["rules"] = rules
+    for field in ("budget", *(("exclude",) if precision.get("exclude") == "auto" else ())):
+        precision.pop(field, None)
+    text = io.StringIO()
+    yaml.dump(data, text)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.write_text(text.getvalue(), encoding="utf-8")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)

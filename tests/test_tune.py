@@ -1,0 +1,211 @@
+"""`fluxc tune`: the choice against brute force, the frontier, the recipe that is written, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from conftest import RECIPE
+from fluxc.base.progress import StageProgress
+from fluxc.build.build import build
+from fluxc.build.tune import Groups, Limits, Option, choose, frontier_of
+from fluxc.cli.main import main
+from fluxc.recipe.edit import write_with_formats
+from fluxc.recipe.load import load_recipe
+from fluxc.report.structs import REPORT_JSON
+from fluxrt.bundle import open_bundle
+from quick import QUICK
+
+FORMATS = ("nvfp4", "nvfp4-w4a16", "fp8")
+
+
+def random_groups(seed: int, count: int) -> Groups:
+    """Formats that cost error save time or memory, most of the time."""
+    rng = np.random.default_rng(seed)
+    return [
+        [Option("bf16", 0.0, 0.0, 0.0)]
+        + [
+            Option(name, float(rng.exponential()), float(rng.normal(-1, 1)), float(rng.normal(-2, 1)))
+            for name in FORMATS
+        ]
+        for _ in range(count)
+    ]
+
+
+def sums(groups: Groups, picks: tuple[int, ...] | list[int]) -> dict[str, float]:
+    taken = [options[pick] for options, pick in zip(groups, picks, strict=True)]
+    return {name: sum(getattr(option, name) for option in taken) for name in ("cost", "seconds", "weights")}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_choice_is_the_best_of_all(seed: int) -> None:
+    groups = random_groups(seed, 5)
+    every = [sums(groups, picks) for picks in itertools.product(range(4), repeat=5)]
+    for limits, aim in (
+        (Limits(seconds=-2.0), "cost"),
+        (Limits(weights=-6.0), "cost"),
+        (Limits(seconds=-1.0, weights=-4.0), "cost"),
+        (Limits(cost=1.5), "seconds"),
+    ):
+        allowed = [
+            found for found in every if all(most is None or found[name] <= most for name, most in vars(limits).items())
+        ]
+        picks = choose(groups, limits)
+        if not allowed:
+            assert picks is None
+            continue
+        assert picks is not None
+        found = sums(groups, picks)
+        assert all(most is None or found[name] <= most + 1e-6 for name, most in vars(limits).items())
+        assert found[aim] == pytest.approx(min(other[aim] for other in allowed), abs=1e-3)
+
+
+def test_under_an_error_there_may_be_the_least_memory() -> None:
+    groups = random_groups(1, 5)
+    every = [sums(groups, picks) for picks in itertools.product(range(4), repeat=5)]
+    picks = choose(groups, Limits(cost=1.5), "weights")
+    assert picks is not None
+    least = min(found["weights"] for found in every if found["cost"] <= 1.5)
+    assert sums(groups, picks)["weights"] == pytest.approx(least, abs=1e-3)
+
+
+@pytest.mark.parametrize("axis", ["seconds", "weights"])
+def test_the_frontier_goes_from_least_to_no_error(axis) -> None:
+    groups = random_groups(2, 12)
+    found = [sums(groups, picks) for picks in frontier_of(groups, axis)]
+    assert found[0][axis] == pytest.approx(sum(min(getattr(o, axis) for o in group) for group in groups), abs=1e-4)
+    assert found[-1]["cost"] == pytest.approx(0, abs=1e-6)
+    for one, other in itertools.pairwise(found):
+        assert one[axis] < other[axis] + 1e-9
+        assert one["cost"] > other["cost"] - 1e-6
+
+
+def test_no_choice_meets_what_is_impossible() -> None:
+    assert choose(random_groups(3, 4), Limits(seconds=-1000.0)) is None
+
+
+def test_a_recipe_keeps_its_comments_and_everything_else(tmp_path: Path) -> None:
+    text = (
+        "# mine\nname: one  # short\nsizes: [[64, 64]]\nmodel: {source: ../models/flux2-nano}\n"
+        "precision:\n  transformer:\n    default: nvfp4\n    exclude: auto  # measured\n    budget: {share: 0.1}\n"
+        "calibration: {prompts: a.txt}\nfidelity: {level: none}\ntargets: [{kind: onnxruntime}]\n"
+    )
+    recipe, out = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    chosen = {"transformer_blocks.0.attn.to_q": "fp8", "proj_out": "bf16"}
+    write_with_formats(recipe, ("sampling.steps=7",), chosen, out)
+    loaded = load_recipe(out).recipe
+    assert {rule.match: rule.format for rule in loaded.precision.transformer.rules} == chosen
+    assert (loaded.precision.transformer.exclude, loaded.precision.transformer.budget) == ((), None)
+    assert loaded.sampling.steps == 7
+    assert "# mine\n" in out.read_text()
+    assert "# short" in out.read_text()
+    assert recipe.read_text(encoding="utf-8") == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.yaml", "two.yaml"]
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """flux2-nano's recipe in a folder of its own, with absolute paths."""
+    folder = tmp_path_factory.mktemp("tune")
+    data = folder.parent / "prompts.txt"
+    data.write_text((RECIPE.parent.parent / "tests" / "data" / "two-prompts.txt").read_text())
+    text = RECIPE.read_text().replace("../models", str(RECIPE.parent.parent / "models"))
+    for name in ("calibration", "held-out"):
+        text = text.replace(f"prompts/flux2-nano-{name}.txt", str(data))
+    (folder / "nano.yaml").write_text(text)
+    return folder / "nano.yaml"
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(main, ["tune", *arguments])
+
+
+SETTINGS = [a for change in QUICK if "prompts" not in change for a in ("--set", change)]
+
+
+@pytest.fixture(scope="module")
+def tuned(copied: Path) -> tuple[dict, Path]:
+    out = copied.with_name("nano-tuned.yaml")
+    found = run(str(copied), *SETTINGS, "--on", "b200", "--error", "0.05", "--least", "memory", "--json", "-q")
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout), out
+
+
+def test_costs_of_layers_add_up_to_what_is_measured(tuned: tuple[dict, Path]) -> None:
+    found, _ = tuned
+    assert found["gpu"] == "B200"
+    points = found["frontier"]
+    assert len(points) >= 5
+    for point in points:
+        assert point["error"] == pytest.approx(point["predicted_error"], rel=0.25, abs=1e-6)
+    assert [point["weights"] for point in points] == sorted(point["weights"] for point in points)
+    assert found["chosen"]["predicted_error"] <= 0.05
+    smaller = [point for point in points if point["weights"] < found["chosen"]["weights"]]
+    assert all(point["predicted_error"] > 0.05 for point in smaller)
+
+
+def test_what_was_chosen_is_what_a_build_makes(tuned: tuple[dict, Path], tmp_path: Path) -> None:
+    found, recipe = tuned
+    one = "targets=[{kind: onnxruntime, activations: nvfp4}]"
+    bundle = build(load_recipe(recipe, (*QUICK[2:], one)), tmp_path / "bundle", StageProgress())
+    assert bundle is not None
+    layers = {layer.name: layer.format for layer in open_bundle(bundle).manifest.precision}
+    assert {name: layers[name] for name in found["rules"]} == found["rules"]
+    error = json.loads((bundle / REPORT_JSON).read_text())["targets"]["onnxruntime-nvfp4"]["step_error"]
+    assert error < 3 * found["chosen"]["error"]
+
+
+def test_the_table_says_what_is_predicted_and_what_measured(copied: Path, tuned: tuple[dict, Path]) -> None:
+    found = run(str(copied), *SETTINGS, "--on", "b200", "--error", "0.05", "--least", "memory", "-q")
+    assert found.exit_code == 0, found.output
+    assert "PREDICTED" in found.stdout
+    assert "error, measured" in " ".join(found.stdout.split())
+    assert found.stdout.rstrip().endswith("nano-tuned.yaml")
+    again, _ = tuned
+    assert load_recipe(copied.with_name("nano-tuned.yaml")).recipe.precision.transformer.rules
+    assert again["chosen"]["choice"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--on", "b200"], 2, "give one of --time, --gpu-memory and --error"),
+        (["--on", "b200", "--time", "1", "--error", "0.1"], 2, "give one of --time, --gpu-memory and --error"),
+        (["--on", "h100", "--error", "0.1", "--formats", "nvfp4"], 2, "H100 SXM does not multiply nvfp4; give some of"),
+        (
+            ["--on", "b200", "--error", "0.1", "--formats", "nvpf4"],
+            2,
+            "there is no format 'nvpf4'; did you mean 'nvfp4'",
+        ),
+        (["--on", "b200", "--error", "0.1", "--out", "elsewhere/x.yaml"], 2, "a recipe's paths start from its folder"),
+        (["--on", "b200", "--error", "0.1", "--set", "precision.transformer.default=bf16"], 2, "nothing to choose"),
+        (["--on", "b200", "--error", "0.1", "--set", "calibration.engine=none"], 2, "engine: none: formats are"),
+    ],
+)
+def test_wrong_requests_are_refused(
+    copied: Path, tmp_path: Path, arguments: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    before = sorted(copied.parent.iterdir())
+    found = run(str(copied), *SETTINGS, *arguments, "-q")
+    assert found.exit_code == code, found.output
+    assert said in found.stderr
+    assert "Traceback" not in found.stderr
+    assert [path for path in sorted(copied.parent.iterdir()) if path not in before and path.suffix == ".yaml"] == []
+
+
+def test_a_wish_that_nothing_meets_names_the_best(copied: Path, tuned: tuple[dict, Path]) -> None:
+    found = run(str(copied), *SETTINGS, "--on", "b200", "--gpu-memory", "0.0001", "-q")
+    assert found.exit_code == 1
+    assert "the smallest takes" in found.stderr
+    found = run(str(copied), *SETTINGS, "--on", "b200", "--time", "0.000001", "-q")
+    assert found.exit_code == 1
+    assert "the fastest takes" in found.stderr
+    assert tuned
