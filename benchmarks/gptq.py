@@ -6,8 +6,8 @@
 Inputs are correlated, with some channels six times larger. *Error*: of the layer's output on other inputs of the kind,
 relative, root mean square. fluxc's time is that of the factor and of the columns, given apart; a factor serves all layers of a
 fusion group. modelopt's functions are those its `gptq` calls, with its own rounding of NVFP4 on a CPU, under block scales of
-the weight as it was; they round the whole weight for every column, so only a small weight is given to them. Contenders take turns;
-times are medians.
+the weight as it was; they round the whole weight for every column, so only a small weight is given to them. Contenders take
+turns; times are medians.
 """
 
 from __future__ import annotations
