@@ -77,7 +77,7 @@ QUANTIZE_SECONDS = {"max": 1.0e-9, "four-over-six": 4.0e-9, "mse": 8.0e-9}
 
 SOLVE_SECONDS = 6.0e-8
 """Of solving one weight on one core, besides matrix products."""
-FACTOR_TIMES = 6.0
+FACTOR_TIMES = 4.0
 """A factor's FLOP in fp64 take so many times as long as those of a large product in fp32."""
 
 UNFOLDED_BYTES = {BF16: 4.0, "fp8": 4.0, "nvfp4": 8.0, "nvfp4-w4a16": 8.0, "mxfp4": 8.0}

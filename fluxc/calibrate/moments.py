@@ -64,8 +64,11 @@ class Moments:
         return self._counts.get(layer, 0)
 
     def take(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The second moments of `layer` fp32 [in, in], of which the upper triangle is whole, and inputs fp32 [rows, in] of the
-        calls that were held out, or none; they are let go of here."""
+        """The second moments of `layer` fp32 [in, in], and inputs fp32 [rows, in] of the calls that were held out, or none;
+        they are let go of here."""
         sums = self._sums.pop(layer)
+        for first in range(0, len(sums), PANEL):
+            last = first + PANEL
+            sums[last:, first:last] = sums[first:last, last:].T
         rows = self._rows.pop(layer, [])
         return sums, torch.cat(rows).float() if rows else torch.empty(0, sums.shape[1], device=sums.device)

@@ -26,7 +26,7 @@ from fluxc.calibrate.moments import Moments
 from fluxc.calibrate.solve_needs import CHUNK
 from fluxc.formats import cpu
 from fluxc.formats.base import Format, Parts
-from fluxc.formats.gptq import DAMPING, SingularError, factor
+from fluxc.formats.gptq import DAMPING, SingularError, factor, order_of
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.quantize.solved import Rounding, read_roundings, write_solved
@@ -129,15 +129,16 @@ class _Solver:
         format, left = FORMATS[group[0].format], [self._member(entry) for entry in group]
         amax = max(cpu.largest(member.amaxes, member.dtype) for member in left)
         scale = format.group_scale([(member.weight, member.dtype) for member in left], amax, self.scales)
+        order = order_of(sums.diagonal().cpu().numpy())
         for damping in DAMPINGS:
             try:
-                upper = factor(sums, damping)
+                upper = factor(sums, damping, order)
             except SingularError as error:
                 found.roundings |= {member.name: Rounding("nearest", why=str(error)) for member in left}
                 return
             again = []
             for member in left:
-                parts, lost = self._solved(format, member, upper, scale, held_out)
+                parts, lost = self._solved(format, member, (upper, order), scale, held_out)
                 if lost is not None and member.nearest is not None and not lost < member.nearest:
                     again.append(member)
                     continue
@@ -161,7 +162,12 @@ class _Solver:
             raise not_finite(ref, error.position) from None
 
     def _solved(
-        self, format: Format, member: _Member, upper: np.ndarray, scale: np.float32, rows: np.ndarray
+        self,
+        format: Format,
+        member: _Member,
+        factor: tuple[np.ndarray, np.ndarray],
+        scale: np.float32,
+        rows: np.ndarray,
     ) -> tuple[Parts, float | None]:
         """The parts of a layer, and, where `rows` are held out, the squares of what is wrong in its output on them."""
         chunks: list[Parts] = []
@@ -170,7 +176,7 @@ class _Solver:
         for first in range(0, len(member.weight), height):
             patterns = np.ascontiguousarray(member.weight[first : first + height])
             exact = cpu.values(patterns, member.dtype)
-            chunks.append(format.solve(exact, upper, scale, self.scales))
+            chunks.append(format.solve(exact, factor, scale, self.scales))
             if not len(rows):
                 continue
             lost += _energy(rows, exact - format.decode(chunks[-1], scale))

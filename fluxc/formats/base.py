@@ -102,8 +102,10 @@ class Format(ABC):
     def encode(self, patterns: np.ndarray, dtype: str, amax: np.ndarray, scale: np.float32, scales: Scales) -> Parts:
         """The parts of these rows that grow with rows; `amax` as `amaxes` gives it, `scale` as `group_scale`."""
 
-    def solve(self, weight: np.ndarray, upper: np.ndarray, scale: np.float32, scales: Scales) -> Parts:
-        """As `encode`, of rows fp32 that are rounded for the inputs that `upper` stands for (fluxc.formats.gptq)."""
+    def solve(
+        self, weight: np.ndarray, factor: tuple[np.ndarray, np.ndarray], scale: np.float32, scales: Scales
+    ) -> Parts:
+        """As `encode`, of rows fp32 that are rounded for the inputs that `factor` and its order stand for (formats.gptq)."""
         raise NotImplementedError
 
     @abstractmethod

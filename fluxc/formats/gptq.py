@@ -8,7 +8,9 @@ U[c, c+1:] is taken from the columns behind it.
    block has by then; one chosen for the values as published could be too small for them.
 2. Columns go by FEW at a time, in which the kernel does the work, a row at a time; what they lost is taken from the rest of
    COLUMNS in a matrix product, and what all of these lost from the rest of the weight in another.
-3. `factor` dampens H by a share of its mean diagonal. A channel whose inputs were all zero is rounded to the nearest.
+3. `order_of` puts the blocks whose inputs weigh most first, and so in each block its columns: what is rounded early is made up
+   for by all that follow. A block stays what it is; only the order in which its columns are fixed differs.
+4. `factor` dampens H by a share of its mean diagonal. A channel whose inputs were all zero is rounded to the nearest.
 """
 
 from __future__ import annotations
@@ -38,12 +40,22 @@ class SingularError(ValueError):
     """Second moments that cannot be factorized, however they are dampened."""
 
 
-def factor(moments: np.ndarray | torch.Tensor, damping: float = DAMPING) -> np.ndarray:
-    """U fp32 [in, in], upper triangular, U^T U the inverse of the dampened second `moments` [in, in].
+def order_of(energy: np.ndarray) -> np.ndarray:
+    """The order in which columns are rounded, int64 [in]: blocks of 16 by what the `energy` [in] of their columns, the diagonal
+    of the second moments, adds up to, the largest first, and so the columns of each."""
+    by_block = energy.astype(np.float64).reshape(-1, BLOCK)
+    blocks = np.argsort(-by_block.sum(1), kind="stable")
+    inside = np.argsort(-by_block, axis=1, kind="stable")
+    found: np.ndarray = (BLOCK * blocks[:, None] + inside[blocks]).ravel()
+    return found
 
-    Of `moments`, fp32 or fp64, the upper triangle is read; computed is in fp64, where they are (a tensor may be on a GPU), in
-    panels whose products do not depend on the number of threads. Raises SingularError where they are not finite, or not
-    positive definite even with a hundred times the damping.
+
+def factor(moments: np.ndarray | torch.Tensor, damping: float = DAMPING, order: np.ndarray | None = None) -> np.ndarray:
+    """U fp32 [in, in], upper triangular, U^T U the inverse of the dampened second `moments` [in, in], columns in `order`.
+
+    Of `moments`, fp32 or fp64, without an order the upper triangle is read. Computed is in fp64, where they are (a tensor may
+    be on a GPU), in panels whose products do not depend on the number of threads. Raises SingularError where they are not
+    finite, or not positive definite even with a hundred times the damping.
     """
     import torch
 
@@ -56,13 +68,26 @@ def factor(moments: np.ndarray | torch.Tensor, damping: float = DAMPING) -> np.n
         return np.eye(len(moments), dtype=np.float32)
     share = float(diagonal[~dead].mean())
     diagonal = torch.where(dead, share, diagonal)
+    turned = torch.arange(len(given)).flip(0) if order is None else torch.from_numpy(order[::-1].copy())
+    turned = turned.to(given.device)
     for more in MORE_DAMPING:
         # Of H turned end for end the lower factor is the upper one of H.
-        lower = given.flip(0, 1).double()
-        lower.diagonal().copy_(diagonal.flip(0) + damping * more * share)
+        lower = _picked(given, turned)
+        lower.diagonal().copy_(diagonal[turned] + damping * more * share)
         if _invert_factor(lower):
             return np.ascontiguousarray(lower.float().flip(0, 1).cpu().numpy())
     raise SingularError("the second moments of its inputs are not positive definite")
+
+
+def _picked(matrix: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Rows and columns `numbers` of `matrix` in fp64, some rows at a time."""
+    import torch
+
+    picked = torch.empty(len(numbers), len(numbers), dtype=torch.float64, device=matrix.device)
+    for first in range(0, len(numbers), PANEL):
+        rows = numbers[first : first + PANEL]
+        picked[first : first + PANEL] = matrix[rows][:, numbers]
+    return picked
 
 
 def _invert_factor(lower: torch.Tensor) -> bool:
@@ -122,8 +147,14 @@ def _inverted_block(block: torch.Tensor) -> torch.Tensor | None:
     return inverse
 
 
-def solve(weight: np.ndarray, upper: np.ndarray, tensor_scale: np.float32, scales: Scales = "max") -> cpu.Quantized:
-    """NVFP4 codes and block scales of `weight` fp32 [rows, in], under `upper` of `factor` and a tensor scale.
+def solve(
+    weight: np.ndarray,
+    upper: np.ndarray,
+    tensor_scale: np.float32,
+    scales: Scales = "max",
+    order: np.ndarray | None = None,
+) -> cpu.Quantized:
+    """NVFP4 codes and block scales of `weight` fp32 [rows, in], under `upper` of `factor`, in its `order`, and a tensor scale.
 
     `scales` says how block scales are chosen (cpu.nvfp4_scales). Rows do not depend on each other, so that a weight may be
     solved in parts. ValueError when in is not a multiple of 16.
@@ -133,23 +164,22 @@ def solve(weight: np.ndarray, upper: np.ndarray, tensor_scale: np.float32, scale
     rows, columns = weight.shape
     if columns % BLOCK:
         raise ValueError(f"NVFP4 needs in_features divisible by {BLOCK}, got {columns}")
-    out = cpu.Quantized(np.empty((rows, columns // 2), np.uint8), np.empty((rows, columns // BLOCK), np.uint8))
+    order = np.arange(columns) if order is None else order
+    codes, block_scales = np.empty((rows, columns), np.uint8), np.empty((rows, columns // BLOCK), np.uint8)
     search = cpu.search_range(scales)
-    work, factors = torch.from_numpy(np.array(weight, np.float32)), torch.from_numpy(upper)
+    work, factors = torch.from_numpy(np.asarray(weight, np.float32)[:, order]), torch.from_numpy(upper)
     for start in range(0, columns, COLUMNS):
         stop = min(start + COLUMNS, columns)
         block, lost = work[:, start:stop].contiguous(), torch.empty(rows, stop - start)
         for first in range(start, stop, FEW):
             last = min(first + FEW, stop)
             own, errors = block[:, first - start : last - start].contiguous(), torch.empty(rows, last - first)
-            scales_of = np.empty((rows, (last - first) // BLOCK), np.uint8)
-            codes = np.empty((rows, (last - first) // 2), np.uint8)
+            found = np.empty((rows, (last - first) // BLOCK), np.uint8), np.empty((rows, last - first), np.uint8)
             triangle = np.ascontiguousarray(upper[first:last, first:last])
-            outs = (scales_of, codes, errors.numpy())
+            outs = (*found, errors.numpy())
             cpu.kernels.solve_columns(own.numpy(), triangle, cpu.E2M1[:8], np.float32(tensor_scale), search, outs)
-            out.codes[:, first // 2 : last // 2] = codes
-            out.block_scales[:, first // BLOCK : last // BLOCK] = scales_of
+            block_scales[:, order[first:last:BLOCK] // BLOCK], codes[:, order[first:last]] = found
             lost[:, first - start : last - start] = errors
             block[:, last - start :].addmm_(errors, factors[first:last, last:stop], alpha=-1)
         work[:, stop:].addmm_(lost, factors[start:stop, stop:], alpha=-1)
-    return out
+    return cpu.Quantized(codes[:, 1::2] << 4 | codes[:, 0::2], block_scales)

@@ -416,7 +416,7 @@ def solve_columns(work, upper, grid, tensor_scale, search, out):
 
     `upper` fp32 [columns, columns] is the part of the factor for these columns. When a block of sixteen begins, its scale is
     chosen from what it has become, as in e4m3_scales and search_scales, of which `search` are below, above and fixed. `grid`
-    fp32 [8] are the E2M1 magnitudes. `out` are the scales uint8 [rows, columns/16], codes uint8 [rows, columns/2], and fp32
+    fp32 [8] are the E2M1 magnitudes. `out` are the scales uint8 [rows, columns/16], codes uint8 [rows, columns], and fp32
     [rows, columns] what each column lost, over the diagonal of `upper`. `work` is used up.
     """
     (below, above, fixed), (scales, codes, errors) = search, out
@@ -444,10 +444,7 @@ def solve_columns(work, upper, grid, tensor_scale, search, out):
                 errors[row, column] = error
                 for later in range(column + 1, columns):
                     work[row, later] -= error * upper[column, later]
-                if quotient < 0:
-                    code |= np.uint8(8)
-                half = (column // 2, np.uint8(4 * (column % 2)))
-                codes[row, half[0]] = code if column % 2 == 0 else codes[row, half[0]] | (code << half[1])
+                codes[row, column] = code | np.uint8(8) if quotient < 0 else code
 
 
 @kernel()

@@ -232,9 +232,12 @@ class NVFP4(Format):
         coded = cpu.nvfp4(patterns, dtype, amax, scale, scales)
         return {"weight_scale": coded.block_scales, "weight": coded.codes}
 
-    def solve(self, weight: np.ndarray, upper: np.ndarray, scale: np.float32, scales: Scales) -> Parts:
+    def solve(
+        self, weight: np.ndarray, factor: tuple[np.ndarray, np.ndarray], scale: np.float32, scales: Scales
+    ) -> Parts:
         """See Format."""
-        coded = gptq.solve(weight, upper, scale, scales)
+        upper, order = factor
+        coded = gptq.solve(weight, upper, scale, scales, order)
         return {"weight_scale": coded.block_scales, "weight": coded.codes}
 
     def decode(self, parts: Parts, scale: np.float32) -> np.ndarray:
