@@ -310,6 +310,23 @@ def test_the_text_encoder_is_solved_too(tmp_path: Path) -> None:
     assert {of.rounding for of in found.roundings.values()} == {"gptq"}
 
 
+def test_other_rules_solve_nothing_again(solved_bundle: Path, shared_cache: Path) -> None:
+    """As `fluxc tune` writes them: in bf16, and in NVFP4 with inputs in 16 bits, whose weight is the one that was solved."""
+    rules = 'rules=[{match: "*.ff.linear_out", format: bf16}, {match: "*.to_qkv_mlp_proj", format: nvfp4-w4a16}]'
+    before, known = (
+        {path.name for path in shared_cache.glob(f"{stage}-*")} for stage in ("rounding", "weights-transformer")
+    )
+    out = solved_bundle.with_name("ruled")
+    build(load_recipe(RECIPE, (*SOLVED, f"precision.transformer.{rules}")), out, StageProgress(), "weights")
+    assert {path.name for path in shared_cache.glob("rounding-*")} == before
+    (folder,) = (path for path in shared_cache.glob("weights-transformer-*") if path.name not in known)
+    ours, solved = load_file(next(folder.glob("*.safetensors"))), weights(solved_bundle)
+    name = "single_transformer_blocks.2.attn.to_qkv_mlp_proj"
+    assert torch.equal(ours[f"{name}.weight"], solved[f"{name}.weight"])
+    assert f"{name}.input_scale" not in ours
+    assert ours["transformer_blocks.0.ff.linear_out.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

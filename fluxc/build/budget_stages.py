@@ -40,6 +40,7 @@ from fluxc.formats.bf16 import BF16
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.predict.work import work_of
 from fluxc.quantize.plan import to_quantize
+from fluxc.quantize.source import solvable
 from fluxc.quantize.source_memory import memory_by_component as weights_by_component
 from fluxc.recipe.targets import OnnxRuntimeTarget, Target, TensorRTTarget, VisualGenTarget
 from fluxc.stepcache.trace_stage import traced
@@ -297,7 +298,7 @@ class Needs:
         made = asked.prompts * asked.steps * asked.rows if is_transformer else asked.prompts + (asked.rows > 1)
         calls = min(ROWS, made)
         asked = replace(asked, prompts=min(asked.prompts, ROWS))
-        work = solving(self.source.plans[component])
+        work = solving(solvable(self.job.loaded, self.source, component))
         rows = calls * tokens_of(self.models, asked, component)
         flop = self._pass_flop(asked) if is_transformer else text_flop(self.models, asked.text_tokens)
         fixed = COMPILE_SECONDS + LOAD_SECONDS + work.weights * SOLVE_SECONDS / self.cores

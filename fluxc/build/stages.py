@@ -31,8 +31,8 @@ from fluxc.fidelity import stage as compare_stage
 from fluxc.formats.registry import FORMATS
 from fluxc.graph import stage as export_stage
 from fluxc.graph.stage import ExportInputs
-from fluxc.quantize.plan import needs_calibration, to_quantize
-from fluxc.quantize.source import kept_tensors, narrowed
+from fluxc.quantize.plan import needs_calibration
+from fluxc.quantize.source import kept_tensors, narrowed, solvable
 from fluxc.recipe.structs import QUANTIZED, Calibration, Recipe
 from fluxc.recipe.targets import Target
 from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
@@ -333,7 +333,7 @@ def _rounding(job: Job, results: Results, component: str) -> Stage[Any, Made] | 
         return None
     # Before `exclude: auto` chooses, which is to know how layers compute.
     source, calibration = job.source(results, with_plan=False), _calibration(job, results)
-    solved = [entry for entry in to_quantize(source.plans[component]) if FORMATS[entry.format].solves]
+    solved = solvable(job.loaded, source, component)
     if not solved or calibration is None:
         return None
     inputs = rounding_stage.RoundingInputs(

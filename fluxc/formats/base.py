@@ -46,10 +46,11 @@ class Format(ABC):
     `algorithm` and `group_size` are ModelOpt's words for it, `variants` its words for the format with a further part
     (`pre_quant_scale`, `svdquant_lora_a`), `bits` and `number` (float or int) those of a value. `scalars` are the parts a
     fusion group shares, `calibrated` whether inputs are rounded under a static scale, which calibration finds.
-    `searches_scales`: whether a recipe's `scales` changes anything; `solves`: whether its `rounding` does. `multiplies`: the
-    format that a GPU multiplies in, where that is another one. `margin`: how many times the largest input that calibration saw
-    the static scale stands for, where a recipe does not say. `values` are what the part `weight` holds where a value is that
-    times its scales, the parts whose name begins with `weight_scale`; None for a format that is not of this kind.
+    `searches_scales`: whether a recipe's `scales` changes anything; `solves`: the format whose weights a recipe's `rounding`
+    solves, empty where it changes nothing. `multiplies`: the format that a GPU multiplies in, where that is another one.
+    `margin`: how many times the largest input that calibration saw the static scale stands for, where a recipe does not say.
+    `values` are what the part `weight` holds where a value is that times its scales, the parts whose name begins with
+    `weight_scale`; None for a format that is not of this kind.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Format(ABC):
     scalars: tuple[str, ...] = ()
     calibrated: bool = True
     searches_scales: bool = False
-    solves: bool = False
+    solves: str = ""
     multiplies: str | None = None
     margin: float = 1.0
     values: Literal["e2m1", "e4m3"] | None = None

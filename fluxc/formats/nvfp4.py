@@ -202,7 +202,7 @@ class NVFP4(Format):
     group_size = BLOCK
     scalars: tuple[str, ...] = ("input_scale", "weight_scale_2")
     searches_scales = True
-    solves = True
+    solves = "nvfp4"
     # A block whose scale would exceed 448 is clipped whole, while E4M3 scales stay precise for 14 octaves below.
     margin = 8.0
 

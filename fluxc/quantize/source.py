@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fluxc.base.errors import CheckpointError, RecipeError
 from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.identify import check_sizes, family_of, has_cfg_batch, text_encoder_of, transformer_of, vae_of
@@ -14,6 +16,7 @@ from fluxc.checkpoint.named import parts_of
 from fluxc.checkpoint.quantized import SourceLayer, as_stored, quantized_layers
 from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint
 from fluxc.families.base import Family
+from fluxc.formats.registry import FORMATS
 from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.text_encoder import TextEncoder
@@ -192,6 +195,28 @@ def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
         name: part.tensors[name]
         for name in as_stored(text_encoder_of(source.checkpoint).tensors(source.text_layers_kept), quantized)
     }
+
+
+def solvable(loaded: LoadedRecipe, source: Source, component: str) -> list[LayerPlan]:
+    """The layers whose weights are solved where the recipe asks for that: those of the plan whose format can be, and those that
+    would be without the recipe's rules.
+
+    So rules, which `fluxc tune` writes, can change without anything being solved again.
+    """
+    planned = source.plans[component]
+    precision = msgspec.structs.replace(getattr(loaded.recipe.precision, component), rules=(), rounding="nearest")
+    layers, in_source = [entry.layer for entry in planned], source.quantized[component]
+    try:
+        without_rules = precision_plan(component, layers, precision, None, None, in_source)
+    except RecipeError:
+        # A rule keeps a layer that NVFP4 cannot hold.
+        without_rules = planned
+    found = []
+    for entries in zip(planned, without_rules, strict=True):
+        solved = [entry for entry in to_quantize(list(entries)) if FORMATS[entry.format].solves]
+        if solved:
+            found.append(replace(solved[0], format=FORMATS[solved[0].format].solves))
+    return found
 
 
 def with_auto(loaded: LoadedRecipe, source: Source, ranking: list[dict[str, Any]]) -> Source:
