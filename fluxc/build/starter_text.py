@@ -89,6 +89,7 @@ def _precision(start: Start, on: str) -> list[str]:
             "    default: nvfp4            # 4 bits: a third of bf16's memory, scales included",
             "    preset: modelopt-flux2    # NVIDIA's list of layers that stay bf16; `fluxc plan --presets` compares others",
             "    scales: four-over-six     # of two block scales the one that reproduces the block better",
+            "    # rounding: gptq          # solve weights against calibration's inputs: more accurate, and takes longer",
         ]
         if _multiplies_fp4(on)
         else [
