@@ -26,6 +26,7 @@ from fluxc.calibrate.file import read_calls
 from fluxc.calibrate.moments import Moments, held_out
 from fluxc.calibrate.solve import Problem, solve_component
 from fluxc.checkpoint.source import open_checkpoint
+from fluxc.fidelity.gates import gated_snr
 from fluxc.formats.nvfp4 import dequantize
 from fluxc.quantize.plan import LayerPlan
 from fluxc.quantize.solved import Solved
@@ -158,6 +159,15 @@ def test_velocities_are_nearer(solved_bundle: Path, quick_bundle: Path) -> None:
         for bundle in (solved_bundle, quick_bundle)
     ]
     assert errors[0] < 0.85 * errors[1]
+
+
+def test_a_gate_of_snr_is_about_the_output_of_a_solved_layer() -> None:
+    """Its weight moves where no input is lost by it, so the weight's own ratio says little."""
+    layer = {"snr_db": 14.3, "output_snr_db": 31.0, "rounding": {"rounding": "gptq"}}
+    assert gated_snr(layer) == 31.0
+    assert gated_snr(layer | {"rounding": {"rounding": "nearest"}}) == 14.3
+    assert gated_snr(layer | {"rounding": None}) == 14.3
+    assert gated_snr(layer | {"output_snr_db": None}) == 14.3
 
 
 def problem(calls: Calls, layers: list[LayerPlan]) -> Problem:

@@ -201,6 +201,12 @@ def test_wrong_requests_are_refused(
     assert [path for path in sorted(copied.parent.iterdir()) if path not in before and path.suffix == ".yaml"] == []
 
 
+def test_too_little_memory_is_refused_at_once(copied: Path) -> None:
+    found = run(str(copied), *SETTINGS, "--on", "b200", "--error", "0.1", "--memory", "300MiB", "-q")
+    assert found.exit_code == 1
+    assert "stage tune needs" in found.stderr
+
+
 def test_a_wish_that_nothing_meets_names_the_best(copied: Path, tuned: tuple[dict, Path]) -> None:
     found = run(str(copied), *SETTINGS, "--on", "b200", "--gpu-memory", "0.0001", "-q")
     assert found.exit_code == 1

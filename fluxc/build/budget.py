@@ -151,7 +151,8 @@ def measuring_budget(job: Job, name: str) -> Budget:
     """The budget of a command that hashes the checkpoint and measures it in the one stage `name`."""
     limit = memory_limit()
     needs = Needs(job, limit, usable_cores())
-    stages = (Planned(HASH, "", "to run", needs.hashing), Planned(name, "", "to run", needs.of(name, "")))
+    shown = name.rstrip("-0123456789")
+    stages = (Planned(HASH, "", "to run", needs.hashing), Planned(shown, "", "to run", needs.of(name, "")))
     return Budget(stages, limit, chosen_memory(), _disks(job, None, stages))
 
 

@@ -32,7 +32,7 @@ from fluxc.build.stages import (
 )
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.fidelity.evidence import evidence_entry
-from fluxc.fidelity.gates import check_gates, check_stages, stage_bounds
+from fluxc.fidelity.gates import check_gates, check_stages, gated_snr, stage_bounds
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.report.assemble import assemble
 from fluxc.report.structs import Report
@@ -170,7 +170,7 @@ def _report(
     cached = json.loads((folders[1] / "step-cache.json").read_text()) if len(folders) > 1 else None
     chosen = cached["chosen"] if cached else None
     layers = layers_of(results)
-    snr = {layer["name"]: layer["snr_db"] for layer in layers if layer["snr_db"] is not None}
+    snr = {layer["name"]: decibels for layer in layers if (decibels := gated_snr(layer)) is not None}
     bounds = {target.name: stage_bounds(target, recipe.fidelity.reference, source.plans) for target in recipe.targets}
     failure: GateError | None = None
     try:

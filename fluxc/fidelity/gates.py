@@ -116,6 +116,16 @@ def _of_formats(layers: Iterable[LayerPlan]) -> list[Bound]:
     return [Bound(EIGHT_BITS if FORMATS[name].bits >= 8 else FOUR_BITS, name) for name in formats]
 
 
+def gated_snr(layer: dict[str, Any]) -> float | None:
+    """What `layer_snr_db` is held against, of a layer as the weights stage reports it: the signal-to-noise ratio of its weight,
+    or, of a weight that was solved, of its output, since such a weight moves where no input is lost by it."""
+    is_solved = layer["rounding"] is not None and layer["rounding"]["rounding"] != "nearest"
+    found: float | None = (
+        layer["output_snr_db"] if is_solved and layer["output_snr_db"] is not None else layer["snr_db"]
+    )
+    return found
+
+
 def check_gates(
     gates: Gates,
     layer_snr_db: dict[str, float],

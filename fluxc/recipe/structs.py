@@ -437,7 +437,11 @@ class Gates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     layer_snr_db: Annotated[
         float | None,
-        about("least signal-to-noise ratio (dB) of a quantized weight against bf16, every layer by itself", 15),
+        about(
+            "least signal-to-noise ratio (dB) of a quantized weight against bf16, every layer by itself; of a weight that was "
+            "solved (`rounding: gptq`), of the layer's output",
+            15,
+        ),
     ] = None
     step_cosine: Annotated[
         Annotated[float, msgspec.Meta(ge=-1, le=1)] | None,

@@ -15,7 +15,7 @@ from fluxc.recipe.structs import Gates
 from fluxc.report.structs import Gate, Verdict
 
 MEANINGS = {
-    "layer_snr_db": "signal-to-noise ratio of a quantized weight",
+    "layer_snr_db": "signal-to-noise ratio of a quantized weight; of a solved one, of its output",
     "step_cosine": "cosine between the target's velocity and the reference's, worst step of the worst prompt",
     "image_psnr_db": "PSNR of the target's images against the reference's, mean over the prompts",
     "compute_error": "relative error of velocities against the same target computing exactly, over steps and prompts",
