@@ -337,6 +337,31 @@ def test_other_rules_solve_nothing_again(solved_bundle: Path, shared_cache: Path
     assert ours["transformer_blocks.0.ff.linear_out.weight"].dtype == torch.bfloat16
 
 
+def test_every_cause_of_the_error_is_measured_alone(tmp_path: Path) -> None:
+    """On the page and in the JSON; the text encoder is solved too, and is a cause of its own."""
+    changes = (
+        *SOLVED,
+        "fidelity.attribution=true",
+        "precision.text_encoder={default: nvfp4, rounding: gptq}",
+        "targets=[{kind: onnxruntime, compute: exact}, {kind: onnxruntime, activations: nvfp4}]",
+    )
+    bundle = build(load_recipe(RECIPE, changes), tmp_path / "bundle", StageProgress())
+    assert bundle is not None
+    report = json.loads((bundle / REPORT_JSON).read_text())
+    errors = report["attribution"]["errors"]
+    assert set(errors) == {"weights", "inputs", "text encoder", "all"}
+    # Independent causes: their squares add up, nearly.
+    alone = sum(errors[cause] ** 2 for cause in ("weights", "inputs", "text encoder")) ** 0.5
+    assert errors["all"] == pytest.approx(alone, rel=0.25)
+    assert errors["weights"] == pytest.approx(report["targets"]["onnxruntime-exact"]["step_error"], rel=0.6)
+    assert errors["inputs"] > errors["weights"]
+    page = (bundle / "report" / "index.html").read_text()
+    assert "Where the error comes from" in page
+    assert str(errors["text encoder"]) in page
+    for layer in report["layers"]:
+        assert (layer["rounding"] or {"rounding": "gptq"})["rounding"] == "gptq"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -164,6 +164,7 @@ class Needs:
             "sensitivity": self._sensitivity,
             "rounding": self._rounding,
             "tune": self._tuning,
+            "attribution": self._attribution,
         }.get(first)
         if name == "step-trace":
             return self._step_trace()
@@ -282,6 +283,11 @@ class Needs:
         recorded = min(PROMPTS, asked.prompts) * asked.steps * asked.rows
         times = len(groups) if rest == "costs" else SEARCHES + 2
         return self._running(replace(asked, prompts=min(PROMPTS, asked.prompts)), dtype, recorded + times * states)
+
+    def _attribution(self, _: str) -> Need:
+        """Of a pass for each cause, and encoding twice."""
+        need = self._sensitivity("")
+        return replace(need, work=need.work + need.work)
 
     def _tuning(self, formats: str) -> Need:
         """Of measuring every group in so many formats."""

@@ -186,6 +186,7 @@ def _report(
         "engines": {name: found for name, found in evidence.items() if found},
         "layers": layers,
         "sensitivity": results["sensitivity"],
+        "attribution": results.get("attribution"),
     }
     return assemble(job.loaded, source, manifest, figures, cached, found), failure
 

@@ -18,7 +18,14 @@ from fluxc.base.progress import StageProgress
 from fluxc.build.job import Job
 from fluxc.build.requests import cache_settings, calibration_request, judges_of, trace_request, trace_size
 from fluxc.build.runner import Results, Stage, Step, plan_steps
-from fluxc.calibrate import modelopt_stage, rounding_stage, sensitivity_stage, tuning_stage, weights_stage
+from fluxc.calibrate import (
+    attribution_stage,
+    modelopt_stage,
+    rounding_stage,
+    sensitivity_stage,
+    tuning_stage,
+    weights_stage,
+)
 from fluxc.calibrate import stage as calibration_stage
 from fluxc.calibrate.assumed import assumed_amax
 from fluxc.calibrate.file import read_calibration
@@ -67,6 +74,8 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
         yield Step(f"weights-{name}", "weights", partial(_weights, job, component=name))
     for target in recipe.targets:
         yield Step(f"target-{target.name}", "targets", partial(_target, job, target=target))
+    if recipe.fidelity.attribution:
+        yield Step("attribution", "fidelity", lambda results: _attribution(job, results))
     yield Step("reference", "fidelity", lambda results: _reference(job))
 
 
@@ -303,6 +312,24 @@ def _measured_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs
         round_inputs=any(target.rounds_inputs for target in recipe.targets),
         solved=results.get("rounding-transformer"),
     )
+
+
+def _attribution(job: Job, results: Results) -> Stage[Any, Any] | None:
+    measured = _measured_inputs(job, results)
+    if measured is None:
+        return None
+    plans, text = job.source(results).plans, job.loaded.recipe.precision.text_encoder
+    inputs = attribution_stage.AttributionInputs(
+        replace(measured, plan=plans["transformer"]),
+        replace(
+            measured,
+            plan=plans["text_encoder"],
+            scales=text.scales,
+            round_inputs=True,
+            solved=results.get("rounding-text_encoder"),
+        ),
+    )
+    return Stage("attribution", "attribute the error", inputs, attribution_stage.run, attribution_stage.load)
 
 
 def _costs(job: Job, results: Results) -> Stage[Any, Path] | None:

@@ -63,7 +63,7 @@ def record_states(
 ) -> list[State]:
     """STEPS evenly spaced steps of the image of each of `texts`; `empty` as for ReferenceModel.denoise."""
     branches, guidance = 1 if empty is None else 2, generations[0].guidance
-    wanted = _evenly(generations[0].steps, STEPS)
+    wanted = evenly(generations[0].steps, STEPS)
     calls: list[list[tuple[dict[str, Any], torch.Tensor]]] = [[] for _ in texts]
     passes = [0] * len(texts)
 
@@ -113,7 +113,7 @@ def output_error(velocities: Velocities, states: list[State], guidance: float) -
 
 @dataclass(frozen=True)
 class Simulation:
-    """How quantized layers compute: from the checkpoint's `tensors`, and with rounded inputs or not.
+    """How quantized layers compute: from the checkpoint's `tensors`, with rounded inputs or not, and rounded weights or not.
 
     `input_amax` is by layer and format. Layers that are among the `solved`, in the format they were solved in or one with the
     same weights, compute with what was solved.
@@ -124,6 +124,7 @@ class Simulation:
     scales: Scales
     round_inputs: bool
     solved: Solved | None = None
+    round_weights: bool = True
 
     @contextmanager
     def of(self, transformer: PlacedModel, entries: list[LayerPlan]) -> Iterator[None]:
@@ -132,7 +133,7 @@ class Simulation:
         Weights are quantized from the checkpoint; those that stay in memory are restored from there. Those that are read for
         every run are quantized whenever they were read.
         """
-        model, groups = transformer.module, self._groups(entries)
+        model, groups = transformer.module, self._groups(entries) if self.round_weights else []
         handles = []
         if self.round_inputs:
             for entry in entries:
@@ -149,7 +150,7 @@ class Simulation:
             transformer.on_load = None
             for handle in handles:
                 handle.remove()
-            for entry in [] if transformer.reads_layers else entries:
+            for entry in [] if transformer.reads_layers else [entry for members in groups for entry in members]:
                 exact = cpu.values(*self._weight(entry))
                 model.get_submodule(entry.layer.name).get_parameter("weight").data.copy_(torch.from_numpy(exact))
 
@@ -234,7 +235,7 @@ def prepared(
     simulation: Simulation,
 ) -> Iterator[ErrorOf]:
     """What gives the error of quantized layers, at PROMPTS evenly spaced prompts, while the body runs."""
-    model, numbers = ReferenceModel(checkpoint, placement), _evenly(len(prompts), PROMPTS)
+    model, numbers = ReferenceModel(checkpoint, placement), evenly(len(prompts), PROMPTS)
     texts = [prompts[number] for number in numbers] + ([""] if branches == 2 else [])
     with model.component("text_encoder", generation.text_layers) as encoder:
         embeddings = model.encode(encoder, texts, generation)
@@ -293,7 +294,7 @@ def choose_layers(error: ErrorOf, plan: list[LayerPlan], costs: list[GroupCost],
 
 def measured_on(prompts: int, steps: int) -> dict[str, Any]:
     """How many prompts, and which steps, `record_states` takes of so many."""
-    return {"prompts": len(_evenly(prompts, PROMPTS)), "steps": _evenly(steps, STEPS)}
+    return {"prompts": len(evenly(prompts, PROMPTS)), "steps": evenly(steps, STEPS)}
 
 
 def _root(squared: float) -> float:
@@ -321,5 +322,6 @@ def _within(budget: Budget, costs: list[GroupCost], total: int, error: Callable[
     return kept
 
 
-def _evenly(count: int, wanted: int) -> list[int]:
+def evenly(count: int, wanted: int) -> list[int]:
+    """At most `wanted` numbers below `count`, from the first to the last at even distances."""
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, wanted)).round()})

@@ -19,7 +19,7 @@ from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.structs import Budget, Calibration, Scales
 
 if TYPE_CHECKING:
-    from fluxc.calibrate.sensitivity import ErrorOf
+    from fluxc.calibrate.sensitivity import ErrorOf, Simulation
 
 COSTS, RESULT = "costs.json", "sensitivity.json"
 
@@ -94,22 +94,11 @@ def prepared_error(inputs: CostInputs, formats: tuple[str, ...] = ()) -> Abstrac
     """What gives the error of quantized layers while the body runs: in the formats of the plan, or in any of `formats`."""
     import torch
 
-    from fluxc.calibrate.amax import input_amax
-    from fluxc.calibrate.file import read_calibration
-    from fluxc.calibrate.sensitivity import Simulation, prepared
+    from fluxc.calibrate.sensitivity import prepared
     from fluxc.calibrate.stage import asked_of, generation_of
-    from fluxc.quantize.solved import Solved
     from fluxc.running.placement import find_placement
 
     checkpoint = inputs.files.checkpoint
-    records = read_calibration(inputs.calibration).records["transformer"]
-    amax: dict[tuple[str, str], float] = {}
-    for plan in (inputs.plan, *([replace(entry, format=f) for entry in to_quantize(inputs.plan)] for f in formats)):
-        format_of = {entry.layer.name: entry.format for entry in plan}
-        found = input_amax(records, plan, inputs.settings)
-        amax |= {(layer, format_of[layer]): value for layer, value in found.items()}
-    solved = Solved(inputs.solved.folder) if inputs.solved else None
-    tensors = checkpoint.components["transformer"].tensors
     placement = find_placement(checkpoint, "auto", getattr(torch, inputs.dtype), asked_of(inputs.request, inputs.rows))
     return prepared(
         checkpoint,
@@ -117,5 +106,23 @@ def prepared_error(inputs: CostInputs, formats: tuple[str, ...] = ()) -> Abstrac
         generation_of(inputs.request, inputs.text_layers),
         inputs.rows,
         placement,
-        Simulation(tensors, amax, inputs.scales, inputs.round_inputs, solved),
+        simulation_of(inputs, "transformer", formats),
     )
+
+
+def simulation_of(inputs: CostInputs, component: str, formats: tuple[str, ...] = ()) -> Simulation:
+    """How the layers of a component's plan compute, in its formats or in any of `formats`."""
+    from fluxc.calibrate.amax import input_amax
+    from fluxc.calibrate.file import read_calibration
+    from fluxc.calibrate.sensitivity import Simulation
+    from fluxc.quantize.solved import Solved
+
+    records = read_calibration(inputs.calibration).records[component]
+    amax: dict[tuple[str, str], float] = {}
+    for plan in (inputs.plan, *([replace(entry, format=f) for entry in to_quantize(inputs.plan)] for f in formats)):
+        format_of = {entry.layer.name: entry.format for entry in plan}
+        found = input_amax(records, plan, inputs.settings)
+        amax |= {(layer, format_of[layer]): value for layer, value in found.items()}
+    solved = Solved(inputs.solved.folder) if inputs.solved else None
+    tensors = inputs.files.checkpoint.components[component].tensors
+    return Simulation(tensors, amax, inputs.scales, inputs.round_inputs, solved)

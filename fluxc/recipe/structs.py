@@ -423,6 +423,14 @@ class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "alexnet-owt-7be5be79.pth",
         ),
     ] = None
+    attribution: Annotated[
+        bool,
+        about(
+            "measure what rounded weights, rounded inputs and the text encoder each cost alone: some passes of the model for "
+            "the [report](report.md)",
+            True,
+        ),
+    ] = False
     image_text: Annotated[
         str | None,
         about(

@@ -20,6 +20,15 @@ IMAGES = "report/images"
 JUDGED = {"lpips": "LPIPS, mean", "image_text": "image-text agreement, mean"}
 
 
+CAUSES = {
+    "weights": "weights of the transformer's quantized layers, rounded",
+    "inputs": "inputs of these layers, rounded as a GPU rounds them",
+    "text encoder": "the quantized text encoder",
+    "all": "all of these",
+}
+"""What a report says of each cause of an attribution."""
+
+
 def write_report(folder: Path, report: Report) -> Path:
     """Write report/report.json and the page of `report` below `folder`, which holds its images; the page's path."""
     (folder / REPORT_JSON).parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +66,7 @@ def render(report: Report, images: Path) -> str:
         charts=shown,
         formats=_formats(report),
         layers=sorted(report.layers, key=_worst_first),
+        causes=CAUSES,
         solved=[layer.rounding for layer in report.layers if layer.rounding],
         steps=_step_rows(report),
         onset=pictures.onset(report, images),

@@ -264,6 +264,15 @@ class Tiling(Struct, frozen=True):
     error: float
 
 
+class Attribution(Struct, frozen=True):
+    """What causes the error of the guided velocity (relative, root mean square over `prompts` calibration prompts at `steps`):
+    `errors` of rounded "weights", rounded "inputs" and the quantized "text encoder", each alone, and of "all"."""
+
+    prompts: int
+    steps: tuple[int, ...]
+    errors: dict[str, float]
+
+
 class Report(Struct, frozen=True):
     """The report of one bundle. `targets` and `ranks` are by target: figures against the reference, and of sharded targets
     against the one that runs in one process. `engines` says what was found in what was built; `file_bytes` is by folder of the
@@ -303,6 +312,7 @@ class Report(Struct, frozen=True):
     level: Literal["none", "stages", "images"] = "images"
     not_compared: tuple[NotCompared, ...] = ()
     tiling: Tiling | None = None
+    attribution: Attribution | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
