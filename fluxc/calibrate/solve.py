@@ -75,15 +75,14 @@ def solve_component(placed: PlacedModel, problem: Problem, folder: Path, report:
 
     def solve(part: str, _: torch.nn.Module) -> None:
         nonlocal done
-        if part not in left:
-            return
         found = _Found()
-        for group in left[part]:
+        for group in left.pop(part, []):
             solver.group(group, moments, len(calls), found)
             done += 1
             if report:
                 report(done, total, f"{done}/{total} groups of layers solved")
-        write_solved(files[part], found.solved, found.roundings)
+        if found.roundings:
+            write_solved(files[part], found.solved, found.roundings)
 
     def call(arguments: Call) -> None:
         placed.module(**arguments, **FIXED[problem.component])
