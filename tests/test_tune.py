@@ -93,6 +93,7 @@ def test_a_recipe_keeps_its_comments_and_everything_else(tmp_path: Path) -> None
     text = (
         "# mine\nname: one  # short\nsizes: [[64, 64]]\nmodel: {source: ../models/flux2-nano}\n"
         "precision:\n  transformer:\n    default: nvfp4\n    exclude: auto  # measured\n    budget: {share: 0.1}\n"
+        "    rules: [{match: x_embedder, format: bf16}, {match: proj_out, format: fp8}]\n"
         "calibration: {prompts: a.txt}\nfidelity: {level: none}\ntargets: [{kind: onnxruntime}]\n"
     )
     recipe, out = tmp_path / "one.yaml", tmp_path / "two.yaml"
@@ -100,7 +101,8 @@ def test_a_recipe_keeps_its_comments_and_everything_else(tmp_path: Path) -> None
     chosen = {"transformer_blocks.0.attn.to_q": "fp8", "proj_out": "bf16"}
     write_with_formats(recipe, ("sampling.steps=7",), chosen, out)
     loaded = load_recipe(out).recipe
-    assert {rule.match: rule.format for rule in loaded.precision.transformer.rules} == chosen
+    rules = [(rule.match, rule.format) for rule in loaded.precision.transformer.rules]
+    assert rules == [*chosen.items(), ("x_embedder", "bf16"), ("proj_out", "fp8")]
     assert (loaded.precision.transformer.exclude, loaded.precision.transformer.budget) == ((), None)
     assert loaded.sampling.steps == 7
     assert "# mine\n" in out.read_text()
@@ -184,6 +186,7 @@ def test_the_table_says_what_is_predicted_and_what_measured(copied: Path, tuned:
             "there is no format 'nvpf4'; did you mean 'nvfp4'",
         ),
         (["--on", "b200", "--error", "0.1", "--out", "elsewhere/x.yaml"], 2, "a recipe's paths start from its folder"),
+        (["--on", "b200", "--error", "0.1", "--out", "SELF"], 2, "is the recipe itself, which would be lost"),
         (["--on", "b200", "--error", "0.1", "--set", "precision.transformer.default=bf16"], 2, "nothing to choose"),
         (["--on", "b200", "--error", "0.1", "--set", "calibration.engine=none"], 2, "engine: none: formats are"),
     ],
@@ -194,7 +197,7 @@ def test_wrong_requests_are_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     before = sorted(copied.parent.iterdir())
-    found = run(str(copied), *SETTINGS, *arguments, "-q")
+    found = run(str(copied), *SETTINGS, *(word.replace("SELF", str(copied)) for word in arguments), "-q")
     assert found.exit_code == code, found.output
     assert said in found.stderr
     assert "Traceback" not in found.stderr

@@ -14,8 +14,8 @@ WIDTH = 120
 
 
 def write_with_formats(recipe: Path, changes: tuple[str, ...], formats: dict[str, str], out: Path) -> None:
-    """Write `out`: `recipe` with `changes` and with `formats` of layers as rules. Everything else stays as it is written there,
-    comments too. It appears when complete."""
+    """Write `out`: `recipe` with `changes` and with `formats` of layers as rules, which go before its own. Everything else stays
+    as it is written there, comments too. It appears when complete."""
     yaml = YAML()
     yaml.width = WIDTH
     data = yaml.load(recipe.read_text(encoding="utf-8-sig"))
@@ -34,6 +34,8 @@ def write_with_formats(recipe: Path, changes: tuple[str, ...], formats: dict[str
         rule = CommentedMap(match=layer, format=format)
         rule.fa.set_flow_style()
         rules.append(rule)
+    # The first that matches counts; those of before still decide about layers that were not to be chosen.
+    rules.extend(precision.get("rules") or ())
     precision["rules"] = rules
     for field in ("budget", *(("exclude",) if precision.get("exclude") == "auto" else ())):
         precision.pop(field, None)
