@@ -84,8 +84,8 @@ def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: Sho
     loaded = load_recipe(recipe, changes)
     target = out or recipe.with_name(f"{recipe.stem}-tuned.yaml")
     check_output(target, "a recipe")
-    if target.resolve() == recipe.resolve():
-        raise RecipeError(f"--out {target}: is the recipe itself, which would be lost; give another name")
+    if target.exists():
+        raise RecipeError(f"{target}: exists already, and is not overwritten; give another --out, or move it away")
     if target.resolve().parent != recipe.resolve().parent:
         raise RecipeError(f"--out {target}: a recipe's paths start from its folder; write it beside {recipe}")
     tuned = run(loaded, (gpu, options["gpus"]), wish, formats, target, progress)

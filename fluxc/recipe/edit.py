@@ -14,8 +14,8 @@ WIDTH = 120
 
 
 def write_with_formats(recipe: Path, changes: tuple[str, ...], formats: dict[str, str], out: Path) -> None:
-    """Write `out`: `recipe` with `changes` and with `formats` of layers as rules, which go before its own. Everything else stays
-    as it is written there, comments too. It appears when complete."""
+    """Write `out`: `recipe` with `changes` and with `formats` of layers as rules, which go before its own. Everything else
+    stays as it is written there, comments too. It appears when complete."""
     yaml = YAML()
     yaml.width = WIDTH
     data = yaml.load(recipe.read_text(encoding="utf-8-sig"))
