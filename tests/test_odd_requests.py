@@ -47,6 +47,7 @@ OUTPUTS = [
 """Names where nothing can be written, or where something else lies."""
 CHOICES = [Bad(""), Bad("nothing"), Bad("ALL\n"), Bad("\udcff")]
 WHOLE = [Bad(value) for value in ("0", "-3", "1.5", "two", "", "nan", "9" * 5000, "1e3", "0x2")]
+NUMBERS = [Bad(value) for value in ("0", "-3", "two", "", "nan", "inf", "-inf", "1e400", "0x2", "\udcff")]
 TARGETS = [Bad("", WRONG), Bad("nothing", WRONG, "nothing"), Bad("a\nb", WRONG), Bad("\udcff", WRONG)]
 SETS = [
     *(
@@ -101,6 +102,22 @@ CASES: dict[str, dict[str, list[Bad]]] = {
         "part": [Bad(value) for value in ("", "2/1", "0/1", "-1/2", "1", "a/b", "1/2/3", "99999999999/99999999999")],
         "memory": MEMORY,
         "threads": WHOLE,
+        **LOGS,
+    },
+    "tune": {
+        **RECIPES,
+        "on": CHOICES,
+        "gpus": WHOLE,
+        **dict.fromkeys(("milliseconds", "gpu_memory", "error"), NUMBERS),
+        "least": CHOICES,
+        "formats": [Bad(value, WRONG) for value in ("", ",", "nothing", "nvfp4,", "bf16", "a\nb", "\udcff")],
+        "out": [
+            *NO_NAMES,
+            *(Bad(value, EITHER) for value in (".", "..", "/", "/proc/x", "text/x", "text", "link", LONG, "folder")),
+        ],
+        "memory": MEMORY,
+        "threads": WHOLE,
+        "as_json": FLAG,
         **LOGS,
     },
     "init": {
@@ -188,6 +205,8 @@ def good(verb: str, parameter: click.Parameter, bundle: Path) -> list[str]:
     }
     if verb == "predict" and parameter.name == "recipe":
         return []
+    if verb == "tune" and parameter.name == "error":
+        return ["--error", "0.1"]
     if isinstance(parameter, click.Argument):
         return [values[str(parameter.name)]]
     return [parameter.opts[0], values[str(parameter.name)]] if parameter.required else []

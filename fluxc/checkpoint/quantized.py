@@ -30,6 +30,9 @@ from fluxc.models.base import Linear, Shape
 OPTIONAL = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 
 
+CALIBRATED = ": export it with calibrated inputs"
+
+
 @dataclass(frozen=True)
 class SourceLayer:
     """A Linear as the checkpoint holds it quantized: format and tensors by part (`weight`, `weight_scale`, ...)."""
@@ -83,13 +86,17 @@ def parts_beside_weights() -> list[str]:
 
 
 def format_of(tensors: Mapping[str, TensorRef], layer: str) -> Format | None:
-    """The format whose tensors `layer` has, by their dtypes, or at least by its weight's; None where there is none."""
+    """The format whose tensors `layer` has, by their dtypes, or at least by its weight's; None where there is none.
+
+    Of several that have these dtypes, one of whose parts none is missing.
+    """
     refs = {part: tensors.get(f"{layer}.{part}") for part in ("weight", *parts_beside_weights())}
     dtypes = {part: ref.dtype for part, ref in refs.items() if ref is not None}
     for known in (dtypes, {"weight": dtypes["weight"]}):
-        for format in FORMATS.values():
-            if format.recognises(known):
-                return format
+        able = [format for format in FORMATS.values() if format.recognises(known)]
+        if able:
+            whole = [format for format in able if format.parts(format.block, format.block).keys() <= dtypes.keys()]
+            return (whole or able)[0]
     return None
 
 
@@ -128,7 +135,7 @@ def _read_layer(component: Component, layer: Linear, format: Format) -> SourceLa
     for part, ref in refs.items():
         if ref is None:
             if part in shapes and part not in OPTIONAL:
-                advice = ": export it with calibrated inputs" if part == "input_scale" else ""
+                advice = CALIBRATED if part == "input_scale" else ""
                 raise _wrong(component, layer.name, f"{format.name}, but it has no {part}{advice}")
             continue
         if part not in shapes:
@@ -189,12 +196,22 @@ def _check_config(component: Component, layers: list[Linear], found: dict[str, S
         said = _format_said(component, config, layer.name)
         actual = found[layer.name].format if layer.name in found else None
         if said != actual:
+            if said and actual and (missing := _missing(component, layer.name, FORMATS[said])):
+                raise _wrong(component, layer.name, f"{said}, but it has no {missing[0]}{CALIBRATED}")
             dtype = component.tensors[f"{layer.name}.weight"].dtype
             raise _wrong(
                 component,
                 layer.name,
                 f"its config says {said or 'not quantized'}, but its weight is {dtype} ({actual or 'plain'})",
             )
+
+
+def _missing(component: Component, layer: str, format: Format) -> list[str]:
+    """The parts of `format` that `layer` lacks, where it has everything else in the format's dtypes."""
+    own = format.parts(format.block, format.block)
+    refs = {part: component.tensors.get(f"{layer}.{part}") for part in own}
+    fits = all(ref is None or ref.dtype == own[part][0] for part, ref in refs.items())
+    return [part for part, ref in refs.items() if ref is None] if fits else []
 
 
 def _format_said(component: Component, config: _Config, name: str) -> str | None:

@@ -286,10 +286,6 @@ class NVFP4W4A16(NVFP4):
         """See Format."""
         return {name: part for name, part in super().parts(rows, columns).items() if name != "input_scale"}
 
-    def recognises(self, dtypes: Mapping[str, str]) -> bool:
-        """See Format: what has an input scale is NVFP4."""
-        return "input_scale" not in dtypes and "weight_scale" in dtypes and super().recognises(dtypes)
-
     def input_scale(self, amax: float) -> np.float32:
         """See Format."""
         return np.float32(1)

@@ -34,5 +34,5 @@ def check_format(name: str, field: str) -> None:
         )
 
 
-for _format in (NVFP4W4A16(), NVFP4(), FP8(), MXFP4()):
+for _format in (NVFP4(), NVFP4W4A16(), FP8(), MXFP4()):
     register(_format)
