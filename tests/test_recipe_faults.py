@@ -64,8 +64,8 @@ def test_all_faults_of_a_recipe_come_in_one_report_with_their_lines(tmp_path: Pa
         "  line 7: calibration.prompts: must be text, got 5; write it in quotes; for example prompts/natural-calibration.txt",
         "  line 8: unknown field 'fidelity.refrence'; did you mean 'reference'? The fields here are: prompts, level, "
         "max_prompts, steps, size, seed, reference, lpips, attribution, image_text.",
-        "  line 10: precision.transformer.default: there is no format 'nvfp5'; did you mean 'nvfp4', 'fp8'? It can be "
-        "nvfp4, fp8, mxfp4, bf16",
+        "  line 10: precision.transformer.default: there is no format 'nvfp5'; did you mean 'nvfp4', "
+        "'nvfp4-w4a16', 'fp8'? It can be nvfp4, nvfp4-w4a16, fp8, mxfp4, bf16",
         "  line 12: targets[0].device: 'gpu' is not possible; did you mean 'cpu'? It can be cpu, cuda",
         "  line 13: targets[1].gpus: must be at least 1, got -1",
         "  --set gates.step_cosine=2: gates.step_cosine: must be at least -1 and at most 1, got 2",

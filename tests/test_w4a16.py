@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from conftest import RECIPE, compile_into
 from fluxc.base.errors import RecipeError
 from fluxc.base.progress import StageProgress
+from fluxc.base.safetensors import TensorRef
 from fluxc.build.build import build
-from fluxc.checkpoint.quantized import quantized_layers
+from fluxc.checkpoint.quantized import format_of, quantized_layers
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats.registry import FORMATS, multiplied_in
 from fluxc.predict.gpus import GPUS
@@ -97,8 +98,11 @@ def test_modelopts_own_layers_are_recognised() -> None:
 
     assert FORMATS["nvfp4-w4a16"].algorithm == QUANTIZATION_W4A16_NVFP4.upper()
     stored = {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"}
-    assert next(name for name, f in FORMATS.items() if f.recognises(stored)) == "nvfp4-w4a16"
-    assert next(name for name, f in FORMATS.items() if f.recognises(stored | {"input_scale": "F32"})) == "nvfp4"
+    for dtypes, name in ((stored, "nvfp4-w4a16"), (stored | {"input_scale": "F32"}, "nvfp4")):
+        refs = {f"one.{part}": TensorRef(part, dtype, (), Path(), 0, 0) for part, dtype in dtypes.items()}
+        found = format_of(refs, "one")
+        assert found is not None
+        assert found.name == name
 
 
 def test_the_audit_holds_an_engine_to_it() -> None:
