@@ -102,7 +102,9 @@ def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: Sho
         raise RecipeError(f"{target}: exists already, and is not overwritten; give another --out, or move it away")
     if target.resolve().parent != recipe.resolve().parent:
         raise RecipeError(f"--out {target}: a recipe's paths start from its folder; write it beside {recipe}")
-    tuned = run(loaded, (gpu, options["gpus"]), wish, formats, target, progress)
+    # Beside the bundle that a build makes by default, which then finds them.
+    kept = Path("artifacts") / f"{loaded.recipe.name}-tuned"
+    tuned = run(loaded, (gpu, options["gpus"]), wish, formats, kept, progress)
     write_with_formats(recipe, changes, tuned.rules, target)
     # What was written must say what was chosen.
     load_recipe(target)
