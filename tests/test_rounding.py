@@ -337,6 +337,22 @@ def test_other_rules_solve_nothing_again(solved_bundle: Path, shared_cache: Path
     assert ours["transformer_blocks.0.ff.linear_out.weight"].dtype == torch.bfloat16
 
 
+def test_weights_alone_in_nvfp4_are_solved_too(solved_bundle: Path) -> None:
+    """No layer has an input scale, so nothing else asks for a calibration."""
+    out = solved_bundle.with_name("w4a16")
+    changes = (*SOLVED, "precision.transformer.default=nvfp4-w4a16")
+    bundle = build(load_recipe(RECIPE, changes), out, StageProgress())
+    assert bundle is not None
+    layers = json.loads((bundle / REPORT_JSON).read_text())["layers"]
+    assert {layer["rounding"]["rounding"] for layer in layers if layer["format"] == "nvfp4-w4a16"} == {"gptq"}
+    ours, solved = weights(bundle), weights(solved_bundle)
+    assert all(
+        torch.equal(tensor.view(torch.uint8), solved[name].view(torch.uint8))
+        for name, tensor in ours.items()
+        if tensor.ndim
+    )
+
+
 def test_every_cause_of_the_error_is_measured_alone(tmp_path: Path) -> None:
     """On the page and in the JSON; the text encoder is solved too, and is a cause of its own."""
     changes = (

@@ -258,7 +258,10 @@ def _version_of(distribution: str) -> str:
 
 def _calibrate(job: Job, results: Results, always: bool) -> Stage[Any, Path] | None:
     runs_model = job.loaded.recipe.calibration.engine != "none" and not job.given_calibration
-    if not runs_model or not (job.source(results, with_plan=False).quantizes or always):
+    recipe = job.loaded.recipe
+    solves = any(getattr(recipe.precision, name).rounding != "nearest" for name in QUANTIZED)
+    is_asked_for = solves or recipe.fidelity.attribution or always
+    if not runs_model or not (job.source(results, with_plan=False).quantizes or is_asked_for):
         return None
     inputs = calibration_inputs(job, "calibration")
     return Stage("calibration", "calibrate", inputs, calibration_stage.run, calibration_stage.load)
@@ -361,8 +364,10 @@ def _rounding(job: Job, results: Results, component: str) -> Stage[Any, Made] | 
     # Before `exclude: auto` chooses, which is to know how layers compute.
     source, calibration = job.source(results, with_plan=False), _calibration(job, results)
     solved = solvable(job.loaded, source, component)
-    if not solved or calibration is None:
+    if not solved:
         return None
+    # The recipe's checks refuse to solve weights without a calibration.
+    assert calibration is not None
     inputs = rounding_stage.RoundingInputs(
         component=component,
         files=job.files,
