@@ -344,7 +344,9 @@ def test_weights_alone_in_nvfp4_are_solved_too(solved_bundle: Path) -> None:
     bundle = build(load_recipe(RECIPE, changes), out, StageProgress())
     assert bundle is not None
     layers = json.loads((bundle / REPORT_JSON).read_text())["layers"]
-    assert {layer["rounding"]["rounding"] for layer in layers if layer["format"] == "nvfp4-w4a16"} == {"gptq"}
+    solved_layers = [layer for layer in layers if layer["format"] == "nvfp4-w4a16"]
+    assert {layer["rounding"]["rounding"] for layer in solved_layers} == {"gptq"}
+    assert all(layer["output_snr_db"] for layer in solved_layers)
     ours, solved = weights(bundle), weights(solved_bundle)
     assert all(
         torch.equal(tensor.view(torch.uint8), solved[name].view(torch.uint8))

@@ -386,7 +386,8 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
     recipe, source = job.loaded.recipe, job.source(results)
     plan = source.plans.get(component, [])
     precision = getattr(recipe.precision, component, None)
-    calibration = _calibration(job, results) if needs_calibration(plan) else None
+    solved = results.get(f"rounding-{component}")
+    calibration = _calibration(job, results) if needs_calibration(plan) or solved else None
     assumed = {}
     if recipe.calibration.engine == "none":
         assumed = assumed_amax(plan, source.transformer.width, recipe.calibration)
@@ -412,7 +413,7 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
         apart=list(dict.fromkeys(apart)),
         assumed=assumed,
         narrow=narrowed(component, tensors),
-        solved=results.get(f"rounding-{component}"),
+        solved=solved,
     )
     return Stage(f"weights-{component}", f"write {component} weights", inputs, weights_stage.run, weights_stage.load)
 
