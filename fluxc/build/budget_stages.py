@@ -42,6 +42,7 @@ from fluxc.predict.work import work_of
 from fluxc.quantize.plan import to_quantize
 from fluxc.quantize.source import solvable
 from fluxc.quantize.source_memory import memory_by_component as weights_by_component
+from fluxc.quantize.steps import bodies_of
 from fluxc.recipe.targets import OnnxRuntimeTarget, Target, TensorRTTarget, VisualGenTarget
 from fluxc.stepcache.trace_stage import traced
 from fluxc.targets.decoder import decoded_at_once
@@ -166,8 +167,8 @@ class Needs:
             "tune": self._tuning,
             "attribution": self._attribution,
         }.get(first)
-        if name == "step-trace":
-            return self._step_trace()
+        if name in ("step-trace", "step-errors"):
+            return self._step_trace() if name == "step-trace" else self._step_errors()
         if found is not None:
             return found(rest)
         return self._compare("") if part == "fidelity" else Need(PROCESS, work=Work(1.0))
@@ -283,6 +284,18 @@ class Needs:
         recorded = min(PROMPTS, asked.prompts) * asked.steps * asked.rows
         times = len(groups) if rest == "costs" else SEARCHES + 2
         return self._running(replace(asked, prompts=min(PROMPTS, asked.prompts)), dtype, recorded + times * states)
+
+    def _step_errors(self) -> Need:
+        """Of images with every step, and a pass of every state for each body."""
+        from fluxc.calibrate.sensitivity import PROMPTS
+        from fluxc.calibrate.step_errors_stage import STEPS
+
+        steps, rows = self.recipe.sampling.steps, self.job.rows(self.recipe.sampling.guidance)
+        request = calibration_request(self.job.loaded, self.job.is_large) | {"steps": steps}
+        asked, dtype = self._asked(request, rows, self.recipe.fidelity.reference)
+        prompts, bodies = min(PROMPTS, asked.prompts), 1 + len(bodies_of(self.recipe.precision))
+        passes = prompts * rows * (steps + bodies * min(STEPS, steps))
+        return self._running(replace(asked, prompts=prompts), dtype, passes)
 
     def _attribution(self, _: str) -> Need:
         """Of a pass for each cause, and encoding twice."""

@@ -28,6 +28,7 @@ from fluxc.build.stages import (
     provenance_measured,
     provenance_tools,
     sampling_entry,
+    step_precision,
     steps,
 )
 from fluxc.checkpoint.components import WEIGHTS_FILE
@@ -244,4 +245,5 @@ def _draft(
         images=(),
         files=bundle_writer.files_of(staging, cache),
         step_cache=results.get("step-cache"),
+        step_precision=step_precision(job, results) or msgspec.UNSET,
     )

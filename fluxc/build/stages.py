@@ -23,6 +23,7 @@ from fluxc.calibrate import (
     modelopt_stage,
     rounding_stage,
     sensitivity_stage,
+    step_errors_stage,
     tuning_stage,
     weights_stage,
 )
@@ -40,6 +41,7 @@ from fluxc.graph import stage as export_stage
 from fluxc.graph.stage import ExportInputs
 from fluxc.quantize.plan import needs_calibration
 from fluxc.quantize.source import kept_tensors, narrowed, solvable
+from fluxc.quantize.steps import body_plans, measures_steps, schedule_of
 from fluxc.recipe.structs import QUANTIZED, Calibration, Recipe
 from fluxc.recipe.targets import Target
 from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
@@ -49,6 +51,7 @@ from fluxc.targets.decoder import tiles_of, tiles_of_size
 from fluxc.targets.parts import Weights
 from fluxc.targets.registry import kind_of
 from fluxrt.manifest import StepCache
+from fluxrt.stepprecision import StepPrecision
 
 PARTS = ("graphs", "calibrate", "step-cache", "weights", "targets", "fidelity", "bundle")
 """What `--until` can name, in order."""
@@ -70,6 +73,8 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
         yield Step(f"rounding-{name}", "weights", partial(_rounding, job, component=name))
     yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
     yield Step("sensitivity", "weights", lambda results: _choice(job, results))
+    if measures_steps(recipe.precision):
+        yield Step("step-errors", "weights", lambda results: _step_errors(job, results))
     for name in WEIGHTS_FILE:
         yield Step(f"weights-{name}", "weights", partial(_weights, job, component=name))
     for target in recipe.targets:
@@ -349,6 +354,25 @@ def _choice(job: Job, results: Results) -> Stage[Any, dict[str, Any]] | None:
     assert budget is not None
     inputs = sensitivity_stage.ChoiceInputs(measured, results["sensitivity-costs"], budget)
     return Stage("sensitivity", "choose layers", inputs, sensitivity_stage.run_choice, sensitivity_stage.load_choice)
+
+
+def _step_errors(job: Job, results: Results) -> Stage[Any, Any] | None:
+    measured = _measured_inputs(job, results)
+    if measured is None:
+        return None
+    recipe, plan = job.loaded.recipe, job.source(results).plans["transformer"]
+    steps, guidance = recipe.sampling.steps, recipe.sampling.guidance
+    asked = measured.request | {"steps": steps, "guidance": guidance}
+    of_body = replace(measured, request=asked, rows=job.rows(guidance), plan=plan, round_inputs=True)
+    inputs = step_errors_stage.StepErrorInputs(of_body, body_plans(recipe.precision, plan))
+    run, load = step_errors_stage.run, step_errors_stage.load
+    return Stage("step-errors", "measure steps with rounded inputs", inputs, run, load)
+
+
+def step_precision(job: Job, results: Results) -> StepPrecision | None:
+    """Which body each step runs, for the manifest; None where all run the same."""
+    precision, errors = job.loaded.recipe.precision, results.get("step-errors")
+    return schedule_of(precision, job.loaded.recipe.sampling.steps, errors.gains if errors else None)
 
 
 def _amax_settings(recipe: Recipe) -> Calibration:

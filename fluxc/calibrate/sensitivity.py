@@ -60,10 +60,12 @@ def record_states(
     texts: list[torch.Tensor],
     empty: torch.Tensor | None,
     generations: list[Generation],
+    steps: int = STEPS,
 ) -> list[State]:
-    """STEPS evenly spaced steps of the image of each of `texts`; `empty` as for ReferenceModel.denoise."""
+    """At most `steps` evenly spaced steps of the image of each of `texts`, one image's after the other's; `empty` as for
+    ReferenceModel.denoise."""
     branches, guidance = 1 if empty is None else 2, generations[0].guidance
-    wanted = evenly(generations[0].steps, STEPS)
+    wanted = evenly(generations[0].steps, steps)
     calls: list[list[tuple[dict[str, Any], torch.Tensor]]] = [[] for _ in texts]
     passes = [0] * len(texts)
 
@@ -100,7 +102,12 @@ def velocities_of(transformer: PlacedModel) -> Velocities:
 
 
 def output_error(velocities: Velocities, states: list[State], guidance: float) -> float:
-    """Mean over `states` of |v - reference|^2 / |reference|^2, v being the guided velocity that the transformer now gives."""
+    """The mean of `output_errors`."""
+    return float(np.mean(output_errors(velocities, states, guidance)))
+
+
+def output_errors(velocities: Velocities, states: list[State], guidance: float) -> np.ndarray:
+    """Of each of `states` |v - reference|^2 / |reference|^2, v being the guided velocity that the transformer now gives."""
     found = iter(velocities([arguments for state in states for arguments in state.arguments]))
     errors = []
     for state in states:
@@ -108,7 +115,8 @@ def output_error(velocities: Velocities, states: list[State], guidance: float) -
         reference = state.velocity.double()
         errors.append((velocity.double() - reference).square().sum() / reference.square().sum())
     # Read together: the GPU is waited for once.
-    return float(np.mean(torch.stack(errors).cpu().numpy()))
+    together: np.ndarray = torch.stack(errors).cpu().numpy()
+    return together
 
 
 @dataclass(frozen=True)
@@ -223,6 +231,8 @@ def choose(costs: list[GroupCost], parameters: int) -> list[int]:
 
 ErrorOf = Callable[[list[LayerPlan]], float]
 """The relative squared error of the velocity with these layers quantized."""
+ErrorsOf = Callable[[list[LayerPlan]], np.ndarray]
+"""The same of every recorded state: [prompts, steps]."""
 
 
 @contextmanager
@@ -233,8 +243,10 @@ def prepared(
     branches: int,
     placement: Placement,
     simulation: Simulation,
-) -> Iterator[ErrorOf]:
-    """What gives the error of quantized layers, at PROMPTS evenly spaced prompts, while the body runs."""
+    steps: int = STEPS,
+) -> Iterator[ErrorsOf]:
+    """What gives the errors of quantized layers, at PROMPTS evenly spaced prompts and `steps` steps of each, while the body
+    runs."""
     model, numbers = ReferenceModel(checkpoint, placement), evenly(len(prompts), PROMPTS)
     texts = [prompts[number] for number in numbers] + ([""] if branches == 2 else [])
     with model.component("text_encoder", generation.text_layers) as encoder:
@@ -242,13 +254,14 @@ def prepared(
     empty = embeddings.pop() if branches == 2 else None
     with model.component("transformer") as transformer:
         generations = [generation.of_prompt(number) for number in numbers]
-        states = record_states(model, transformer, embeddings, empty, generations)
+        states = record_states(model, transformer, embeddings, empty, generations, steps)
 
-        def error(entries: list[LayerPlan]) -> float:
+        def errors(entries: list[LayerPlan]) -> np.ndarray:
             with simulation.of(transformer, entries):
-                return output_error(velocities_of(transformer), states, generation.guidance)
+                found = output_errors(velocities_of(transformer), states, generation.guidance)
+            return found.reshape(len(numbers), -1)
 
-        yield error
+        yield errors
 
 
 def measure_costs(error: ErrorOf, plan: list[LayerPlan], on_progress: Report | None = None) -> list[GroupCost]:

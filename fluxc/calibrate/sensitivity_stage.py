@@ -6,7 +6,8 @@ The first takes long and knows no budget, so another budget measures no group ag
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.structs import Budget, Calibration, Scales
 
 if TYPE_CHECKING:
-    from fluxc.calibrate.sensitivity import ErrorOf, Simulation
+    from fluxc.calibrate.sensitivity import ErrorOf, ErrorsOf, Simulation
 
 COSTS, RESULT = "costs.json", "sensitivity.json"
 
@@ -90,11 +91,20 @@ def load_choice(folder: Path) -> dict[str, Any]:
     return found
 
 
-def prepared_error(inputs: CostInputs, formats: tuple[str, ...] = ()) -> AbstractContextManager[ErrorOf]:
+@contextmanager
+def prepared_error(inputs: CostInputs, formats: tuple[str, ...] = ()) -> Iterator[ErrorOf]:
     """What gives the error of quantized layers while the body runs: in the formats of the plan, or in any of `formats`."""
+    with prepared_errors(inputs, formats) as errors:
+        yield lambda entries: float(errors(entries).mean())
+
+
+def prepared_errors(
+    inputs: CostInputs, formats: tuple[str, ...] = (), steps: int | None = None
+) -> AbstractContextManager[ErrorsOf]:
+    """The same of every recorded state; at most `steps` steps of an image, where it is not given a few."""
     import torch
 
-    from fluxc.calibrate.sensitivity import prepared
+    from fluxc.calibrate.sensitivity import STEPS, prepared
     from fluxc.calibrate.stage import asked_of, generation_of
     from fluxc.running.placement import find_placement
 
@@ -107,6 +117,7 @@ def prepared_error(inputs: CostInputs, formats: tuple[str, ...] = ()) -> Abstrac
         inputs.rows,
         placement,
         simulation_of(inputs, "transformer", formats),
+        STEPS if steps is None else steps,
     )
 
 

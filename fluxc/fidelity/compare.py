@@ -231,7 +231,7 @@ def _generate(
     """The image that the target makes of the embeddings `text` by itself, from the reference's noise."""
     sigmas = SCHEDULES[pipeline.bundle.manifest.sampling.schedule](grid[0] * grid[1], steps)
     pipeline.begin(recorded.latents[:1], grid, guidance, text)
-    for sigma, next_sigma in itertools.pairwise(sigmas):
-        pipeline.step(sigma, next_sigma)
+    for (sigma, next_sigma), body in zip(itertools.pairwise(sigmas), pipeline.bodies(steps), strict=True):
+        pipeline.step(sigma, next_sigma, body)
     image: np.ndarray = pipeline.decode(pipeline.backend.get("latents"), grid)[0]
     return image

@@ -41,8 +41,9 @@ def _check_gemms(
         probe.keep(ENCODE)
         pipeline.begin(recorded.latents[:1], grid, guidance, (recorded.input_ids, recorded.attention_mask))
         probe.keep(DENOISE)
-        pipeline.begin(recorded.latents[:1], grid, guidance, recorded.text)
-        pipeline.step(sigma, sigma + 1.0)
+        for body in pipeline.target.bodies:
+            pipeline.begin(recorded.latents[:1], grid, guidance, recorded.text)
+            pipeline.step(sigma, sigma + 1.0, body)
         probe.keep(DECODE)
         pipeline.decode(recorded.final, grid)
     found = probe.constants()

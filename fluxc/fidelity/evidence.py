@@ -68,6 +68,7 @@ def recorded_of(bundle: Bundle, references: Iterable[Reference], guidance: float
             velocities=np.concatenate(trace.velocities),
             final=reference.final,
             image=trace.image if reference.tiled is None else reference.tiled,
+            steps=steps,
         )
         tokens = recorded.latents.shape[1]
         fault = tokens_fault(encoder, prompts, recorded)

@@ -48,6 +48,7 @@ class Format(ABC):
     fusion group shares, `calibrated` whether inputs are rounded under a static scale, which calibration finds.
     `searches_scales`: whether a recipe's `scales` changes anything; `solves`: the format whose weights a recipe's `rounding`
     solves, empty where it changes nothing. `multiplies`: the format that a GPU multiplies in, where that is another one.
+    `weights_alone`: the format with the same weights whose inputs are not rounded, empty where there is none.
     `margin`: how many times the largest input that calibration saw the static scale stands for, where a recipe does not say.
     `values` are what the part `weight` holds where a value is that times its scales, the parts whose name begins with
     `weight_scale`; None for a format that is not of this kind.
@@ -65,6 +66,7 @@ class Format(ABC):
     searches_scales: bool = False
     solves: str = ""
     multiplies: str | None = None
+    weights_alone: str = ""
     margin: float = 1.0
     values: Literal["e2m1", "e4m3"] | None = None
 

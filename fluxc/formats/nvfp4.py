@@ -203,6 +203,7 @@ class NVFP4(Format):
     scalars: tuple[str, ...] = ("input_scale", "weight_scale_2")
     searches_scales = True
     solves = "nvfp4"
+    weights_alone = "nvfp4-w4a16"
     # A block whose scale would exceed 448 is clipped whole, while E4M3 scales stay precise for 14 octaves below.
     margin = 8.0
 
@@ -279,6 +280,7 @@ class NVFP4W4A16(NVFP4):
     variants = MappingProxyType({})
     scalars = ("weight_scale_2",)
     calibrated = False
+    weights_alone = ""
     multiplies = BF16
     margin = 1.0
 

@@ -25,7 +25,7 @@ SLOWEST = 12
 
 
 def check_copies(subject: Subject) -> Found:
-    """By plan of the step's body: calls, milliseconds eager and as a graph, bytes copied, and the share of copies."""
+    """By plan of `body`: calls, milliseconds eager and as a graph, bytes copied, and the share of copies."""
     bundle, target = subject.open()
     recorded = recorded_images(bundle, target)
     if not isinstance(target, TensorRTTarget) or not recorded:

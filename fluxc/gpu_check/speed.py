@@ -41,9 +41,11 @@ def check_steps(subject: Subject) -> Found:
         tokens = grid[0] * grid[1]
         words = pipeline.tokenize(pipeline.branches(request.prompt, request.guidance))
         latents = starting_noise(request.seed, tokens, sampling.latent_channels)[None]
-        pairs = itertools.cycle(itertools.pairwise(SCHEDULES[sampling.schedule](tokens, request.steps)))
+        pairs = itertools.pairwise(SCHEDULES[sampling.schedule](tokens, request.steps))
+        steps_of_image = [(*pair, body) for pair, body in zip(pairs, pipeline.bodies(request.steps), strict=True)]
+        endless = itertools.cycle(steps_of_image)
         text = _times(loaded, amount.phases, lambda: pipeline.begin(latents, grid, request.guidance, words))
-        steps = _times(loaded, amount.steps, lambda: pipeline.step(*next(pairs)))
+        steps = _times(loaded, amount.steps, lambda: pipeline.step(*next(endless)))
         final = pipeline.latents()
         decode = _times(loaded, amount.phases, lambda: pipeline.decode(final, grid))
         notes = list(pipeline.notes)

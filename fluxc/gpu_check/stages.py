@@ -73,7 +73,7 @@ def _compare(cpu: Pipeline, gpu: Pipeline, recorded: RecordedImage) -> dict[str,
     for number, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
         for pipeline in (cpu, gpu):
             pipeline.begin(latents, grid, guidance, text)
-            pipeline.step(sigma, next_sigma)
+            pipeline.step(sigma, next_sigma, pipeline.bodies(recorded.steps)[number])
         after, ours = cpu.backend.get("latents"), gpu.backend.get("latents")
         theirs = (after - latents) / (next_sigma - sigma)
         velocity = (ours - latents) / (next_sigma - sigma)

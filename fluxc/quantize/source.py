@@ -21,6 +21,7 @@ from fluxc.models.base import Linear
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.models.text_encoder import TextEncoder
 from fluxc.quantize.plan import LayerPlan, needs_calibration, precision_plan, to_quantize
+from fluxc.quantize.steps import check_steps
 from fluxc.recipe.faults import Collected
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision, Recipe
@@ -140,6 +141,7 @@ def _checked(loaded: LoadedRecipe, checkpoint: Checkpoint) -> Source:
             plans[name] = _plan(recipe, checkpoint, name, linears, quantized[name])
             if name == "transformer":
                 _check_auto(recipe, plans[name])
+                check_steps(recipe.precision, plans[name])
     collected.raise_all()
     return Source(checkpoint, family, has_cfg_batch(checkpoint, family), kept, plans, quantized)
 

@@ -211,6 +211,32 @@ def _rounding(recipe: Recipe, refuse: Refuse) -> None:
             )
 
 
+@_reads("precision", "sampling.steps", "targets", "calibration.engine")
+def _precision_of_steps(recipe: Recipe, refuse: Refuse) -> None:
+    rules, field = recipe.precision.steps, "precision.steps"
+    if not rules:
+        return
+    for at, rule in enumerate(() if rules == "auto" else rules):
+        given = {name: count for name in ("first", "last", "worst") if (count := getattr(rule, name)) is not None}
+        if len(given) != 1:
+            refuse(f"{field}[{at}]", "give one of first, last and worst")
+        for name, count in given.items():
+            if count > recipe.sampling.steps:
+                refuse(f"{field}[{at}].{name}", f"an image has {recipe.sampling.steps} steps (sampling.steps)")
+    if not any(target.rounds_inputs and target.runs_graphs for target in recipe.targets):
+        refuse(field, "no target of this recipe rounds inputs, so all steps would be alike; leave it out")
+    for at, target in enumerate(recipe.targets):
+        if target.one_precision:
+            refuse(f"targets[{at}]", f"cannot have precision.steps: {target.one_precision}")
+    if rules != "auto" and not any(rule.is_measured for rule in rules):
+        return
+    if recipe.calibration.engine != "fluxc":
+        engine = recipe.calibration.engine
+        refuse(
+            field, f"which steps are worst is measured by calibration.engine: fluxc, not {engine}; give first or last"
+        )
+
+
 @_reads("step_cache")
 def _without_step_cache(recipe: Recipe, refuse: Refuse) -> None:
     if recipe.step_cache is None:

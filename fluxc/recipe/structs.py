@@ -248,6 +248,36 @@ class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     ] = "nearest"
 
 
+class StepRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Steps at which inputs of NVFP4 layers are not rounded; give one of `first`, `last` and `worst`."""
+
+    first: Annotated[Count | None, about("so many steps at the start", 1)] = None
+    last: Annotated[Count | None, about("so many steps at the end", 5)] = None
+    worst: Annotated[
+        Count | None,
+        about(
+            "so many steps, those at which rounding inputs costs the velocity most, measured on calibration's prompts",
+            5,
+        ),
+    ] = None
+    activations: Annotated[
+        Literal["bf16"], about("what inputs of the layers are at these steps; a GPU then multiplies in bf16", "bf16")
+    ] = "bf16"
+    layers: Annotated[
+        Annotated[tuple[str, ...], msgspec.Meta(min_length=1)],
+        about("patterns of the layers that this is for; those among them in NVFP4 change", ["*.to_qkv_mlp_proj"]),
+    ] = ("*",)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether which steps these are is measured."""
+        return self.first is None and self.last is None
+
+    def numbers(self, steps: int) -> range:
+        """Which of `steps` steps, where that is not measured."""
+        return range(min(self.first, steps)) if self.first else range(max(0, steps - (self.last or 0)), steps)
+
+
 class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Formats by component; the VAE is never quantized."""
 
@@ -257,9 +287,18 @@ class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text_encoder: Annotated[ComponentPrecision, about("of the text encoder's layers", {"default": "fp8"})] = (
         ComponentPrecision()
     )
+    steps: Annotated[
+        tuple[StepRule, ...] | Literal["auto"],
+        about(
+            "steps at which the transformer's inputs are rounded less, for targets that round them; the first rule that has a "
+            "step counts. `auto` takes the fewest steps that take away half of the squared error that rounded inputs add. See "
+            "[precision over steps](#precision-over-steps)",
+            [{"last": 5}],
+        ),
+    ] = ()
 
 
-QUANTIZED = Precision.__struct_fields__
+QUANTIZED = ("transformer", "text_encoder")
 """The components whose layers can be quantized."""
 
 

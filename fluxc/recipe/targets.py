@@ -66,6 +66,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         return False
 
     @property
+    def one_precision(self) -> str:
+        """Why steps cannot differ in precision, although it rounds inputs; empty where they can."""
+        return ""
+
+    @property
     def activation_bytes(self) -> int:
         """Bytes of a value that layers exchange."""
         return 2
@@ -287,6 +292,11 @@ class TensorRTTarget(ShardedTarget, frozen=True, tag="tensorrt"):
         """As its GPUs do."""
         return True
 
+    @property
+    def one_precision(self) -> str:
+        """With baked weights, which a second engine would hold again."""
+        return "" if self.weights == "bound" else "a second engine would hold the weights again; use weights: bound"
+
     def check(self, field: str, refuse: Refuse) -> None:
         """Each kind of GPU once."""
         if len(set(self.compute_capabilities)) != len(self.compute_capabilities):
@@ -319,6 +329,11 @@ class VisualGenTarget(Target, frozen=True, tag="visual_gen"):
     def gpu_counts(self) -> tuple[int, ...]:
         """`gpus` as a list."""
         return (self.gpus,) if isinstance(self.gpus, int) else self.gpus
+
+    @property
+    def one_precision(self) -> str:
+        """VisualGen loads one transformer for all steps."""
+        return "VisualGen computes all steps alike; give it a recipe of its own without precision.steps"
 
     @property
     def rounds_inputs(self) -> bool:

@@ -18,6 +18,7 @@ from fluxc.checkpoint.identify import pixels_per_token, vae_of
 from fluxc.graph.stage import ExportInputs
 from fluxc.quantize.plan import LayerPlan
 from fluxc.quantize.source import Source
+from fluxc.quantize.steps import body_plans
 from fluxc.recipe.structs import Recipe
 from fluxc.recipe.targets import Target, kind_name
 from fluxc.targets.decoder import Decoder, tiles_of
@@ -58,6 +59,10 @@ class TargetContext:
     def tiles(self) -> format.Tiles | None:
         """The tiles that images are decoded in; None where they are decoded whole."""
         return tiles_of(self.recipe.vae, vae_of(self.source.checkpoint))
+
+    def bodies(self, target: Target) -> dict[str, list[LayerPlan]]:
+        """The transformer's plans for bodies beside `body`, by name: none for a target that rounds no inputs."""
+        return body_plans(self.recipe.precision, self.source.plans["transformer"]) if target.rounds_inputs else {}
 
     def decoder(self, between: bool = False) -> Decoder:
         """The VAE's decoder for the recipe's sizes, or for their tiles; for a range, or with `between`, all between them."""

@@ -54,6 +54,7 @@ Check = Callable[[str, str, Sequence[np.ndarray], Sequence[np.ndarray]], None]
 class Recorded:
     """One prompt with what the reference made of it; floats are fp32, tokens int64.
 
+    `steps` are those of the generation, some or all of whose `sigmas` these are.
     `input_ids` and `attention_mask` [branches, length], `text` [branches, length, features], `prologue` by name as the first
     step's conditional pass has it, `latents` and `velocities` (guided) [sigmas, tokens, channels], `final` [1, tokens,
     channels], the latents after the last step, and `image` [height, width, 3] in 0..1, which is decoded from them.
@@ -70,6 +71,7 @@ class Recorded:
     velocities: np.ndarray
     final: np.ndarray
     image: np.ndarray
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,8 @@ def _transformer_errors(
     done.on_done()
     errors, cosines = [], []
     for sigma, latents, expected in zip(recorded.sigmas, recorded.latents, recorded.velocities, strict=True):
-        velocity = _velocity(pipeline, latents[None], recorded.text, grid, guidance, sigma)
+        body = pipeline.body_at(sigma, recorded.steps, grid)
+        velocity = _velocity(pipeline, latents[None], recorded.text, grid, guidance, (sigma, body))
         done.check(VELOCITIES, recorded.prompt, [velocity], [expected])
         errors.append(relative_error(velocity, expected))
         cosines.append(cosine(velocity, expected))
@@ -279,11 +282,17 @@ def _transformer_errors(
 
 
 def _velocity(
-    pipeline: Pipeline, latents: np.ndarray, text: np.ndarray, grid: tuple[int, int], guidance: float, sigma: float
+    pipeline: Pipeline,
+    latents: np.ndarray,
+    text: np.ndarray,
+    grid: tuple[int, int],
+    guidance: float,
+    step: tuple[float, str],
 ) -> np.ndarray:
-    """The guided velocity at `latents`: what an Euler step of length one adds."""
+    """The guided velocity at `latents`: what an Euler step of length one adds, at a sigma and through a body."""
+    sigma, body = step
     pipeline.begin(latents, grid, guidance, text)
-    pipeline.step(sigma, sigma + 1.0)
+    pipeline.step(sigma, sigma + 1.0, body)
     moved: np.ndarray = pipeline.backend.get("latents") - latents
     return moved
 
@@ -299,10 +308,11 @@ def _at_once(
     """Velocities of `images` different images: of every prompt the last recorded latents, then the ones before, and so on."""
     last = len(recorded[0].sigmas) - 1
     sigma = recorded[0].sigmas[last]
+    step = sigma, pipeline.body_at(sigma, recorded[0].steps, grid)
     taken = [(recorded[n % len(recorded)], (last - n // len(recorded)) % (last + 1)) for n in range(images)]
-    alone = [_velocity(pipeline, one.latents[at][None], one.text, grid, guidance, sigma)[0] for one, at in taken]
+    alone = [_velocity(pipeline, one.latents[at][None], one.text, grid, guidance, step)[0] for one, at in taken]
     latents = np.stack([one.latents[at] for one, at in taken])
-    together = _velocity(pipeline, latents, np.concatenate([one.text for one, _ in taken]), grid, guidance, sigma)
+    together = _velocity(pipeline, latents, np.concatenate([one.text for one, _ in taken]), grid, guidance, step)
     recorded_ones = np.stack([one.velocities[at] for one, at in taken])
     done.check(f"velocities of {images} images at once", taken[0][0].prompt, [together], [recorded_ones])
     return AtOnce(
@@ -334,6 +344,7 @@ def _read_prompt(bundle: Bundle, evidence: Evidence, entry: EvidencePrompt) -> R
         seed=entry.seed,
         prologue=prologue,
         sigmas=tuple(float(sigma) for sigma in tensors["sigmas"].ravel()),
+        steps=evidence.steps,
         **{name: tensors[name] for name in STAGE_OF if name != "sigmas"},
     )
     _check_shapes(bundle, evidence, path, recorded)

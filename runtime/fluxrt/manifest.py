@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from fluxrt.errors import BundleError
+from fluxrt.stepprecision import BODY, StepPrecision, bodies_of
 
 FORMAT = "fluxc-bundle"
-FORMAT_VERSION = 9
-READABLE = (6, 7, 8, 9)
-"""Format versions that are read: 8 is 9 with graphs that take weights as they are stored alone, 7 is 8 for one image at a time,
-6 is 7 without evidence, levels of `fidelity`, and what the model was run on."""
+FORMAT_VERSION = 10
+READABLE = (6, 7, 8, 9, 10)
+"""Format versions that are read: 9 is 10 with one body for all steps, 8 is 9 with graphs that take weights as they are stored
+alone, 7 is 8 for one image at a time, 6 is 7 without evidence, levels of `fidelity`, and what the model was run on."""
 MANIFEST = "bundle.json"
 NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are no JSON, no UTF-8, or nested too deep."""
@@ -213,13 +214,19 @@ class Sharding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a target divides an image among `ranks`: every rank has `text_tokens` of the text, and an equal shard of the image.
 
     With `padded` any number of image tokens is padded to a multiple of `ranks`. `body` is what the stage of that name
-    comes to where collectives are not part of a graph: graphs, and exchanges between them.
+    comes to where collectives are not part of a graph: graphs, and exchanges between them; `others` the same of other bodies.
     """
 
     ranks: int
     text_tokens: int
     padded: bool = False
     body: tuple[str | Exchange, ...] = ()
+    others: dict[str, tuple[str | Exchange, ...]] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def bodies(self) -> dict[str, tuple[str | Exchange, ...]]:
+        """What each body comes to, by its name."""
+        return {BODY: self.body} | ({} if isinstance(self.others, msgspec.UnsetType) else self.others)
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -265,6 +272,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     def parts(self) -> tuple[Graph | Plan, ...]:
         """Its graphs or plans."""
         return ()
+
+    @property
+    def bodies(self) -> tuple[str, ...]:
+        """The bodies that a step may run, `body` first."""
+        return (BODY,)
 
     @property
     def hardware(self) -> str | None:
@@ -324,6 +336,15 @@ class OnnxRuntimeTarget(Target, frozen=True, tag="onnxruntime"):
         """The graphs."""
         return tuple(self.graphs.values())
 
+    @property
+    def bodies(self) -> tuple[str, ...]:
+        """The graphs of that name, or what is made of graphs and exchanges."""
+        return tuple(self.sharding.bodies) if self.sharding else _bodies_among(self.graphs)
+
+
+def _bodies_among(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name.partition("-")[0] == BODY)
+
 
 class TensorRTTarget(Target, frozen=True, tag="tensorrt"):
     """An engine for TensorRT. `tokens` is the range any size may have, None where the sizes are those under `sampling`.
@@ -339,6 +360,11 @@ class TensorRTTarget(Target, frozen=True, tag="tensorrt"):
     def parts(self) -> tuple[Graph | Plan, ...]:
         """The plans."""
         return tuple(self.engine.plans.values())
+
+    @property
+    def bodies(self) -> tuple[str, ...]:
+        """The programs of that name."""
+        return _bodies_among(self.engine.programs)
 
 
 class TensorRTRtxTarget(TensorRTTarget, frozen=True, tag="tensorrt_rtx"):
@@ -696,6 +722,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, File]
     step_cache: StepCache | None = None
     evidence: Evidence | msgspec.UnsetType = msgspec.UNSET
+    step_precision: StepPrecision | msgspec.UnsetType = msgspec.UNSET
+
+    def bodies(self, target: Target, steps: int) -> list[str]:
+        """The body of each step of a generation of `steps` with one of its targets."""
+        precision = None if isinstance(self.step_precision, msgspec.UnsetType) else self.step_precision
+        return bodies_of(precision, steps, target.bodies)
 
     @property
     def recorded(self) -> Evidence | None:

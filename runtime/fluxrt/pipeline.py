@@ -21,6 +21,7 @@ from fluxrt.result import Result
 from fluxrt.schedule import SCHEDULES
 from fluxrt.sharding import rank_of
 from fluxrt.stepcache import Decisions, decisions_for
+from fluxrt.stepprecision import BODY
 from fluxrt.texts import TEXT_CACHE, Texts, Words, key_of
 from fluxrt.tiles import decode_in_tiles, with_tiles
 from fluxrt.turns import Turns
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from fluxrt.result import OnImage, OnStep
 
 LOG = logging.getLogger("fluxrt")
-STEP = ("prologue", "body", "epilogue")
 
 
 @dataclass(frozen=True)
@@ -363,10 +363,19 @@ class Pipeline:
             if keeps:
                 self._texts.keep(text, self.backend.save(self.encoded))
 
-    def step(self, sigma: float, next_sigma: float, graphs: tuple[str, ...] = STEP) -> None:
-        """One denoising step: the buffer `latents` moves from `sigma` to `next_sigma`."""
+    def bodies(self, steps: int) -> list[str]:
+        """The body that each step of a generation of `steps` runs (fluxrt.stepprecision)."""
+        return self.bundle.manifest.bodies(self.target, steps)
+
+    def body_at(self, sigma: float, steps: int, grid: tuple[int, int]) -> str:
+        """The body of the step at `sigma`, or nearest to it, of a generation of `steps` at the size of `grid`."""
+        schedule = SCHEDULES[self.bundle.manifest.sampling.schedule](grid[0] * grid[1], steps)[:-1]
+        return self.bodies(steps)[min(range(steps), key=lambda number: abs(schedule[number] - sigma))]
+
+    def step(self, sigma: float, next_sigma: float, body: str = BODY) -> None:
+        """One denoising step: the buffer `latents` moves from `sigma` to `next_sigma`, through one of the target's bodies."""
         self._put_sigmas(sigma, next_sigma)
-        self.backend.run(graphs, {"next_latents": "latents"})
+        self.backend.run(("prologue", body, "epilogue"), {"next_latents": "latents"})
 
     def denoise(self, sigmas: list[float], decisions: Decisions | None = None) -> Iterator[bool]:
         """Every step from what `begin` left, and whether its body was skipped; `decisions` None computes them all.
@@ -381,9 +390,10 @@ class Pipeline:
             self.backend.put("previous_signal", np.zeros([dimension_size(d, self._sizes) for d in shape], np.float32))
         front = ("prologue", "signal") if dynamic else ("prologue",)
         feedback = {"signal": "previous_signal"} if dynamic else {}
+        bodies = self.bodies(len(sigmas) - 1)
         for number, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
             if decisions is None:
-                self.step(sigma, next_sigma)
+                self.step(sigma, next_sigma, bodies[number])
                 yield False
                 continue
             change = None
@@ -393,7 +403,7 @@ class Pipeline:
                 moved, before = (float(part) for part in self._rank.sum(self.backend.get("change")))
                 change = moved / before if before else 0.0
             skips = decisions.skip(number, change)
-            back = ("epilogue",) if skips else ("body", "epilogue")
+            back = ("epilogue",) if skips else (bodies[number], "epilogue")
             if change is None:
                 self._put_sigmas(sigma, next_sigma)
                 self.backend.run((*front, *back), {**feedback, "next_latents": "latents"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -54,15 +54,29 @@ class BuiltGraph:
     entry: Graph
 
 
+@dataclass(frozen=True)
+class Plans:
+    """Precision plans by component, and those of bodies beside `body` by their names."""
+
+    components: Mapping[str, list[LayerPlan]]
+    bodies: Mapping[str, list[LayerPlan]] = field(default_factory=dict)
+
+    def of(self, graph: str) -> list[LayerPlan]:
+        """The plan of the layers of a graph, or of a piece of a body, whose name has a number behind it."""
+        stem, _, number = graph.rpartition("-")
+        body = stem if number.isdecimal() else graph
+        return self.bodies.get(body, self.components.get(COMPONENT_OF[graph.partition("-")[0]], []))
+
+
 def build_graphs(
     neutral: dict[str, onnx.ModelProto],
     weights: dict[str, dict[str, TensorRef]],
     entries: dict[str, str],
-    plans: dict[str, list[LayerPlan]],
+    plans: Plans,
     target: OnnxRuntimeTarget,
     unused: dict[str, tuple[str, ...]],
 ) -> dict[str, BuiltGraph]:
-    """Lower and bind the graphs; those named "body-N" are pieces of the body.
+    """Lower and bind the graphs; those named "body-N" are pieces of the body, and other bodies have names like "body-exact".
 
     `weights` describes each component's written tensors, `entries` names its weights file or index, `unused` the name
     prefixes no graph needs. Raises BuildError naming tensors that no graph uses, so that nothing is dropped in silence.
@@ -72,7 +86,7 @@ def build_graphs(
     for name, model in neutral.items():
         component, arguments = COMPONENT_OF[name.partition("-")[0]], argument_names(model)
         stored = {tensor: ref.dtype for tensor, ref in weights[component].items()}
-        planned = {entry.layer.name: entry for entry in plans.get(component, [])}
+        planned = {entry.layer.name: entry for entry in plans.of(name)}
         # The VAE stays in fp32: the CUDA provider has no bf16 kernel for Resize.
         dtype = PRECISIONS[target.dtype] if for_gpu and component != "vae" else TensorProto.FLOAT
         variants = {}
@@ -88,7 +102,7 @@ def build_graphs(
             check_kernels(name, variants[STORED].model)
     for component, tensors in weights.items():
         ignored = unused.get(component, ())
-        rightly_unused = _unused_input_scales(plans.get(component, []), bound[component], target.activations)
+        rightly_unused = _unused_input_scales(plans.components.get(component, []), bound[component], target.activations)
         check_unused(component, [t for t in tensors if t not in bound[component] and t not in rightly_unused], ignored)
     return built
 

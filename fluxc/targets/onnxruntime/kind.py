@@ -72,6 +72,7 @@ class OnnxRuntime(TargetKind[OnnxRuntimeTarget, format.OnnxRuntimeTarget]):
             exports=dict(exports),
             weights=dict(weights),
             plans=context.source.plans,
+            bodies=context.bodies(target),
             unused=context.source.unused,
             transformer=context.source.transformer,
             text_length=context.recipe.text.length,

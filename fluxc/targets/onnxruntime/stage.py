@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import UNSET
+
 from fluxc.base.cache import Made
 from fluxc.base.progress import Report
 from fluxc.models.flux2_transformer import Flux2Transformer
@@ -23,7 +25,8 @@ WHOLE = ("prologue", "signal", "epilogue", "vae_decoder", "vae_blend")
 
 @dataclass(frozen=True)
 class OnnxRuntimeInputs:
-    """`exports` are neutral graphs by component: whole in fp32, or one for each kind of block for a GPU or a rank.
+    """`exports` are neutral graphs by component: whole in fp32, or one for each kind of block for a GPU or a rank. `bodies` are
+    the transformer's plans for bodies beside `body`.
 
     `decoder_tiles` are those of queries in the VAE's attention. `padding`: whether some size's image tokens need padding for
     all ranks to hold as many.
@@ -33,6 +36,7 @@ class OnnxRuntimeInputs:
     exports: dict[str, Made]
     weights: dict[str, Weights]
     plans: dict[str, list[LayerPlan]]
+    bodies: dict[str, list[LayerPlan]]
     unused: dict[str, tuple[str, ...]]
     transformer: Flux2Transformer
     text_length: int
@@ -56,10 +60,13 @@ def run(inputs: OnnxRuntimeInputs, folder: Path, report: Report) -> None:
         graphs, sharding = _sharded(inputs, graphs)
     if for_gpu:
         graphs = _composed(inputs, graphs)
+    if sharding is None:
+        graphs |= dict.fromkeys(inputs.bodies, graphs["body"])
     weights = inputs.weights
     refs = {name: written.tensors for name, written in weights.items()}
     entries = {name: Path(written.entry).name for name, written in weights.items()}
-    built = build.build_graphs(graphs, refs, entries, inputs.plans, target, inputs.unused)
+    plans = build.Plans(inputs.plans, inputs.bodies)
+    built = build.build_graphs(graphs, refs, entries, plans, target, inputs.unused)
     with weights_beside(folder, weights):
         files = {file: model for graph in built.values() for file, model in graph.files.items()}
         for file, model in files.items():
@@ -94,13 +101,15 @@ def _sharded(
     kept = {name: graph for name, graph in graphs.items() if not name.endswith("_block")}
     if inputs.padding and "signal" in kept:
         kept["signal"] = hide_padding(kept["signal"])
-    order: list[str | format.Exchange] = []
+    bodies: dict[str, list[str | format.Exchange]] = {name: [] for name in ("body", *inputs.bodies)}
     for part in split_at_exchanges(shard(body, model, ranks, inputs.padding)):
-        if isinstance(part, Exchange):
-            port = port_of(part.sends)
-            order.append(format.Exchange(port.name, part.receives.name, port.dtype, port.shape))
-        else:
-            name = f"body-{sum(isinstance(known, str) for known in order)}"
-            order.append(name)
-            kept[name] = part
-    return kept, format.Sharding(ranks, text_tokens, inputs.padding, tuple(order))
+        for body_name, order in bodies.items():
+            if isinstance(part, Exchange):
+                port = port_of(part.sends)
+                order.append(format.Exchange(port.name, part.receives.name, port.dtype, port.shape))
+            else:
+                name = f"{body_name}-{sum(isinstance(known, str) for known in order)}"
+                order.append(name)
+                kept[name] = part
+    first, *others = ((name, tuple(order)) for name, order in bodies.items())
+    return kept, format.Sharding(ranks, text_tokens, inputs.padding, first[1], dict(others) or UNSET)

@@ -57,12 +57,16 @@ class PlanGraph:
 
 @dataclass(frozen=True)
 class Component:
-    """What the cut needs to know of a component: tensors of its weights files, precision plan, and the weights' entry."""
+    """What the cut needs to know of a component: tensors of its weights files, precision plan, and the weights' entry.
+
+    `bodies` are the plans of bodies beside `body`, by name; blocks that are the same in several are one plan.
+    """
 
     name: str
     weights: Mapping[str, TensorRef]
     plan: list[LayerPlan]
     entry: str
+    bodies: Mapping[str, list[LayerPlan]] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,34 +101,55 @@ class Cutter:
         self.cut = Cut()
 
     def transformer(
-        self, pieces: dict[str, onnx.ModelProto], component: Component, text_length: int, segment_bytes: int | None
+        self,
+        pieces: dict[str, onnx.ModelProto],
+        component: Component,
+        text_length: int,
+        segment_bytes: int | None,
     ) -> None:
-        """prologue, signal if there is one, body and epilogue; with `segment_bytes`, the blocks' weights are baked, at most
+        """prologue, signal if there is one, bodies and epilogue; with `segment_bytes`, the blocks' weights are baked, at most
         that many a segment."""
         steps = compose_steps(pieces, text_length)
-        blocks = _blocks(component)
         results = tuple(value.name for value in steps["prologue"].graph.output)
         self._program("prologue", component, self._calls("prologue", steps["prologue"], component), results)
         if "signal" in pieces:
             self._program("signal", component, self._calls("signal", pieces["signal"], component), ("signal", "change"))
-        at, after = "joined", "joined_after"
-        body = []
         if segment_bytes is None:
-            for kind, prefix in blocks:
-                name = kind.removesuffix("_block")
-                wired = {"joined": at, "joined_out": after}
-                body.append(self._call(name, steps[kind], component, prefix, wired))
-                at, after = after, at
+            self._bound_body("body", steps, component)
+            for name, plan in component.bodies.items():
+                self._bound_body(name, steps, replace(component, plan=plan))
         else:
-            for number, segment in enumerate(_segments(blocks, component, segment_bytes)):
-                name = f"blocks-{number}"
-                self._add(name, _composed(steps, segment), component, "", baked=True)
-                body.append(Call(name, "", {"joined": at, "joined_out": after}))
-                at, after = after, at
-        body.append(self._call("residual", steps["residual"], component, "", {"joined": at}))
-        self._program("body", component, body, ("residual",))
+            self._baked_body(steps, component, segment_bytes)
         epilogue = [self._call("epilogue", steps["epilogue"], component)]
         self._program("epilogue", component, epilogue, ("next_latents",))
+
+    def _bound_body(self, program: str, steps: dict[str, onnx.ModelProto], component: Component) -> None:
+        """A body of blocks whose weights are bound; plans that `body` does not have are called after this one."""
+        at, after = "joined", "joined_after"
+        calls = []
+        for kind, prefix in _blocks(component):
+            wired = {"joined": at, "joined_out": after}
+            variant = program.removeprefix("body")
+            calls.append(self._call(kind.removesuffix("_block"), steps[kind], component, prefix, wired, variant))
+            at, after = after, at
+        self._finish_body(program, steps, component, calls, at)
+
+    def _baked_body(self, steps: dict[str, onnx.ModelProto], component: Component, segment_bytes: int) -> None:
+        """The body of segments of blocks with their weights inside."""
+        at, after = "joined", "joined_after"
+        calls = []
+        for number, segment in enumerate(_segments(_blocks(component), component, segment_bytes)):
+            name = f"blocks-{number}"
+            self._add(name, _composed(steps, segment), component, "", baked=True)
+            calls.append(Call(name, "", {"joined": at, "joined_out": after}))
+            at, after = after, at
+        self._finish_body("body", steps, component, calls, at)
+
+    def _finish_body(
+        self, program: str, steps: dict[str, onnx.ModelProto], component: Component, calls: list[Call], joined: str
+    ) -> None:
+        residual = self._call("residual", steps["residual"], component, "", {"joined": joined})
+        self._program(program, component, [*calls, residual], ("residual",))
 
     def text_encoder(self, pieces: dict[str, onnx.ModelProto], component: Component, taken: tuple[int, ...]) -> None:
         """text_encoder: the embedding, the layers, and the hidden states after the layers `taken`, side by side."""
@@ -166,14 +191,25 @@ class Cutter:
         component: Component,
         prefix: str = "",
         buffers: dict[str, str] | None = None,
+        variant: str = "",
     ) -> Call:
-        name = self._add(kind, neutral, component, prefix)
+        name = self._add(kind, neutral, component, prefix, variant=variant)
         ports = {value.name for value in (*neutral.graph.input, *neutral.graph.output)}
         wired = {port: buffer for port, buffer in (buffers or {}).items() if port != buffer and port in ports}
         return Call(name, prefix, wired)
 
-    def _add(self, kind: str, neutral: onnx.ModelProto, component: Component, prefix: str, baked: bool = False) -> str:
-        """The name of the plan that computes `neutral` with the weights after `prefix`; of its kind if there is one."""
+    def _add(
+        self,
+        kind: str,
+        neutral: onnx.ModelProto,
+        component: Component,
+        prefix: str,
+        *,
+        baked: bool = False,
+        variant: str = "",
+    ) -> str:
+        """The name of the plan that computes `neutral` with the weights after `prefix`; of its kind if there is one, otherwise
+        called after kind and `variant`."""
         arguments = argument_names(neutral)
         stored = {n.removeprefix(prefix): ref for n, ref in component.weights.items() if n.startswith(prefix)}
         planned = without_prefix(component.plan, prefix)
@@ -187,8 +223,9 @@ class Cutter:
         # The tensors of a port may differ between blocks that are otherwise alike; they are in the key by the ports' names.
         if key in self._kinds:
             return self._kinds[key]
-        number = sum(1 for name in self._kinds.values() if name.rpartition("-")[0] == kind or name == kind)
-        name = f"{kind}-{number + 1}" if number else kind
+        stem = f"{kind}{variant}"
+        number = sum(1 for name in self._kinds.values() if name.rpartition("-")[0] == stem or name == stem)
+        name = f"{stem}-{number + 1}" if number else stem
         self._kinds[key] = name
         # External data must lie beside or below the graph that points to it.
         folder = f"{component.name}/{self._target}-" if baked else f"{self._folder}/"

@@ -84,6 +84,7 @@ class TensorRT(TargetKind[TensorRTTarget, format.TensorRTTarget]):
             exports=dict(exports),
             weights=dict(weights),
             plans=context.source.plans,
+            bodies=context.bodies(target),
             unused=context.source.unused,
             transformer=context.source.transformer,
             grids=context.grids,

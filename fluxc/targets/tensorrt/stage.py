@@ -17,7 +17,8 @@ from fluxrt import manifest as format
 
 @dataclass(frozen=True)
 class TensorRTInputs:
-    """`exports` are the graphs of each kind of block by component, the transformer's those of one rank; `config` is its own.
+    """`exports` are the graphs of each kind of block by component, the transformer's those of one rank; `bodies` its plans
+    for bodies beside `body`.
 
     `grids` are token rows and columns of every size, of tokens of `pixels_per_token`. `tiles` are those that images are decoded
     in, `decoder_tiles` the tiles of queries in the VAE's attention, `batches` the numbers of images made at once. `scalars` are
@@ -29,6 +30,7 @@ class TensorRTInputs:
     exports: dict[str, Made]
     weights: dict[str, Weights]
     plans: dict[str, list[LayerPlan]]
+    bodies: dict[str, list[LayerPlan]]
     unused: dict[str, tuple[str, ...]]
     transformer: Flux2Transformer
     grids: tuple[tuple[int, int], ...]
@@ -56,8 +58,9 @@ def run(inputs: TensorRTInputs, folder: Path, report: Report) -> None:
     target = inputs.target
     neutral = load_exports(inputs.exports, inputs.step_cache)
     refs = {name: written.tensors for name, written in inputs.weights.items()}
+    bodies = {"transformer": inputs.bodies}
     components = {
-        name: Component(name, tensors, inputs.plans.get(name, []), inputs.weights[name].entry)
+        name: Component(name, tensors, inputs.plans.get(name, []), inputs.weights[name].entry, bodies.get(name, {}))
         for name, tensors in refs.items()
     }
     sizes = build.Sizes(

@@ -21,7 +21,7 @@ from fluxrt.cores import allowed_cores, usable_cores
 from fluxrt.errors import BackendError, BundleError
 from fluxrt.manifest import dimension_size
 from fluxrt.memory import ROOM, Need, available_memory, is_repeatable, return_memory
-from fluxrt.unfold import unfold, unfolded_bytes
+from fluxrt.unfold import input_names, unfold, unfolded_bytes
 from fluxrt.weights import component_weights, weights_files
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from fluxrt.bundle import Bundle
     from fluxrt.group import Group
-    from fluxrt.manifest import Graph, OnnxRuntimeTarget, Sharding, Unfold
+    from fluxrt.manifest import Exchange, Graph, OnnxRuntimeTarget, Unfold
 
 
 LOG = logging.getLogger("fluxrt")
@@ -119,7 +119,7 @@ class OnnxRuntimeBackend(ArrayBackend):
         super().__init__(bundle, target)
         self._threads = _default_threads() if threads is None else check_threads(threads)
         self._group = group
-        self._last_uses: list[list[str]] = []
+        self._last_uses: dict[str, list[list[str]]] = {}
         self._sessions: dict[str, Any] = {}
         self._takes_turns = False
         self._unfolded: dict[str, dict[str, np.ndarray]] = {}
@@ -128,15 +128,20 @@ class OnnxRuntimeBackend(ArrayBackend):
         self._faster: frozenset[str] | None = None
 
     def _run_graph(self, graph: str) -> None:
-        if graph == "body" and self._target.sharding:
-            self._run_sharded(self._target.sharding)
-        else:
+        parts = self._parts(graph)
+        if parts is None:
             self._run_one(graph)
+        else:
+            self._run_sharded(graph, parts)
 
     def outputs(self, graph: str) -> tuple[str, ...]:
         """The results of `graph`."""
-        last = self._target.sharding.body[-1] if graph == "body" and self._target.sharding else graph
-        return super().outputs(str(last))
+        parts = self._parts(graph)
+        return super().outputs(str(parts[-1]) if parts else graph)
+
+    def _parts(self, graph: str) -> Sequence[str | Exchange] | None:
+        """What a body comes to on one of several ranks; None for what is one graph."""
+        return self._target.sharding.bodies.get(graph) if self._target.sharding else None
 
     def keep(self, graphs: tuple[str, ...] | None) -> None:
         """Drop the sessions of other graphs, with what they mapped, and return their memory to the system."""
@@ -164,7 +169,7 @@ class OnnxRuntimeBackend(ArrayBackend):
         gone = {(graph.weights, name) for graph in described for one in graph.unfolded for name in one.tensors}
         stored = {entry: component_weights(self._bundle, entry) for entry in {entry for entry, _ in gone}}
         let_go = sum(stored[entry][name].nbytes for entry, name in gone if name in stored[entry])
-        made = sum(unfolded_bytes(self._target.graphs[g].unfolded) for g in graphs if g not in self._unfolded)
+        made = self._still_unfolded(self._target.graphs[g].unfolded for g in graphs if g not in self._unfolded)
         ranks = self._group.ranks if self._group else 1
         working = working_memory(self._target.graphs, self._bundle, sizes)
         return sum(file.stat().st_size for file in weights) - let_go + ranks * (working + made)
@@ -187,12 +192,12 @@ class OnnxRuntimeBackend(ArrayBackend):
             self._check_shape(described.file, port, self._shape_of(result))
         self._buffers.update(zip((port.name for port in described.outputs), results, strict=True))
 
-    def _run_sharded(self, sharding: Sharding) -> None:
-        """The parts of the body in order; what one leaves for others is dropped after its last use."""
+    def _run_sharded(self, body: str, parts: Sequence[str | Exchange]) -> None:
+        """The parts of a body in order; what one leaves for others is dropped after its last use."""
         assert self._group is not None
-        if not self._last_uses:
-            self._last_uses = self._find_last_uses(sharding)
-        for part, done_with in zip(sharding.body, self._last_uses, strict=True):
+        if body not in self._last_uses:
+            self._last_uses[body] = self._find_last_uses(parts)
+        for part, done_with in zip(parts, self._last_uses[body], strict=True):
             if isinstance(part, str):
                 self._run_one(part)
             else:
@@ -200,11 +205,11 @@ class OnnxRuntimeBackend(ArrayBackend):
             for name in done_with:
                 del self._buffers[name]
 
-    def _find_last_uses(self, sharding: Sharding) -> list[list[str]]:
-        """For every part of the body, the buffers made in the body that no later part reads."""
+    def _find_last_uses(self, parts: Sequence[str | Exchange]) -> list[list[str]]:
+        """For every part of a body, the buffers made in the body that no later part reads."""
         made: set[str] = set()
         last: dict[str, int] = {}
-        for at, part in enumerate(sharding.body):
+        for at, part in enumerate(parts):
             if isinstance(part, str):
                 graph = self._described(part)
                 reads, makes = [port.name for port in graph.inputs], [port.name for port in graph.outputs]
@@ -212,7 +217,7 @@ class OnnxRuntimeBackend(ArrayBackend):
                 reads, makes = [part.sends], [part.receives]
             last |= {name: at for name in reads if name in made}
             made.update(makes)
-        return [[name for name, use in last.items() if use == at] for at in range(len(sharding.body))]
+        return [[name for name, use in last.items() if use == at] for at in range(len(parts))]
 
     def _run(self, graph: str, session: Any, described: Graph) -> list[Any]:
         """The outputs of `described`, in order, from the buffers its inputs name.
@@ -322,11 +327,20 @@ class OnnxRuntimeBackend(ArrayBackend):
         return has_room
 
     def _unfold(self, variant: Graph) -> dict[str, np.ndarray]:
-        """What is made of weights for a graph, on all of this backend's threads."""
+        """What is made of weights for a graph, on all of this backend's threads; what another graph holds already is shared."""
         stored = component_weights(self._bundle, variant.weights)
         forms = sorted({entry.form for entry in variant.unfolded})
         LOG.debug("graph %s computes in %s", variant.file, " and ".join(forms))
-        return unfold(variant.unfolded, stored, self._threads, signed=not saturates())
+        held = {name: array for arrays in self._unfolded.values() for name, array in arrays.items()}
+        missing = [entry for entry in variant.unfolded if not held.keys() >= set(input_names(entry))]
+        made = held | unfold(missing, stored, self._threads, signed=not saturates())
+        return {name: made[name] for entry in variant.unfolded for name in input_names(entry)}
+
+    def _still_unfolded(self, wanted: Iterable[Iterable[Unfold]]) -> int:
+        """Bytes of what is to be made of weights, each once, and is not there."""
+        held = {name for arrays in self._unfolded.values() for name in arrays}
+        entries = {tuple(input_names(entry)): entry for graph in wanted for entry in graph}
+        return unfolded_bytes(entry for names, entry in entries.items() if not held.issuperset(names))
 
     def _variant(self, graph: str) -> Graph:
         """The graph as this machine computes it best: in which form, and from which file."""
@@ -348,23 +362,24 @@ class OnnxRuntimeBackend(ArrayBackend):
             self._faster = frozenset()
             graphs = self._target.graphs
             everything = {graph.weights for graph in graphs.values()}
-            if sum(unfolded_bytes(_faster(graph)) for graph in graphs.values()) <= LITTLE:
+            if self._still_unfolded(_faster(graph) for graph in graphs.values()) <= LITTLE:
                 self._faster = frozenset(everything)
             together = list(graphs)
             for weights in () if self._faster or is_repeatable() else (everything, {graphs["prologue"].weights}):
                 if self._takes_turns:
                     together = [name for name, graph in graphs.items() if graph.weights in weights]
-                extra = sum(self._extra(name) for name in graphs if graphs[name].weights in weights)
+                extra = self._extra([name for name in graphs if graphs[name].weights in weights])
                 free = self._free_memory()
                 if free is None or self._needed(together, self._sizes) + extra <= ROOM * free:
                     self._faster = frozenset(weights)
                     break
         return self._faster
 
-    def _extra(self, graph: str) -> int:
-        """Bytes that the faster variant of a graph still takes, on every rank together."""
+    def _extra(self, graphs: Iterable[str]) -> int:
+        """Bytes that the faster variants of graphs still take, on every rank together."""
         ranks = self._group.ranks if self._group else 1
-        return 0 if graph in self._unfolded else ranks * unfolded_bytes(_faster(self._target.graphs[graph]))
+        there = self._unfolded
+        return ranks * self._still_unfolded(_faster(self._target.graphs[name]) for name in graphs if name not in there)
 
 
 def _faster(graph: Graph) -> tuple[Unfold, ...]:

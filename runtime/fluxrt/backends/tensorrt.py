@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from fluxrt.backends.buffers import (
     ALIGNMENT,
     Arena,
@@ -52,7 +54,7 @@ Moves = tuple[tuple[str, str], ...]
 
 @dataclass
 class _Loaded:
-    """A program on the GPU: where its weights lie."""
+    """A program and its variants on the GPU: where their weights lie."""
 
     arena: Arena
     address: int
@@ -210,12 +212,12 @@ class TensorRTBackend:
         Their contexts stay: they are small, hold compiled kernels, and making one anew takes all ranks.
         """
         self._driver.activate()
-        self._kept = [stage for stage in self._stages if graphs is None or stage in graphs]
+        self._kept = [stage for stage in self._stages if graphs is None or _stem(stage) in graphs]
         self.synchronize()
         for sequence in self._sequences.values():
             if not set(sequence.graphs) <= set(self._kept):
                 self._drop_graph(sequence)
-        for name in [name for name in self._programs if name not in self._kept]:
+        for name in self._programs.keys() - {_stem(stage) for stage in self._kept}:
             loaded = self._programs.pop(name)
             if loaded.arena.nbytes:
                 self._free(loaded.address)
@@ -228,7 +230,7 @@ class TensorRTBackend:
         """All weights of this rank, the buffers, and the working memory of its hungriest plan; nothing of TensorRT's own."""
         self._driver.activate()
         check_sizes(self._engine, sizes)
-        weights = sum(self._arena(stage).nbytes for stage in self._stages)
+        weights = sum(self._arena(stem).nbytes for stem in {_stem(stage) for stage in self._stages})
         buffers = sum(_aligned(buffer) for buffer in plan_buffers(self._engine, sizes, self._stages).values())
         free = self._driver.memory()[0] + sum(self._memory.values())
         return Need(weights + buffers + self._engines_wanted(self._stages, sizes), free, "GPU memory")
@@ -350,8 +352,8 @@ class TensorRTBackend:
 
     def _enqueue(self, sequence: _Sequence) -> None:
         for graph in sequence.graphs:
-            loaded = self._programs[graph]
-            for number, call in enumerate(self._program(graph).calls):
+            loaded, first = self._programs[_stem(graph)], self._first_call(graph)
+            for number, call in enumerate(self._program(graph).calls, start=first):
                 plan = self._engine.plans[call.plan]
                 context = self._context(sequence, call.plan).handle
                 for port in (*plan.inputs, *plan.outputs):
@@ -360,7 +362,7 @@ class TensorRTBackend:
                     self._bind(context, weight.name, loaded.address + loaded.arena.offsets[number, weight.name])
                 if not context.execute_async_v3(self._driver.stream):
                     raise BackendError(
-                        f"plan {call.plan} of {graph}, call {number}, did not run: {self._engines.told()}"
+                        f"plan {call.plan} of {graph}, call {number - first}, did not run: {self._engines.told()}"
                     )
         for source, target in sequence.moves:
             self._driver.copy(self._addresses[target], self._addresses[source], self._buffers[source].nbytes)
@@ -381,9 +383,8 @@ class TensorRTBackend:
 
     def _load(self, sequence: _Sequence) -> None:
         """Bring the weights of a sequence to the GPU, once, and make its contexts ready for the present sizes."""
-        programs = {graph: self._program(graph) for graph in sequence.graphs}
         if self._sizes is None:
-            raise BackendError(f"{', '.join(programs)}: no sizes were prepared")
+            raise BackendError(f"{', '.join(sequence.graphs)}: no sizes were prepared")
         self._reserve_scratch(sequence.graphs, self._sizes)
         for name in self._plans_of(sequence):
             profile = profile_for(name, self._engine.plans[name], self._sizes)
@@ -394,9 +395,9 @@ class TensorRTBackend:
                 context.handle.set_device_memory(*self._scratch)
                 context.scratch = self._scratch
             self._engines.set_shapes(name, context, self._sizes)
-        for graph, program in programs.items():
-            if graph not in self._programs:
-                self._programs[graph] = self._upload(graph, program)
+        for graph in sequence.graphs:
+            if _stem(graph) not in self._programs:
+                self._programs[_stem(graph)] = self._upload(_stem(graph))
 
     def _reserve_scratch(self, stages: Iterable[str], sizes: Sizes) -> None:
         """Working memory for the hungriest plan of `stages`, unless there is as much."""
@@ -430,21 +431,33 @@ class TensorRTBackend:
         assert self._sizes is not None
         return sequence.contexts[name, profile_for(name, self._engine.plans[name], self._sizes)]
 
-    def _upload(self, graph: str, program: Program) -> _Loaded:
-        stored = component_weights(self._bundle, program.weights)
-        arena = self._arenas[graph] = plan_arena(program, self._engine, stored)
+    def _upload(self, stem: str) -> _Loaded:
+        arena = self._arena(stem)
         if not arena.nbytes:
             return _Loaded(arena, 0)
-        address = self._allocate(arena.nbytes, f"the weights of {graph}")
-        upload(self._driver, address, arena, stored)
+        address = self._allocate(arena.nbytes, f"the weights of {stem}")
+        upload(self._driver, address, arena, component_weights(self._bundle, self._common(stem).weights))
         return _Loaded(arena, address)
 
-    def _arena(self, graph: str) -> Arena:
-        """Where the weights of a program lie, from the headers of its files."""
-        if graph not in self._arenas:
-            program = self._program(graph)
-            self._arenas[graph] = plan_arena(program, self._engine, component_weights(self._bundle, program.weights))
-        return self._arenas[graph]
+    def _arena(self, stem: str) -> Arena:
+        """Where the weights of a program and of its variants lie, each tensor once, from the headers of its files."""
+        if stem not in self._arenas:
+            program = self._common(stem)
+            self._arenas[stem] = plan_arena(program, self._engine, component_weights(self._bundle, program.weights))
+        return self._arenas[stem]
+
+    def _variants(self, stem: str) -> list[str]:
+        return [name for name in self._engine.programs if _stem(name) == stem]
+
+    def _common(self, stem: str) -> Program:
+        """The calls of a program and of its variants, one after the other."""
+        programs = [self._program(name) for name in self._variants(stem)] or [self._program(stem)]
+        return msgspec.structs.replace(programs[0], calls=tuple(call for program in programs for call in program.calls))
+
+    def _first_call(self, graph: str) -> int:
+        """The number of a program's first call among those of all variants."""
+        variants = self._variants(_stem(graph))
+        return sum(len(self._program(name).calls) for name in variants[: variants.index(graph)])
 
     def _read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The bytes of buffers, once the GPU has done what it was asked for."""
@@ -524,6 +537,11 @@ class TensorRTBackend:
         self._memory, self._scratch, self._buffer_memory = {}, (0, 0), 0
         self._sizes, self._buffers, self._addresses = None, {}, {}
         self._written.clear()
+
+
+def _stem(program: str) -> str:
+    """The name that variants of a program share: "body" of "body-precise"."""
+    return program.partition("-")[0]
 
 
 def _aligned(buffer: Buffer) -> int:
