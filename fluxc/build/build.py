@@ -183,11 +183,13 @@ def _report(
     evidence = {entry.name: kind_of(entry.kind).evidence(entry) for entry in manifest.targets}
     if recipe.step_cache and cached is None:
         figures["not_compared"].append(_step_cache_left_out(figures["level"]))
+    errors = results.get("step-errors")
     figures |= {
         "engines": {name: found for name, found in evidence.items() if found},
         "layers": layers,
         "sensitivity": results["sensitivity"],
         "attribution": results.get("attribution"),
+        "step_errors": {"prompts": errors.prompts, "errors": errors.roots} if errors else None,
     }
     return assemble(job.loaded, source, manifest, figures, cached, found), failure
 

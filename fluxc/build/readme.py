@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fluxc.checkpoint.named import PARTS
 from fluxc.models.published import MODELS
 from fluxc.report.tiers import UNCOMPARED
@@ -20,6 +22,7 @@ from fluxc.targets.tensorrt.library import GPUS
 from fluxrt.backends.library import PACKAGE
 from fluxrt.install import extra_requirements, install_elsewhere
 from fluxrt.manifest import Manifest, OnnxRuntimeTarget, Target, TensorRTTarget, VisualGenTarget
+from fluxrt.stepprecision import step_words
 from fluxrt.visual_gen import how_to_serve_folder
 
 NAME = "README.md"
@@ -76,6 +79,7 @@ def _rendered(manifest: Manifest, licence: str, licence_files: list[str]) -> str
         python_prompt=json.dumps(prompt),
         weights=_weights(manifest),
         fidelity=_fidelity(manifest),
+        steps=[] if isinstance(manifest.step_precision, msgspec.UnsetType) else step_words(manifest.step_precision),
         has_images=manifest.fidelity.level == "images",
         uncompared=UNCOMPARED.get(str(manifest.fidelity.level), ""),
         evidence=manifest.recorded,

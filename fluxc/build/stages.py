@@ -372,7 +372,8 @@ def _step_errors(job: Job, results: Results) -> Stage[Any, Any] | None:
 def step_precision(job: Job, results: Results) -> StepPrecision | None:
     """Which body each step runs, for the manifest; None where all run the same."""
     precision, errors = job.loaded.recipe.precision, results.get("step-errors")
-    return schedule_of(precision, job.loaded.recipe.sampling.steps, errors.gains if errors else None)
+    plan, steps = job.source(results).plans["transformer"], job.loaded.recipe.sampling.steps
+    return schedule_of(precision, plan, steps, errors.gains if errors else None)
 
 
 def _amax_settings(recipe: Recipe) -> Calibration:

@@ -17,7 +17,7 @@ from fluxc.build.job import Job
 from fluxc.build.preflight import preflight
 from fluxc.calibrate.summary import in_words
 from fluxc.checkpoint.components import WEIGHTS_FILE
-from fluxc.cli.describe_serving import batch_sentences, decoding_sentences
+from fluxc.cli.describe_serving import batch_sentences, decoding_sentences, step_sentences
 from fluxc.cli.plan_budget import print_budget
 from fluxc.cli.plan_report import (
     lacking,
@@ -96,6 +96,8 @@ def _print_sampling(console: Console, job: Job, context: TargetContext) -> None:
     console.print(f"sizes {sizes}; text {recipe.text.length} tokens; {recipe.sampling.steps} steps; {branches}")
     at_once = memory_at_once(recipe_model(job.loaded, job.original))
     for sentence in (*job.unused, *batch_sentences(context, at_once), *decoding_sentences(context)):
+        console.print(sentence)
+    for sentence in step_sentences(recipe, job.original.plans["transformer"]):
         console.print(sentence)
     if recipe.step_cache:
         console.print(_cache_sentence(job.loaded))

@@ -19,6 +19,7 @@ from fluxc.report.tiers import UNCOMPARED
 from fluxc.targets.registry import KINDS
 from fluxrt.bundle import Bundle
 from fluxrt.manifest import Manifest
+from fluxrt.stepprecision import step_words
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -51,7 +52,8 @@ def print_bundle(bundle: Bundle) -> None:
     for (component, format), (layers, before, after) in totals.items():
         table.add_row(component, format, str(layers), f"{before:,}", f"{after:,}")
     console.print(table)
-    for line in [*level_lines(manifest), *_scale_lines(manifest)]:
+    steps = [] if isinstance(manifest.step_precision, msgspec.UnsetType) else step_words(manifest.step_precision)
+    for line in [*steps, *level_lines(manifest), *_scale_lines(manifest)]:
         console.print(line)
     table = new_table(
         "target",

@@ -8,6 +8,9 @@ from fluxc.base.memory import bytes_in_words
 from fluxc.checkpoint.identify import pixels_per_token, vae_of
 from fluxc.predict.scaling import RankMemory
 from fluxc.predict.work import LARGE_DECODER, decoder_working, tile_hint
+from fluxc.quantize.plan import LayerPlan
+from fluxc.quantize.steps import bodies_of, body_plans, rules_of
+from fluxc.recipe.structs import Recipe
 from fluxc.targets.base import TargetContext
 from fluxc.targets.decoder import Decoder, tile_count, tiles_of_size
 
@@ -52,3 +55,20 @@ def decoding_sentences(context: TargetContext) -> Iterator[str]:
     for target in recipe.targets:
         if not target.runs_graphs:
             yield f"{target.name}: VisualGen's settings have no tiles, so it decodes every size whole; vae.tile is not for it"
+
+
+def step_sentences(recipe: Recipe, plan: list[LayerPlan]) -> Iterator[str]:
+    """Which steps leave the inputs of some layers as they are."""
+    plans = body_plans(recipe.precision, plan)
+    body_of = {layers: body for body, layers in bodies_of(recipe.precision).items()}
+    for rule in rules_of(recipe.precision):
+        body = body_of[rule.layers]
+        changed = sum(old.format != new.format for old, new in zip(plan, plans[body], strict=True))
+        given = {name: count for name in ("first", "last", "worst") if (count := getattr(rule, name))}
+        which = (
+            " ".join(f"the {name} {count}" for name, count in given.items()) or "the fewest that halve what that costs"
+        )
+        yield (
+            f"steps: {which} of {recipe.sampling.steps} leave the inputs of {changed} layers in 16 bits ({body}), on targets "
+            "that else round them; weights are stored once"
+        )

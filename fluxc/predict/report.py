@@ -34,6 +34,8 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
     console.print(_time_table(console, scaling))
     for count, reason in scaling.impossible.items():
         console.print(f"{count} GPUs: {reason}")
+    for sentence in _bodies_sentences(scaling):
+        console.print(sentence)
     if subject.skipped is None:
         console.print("How many steps the step cache skips is known once the recipe is built, so it is not counted.")
     console.print(_memory_table(scaling))
@@ -68,9 +70,9 @@ def print_scaling(console: Console, scaling: Scaling) -> None:
 
 def _time_table(console: Console, scaling: Scaling) -> Table:
     subject = scaling.subject
-    steps: list[tuple[str, float]] = [("image, s", subject.steps)]
+    shares: list[tuple[str, float]] = [("image, s", 1.0)]
     if subject.skipped:
-        steps.append((f"{subject.skipped:g} steps skipped, s", subject.steps - subject.skipped))
+        shares.append((f"{subject.skipped:g} steps skipped, s", 1 - subject.skipped / subject.steps))
     fewest = scaling.predictions[0]
     # The parts of a step go first where a terminal is narrow, the smallest of them before the others.
     columns = (
@@ -81,18 +83,34 @@ def _time_table(console: Console, scaling: Scaling) -> Table:
         Column("memory traffic", 3),
         Column("all-to-alls", 4),
         Column("launches", 5),
-        *(Column(title) for title, _ in steps),
+        *(Column(title) for title, _ in shares),
         Column(f"against {fewest.gpus}"),
         Column("of ideal"),
     )
     rows = []
     for p in scaling.predictions:
         parts = (p.time.gemms, p.time.attention, p.time.memory, p.time.exchanges, p.time.launches)
-        faster = fewest.time.seconds / p.time.seconds
+        faster = fewest.image_seconds / p.image_seconds
         figures = [_figure(1e3 * seconds) for seconds in (p.time.seconds, *parts)]
-        figures += [_figure(count * p.time.seconds) for _, count in steps]
+        figures += [_figure(share * p.image_seconds) for _, share in shares]
         rows.append([str(p.gpus), *figures, f"{faster:.2f}x", f"{faster * fewest.gpus / p.gpus:.0%}"])
     return fitted_table(console, columns, rows, "predicted time")
+
+
+def _bodies_sentences(scaling: Scaling) -> list[str]:
+    """What steps of other bodies take."""
+    found = []
+    for body, (plan, steps) in scaling.subject.bodies.items():
+        changed = sum(old.format != new.format for old, new in zip(scaling.subject.plan, plan, strict=True))
+        times = ", ".join(f"{_figure(1e3 * p.bodies[body][0].seconds)} ms" for p in scaling.predictions)
+        how = (
+            "how many is measured when the recipe is built, so none is counted" if steps is None else "as counted above"
+        )
+        number = "Some" if steps is None else str(steps)
+        found.append(
+            f"{number} of the steps leave the inputs of {changed} Linears as they are ({body}): {times} a step; {how}."
+        )
+    return found
 
 
 def _memory_table(scaling: Scaling) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fluxc.base.errors import RecipeError
@@ -20,6 +20,7 @@ from fluxc.quantize.memory import weights_memory
 from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.source import Source
 from fluxc.quantize.source_memory import memory_by_component
+from fluxc.quantize.steps import bodies_of, body_plans, schedule_of
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import ComponentPrecision
 from fluxc.recipe.targets import TensorRTTarget
@@ -39,7 +40,8 @@ class Subject:
 
     `weights`: bytes of the transformer's; `text_encoder` and `vae`: of theirs, on the first rank alone; `decoder`: of working
     memory of the VAE's, for a tile where it decodes `in_tiles`. `skipped`: steps that a step cache skips on average, None where
-    it is not known before a build. `batches`: how many images are made at once, each predicted.
+    it is not known before a build. `batches`: how many images are made at once, each predicted. `bodies`: by body beside `body`
+    its plan, and how many of `steps` run it; None where that is not known before a build.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Subject:
     decoder: int = 0
     batches: tuple[int, ...] = (1,)
     in_tiles: bool = False
+    bodies: Mapping[str, tuple[list[LayerPlan], int | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Prediction:
     """One number of GPUs and of `images` at once: the step of a rank, and memory of the first rank and of each other.
 
     `others` is None where there is none, `first` is with all components there; `stages` are the first rank's where they take
-    turns, by component.
+    turns, by component. `bodies` holds by body beside `body` the time of a step, and how many of `steps` run it.
     """
 
     gpus: int
@@ -87,6 +90,14 @@ class Prediction:
     others: RankMemory | None
     stages: Mapping[str, RankMemory]
     images: int = 1
+    steps: int = 1
+    bodies: Mapping[str, tuple[StepTime, int]] = field(default_factory=dict)
+
+    @property
+    def image_seconds(self) -> float:
+        """Of all steps of an image, none skipped."""
+        rest = self.steps - sum(count for _, count in self.bodies.values())
+        return rest * self.time.seconds + sum(count * time.seconds for time, count in self.bodies.values())
 
     @property
     def staged(self) -> RankMemory:
@@ -167,7 +178,21 @@ def recipe_model(loaded: LoadedRecipe, source: Source) -> Subject:
         decoder=decoder_working(decoder),
         batches=recipe.batches,
         in_tiles=context.tiles is not None,
+        bodies=_bodies(loaded, source) if any(target.rounds_inputs for target in recipe.targets) else {},
     )
+
+
+def _bodies(loaded: LoadedRecipe, source: Source) -> dict[str, tuple[list[LayerPlan], int | None]]:
+    """The bodies of a recipe beside `body`, with the steps that run each; a step that two rules could have counts for the
+    first."""
+    precision, steps = loaded.recipe.precision, loaded.recipe.sampling.steps
+    # Which steps are worst is not known, but that every step gains something is a good guess; of `auto` there is no number.
+    gains = {body: [1.0] * steps for body in bodies_of(precision)}
+    planned = source.plans["transformer"]
+    schedule = schedule_of(precision, planned, steps, gains)
+    counts = {} if schedule is None else {name: len(body.steps) for name, body in schedule.bodies.items()}
+    plans, is_open = body_plans(precision, planned), precision.steps == "auto"
+    return {body: (plan, None if is_open else counts.get(body, 0)) for body, plan in plans.items()}
 
 
 def predict(subject: Subject, gpu: Gpu, counts: tuple[int, ...]) -> Scaling:
@@ -208,11 +233,16 @@ def _work(subject: Subject, plan: list[LayerPlan], count: int, images: int) -> W
 
 
 def _predict(subject: Subject, gpu: Gpu, count: int, images: int = 1) -> Prediction:
-    computed = [
-        entry if multiplied_in(entry.format) in gpu.gemms else replace(entry, format="bf16") for entry in subject.plan
-    ]
-    work = _work(subject, computed, count, images)
-    held = rank_memory(subject, work, images)
+    def work_in(plan: list[LayerPlan]) -> Work:
+        computed = [
+            entry if multiplied_in(entry.format) in gpu.gemms else replace(entry, format="bf16") for entry in plan
+        ]
+        return _work(subject, computed, count, images)
+
+    work = work_in(subject.plan)
+    others = {body: (work_in(plan), steps) for body, (plan, steps) in subject.bodies.items()}
+    hungriest = max((work, *(other for other, _ in others.values())), key=lambda one: one.working_bytes)
+    held = rank_memory(subject, hungriest, images)
     weights = held.weights + subject.text_encoder + subject.vae
     first = RankMemory(weights, max(held.working, subject.decoder), held.buffers)
     # A layer of the text encoder works on fewer tokens than a block of the transformer, in the same way.
@@ -221,8 +251,17 @@ def _predict(subject: Subject, gpu: Gpu, count: int, images: int = 1) -> Predict
         "transformer": held,
         "VAE": RankMemory(subject.vae, subject.decoder, held.buffers),
     }
+    rates = calibrated()
     return Prediction(
-        count, work, step_time(work, gpu, calibrated()), first, held if count > 1 else None, stages, images
+        count,
+        work,
+        step_time(work, gpu, rates),
+        first,
+        held if count > 1 else None,
+        stages,
+        images,
+        subject.steps,
+        {body: (step_time(other, gpu, rates), steps or 0) for body, (other, steps) in others.items()},
     )
 
 
@@ -256,6 +295,11 @@ def scaling_as_json(scaling: Scaling) -> dict[str, Any]:
                 "gpus": p.gpus,
                 "step_seconds": p.time.seconds,
                 "parts_seconds": asdict(p.time),
+                "image_seconds": p.image_seconds,
+                "bodies": {
+                    body: {"step_seconds": time.seconds, "steps": subject.bodies[body][1]}
+                    for body, (time, _) in p.bodies.items()
+                },
                 "flop": p.work.flop,
                 "moved_bytes": p.work.moved_bytes,
                 "sent_bytes": p.work.sent_bytes,

@@ -16,7 +16,7 @@ from fluxc.quantize.patterns import matching
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.faults import Collected
 from fluxc.recipe.structs import Precision, StepRule
-from fluxrt.stepprecision import BODY, StepPrecision
+from fluxrt.stepprecision import BODY, Body, StepPrecision
 
 EXACT = f"{BODY}-exact"
 """The body of the first rule; those of rules for other layers have a number behind it."""
@@ -52,29 +52,33 @@ def check_steps(precision: Precision, plan: Sequence[LayerPlan]) -> None:
     names = [entry.layer.name for entry in plan]
     for number, rule in enumerate(rules_of(precision)):
         field = FIELD if precision.steps == "auto" else f"{FIELD}[{number}].layers"
-        for at, pattern in enumerate(rule.layers):
-            with collected.collecting():
-                matching(pattern, names, f"{field}[{at}]" if precision.steps != "auto" else field)
         with collected.collecting():
-            changed = [old for old, new in zip(plan, _with_exact_inputs(plan, rule.layers), strict=True) if old != new]
-            if changed and rule.is_measured and not to_quantize(changed):
-                raise RecipeError(
-                    f"{field}: which steps are worst is measured on layers that this build quantizes, and the checkpoint holds "
-                    "these quantized already; give first or last"
-                )
-            if not changed:
-                able = " and ".join(name for name, format in FORMATS.items() if format.weights_alone)
-                raise RecipeError(
-                    f"{field}: none of these layers has rounded inputs that can be left as they are, so this would change "
-                    f"nothing; layers in {able} have"
-                )
+            for at, pattern in enumerate(rule.layers):
+                matching(pattern, names, field if precision.steps == "auto" else f"{field}[{at}]")
+            _check_changes(rule, plan, field)
     collected.raise_all()
 
 
+def _check_changes(rule: StepRule, plan: Sequence[LayerPlan], field: str) -> None:
+    changed = [old for old, new in zip(plan, _with_exact_inputs(plan, rule.layers), strict=True) if old != new]
+    if not changed:
+        able = " and ".join(name for name, format in FORMATS.items() if format.weights_alone)
+        raise RecipeError(
+            f"{field}: none of these layers has rounded inputs that can be left as they are, so this would change nothing; "
+            f"layers in {able} have"
+        )
+    if rule.is_measured and not to_quantize(changed):
+        raise RecipeError(
+            f"{field}: which steps are worst is measured on layers that this build quantizes, and the checkpoint holds these "
+            "quantized already; give first or last"
+        )
+
+
 def schedule_of(
-    precision: Precision, steps: int, gains: Mapping[str, Sequence[float]] | None = None
+    precision: Precision, plan: Sequence[LayerPlan], steps: int, gains: Mapping[str, Sequence[float]] | None = None
 ) -> StepPrecision | None:
-    """Which body each of `steps` steps runs: the first rule that has a step decides. None where all run the same.
+    """Which body each of `steps` steps runs, where `plan` is the transformer's: the first rule that has a step decides. None
+    where all run the same.
 
     `gains` holds by body how much of the squared error of every step goes away with it: a rule that leaves its steps open takes
     those of the largest gains among the steps that no rule before it has, and none without a gain.
@@ -90,8 +94,12 @@ def schedule_of(
             numbers = _of_largest_gain(left, rule.worst)
         for number in numbers:
             taken.setdefault(number, body)
-    bodies = {body: tuple(sorted(n for n, of in taken.items() if of == body)) for body in of_layers.values()}
-    found = {body: numbers for body, numbers in bodies.items() if numbers}
+    found = {}
+    for body, changed in body_plans(precision, plan).items():
+        numbers = sorted(number for number, of in taken.items() if of == body)
+        if numbers:
+            layers = [new.layer.name for old, new in zip(plan, changed, strict=True) if old.format != new.format]
+            found[body] = Body(tuple(numbers), tuple(layers))
     return StepPrecision(steps, found) if found else None
 
 

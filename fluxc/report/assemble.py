@@ -12,7 +12,16 @@ from fluxc.fidelity.on_target import entries_of
 from fluxc.quantize.source import Source
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.report.gains import predicted, sizes_of
-from fluxc.report.structs import Attribution, LayerFigures, Report, StepCacheFigures, TargetFigures, Tiling, Verdict
+from fluxc.report.structs import (
+    Attribution,
+    LayerFigures,
+    Report,
+    StepCacheFigures,
+    StepPrecisionFigures,
+    TargetFigures,
+    Tiling,
+    Verdict,
+)
 from fluxc.report.tiers import never_run, stages_matched, tiers_of
 from fluxrt.manifest import Manifest, NotCompared, RankFidelity
 
@@ -60,6 +69,7 @@ def assemble(
         sensitivity=figures["sensitivity"],
         attribution=msgspec.convert(figures.get("attribution"), Attribution | None),
         step_cache=_step_cache(manifest, cached),
+        step_precision=_step_precision(manifest, figures.get("step_errors")),
         recipe=manifest.recipe,
         source=manifest.provenance.source,
         checkpoint=manifest.provenance.checkpoint,
@@ -107,6 +117,12 @@ def _layers(manifest: Manifest, measured: list[dict[str, Any]]) -> tuple[LayerFi
         plain["quantized_in_checkpoint"] = bool(errors) and fields["scales"] is None
         layers.append(plain)
     return msgspec.convert(layers, tuple[LayerFigures, ...])
+
+
+def _step_precision(manifest: Manifest, measured: dict[str, Any] | None) -> StepPrecisionFigures | None:
+    if isinstance(manifest.step_precision, msgspec.UnsetType):
+        return None
+    return msgspec.convert({"schedule": manifest.step_precision, **(measured or {})}, StepPrecisionFigures)
 
 
 def _step_cache(manifest: Manifest, cached: dict[str, Any] | None) -> StepCacheFigures | None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fluxc.report.structs import Report
+from fluxrt.stepprecision import BODY
 
 WIDE, NARROW = 8.4, 3.7
 """Inches of 96 pixels on the page."""
@@ -120,12 +121,16 @@ def steps_chart(report: Report) -> Chart | None:
         name: [min(prompt.step_cosine[step] for prompt in figures.prompts) for step in range(report.steps)]
         for name, figures in report.targets.items()
     }
+    schedule = report.step_precision.schedule if report.step_precision else None
+    exact = [n for n in range(report.steps) if schedule and schedule.body(n, report.steps) != BODY]
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.axes
         steps = range(1, report.steps + 1)
         for (name, values), colour in zip(worst.items(), SERIES * len(worst), strict=False):
             axes.plot(steps, values, marker="o", markersize=3, color=COLOURS[colour], label=name)
+        for number in exact:
+            axes.axvspan(number + 0.5, number + 1.5, color=COLOURS["c3"], alpha=0.12, linewidth=0)
         _gate_line(axes.axhline, limit)
         axes.set_xlabel(f"step, of {report.steps}")
         axes.set_ylabel("cosine of the velocity, worst prompt")
@@ -136,7 +141,8 @@ def steps_chart(report: Report) -> Chart | None:
     name = min(worst, key=lambda name: min(worst[name]))
     step = int(np.argmin(worst[name])) + 1
     gate = "" if limit is None else f"; the gate is {limit:g}"
-    summary = f"Lowest: {min(worst[name])} at step {step} of target {name}{gate}."
+    shaded = " Shaded: steps that leave inputs as they are, on targets that else round them." if exact else ""
+    summary = f"Lowest: {min(worst[name])} at step {step} of target {name}{gate}.{shaded}"
     return _chart("steps", summary, draw, (3.4, 3.2))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxc.report import charts, pictures
 from fluxc.report.structs import PAGE, REPORT_JSON, LayerFigures, Report, encode_report
+from fluxrt.stepprecision import step_words
 
 if TYPE_CHECKING:
     import jinja2
@@ -69,6 +70,8 @@ def render(report: Report, images: Path) -> str:
         causes=CAUSES,
         solved=[layer.rounding for layer in report.layers if layer.rounding],
         steps=_step_rows(report),
+        step_lines=step_words(report.step_precision.schedule) if report.step_precision else [],
+        step_bodies=_step_bodies(report),
         onset=pictures.onset(report, images),
         skipped=_skipped(report),
         methods=charts.METHODS,
@@ -202,6 +205,12 @@ def _step_rows(report: Report) -> list[list[tuple[float, float]]]:
         ]
         for step in range(report.steps)
     ]
+
+
+def _step_bodies(report: Report) -> list[str]:
+    """What runs each of the compiled steps."""
+    found = report.step_precision
+    return [found.schedule.body(step, found.schedule.steps) for step in range(found.schedule.steps)] if found else []
 
 
 def _skipped(report: Report) -> set[int]:

@@ -15,6 +15,7 @@ import msgspec
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import check_finite
 from fluxrt.manifest import CacheRule, Layer, NotCompared, OnTarget, RankFidelity, Sampling
+from fluxrt.stepprecision import StepPrecision
 
 FORMAT = "fluxc-report"
 FORMAT_VERSION = 2
@@ -273,12 +274,22 @@ class Attribution(Struct, frozen=True):
     errors: dict[str, float]
 
 
+class StepPrecisionFigures(Struct, frozen=True):
+    """Which steps leave inputs of which layers as they are, as the manifest has it, and, where that was measured, by body the
+    relative error of the guided velocity at every step (root mean square over `prompts` calibration prompts)."""
+
+    schedule: StepPrecision
+    prompts: int = 0
+    errors: dict[str, tuple[float, ...]] = {}
+
+
 class Report(Struct, frozen=True):
     """The report of one bundle. `targets` and `ranks` are by target: figures against the reference, and of sharded targets
     against the one that runs in one process. `engines` says what was found in what was built; `file_bytes` is by folder of the
     bundle, without the report, the evidence and what lies in no folder. `level` is what was compared on `prompts`: nothing,
     stages, or also images; `not_compared` says of each target what was not, and why. `tiling` is null where nothing was
-    compared or images of `size` are decoded whole. `on_target` is what `fluxc finish` and `fluxc add-evidence` added since.
+    compared or images of `size` are decoded whole. `step_precision` is null where all steps are
+    alike. `on_target` is what `fluxc finish` and `fluxc add-evidence` added since.
     """
 
     name: str
@@ -313,6 +324,7 @@ class Report(Struct, frozen=True):
     not_compared: tuple[NotCompared, ...] = ()
     tiling: Tiling | None = None
     attribution: Attribution | None = None
+    step_precision: StepPrecisionFigures | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
