@@ -67,7 +67,7 @@ def frontier(kind: str, work: Path) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
     from fluxc.base.progress import StageProgress
-    from fluxc.build.tune import Wish, tune
+    from fluxc.build.tune import Candidates, Wish, tune
     from fluxc.cli.tune import CANDIDATES
     from fluxc.formats.registry import multiplied_in
     from fluxc.predict.gpus import GPUS
@@ -78,7 +78,7 @@ def frontier(kind: str, work: Path) -> list[dict[str, Any]]:
         gpu = GPUS[kind]
         formats = tuple(name for name in CANDIDATES if multiplied_in(name) in gpu.gemms)
         loaded, wish = load_recipe(RECIPE, changes_of(work)), Wish(error=0.05, least="memory")
-        tuned = tune(loaded, (gpu, 1), wish, formats, work / "tuned.yaml", StageProgress())
+        tuned = tune(loaded, (gpu, 1), wish, Candidates(formats), work / "tuned.yaml", StageProgress())
         kept.write_text(json.dumps([asdict(point) for point in tuned.frontier]))
     found: list[dict[str, Any]] = json.loads(kept.read_text())
     return found

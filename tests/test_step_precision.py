@@ -146,8 +146,9 @@ def test_the_worst_steps_are_those_of_the_largest_gain() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["precision.steps=[{first: 1, last: 1}]"], "give one of first, last and worst"),
-        (["precision.steps=[{}]"], "give one of first, last and worst"),
+        (["precision.steps=[{first: 1, last: 1}]"], "give one of first, last, at and worst"),
+        (["precision.steps=[{}]"], "give one of first, last, at and worst"),
+        (["precision.steps=[{at: [1, 4]}]"], r"steps\[0\].at: an image has 3 steps"),
         (["precision.steps=[{last: 4}]"], r"steps\[0\].last: an image has 3 steps"),
         (['precision.steps=[{last: 1, layers: ["*.to_qq"]}]'], r"matches no layer; did you mean '\*attn.to_q'"),
         (['precision.steps=[{last: 1, layers: ["x_embedder"]}]'], "this would change nothing"),

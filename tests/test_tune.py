@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from click.testing import CliRunner
 from conftest import RECIPE
 from fluxc.base.progress import StageProgress
 from fluxc.build.build import build
-from fluxc.build.tune import Groups, Limits, Option, choose, frontier_of
+from fluxc.build.choice import Groups, Limits, Option, choose, choose_of, frontier_of
 from fluxc.cli.main import main
 from fluxc.recipe.edit import write_with_formats
 from fluxc.recipe.load import load_recipe
+from fluxc.recipe.structs import StepRule
 from fluxc.report.structs import REPORT_JSON
 from fluxrt.bundle import open_bundle
 from quick import QUICK
@@ -77,7 +79,7 @@ def test_under_an_error_there_may_be_the_least_memory() -> None:
 @pytest.mark.parametrize("axis", ["seconds", "weights"])
 def test_the_frontier_goes_from_least_to_no_error(axis) -> None:
     groups = random_groups(2, 12)
-    found = [sums(groups, picks) for picks in frontier_of(groups, axis)]
+    found = [sums(groups, picks) for _, picks in frontier_of({0: groups}, axis)]
     assert found[0][axis] == pytest.approx(sum(min(getattr(o, axis) for o in group) for group in groups), abs=1e-4)
     assert found[-1]["cost"] == pytest.approx(0, abs=1e-6)
     for one, other in itertools.pairwise(found):
@@ -87,6 +89,56 @@ def test_the_frontier_goes_from_least_to_no_error(axis) -> None:
 
 def test_no_choice_meets_what_is_impossible() -> None:
     assert choose(random_groups(3, 4), Limits(seconds=-1000.0)) is None
+    assert choose_of({0: random_groups(3, 4)}, Limits(seconds=-1000.0)) is None
+    assert frontier_of({0: random_groups(3, 4)}, "seconds", Limits(weights=-1000.0)) == []
+
+
+@pytest.mark.parametrize("limits", [Limits(seconds=-4.0), Limits(seconds=-3.0, weights=-6.0), Limits(cost=1.0)])
+def test_the_number_of_steps_is_the_best_of_all(limits: Limits) -> None:
+    """Programs of several numbers of steps against all choices of all of them."""
+    plain, rng = random_groups(4, 4), np.random.default_rng(5)
+    space: dict[int, Groups] = {0: plain}
+    for steps in (1, 3):
+        share = steps / 6
+        space[steps] = [
+            [
+                *options,
+                replace(options[1], cost=(1 - share) * options[1].cost, seconds=options[1].seconds + w, is_exact=True),
+            ]
+            for options, w in zip(plain, share * rng.exponential(size=4), strict=True)
+        ]
+    every = [
+        sums(groups, picks)
+        for groups in space.values()
+        for picks in itertools.product(*(range(len(options)) for options in groups))
+    ]
+    aim = "cost" if limits.cost is None else "seconds"
+    allowed = [
+        found for found in every if all(most is None or found[name] <= most for name, most in vars(limits).items())
+    ]
+    chosen = choose_of(space, limits)
+    assert chosen is not None
+    assert sums(space[chosen[0]], chosen[1])[aim] == pytest.approx(min(found[aim] for found in allowed), abs=1e-3)
+    frontier = [
+        sums(space[steps], picks) for steps, picks in frontier_of(space, "seconds", Limits(weights=limits.weights))
+    ]
+    assert all(limits.weights is None or found["weights"] <= limits.weights + 1e-6 for found in frontier)
+    for one, other in itertools.pairwise(frontier):
+        assert one["cost"] > other["cost"] - 1e-6
+
+
+def test_a_recipe_gets_the_steps_that_were_chosen(tmp_path: Path) -> None:
+    recipe, out = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    text = (
+        "name: one\nsizes: [[64, 64]]\nmodel: {source: ../models/flux2-nano}\nsampling: {steps: 8}\n"
+        "calibration: {prompts: a.txt}\nfidelity: {level: none}\ntargets: [{kind: tensorrt_rtx}]\n"
+    )
+    recipe.write_text(text, encoding="utf-8")
+    chosen = {"transformer_blocks.0.attn.to_q": "nvfp4"}
+    write_with_formats(recipe, (), chosen, out, [{"at": [2, 8], "layers": ["transformer_blocks.0.attn.to_q"]}])
+    (rule,) = load_recipe(out).recipe.precision.steps
+    assert isinstance(rule, StepRule)
+    assert (rule.numbers(8), rule.layers) == ([1, 7], ("transformer_blocks.0.attn.to_q",))
 
 
 def test_a_recipe_keeps_its_comments_and_everything_else(tmp_path: Path) -> None:
@@ -177,8 +229,8 @@ def test_the_table_says_what_is_predicted_and_what_measured(copied: Path, tuned:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--on", "b200"], 2, "give one of --time, --gpu-memory and --error"),
-        (["--on", "b200", "--time", "1", "--error", "0.1"], 2, "give one of --time, --gpu-memory and --error"),
+        (["--on", "b200"], 2, "give --time, --gpu-memory or both of them, or --error"),
+        (["--on", "b200", "--time", "1", "--error", "0.1"], 2, "give --time, --gpu-memory or both of them, or --error"),
         (["--on", "h100", "--error", "0.1", "--formats", "nvfp4"], 2, "H100 SXM does not multiply nvfp4; give some of"),
         (
             ["--on", "b200", "--error", "0.1", "--formats", "nvpf4"],
@@ -189,6 +241,7 @@ def test_the_table_says_what_is_predicted_and_what_measured(copied: Path, tuned:
         (["--on", "b200", "--error", "0.1", "--out", "SELF"], 2, "exists already, and is not overwritten"),
         (["--on", "b200", "--error", "0.1", "--set", "precision.transformer.default=bf16"], 2, "nothing to choose"),
         (["--on", "b200", "--error", "0.1", "--set", "calibration.engine=none"], 2, "engine: none: formats are"),
+        (["--on", "b200", "--error", "0.1", "--set", "precision.steps=[{last: 1}]"], 2, "tune chooses steps itself"),
     ],
 )
 def test_wrong_requests_are_refused(

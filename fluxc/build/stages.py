@@ -102,14 +102,14 @@ def comparing(job: Job) -> Iterator[Step]:
     yield Step("frontier", "fidelity", lambda results: _cache_figures(job, results, target, numbers))
 
 
-def tuning_steps(job: Job, formats: tuple[str, ...]) -> Iterator[Step]:
-    """The steps up to the costs of every group of layers in each of `formats`."""
+def tuning_steps(job: Job, formats: tuple[str, ...], measured_steps: int) -> Iterator[Step]:
+    """The steps up to the costs of every group of layers in each of `formats`, at so many steps of an image."""
 
     def costs(results: Results) -> Stage[Any, Any] | None:
         measured = _measured_inputs(job, results)
         if measured is None:
             return None
-        inputs = tuning_stage.FormatInputs(replace(measured, round_inputs=True), formats)
+        inputs = tuning_stage.FormatInputs(_with_every_step(job, measured), formats, measured_steps)
         return Stage("tune-costs", "measure formats of layers", inputs, tuning_stage.run, tuning_stage.load)
 
     yield Step("modelopt", "calibrate", lambda results: _modelopt(job))
@@ -119,12 +119,12 @@ def tuning_steps(job: Job, formats: tuple[str, ...]) -> Iterator[Step]:
 
 
 def tuning_inputs(
-    job: Job, results: Results, formats: tuple[str, ...], choices: tuple[tuning_stage.Choice, ...]
+    job: Job, results: Results, formats: tuple[str, ...], measured_steps: int, choices: tuple[tuning_stage.Wanted, ...]
 ) -> tuning_stage.ChoiceInputs:
     """What measuring whole choices depends on, after tuning_steps."""
     measured = _measured_inputs(job, results)
     assert measured is not None
-    return tuning_stage.ChoiceInputs(replace(measured, round_inputs=True), formats, choices)
+    return tuning_stage.ChoiceInputs(_with_every_step(job, measured), formats, measured_steps, choices)
 
 
 def planned_stages(job: Job) -> list[tuple[Step, str]]:
@@ -356,14 +356,19 @@ def _choice(job: Job, results: Results) -> Stage[Any, dict[str, Any]] | None:
     return Stage("sensitivity", "choose layers", inputs, sensitivity_stage.run_choice, sensitivity_stage.load_choice)
 
 
+def _with_every_step(job: Job, measured: sensitivity_stage.CostInputs) -> sensitivity_stage.CostInputs:
+    """`measured` asked for images as the recipe samples them, with inputs rounded."""
+    sampling = job.loaded.recipe.sampling
+    asked = measured.request | {"steps": sampling.steps, "guidance": sampling.guidance}
+    return replace(measured, request=asked, rows=job.rows(sampling.guidance), round_inputs=True)
+
+
 def _step_errors(job: Job, results: Results) -> Stage[Any, Any] | None:
     measured = _measured_inputs(job, results)
     if measured is None:
         return None
     recipe, plan = job.loaded.recipe, job.source(results).plans["transformer"]
-    steps, guidance = recipe.sampling.steps, recipe.sampling.guidance
-    asked = measured.request | {"steps": steps, "guidance": guidance}
-    of_body = replace(measured, request=asked, rows=job.rows(guidance), plan=plan, round_inputs=True)
+    of_body = replace(_with_every_step(job, measured), plan=plan)
     inputs = step_errors_stage.StepErrorInputs(of_body, body_plans(recipe.precision, plan))
     run, load = step_errors_stage.run, step_errors_stage.load
     return Stage("step-errors", "measure steps with rounded inputs", inputs, run, load)

@@ -3,9 +3,11 @@
 1. Each fusion group alone is put into each format and the error of the velocity is measured (calibration's prompts and calls);
    squared errors of different groups add up nearly.
 2. What a format changes in the time of a step on the GPU that is asked for is predicted (fluxc.predict); it adds up too.
-3. So the best choice under a limit is a mixed-integer program, solved exactly; with limits from the fastest choice to the one
-   of least error it gives the frontier.
-4. Every choice that is shown is measured as a whole, with the prediction of its error beside it.
+3. Where the recipe's targets can, groups in NVFP4 may leave their inputs as they are at some steps: those at which that gains
+   most. What a step costs then is measured step by step, and its time is a share of both bodies'.
+4. So the best choice under a limit is a mixed-integer program (choice.py), solved exactly; with limits from the fastest choice
+   to the one of least error it gives the frontier.
+5. Every choice that is shown is measured as a whole, with the prediction of its error beside it.
 
 Layers that the recipe keeps in bf16, by exclude, preset or rules, are not touched.
 """
@@ -19,12 +21,13 @@ from typing import Any, Literal
 
 from fluxc.base.errors import BuildError, RecipeError
 from fluxc.base.progress import StageProgress
+from fluxc.build.choice import Axis, Choice, Groups, Limits, Option, choose_of, frontier_of, taken
 from fluxc.build.job import Job
 from fluxc.build.preflight import measuring
 from fluxc.build.runner import Results, Stage, run, run_steps
 from fluxc.build.stages import tuning_inputs, tuning_steps
 from fluxc.calibrate import tuning_stage
-from fluxc.calibrate.tuning_stage import Choice, Costs
+from fluxc.calibrate.tuning_stage import Costs, Wanted
 from fluxc.formats.bf16 import BF16
 from fluxc.formats.registry import FORMATS, multiplied_in
 from fluxc.predict.gpus import Gpu
@@ -32,14 +35,16 @@ from fluxc.predict.scaling import Prediction, Subject, predict, recipe_model
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.load import LoadedRecipe
 
-POINTS = 9
-"""Of the frontier, from the fastest choice to the most accurate."""
+FEW_STEPS, MANY_STEPS = 4, 8
+"""Steps of an image that are measured: where all steps are alike, and where they may differ."""
+SHARES = (0, 1 / 24, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
+"""Parts of an image's steps that are tried for leaving inputs as they are."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """One limit: of a step's predicted `seconds`, of the predicted bytes of the fullest GPU's `memory`, or of the relative
-    `error`, under which there is to be the `least` of time or memory."""
+    """Limits of a step's predicted `seconds` and of the predicted bytes of the fullest GPU's `memory`, one or both; or one of
+    the relative `error`, under which there is to be the `least` of time or memory."""
 
     seconds: float | None = None
     memory: float | None = None
@@ -49,25 +54,30 @@ class Wish:
     @property
     def axis(self) -> Axis:
         """What is weighed against error."""
-        return (
-            "weights" if self.memory is not None or (self.error is not None and self.least == "memory") else "seconds"
-        )
-
-
-Axis = Literal["seconds", "weights"]
+        if self.seconds is not None:
+            return "seconds"
+        return "weights" if self.memory is not None or self.least == "memory" else "seconds"
 
 
 @dataclass(frozen=True)
 class Point:
-    """A choice: predicted seconds of a step, bytes of the transformer's weights and of the fullest GPU, and the velocity's
+    """A choice: the formats of layers, and at `exact_steps` (from 0) the layers that leave their inputs as they are; predicted
+    seconds of a step (the average over steps), bytes of the transformer's weights and of the fullest GPU, and the velocity's
     relative error, as the costs of groups add up to and, where it was measured, of the whole."""
 
-    choice: Choice
+    choice: dict[str, str]
     seconds: float
     weights: int
     memory: float
     predicted_error: float
     error: float | None = None
+    exact_layers: tuple[str, ...] = ()
+    exact_steps: tuple[int, ...] = ()
+
+    @property
+    def wanted(self) -> Wanted:
+        """What is to be measured of it."""
+        return Wanted(self.choice, self.exact_layers, self.exact_steps)
 
     @property
     def formats(self) -> dict[str, int]:
@@ -88,6 +98,17 @@ class Tuned:
     plain: Point
     names: tuple[str, ...]
     measured_on: dict[str, Any]
+    note: str = ""
+    """Why all steps are alike, where that was not chosen."""
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """`precision.steps` of the choice."""
+        if not self.chosen.exact_steps:
+            return []
+        able = {layer for layer, format in self.chosen.choice.items() if FORMATS[format].weights_alone}
+        layers = {} if able == set(self.chosen.exact_layers) else {"layers": list(self.chosen.exact_layers)}
+        return [{"at": [step + 1 for step in self.chosen.exact_steps], **layers}]
 
     @property
     def rules(self) -> dict[str, str]:
@@ -96,71 +117,79 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Option:
-    """A format of a group: what it adds to the squared error, to a step's seconds and to the bytes of weights."""
+class Candidates:
+    """What there is to choose from: `formats` of layers, and with `steps` also steps."""
 
-    format: str
-    cost: float
-    seconds: float
-    weights: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most that all groups may add up to; None: no limit."""
-
-    cost: float | None = None
-    seconds: float | None = None
-    weights: float | None = None
-
-
-Groups = list[list[Option]]
-Picks = list[int]
-"""Of each group the number of the option that is taken."""
+    formats: tuple[str, ...]
+    steps: bool = True
 
 
 def tune(
-    loaded: LoadedRecipe, on: tuple[Gpu, int], wish: Wish, formats: tuple[str, ...], out: Path, progress: StageProgress
+    loaded: LoadedRecipe, on: tuple[Gpu, int], wish: Wish, candidates: Candidates, out: Path, progress: StageProgress
 ) -> Tuned:
     """Measure, choose, and measure what was chosen, for a number of GPUs of one kind; results are kept beside `out`, as those
     of a build are.
 
     RecipeError for what the recipe or the wish does not allow, BuildError for a wish that no choice meets.
     """
+    formats = candidates.formats
     _check_formats(formats, on[0])
     if loaded.recipe.calibration.engine != "fluxc":
         raise RecipeError(
             f"calibration.engine: {loaded.recipe.calibration.engine}: formats are measured on the inputs that fluxc's own "
             "calibration sees; leave `engine` out"
         )
-    with measuring(loaded, out, progress, f"tune-{len(formats)}") as (cache, job):
+    if candidates.steps and loaded.recipe.precision.steps:
+        raise RecipeError("precision.steps: tune chooses steps itself; leave it out, or give --no-steps")
+    note = _why_alike(loaded, candidates)
+    measured_steps = FEW_STEPS if note else MANY_STEPS
+    with measuring(loaded, out, progress, f"tune-{len(formats) * measured_steps // FEW_STEPS}") as (cache, job):
         results = Results()
-        run_steps(cache, tuning_steps(job, formats), results)
+        run_steps(cache, tuning_steps(job, formats, measured_steps), results)
         costs: list[Costs] = results["tune-costs"] or []
         if not costs:
             raise RecipeError(
                 "precision.transformer: quantizes no layer, so there is nothing to choose; set its default"
             )
-        model = _Model(job, *on)
-        groups, names = [model.options(group) for group in costs], [group.layers for group in costs]
-        every = [model.point(names, groups, picks) for picks in frontier_of(groups, wish.axis)]
-        chosen = choose(groups, model.limits(wish), wish.axis)
+        model = _Model(job, on, costs, steps=not note)
+        limits = model.limits(wish)
+        within = replace(limits, cost=None, **{wish.axis: None})
+        every = [model.point(choice) for choice in frontier_of(model.space, wish.axis, within)]
+        chosen = choose_of(model.space, limits, wish.axis)
         if chosen is None:
-            raise BuildError(_not_met(wish, every))
-        every.append(model.point(names, groups, chosen))
-        inputs = tuning_inputs(job, results, formats, tuple(point.choice for point in every))
+            smallest = [model.point(choice) for choice in frontier_of(model.space, "weights")[:1]]
+            raise BuildError(_not_met(wish, every or smallest))
+        every.append(model.point(chosen))
+        inputs = tuning_inputs(job, results, formats, measured_steps, tuple(point.wanted for point in every))
         stage = Stage(
             "tune-points", "measure what was chosen", inputs, tuning_stage.run_choices, tuning_stage.load_choices
         )
         errors = run(cache, stage)
     whole = [replace(point, error=error) for point, error in zip(every, errors, strict=True)]
-    from fluxc.calibrate.sensitivity import measured_on
+    from fluxc.calibrate.sensitivity import PROMPTS, evenly
 
     request = inputs.measured.request
-    measured = measured_on(len(request["prompts"]), request["steps"])
-    return Tuned(
-        *on, tuple(whole[:-1]), whole[-1], model.plain, tuple(layer for layers in names for layer in layers), measured
-    )
+    measured = {
+        "prompts": len(evenly(len(request["prompts"]), PROMPTS)),
+        "steps": evenly(request["steps"], measured_steps),
+    }
+    names = tuple(layer for group in costs for layer in group.layers)
+    return Tuned(*on, tuple(whole[:-1]), whole[-1], model.plain, names, measured, note)
+
+
+def _why_alike(loaded: LoadedRecipe, candidates: Candidates) -> str:
+    """Why steps are not chosen; empty where they are."""
+    recipe, formats = loaded.recipe, candidates.formats
+    if not candidates.steps:
+        return "all steps are alike, as asked"
+    if not any(FORMATS[name].weights_alone in formats for name in formats):
+        return "all steps are alike: no two of the formats differ in their inputs alone"
+    unable = [target for target in recipe.targets if target.one_precision]
+    if unable:
+        return f"all steps are alike: {unable[0].name}: {unable[0].one_precision}"
+    if not any(target.rounds_inputs and target.runs_graphs for target in recipe.targets):
+        return "all steps are alike: no target of the recipe rounds inputs"
+    return ""
 
 
 def _check_formats(formats: tuple[str, ...], gpu: Gpu) -> None:
@@ -173,50 +202,103 @@ def _check_formats(formats: tuple[str, ...], gpu: Gpu) -> None:
 
 
 class _Model:
-    """Predicts what choices of the job's recipe take on so many GPUs of one kind."""
+    """Predicts what choices of the job's recipe take on so many GPUs of one kind; `costs` are those of its groups of layers.
 
-    def __init__(self, job: Job, gpu: Gpu, gpus: int) -> None:
-        self._gpu, self._gpus = gpu, gpus
+    `space` are the options of each group, by how many steps leave inputs as they are.
+    """
+
+    def __init__(self, job: Job, on: tuple[Gpu, int], costs: list[Costs], *, steps: bool) -> None:
+        self._gpu, self._gpus = on
         self._entries = {entry.layer.name: entry for entry in to_quantize(job.original.plans["transformer"])}
         subject = recipe_model(job.loaded, job.original)
         every = [self._in(entry, BF16) if entry.layer.name in self._entries else entry for entry in subject.plan]
         weights = sum(entry.bytes_after for entry in every) - sum(entry.bytes_after for entry in subject.plan)
-        self._subject = replace(subject, plan=every, weights=subject.weights + weights, batches=(1,))
+        self._subject = replace(subject, plan=every, weights=subject.weights + weights, batches=(1,), bodies={})
         self._base = self._predicted({})
+        self._costs, self._steps = costs, subject.steps
+        self._ranked = self._steps_by_gain()
+        counts = sorted({round(share * self._steps) for share in SHARES}) if steps else [0]
+        alone = [self._options(group) for group in costs]
+        self.space: dict[int, Groups] = {
+            count: [
+                [*options, *self._exact(group, options, count)] for group, options in zip(costs, alone, strict=True)
+            ]
+            for count in counts
+        }
 
     @staticmethod
     def _in(entry: LayerPlan, format: str) -> LayerPlan:
         return replace(entry, format=format)
 
-    def _predicted(self, choice: Choice) -> tuple[Subject, Prediction]:
+    def _predicted(self, choice: dict[str, str]) -> tuple[Subject, Prediction]:
         plan = [self._in(entry, choice.get(entry.layer.name, entry.format)) for entry in self._subject.plan]
         weights = self._subject.weights + sum(entry.bytes_after for entry in plan)
         weights -= sum(entry.bytes_after for entry in self._subject.plan)
         subject = replace(self._subject, plan=plan, weights=weights)
         return subject, predict(subject, self._gpu, (self._gpus,)).predictions[0]
 
-    def options(self, group: Costs) -> list[Option]:
+    def _options(self, group: Costs) -> list[Option]:
         """A group in bf16, then in each format it was measured in."""
         subject, base = self._base
         found = [Option(BF16, 0.0, 0.0, 0.0)]
         for format, cost in group.by_format.items():
             changed, prediction = self._predicted(dict.fromkeys(group.layers, format))
             seconds = prediction.time.seconds - base.time.seconds
-            found.append(Option(format, cost, seconds, changed.weights - subject.weights))
+            found.append(Option(format, float(cost.mean()), seconds, changed.weights - subject.weights))
         return found
 
-    def point(self, names: list[tuple[str, ...]], groups: Groups, picks: Picks) -> Point:
+    def _exact(self, group: Costs, options: list[Option], count: int) -> list[Option]:
+        """The same in formats whose inputs are left as they are at `count` steps."""
+        of_format = {option.format: option for option in options}
+        found = []
+        for option in options if count else ():
+            twin = FORMATS[option.format].weights_alone if option.format in FORMATS else ""
+            if twin in of_format:
+                cost, steps = group.by_format[option.format].copy(), self._ranked[:count]
+                cost[steps] = group.by_format[twin][steps]
+                share = count / self._steps
+                seconds = (1 - share) * option.seconds + share * of_format[twin].seconds
+                found.append(Option(option.format, float(cost.mean()), seconds, option.weights, is_exact=True))
+        return found
+
+    def _steps_by_gain(self) -> list[int]:
+        """Steps, those first at which inputs that are left as they are gain most over all groups."""
+        import numpy as np
+
+        gains = np.zeros(self._steps)
+        for group in self._costs:
+            for format, cost in group.by_format.items():
+                twin = FORMATS[format].weights_alone
+                if twin in group.by_format:
+                    gains += cost - group.by_format[twin]
+        return [int(step) for step in np.argsort(-gains, kind="stable")]
+
+    def point(self, choice: Choice) -> Point:
         """What a choice comes to."""
-        taken = [options[pick] for options, pick in zip(groups, picks, strict=True)]
-        choice = {
-            layer: option.format
-            for layers, option in zip(names, taken, strict=True)
-            for layer in layers
-            if option.format != BF16
-        }
-        subject, prediction = self._predicted(choice)
-        error = math.sqrt(sum(option.cost for option in taken))
-        return Point(choice, prediction.time.seconds, subject.weights, prediction.first.total, error)
+        count, picks = choice
+        options = taken(self.space[count], picks)
+        formats: dict[str, str] = {}
+        exact: list[str] = []
+        for group, option in zip(self._costs, options, strict=True):
+            formats |= {layer: option.format for layer in group.layers if option.format != BF16}
+            exact += group.layers if option.is_exact else ()
+        subject, prediction = self._predicted(formats)
+        seconds, memory, steps = prediction.time.seconds, prediction.first.total, tuple(sorted(self._ranked[:count]))
+        if exact:
+            alone = {layer: FORMATS[formats[layer]].weights_alone for layer in exact}
+            other = self._predicted(formats | alone)[1]
+            seconds += count / self._steps * (other.time.seconds - seconds)
+            memory = max(memory, other.first.total)
+        error = math.sqrt(sum(option.cost for option in options))
+        return Point(
+            formats,
+            seconds,
+            subject.weights,
+            memory,
+            error,
+            exact_layers=tuple(exact),
+            exact_steps=steps if exact else (),
+        )
 
     @property
     def plain(self) -> Point:
@@ -234,70 +316,17 @@ class _Model:
         )
 
 
-def choose(groups: Groups, limits: Limits, axis: Axis = "seconds") -> Picks | None:
-    """The choice of least error under limits of time and weights, or, under one of error, of least time or weights (`axis`);
-    None where none is under them. A mixed-integer program: one option of each group."""
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    options = [option for group in groups for option in group]
-    values = {name: np.array([getattr(option, name) for option in options]) for name in ("cost", "seconds", "weights")}
-    one_each = np.zeros((len(groups), len(options)))
-    at = 0
-    for number, group in enumerate(groups):
-        one_each[number, at : at + len(group)] = 1
-        at += len(group)
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for name, most in (("cost", limits.cost), ("seconds", limits.seconds), ("weights", limits.weights)):
-        if most is not None:
-            # Scaled, because the solver's tolerances are absolute.
-            scale = np.abs(values[name]).max(initial=1e-30)
-            constraints.append(LinearConstraint(values[name] / scale, ub=most / scale))
-    aim, other = ("cost", axis) if limits.cost is None else (axis, "cost")
-    scaled = {name: values[name] / np.abs(values[name]).max(initial=1e-30) for name in (aim, other)}
-    # Of choices that are as good, the one that is also better otherwise.
-    found = milp(
-        scaled[aim] + 1e-6 * scaled[other],
-        constraints=constraints,
-        bounds=Bounds(0, 1),
-        integrality=np.ones(len(options)),
-        options={"mip_rel_gap": 1e-4, "time_limit": 60},
-    )
-    if found.x is None:
-        return None
-    picks, at = [], 0
-    for group in groups:
-        picks.append(int(np.argmax(found.x[at : at + len(group)])))
-        at += len(group)
-    return picks
-
-
-def frontier_of(groups: Groups, axis: Axis = "seconds") -> list[Picks]:
-    """Choices from the fastest, or smallest, to the one of least error, under limits at even distances."""
-    least = sum(min(getattr(option, axis) for option in group) for group in groups)
-    best = choose(groups, Limits(), axis)
-    assert best is not None
-    most = sum(getattr(options[pick], axis) for options, pick in zip(groups, best, strict=True))
-    found: list[Picks] = []
-    for number in range(POINTS):
-        limit = least + (most - least) * number / (POINTS - 1)
-        limits = {axis: limit + 1e-9 * max(abs(least), abs(most))}
-        picks = choose(groups, Limits(**limits), axis)
-        if picks is not None and picks not in found:
-            found.append(picks)
-    return found
-
-
 def _not_met(wish: Wish, every: list[Point]) -> str:
     fastest, smallest = min(every, key=lambda point: point.seconds), min(every, key=lambda point: point.memory)
-    if wish.seconds is not None:
+    if wish.memory is not None and smallest.memory > wish.memory:
         return (
-            f"--time {1e3 * wish.seconds:g}: no choice of formats is so fast; the fastest takes {1e3 * fastest.seconds:.3g} ms "
-            "a step by prediction. More GPUs, other --formats or a smaller size take less"
-        )
-    if wish.memory is not None:
-        return (
-            f"--memory {wish.memory / 2**30:g}: no choice of formats is so small; the smallest takes "
+            f"--gpu-memory {wish.memory / 2**30:g}: no choice of formats is so small; the smallest takes "
             f"{smallest.memory / 2**30:.1f} GiB by prediction, text encoder and VAE included"
+        )
+    if wish.seconds is not None:
+        both = "" if wish.memory is None else " of those that are small enough"
+        return (
+            f"--time {1e3 * wish.seconds:g}: no choice of formats is so fast; the fastest{both} takes "
+            f"{1e3 * fastest.seconds:.3g} ms a step by prediction. More GPUs, other --formats or a smaller size take less"
         )
     return f"--error {wish.error:g}: no choice of formats is so accurate, not even every layer in bf16"

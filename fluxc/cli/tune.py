@@ -69,20 +69,26 @@ POSITIVE = _Positive(min=0, min_open=True)
     help="Formats a layer may have, besides bf16.",
     show_default=f"those of {', '.join(CANDIDATES)} that the GPU computes in",
 )
+@click.option(
+    "--steps/--no-steps",
+    default=True,
+    help="Also choose steps at which layers in NVFP4 leave their inputs as they are, where the recipe's targets can.",
+)
 @click.option("--out", type=PLACE, help="The recipe to write.", show_default="RECIPE-tuned.yaml")
 @memory_option
 @threads_option
 @json_option
 @shows_progress
 def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: ShownProgress, **options: Any) -> None:
-    """Choose the format of each layer that RECIPE quantizes: the least error under a limit of time or memory, or the least time
-    or memory under one of error.
+    """Choose the format of each layer that RECIPE quantizes, and steps at which inputs are not rounded: the least error under
+    limits of time and memory, or the least time or memory under one of error.
 
     What a format costs is measured on calibration's prompts, what it saves is predicted for the GPU. Shown is the frontier,
     each choice measured as a whole; the one that meets the limit is written as a recipe.
     """
     from fluxc.base.errors import RecipeError
     from fluxc.base.output import check_output
+    from fluxc.build.tune import Candidates
     from fluxc.build.tune import tune as run
     from fluxc.formats.registry import check_format, multiplied_in
     from fluxc.recipe.edit import write_with_formats
@@ -104,8 +110,9 @@ def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: Sho
         raise RecipeError(f"--out {target}: a recipe's paths start from its folder; write it beside {recipe}")
     # Beside the bundle that a build makes by default, which then finds them.
     kept = Path("artifacts") / f"{loaded.recipe.name}-tuned"
-    tuned = run(loaded, (gpu, options["gpus"]), wish, formats, kept, progress)
-    write_with_formats(recipe, changes, tuned.rules, target)
+    candidates = Candidates(formats, options["steps"])
+    tuned = run(loaded, (gpu, options["gpus"]), wish, candidates, kept, progress)
+    write_with_formats(recipe, changes, tuned.rules, target, tuned.steps)
     # What was written must say what was chosen.
     load_recipe(target)
     progress.finish(f"tuned {target}", f"build it: fluxc build {target}")
@@ -120,8 +127,8 @@ def _wish(options: dict[str, Any]) -> Wish:
     from fluxc.build.tune import Wish
 
     milliseconds, memory, error = (options[name] for name in ("milliseconds", "gpu_memory", "error"))
-    if sum(limit is not None for limit in (milliseconds, memory, error)) != 1:
-        raise click.UsageError("give one of --time, --gpu-memory and --error")
+    if (milliseconds is None and memory is None) == (error is None):
+        raise click.UsageError("give --time, --gpu-memory or both of them, or --error")
     seconds = None if milliseconds is None else milliseconds / 1e3
     return Wish(seconds, None if memory is None else memory * 2**30, error, options["least"])
 
@@ -135,6 +142,7 @@ def _as_json(tuned: Tuned) -> dict[str, Any]:
         "chosen": asdict(tuned.chosen),
         "bf16": asdict(tuned.plain),
         "rules": tuned.rules,
+        "steps": tuned.steps,
     }
 
 
@@ -151,6 +159,7 @@ def _print(tuned: Tuned) -> None:
         "error, added up",
         "error, measured",
         "layers",
+        "steps",
         title=f"time and memory PREDICTED for {tuned.gpus} x {tuned.gpu.name}, one image; error measured",
     )
     rows = [("", point) for point in tuned.frontier] + [("chosen", tuned.chosen), ("bf16", tuned.plain)]
@@ -160,8 +169,11 @@ def _print(tuned: Tuned) -> None:
     on = tuned.measured_on
     console.print(
         f"Errors are of the guided velocity, relative, root mean square over {on['prompts']} calibration prompts at steps "
-        f"{', '.join(map(str, on['steps']))}, with inputs rounded as a GPU rounds them. Added up: what each layer costs alone."
+        f"{', '.join(map(str, on['steps']))}, with inputs rounded as a GPU rounds them. Added up: what each layer costs alone. "
+        "Steps: at how many of an image's the inputs of so many layers are left as they are; a step's time is the average."
     )
+    if tuned.note:
+        console.print(f"{tuned.note[0].upper()}{tuned.note[1:]}.")
 
 
 def _figures(point: Point, tuned: Tuned) -> list[str]:
@@ -177,4 +189,5 @@ def _figures(point: Point, tuned: Tuned) -> list[str]:
         f"{point.predicted_error:.4f}",
         "" if point.error is None else f"{point.error:.4f}",
         ", ".join(formats),
+        f"{len(point.exact_steps)}: {len(point.exact_layers)} exact" if point.exact_steps else "",
     ]

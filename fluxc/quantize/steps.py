@@ -70,7 +70,7 @@ def _check_changes(rule: StepRule, plan: Sequence[LayerPlan], field: str) -> Non
     if rule.is_measured and not to_quantize(changed):
         raise RecipeError(
             f"{field}: which steps are worst is measured on layers that this build quantizes, and the checkpoint holds these "
-            "quantized already; give first or last"
+            "quantized already; give first, last or at"
         )
 
 

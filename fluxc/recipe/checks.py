@@ -217,11 +217,11 @@ def _precision_of_steps(recipe: Recipe, refuse: Refuse) -> None:
     if not rules:
         return
     for at, rule in enumerate(() if rules == "auto" else rules):
-        given = {name: count for name in ("first", "last", "worst") if (count := getattr(rule, name)) is not None}
+        given = {n: count for n in ("first", "last", "at", "worst") if (count := getattr(rule, n)) is not None}
         if len(given) != 1:
-            refuse(f"{field}[{at}]", "give one of first, last and worst")
+            refuse(f"{field}[{at}]", "give one of first, last, at and worst")
         for name, count in given.items():
-            if count > recipe.sampling.steps:
+            if (max(count) if name == "at" else count) > recipe.sampling.steps:
                 refuse(f"{field}[{at}].{name}", f"an image has {recipe.sampling.steps} steps (sampling.steps)")
     if not any(target.rounds_inputs and target.runs_graphs for target in recipe.targets):
         refuse(field, "no target of this recipe rounds inputs, so all steps would be alike; leave it out")

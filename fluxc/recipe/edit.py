@@ -1,9 +1,11 @@
-"""Writes a recipe anew with other formats of layers."""
+"""Writes a recipe anew with other formats of layers, and steps at which layers leave their inputs as they are."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -13,9 +15,11 @@ from fluxc.recipe.document import read_document
 WIDTH = 120
 
 
-def write_with_formats(recipe: Path, changes: tuple[str, ...], formats: dict[str, str], out: Path) -> None:
-    """Write `out`: `recipe` with `changes` and with `formats` of layers as rules, which go before its own. Everything else
-    stays as it is written there, comments too. It appears when complete."""
+def write_with_formats(
+    recipe: Path, changes: tuple[str, ...], formats: dict[str, str], out: Path, steps: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write `out`: `recipe` with `changes` and with `formats` of layers as rules, which go before its own, and with `steps` as
+    `precision.steps`. Everything else stays as it is written there, comments too. It appears when complete."""
     yaml = YAML()
     yaml.width = WIDTH
     data = yaml.load(recipe.read_text(encoding="utf-8-sig"))
@@ -39,6 +43,11 @@ def write_with_formats(recipe: Path, changes: tuple[str, ...], formats: dict[str
     precision["rules"] = rules
     for field in ("budget", *(("exclude",) if precision.get("exclude") == "auto" else ())):
         precision.pop(field, None)
+    if steps:
+        written = CommentedSeq(CommentedMap(rule) for rule in steps)
+        for rule in written:
+            rule.fa.set_flow_style()
+        data["precision"]["steps"] = written
     text = io.StringIO()
     yaml.dump(data, text)
     partial = out.with_name(f".{out.name}.partial")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -249,10 +250,14 @@ class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 class StepRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Steps at which inputs of NVFP4 layers are not rounded; give one of `first`, `last` and `worst`."""
+    """Steps at which inputs of NVFP4 layers are not rounded; give one of `first`, `last`, `at` and `worst`."""
 
     first: Annotated[Count | None, about("so many steps at the start", 1)] = None
     last: Annotated[Count | None, about("so many steps at the end", 5)] = None
+    at: Annotated[
+        Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] | None,
+        about("these steps, counted from 1; `fluxc tune` writes them", [9, 12]),
+    ] = None
     worst: Annotated[
         Count | None,
         about(
@@ -271,10 +276,12 @@ class StepRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def is_measured(self) -> bool:
         """Whether which steps these are is measured."""
-        return self.first is None and self.last is None
+        return self.first is None and self.last is None and self.at is None
 
-    def numbers(self, steps: int) -> range:
-        """Which of `steps` steps, where that is not measured."""
+    def numbers(self, steps: int) -> Sequence[int]:
+        """Which of `steps` steps, counted from 0, where that is not measured."""
+        if self.at is not None:
+            return [number - 1 for number in self.at]
         return range(min(self.first, steps)) if self.first else range(max(0, steps - (self.last or 0)), steps)
 
 
