@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,21 +18,29 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from conftest import RECIPE, compile_into
+from conftest import RECIPE, compile_into, exported
 from fluxc.base.errors import RecipeError
+from fluxc.base.safetensors import TensorRef
 from fluxc.build.preflight import preflight
 from fluxc.build.stages import steps
 from fluxc.calibrate.step_errors_stage import StepErrors
 from fluxc.cli.main import main
 from fluxc.fidelity.metrics import psnr
+from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.predict.gpus import GPUS
 from fluxc.predict.scaling import Subject, predict, published_model
-from fluxc.quantize.plan import LayerPlan
+from fluxc.predict.work import work_of
+from fluxc.quantize.plan import LayerPlan, precision_plan
 from fluxc.quantize.source import read_source
 from fluxc.quantize.steps import EXACT, body_plans, schedule_of
+from fluxc.quantize.writer import planned_tensors
 from fluxc.recipe.load import load_recipe
-from fluxc.recipe.structs import Precision, StepRule
+from fluxc.recipe.structs import ComponentPrecision, Precision, StepRule
+from fluxc.recipe.targets import TensorRTRtxTarget
 from fluxc.rehearsal.gpu import FakeDriver, FakeLibrary
+from fluxc.targets.sharding import shards_of
+from fluxc.targets.tensorrt.build import build_engine, write_sources
+from fluxc.targets.tensorrt.cut import Component, Cutter
 from fluxrt.backends.onnxruntime import OnnxRuntimeBackend
 from fluxrt.backends.tensorrt import TensorRTBackend
 from fluxrt.bundle import Bundle, open_bundle
@@ -40,11 +49,14 @@ from fluxrt.manifest import OnnxRuntimeTarget, TensorRTTarget
 from fluxrt.memory import DENOISE, ENCODE
 from fluxrt.pipeline import Pipeline, starting_noise
 from fluxrt.request import Request
-from fluxrt.schedule import SCHEDULES
+from fluxrt.schedule import flow_match_sigmas
+from fluxrt.sharding import sizes_of
+from fluxrt.stepcache import Decisions
 from fluxrt.stepprecision import BODY, Body, StepPrecision, bodies_of, step_words
 from fluxrt.verify import verify_evidence
 from quick import QUICK
 from ranks import on_every_rank
+from test_flux2_tables import DEV, KLEIN_4B
 from test_tensorrt import RTX
 
 PROMPT = "a small white ring at the top on a red background"
@@ -68,9 +80,7 @@ def on_engines(workshop: Path) -> Bundle:
         "targets=[{kind: tensorrt_rtx}, {kind: tensorrt_rtx, gpus: 2}, {kind: onnxruntime, activations: nvfp4}, "
         "{kind: onnxruntime, activations: nvfp4, gpus: 2}]"
     )
-    cache = "step_cache={skip: 2, mode: static, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
-    changes = (*QUICK, "sampling.steps=10", "calibration.steps=3", cache)
-    return open_bundle(compile_into(workshop / "stepped-rtx", *changes, targets, RULES, recipe=RTX))
+    return open_bundle(compile_into(workshop / "stepped-rtx", *OF_STEPS, targets, RULES, recipe=RTX))
 
 
 def latents_of(bundle: Bundle, target: str, **request: Any) -> np.ndarray:
@@ -190,15 +200,13 @@ def test_each_step_is_that_of_a_bundle_that_is_so_at_every_step(stepped: Bundle,
     }
     ours = Pipeline(stepped, target="onnxruntime-nvfp4", threads=1)
     assert ours.bodies(STEPS) == SCHEDULE
-    result = ours.generate(Request(PROMPT, seed=3, step_cache=False))
+    result = ours.generate(Request(PROMPT, seed=3))
     assert len(result.images) == 1
     first = pipelines[BODY]
     words = first.tokenize(first.branches(PROMPT, 1.5))
     grid = first.grid(None)
     latents = starting_noise(3, 64, 32)[None]
-    for body, (sigma, after) in zip(
-        SCHEDULE, itertools.pairwise(SCHEDULES["flux2-flow-match"](64, STEPS)), strict=True
-    ):
+    for body, (sigma, after) in zip(SCHEDULE, itertools.pairwise(flow_match_sigmas(64, STEPS)), strict=True):
         pipelines[body].begin(latents, grid, 1.5, words)
         pipelines[body].step(sigma, after)
         latents = pipelines[body].latents()
@@ -311,8 +319,8 @@ def on_fake_gpus(bundle: Bundle, ranks: int, **request: Any) -> list[tuple[np.nd
 def test_engines_run_the_body_of_each_step(on_engines: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager, captured and launched: each body is a CUDA graph of its own, and the image is the CPU's to rounding."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    whole = latents_of(on_engines, "onnxruntime-nvfp4", step_cache=False)
-    ((latents, driver, notes),) = on_fake_gpus(on_engines, 1, step_cache=False)
+    whole = latents_of(on_engines, "onnxruntime-nvfp4")
+    ((latents, driver, notes),) = on_fake_gpus(on_engines, 1)
     assert notes == []
     pipeline = Pipeline(on_engines, target="onnxruntime-nvfp4")
     assert psnr(*(pipeline.decode(found, (8, 8))[0] for found in (latents, whole))) > 25
@@ -321,29 +329,28 @@ def test_engines_run_the_body_of_each_step(on_engines: Bundle, tmp_path: Path, m
     assert ran.count("single") == 6 * (1 + 2)
     assert ran.count("double-exact2") == 2 * 1
     assert ran.count("single-exact") == 6 * 2
-    ranked = on_fake_gpus(on_engines, 2, step_cache=False)
+    ranked = on_fake_gpus(on_engines, 2)
     assert all(np.array_equal(ranked[0][0], one) for one, _, _ in ranked)
     assert psnr(*(pipeline.decode(found, (8, 8))[0] for found in (ranked[0][0], latents))) > 35
 
 
-def test_skipped_steps_and_other_bodies_go_together(
-    on_engines: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skipped_steps_and_other_bodies_go_together(stepped: Bundle) -> None:
     """A skipped step takes the residual that the last computed one left, whichever body that was."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    pipeline = Pipeline(on_engines, target="onnxruntime-nvfp4", threads=1)
-    skipped = pipeline.generate(Request(PROMPT, seed=3)).skipped[0]
-    assert len(skipped) == 2
-    by_pipeline = pipeline.latents()
-    text = pipeline.encode_text(PROMPT, 1.5)
-    latents = starting_noise(3, 64, 32)[None]
-    pipeline.begin(latents, pipeline.grid(None), 1.5, text)
-    for step, (sigma, after) in enumerate(itertools.pairwise(SCHEDULES["flux2-flow-match"](64, 10))):
-        body = pipeline.bodies(10)[step]
+    pipeline, skipped = Pipeline(stepped, target="onnxruntime-nvfp4", threads=1), (1, 5)
+    text, noise, sigmas = (
+        pipeline.encode_text(PROMPT, 1.5),
+        starting_noise(3, 64, 32)[None],
+        flow_match_sigmas(64, STEPS),
+    )
+    pipeline.begin(noise, pipeline.grid(None), 1.5, text)
+    assert list(pipeline.denoise(sigmas, Decisions(STEPS, None, skipped))) == [step in skipped for step in range(STEPS)]
+    ours = pipeline.latents()
+    pipeline.begin(noise, pipeline.grid(None), 1.5, text)
+    for step, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
         pipeline._put_sigmas(sigma, after)
-        graphs = ("prologue", "epilogue") if step in skipped else ("prologue", body, "epilogue")
+        graphs = ("prologue", "epilogue") if step in skipped else ("prologue", SCHEDULE[step], "epilogue")
         pipeline.backend.run(graphs, {"next_latents": "latents"})
-    np.testing.assert_array_equal(pipeline.latents(), by_pipeline)
+    np.testing.assert_array_equal(pipeline.latents(), ours)
 
 
 def test_processes_run_the_body_of_each_step(on_engines: Bundle) -> None:
@@ -357,13 +364,41 @@ def test_processes_run_the_body_of_each_step(on_engines: Bundle) -> None:
 
     def work(group: Group) -> np.ndarray:
         pipeline = Pipeline(on_engines, target=target.name, threads=1, group=group)
-        pipeline.generate(Request(PROMPT, seed=3, step_cache=False))
+        pipeline.generate(Request(PROMPT, seed=3))
         return pipeline.latents()
 
     ours = on_every_rank(2, work)[0]
-    whole = latents_of(on_engines, "onnxruntime-nvfp4", step_cache=False)
+    whole = latents_of(on_engines, "onnxruntime-nvfp4")
     pipeline = Pipeline(on_engines, target="onnxruntime-nvfp4")
     assert psnr(*(pipeline.decode(found, (8, 8))[0] for found in (ours, whole))) > 35
+
+
+@pytest.mark.parametrize(("config", "singles"), [(KLEIN_4B, 20), (DEV, 48)], ids=["klein-4B", "dev"])
+def test_plans_at_real_shapes_dequantize_in_one_pass(config: dict[str, Any], singles: int, tmp_path: Path) -> None:
+    """The audit refuses a plan that moves a whole weight first; a second body adds a few megabytes."""
+    pytest.importorskip("tensorrt_rtx", reason="the plans need tensorrt-rtx-cu13, as `make test` installs it")
+    model = Flux2Transformer.read(config)
+    plan = precision_plan("transformer", model.linears, ComponentPrecision("nvfp4", preset="modelopt-flux2"))
+    source = {
+        name: TensorRef(name, "BF16", shape, Path(), 0, 2 * math.prod(shape)) for name, shape in model.tensors.items()
+    }
+    bodies = body_plans(Precision(steps=(StepRule(last=5),)), plan)
+    component = Component("transformer", planned_tensors(source, plan), plan, "", bodies)
+    target, request = TensorRTRtxTarget(), sizes_of(1, (64, 64)) | {"tokens": 4096}
+    cutter = Cutter([request], False, target.name, f"engines/{target.name}")
+    cutter.transformer(exported("transformer", config, 512, dtype="bfloat16"), component, 512, None)
+    write_sources(cutter.cut, tmp_path)
+    engine = build_engine(target, cutter.cut, tmp_path)
+    assert [call.plan for call in engine.programs[EXACT].calls].count("single-exact") == singles
+    exact = [name for name in engine.plans if name.endswith("-exact")]
+    assert sorted(exact) == ["double-exact", "single-exact"]
+    assert sum((tmp_path / str(engine.plans[name].file)).stat().st_size for name in exact) < 6e6
+    shards = shards_of(1, (1024, 1024), 4096, model, 512, 1, 2)
+    for name in exact:
+        assert set(engine.audit[name]["gemms"]) == {"bf16"}
+        assert engine.audit[name]["copied_bytes"] < 2000
+    predicted = work_of(model, bodies[EXACT], shards, 1).working_bytes
+    assert max(engine.audit[name]["working_bytes"] for name in exact) < predicted * 1.05
 
 
 # What it is predicted to take.

@@ -59,13 +59,13 @@ class MatMul(OpRun):
 
 
 class DequantizeLinear(OpRun):
-    """codes * scale, a scale for each block of 16 or one for all; exact in fp32."""
+    """codes * scale, a scale for each block of 16 or one for all, in the scale's type; exact in fp32."""
 
     def _run(self, x, scale, zero_point=None, axis=None, block_size=None, output_dtype=None):
         scales = scale.astype(np.float32)
         if block_size:
             scales = np.repeat(scales, block_size, axis=axis)
-        return (x.astype(np.float32) * scales,)
+        return ((x.astype(np.float32) * scales).astype(scale.dtype),)
 
 
 class Attention(OpRun):

@@ -7,7 +7,9 @@ Weights bound (the plan holds code, its weights are inputs):
    weight round at every run.
 2. fp8: likewise, with an E4M3 QuantizeLinear/DequantizeLinear pair under scale 1.
 3. bf16: `Gemm(transB=1)`.
-4. nvfp4-w4a16: the weight dequantized with its block scales alone, 3, and the product times weight_scale_2.
+4. nvfp4-w4a16: the weight dequantized with its block scales alone, 3, and the product times weight_scale_2. It is dequantized
+   to fp16, which holds E2M1 times E4M3 exactly (six bits, 2^-10 to 2688), and cast to bf16, which does too: TensorRT-RTX 1.7.1
+   makes one kernel of that. Of fp32 or bf16 it makes three at the sizes of real models, with the whole weight in fp32 between.
 
 Weights baked (the plan holds them): 3, or the canonical form with every scale where TensorRT expects it, a constant.
 """
@@ -80,7 +82,7 @@ def nvfp4_w4a16_bound(graph: Nodes, gemm: Gemm, x: str) -> str:
     tensor_scale = graph.weight(gemm.first("weight_scale_2"))
     block_scales = graph.weight(gemm.every("weight_scale"))
     codes = graph.weight(gemm.every("weight"), TensorProto.FLOAT4E2M1)
-    dense = _dequantized(graph, codes, block_scales, graph.one(), f"{gemm.name}/weight")
+    dense = _dequantized(graph, codes, block_scales, graph.one(TensorProto.FLOAT16), f"{gemm.name}/weight")
     product = graph.gemm(x, graph.cast(dense), gemm.name, "nvfp4-w4a16")
     full = graph.node("Mul", [graph.cast(product, TensorProto.FLOAT), tensor_scale], f"{gemm.name}/unscaled")
     return graph.cast(full)

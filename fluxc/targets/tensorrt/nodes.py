@@ -95,9 +95,10 @@ class Nodes:
         (product,) = self.named_node("MatMul", [x, weight], [f"{name}/product"], name)
         return product
 
-    def one(self) -> str:
-        """1 in fp32."""
-        return self._constant(helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]))
+    def one(self, kind: int = TensorProto.FLOAT) -> str:
+        """1 in fp32, or in another type."""
+        name = "one" if kind == TensorProto.FLOAT else f"one/{PORT_DTYPES[kind]}"
+        return self._constant(helper.make_tensor(name, kind, [], [1.0]))
 
     def zero_e4m3(self) -> str:
         """0 in E4M3, the zero point of a quantizer to it."""
