@@ -13,7 +13,8 @@ choices are made from what each layer costs at each step on calibration's prompt
 - layers: some in nvfp4-w4a16, all steps alike;
 - layers or bf16: some in bf16 too, which takes more memory;
 - steps: at some steps all layers leave their inputs as they are;
-- both: as fluxc tune chooses, without bf16.
+- both: some in nvfp4-w4a16 at all steps, some at some steps;
+- both or bf16: as fluxc tune chooses.
 
 Each choice is then built as a bundle. `velocity`: its relative error over PROMPTS prompts that nothing saw and all steps, root
 mean square; `PSNR` of its images to those of diffusers in fp32, mean and worst.
@@ -35,7 +36,7 @@ from calibration import CALIBRATED, ROOT, summarized, write_prompts
 from cpu_step import cpu_name
 
 SUBJECTS = (("klein-4b", "b200"), ("klein-4b", "rtx-5090"))
-PARTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
+PARTS = (1 / 8, 1 / 4, 1 / 2)
 PROMPTS, STEPS = 32, 24
 FORMATS = ("nvfp4", "nvfp4-w4a16")
 RECIPE = ROOT / "recipes" / "flux2-nano.yaml"
@@ -172,6 +173,9 @@ def choices(costs: list[Any], model: str, gpu: str, parts: tuple[float, ...]) ->
         for count in range(STEPS)
     }
 
+    def with_bf16(groups: Any) -> Any:
+        return [[*options, Option("bf16", 0.0, 0.0, 1.0)] for options in groups]
+
     def found(what: str, part: float, options: list[Any], count: int = 0) -> Found:
         formats, layers = {}, []
         for group, option in zip(costs, options, strict=True):
@@ -189,15 +193,18 @@ def choices(costs: list[Any], model: str, gpu: str, parts: tuple[float, ...]) ->
         picks = choose(alone, limits)
         assert picks is not None
         every.append(found("layers", part, taken(alone, picks)))
-        with_bf16 = [[*options, Option("bf16", 0.0, 0.0, 1.0)] for options in alone]
-        picks = choose(with_bf16, limits)
+        picks = choose(with_bf16(alone), limits)
         assert picks is not None
-        every.append(found("layers or bf16", part, taken(with_bf16, picks)))
+        every.append(found("layers or bf16", part, taken(with_bf16(alone), picks)))
         count = int(part * STEPS)
         every.append(found("steps", part, [options[2] for options in space[count]], count))
         best = choose_of(space, limits)
         assert best is not None
         every.append(found("both", part, taken(space[best[0]], best[1]), best[0]))
+        freest = {count: with_bf16(groups) for count, groups in space.items()}
+        best = choose_of(freest, limits)
+        assert best is not None
+        every.append(found("both or bf16", part, taken(freest[best[0]], best[1]), best[0]))
     return [*every, found("everything", 1, [options[1] for options in alone])]
 
 

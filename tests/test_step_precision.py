@@ -240,6 +240,19 @@ def test_the_record_says_which_steps(stepped: Bundle) -> None:
     assert "Precision over steps" in page
 
 
+def test_other_steps_are_compared_anew(stepped: Bundle, workshop: Path) -> None:
+    """Nothing of a bundle's files differs, and its images do."""
+    other = open_bundle(compile_into(workshop / "stepped-else", *OF_STEPS, CPU, RULES.replace("last: 2", "last: 4")))
+    graphs = {name: file for name, file in stepped.manifest.files.items() if name.endswith(".onnx")}
+    assert graphs == {name: file for name, file in other.manifest.files.items() if name.endswith(".onnx")}
+    errors = [
+        json.loads((bundle.root / "report" / "report.json").read_text())["targets"]["onnxruntime-nvfp4"]["prompts"][0]
+        for bundle in (stepped, other)
+    ]
+    assert errors[0]["step_error"][2] > errors[1]["step_error"][2]
+    assert errors[0]["image_psnr_db"] != errors[1]["image_psnr_db"]
+
+
 def test_evidence_is_replayed_with_the_body_of_its_step(stepped: Bundle) -> None:
     assert [checked.status for checked in verify_evidence(stepped)] == ["passed", "passed"]
 

@@ -21,12 +21,14 @@ class Draft:
     bundle: Bundle
 
     def fingerprint(self) -> Any:
-        """Its files' hashes, targets, prompting and sampling; every step is computed, so not the step cache."""
+        """Its files' hashes, targets, prompting, sampling and the steps of each body; every step is computed, so not the step
+        cache."""
         manifest = self.bundle.manifest
         files = {name: [file.size, file.sha256] for name, file in manifest.files.items()}
         return [
             files,
             msgspec.to_builtins([manifest.targets, manifest.prompting, manifest.sampling]),
+            msgspec.to_builtins(manifest.step_precision or None),
         ]
 
 

@@ -28,10 +28,11 @@ class DraftTarget:
     target: str
 
     def fingerprint(self) -> Any:
-        """The hashes of PARTS, prompting, sampling and the target's own entry."""
+        """The hashes of PARTS, prompting, sampling, the target's own entry and the steps of each body."""
         manifest = self.bundle.manifest
+        told = [manifest.prompting, manifest.sampling, self.bundle.target(self.target), manifest.step_precision or None]
         files = {name: [f.size, f.sha256] for name, f in manifest.files.items() if name.startswith(PARTS)}
-        return [files, msgspec.to_builtins([manifest.prompting, manifest.sampling, self.bundle.target(self.target)])]
+        return [files, msgspec.to_builtins(told)]
 
 
 @dataclass(frozen=True)
