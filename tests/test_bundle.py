@@ -166,7 +166,7 @@ def test_an_edited_manifest_is_refused(quick_copy: Path) -> None:
 )
 def test_another_format_version_names_both(quick_copy: Path, version: int, way_out: str) -> None:
     edit_manifest(quick_copy, lambda m: m.update(format_version=version))
-    with pytest.raises(BundleError, match=f"bundle format {version}, this fluxrt reads format 9; {way_out}"):
+    with pytest.raises(BundleError, match=f"bundle format {version}, this fluxrt reads format 10; {way_out}"):
         open_bundle(quick_copy)
 
 

@@ -146,7 +146,7 @@ def test_a_part_is_read_while_the_gpu_copies_the_one_before(
         read(files, path, offset, into)
 
     monkeypatch.setattr(uploading._Files, "read", watched)
-    arena = backend._upload("epilogue", backend._engine.programs["epilogue"]).arena
+    arena = backend._upload("epilogue").arena
     assert list(parts) == list(range(-(-arena.nbytes // 4096)))
     assert len(parts) > 3
     assert list(parts.values()) == [False] + [True] * (len(parts) - 1)
@@ -161,7 +161,7 @@ def test_weights_arrive_in_parts(one_gpu: Bundle, part: int, monkeypatch: pytest
     backend = pipeline.backend
     backend.prepare(sizes_of(1, (8, 8)))
     program = backend._engine.programs["epilogue"]
-    loaded = backend._upload("epilogue", program)
+    loaded = backend._upload("epilogue")
     stored = component_weights(one_gpu, program.weights)
     assert len(loaded.arena.pieces) > 1
     for piece in loaded.arena.pieces:
@@ -175,7 +175,7 @@ def test_a_weights_file_that_ends_early_is_named(one_gpu: Bundle, tmp_path: Path
     backend = pipeline_of(one_gpu, driver).backend
     backend.prepare(sizes_of(1, (8, 8)))
     program = backend._engine.programs["epilogue"]
-    arena = backend._upload("epilogue", program).arena
+    arena = backend._upload("epilogue").arena
     stored = component_weights(one_gpu, program.weights)
     short = tmp_path / "short.safetensors"
     last = max((stored[piece.name] for piece in arena.pieces), key=lambda tensor: tensor.offset)

@@ -110,6 +110,7 @@ CASES: dict[str, dict[str, list[Bad]]] = {
         "gpus": WHOLE,
         **dict.fromkeys(("milliseconds", "gpu_memory", "error"), NUMBERS),
         "least": CHOICES,
+        "steps": FLAG,
         "formats": [Bad(value, WRONG) for value in ("", ",", "nothing", "nvfp4,", "bf16", "a\nb", "\udcff")],
         "out": [
             *NO_NAMES,

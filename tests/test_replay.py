@@ -469,6 +469,7 @@ def test_a_large_prompt_is_rounded_where_that_costs_little() -> None:
         step,
         step[:1],
         text[0],
+        4,
     )
     assert as_stored(recorded, is_large=False) is recorded
     stored = as_stored(recorded, is_large=True)

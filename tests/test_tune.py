@@ -87,6 +87,26 @@ def test_the_frontier_goes_from_least_to_no_error(axis) -> None:
         assert one["cost"] > other["cost"] - 1e-6
 
 
+def test_many_groups_of_few_kinds_are_chosen_quickly(capfd: pytest.CaptureFixture[str]) -> None:
+    """As a large model has them: programs with many choices that are all but equal. What the solver prints is no result."""
+    rng = np.random.default_rng(6)
+    space: dict[int, Groups] = {}
+    for steps in (0, 2, 4, 8, 12):
+        space[steps] = []
+        for number in range(160):
+            near, seconds = 1 + 0.01 * rng.normal(), -1.0 - number % 4
+            options = [Option("bf16", 0.0, 0.0, 0.0), Option("nvfp4", near, seconds, -3.0)]
+            if steps:
+                options.append(
+                    Option("nvfp4", near * (1 - steps / 16), seconds * (1 - steps / 24), -3.0, is_exact=True)
+                )
+            space[steps].append(options)
+    found = frontier_of(space)
+    assert len(found) == 9
+    print("a result")
+    assert capfd.readouterr().out == "a result\n"
+
+
 def test_no_choice_meets_what_is_impossible() -> None:
     assert choose(random_groups(3, 4), Limits(seconds=-1000.0)) is None
     assert choose_of({0: random_groups(3, 4)}, Limits(seconds=-1000.0)) is None

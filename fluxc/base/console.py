@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.table import Table
 
@@ -21,3 +26,19 @@ def new_table(*headers: str, title: str = "") -> Table:
     for column in table.columns:
         column.overflow = "fold"
     return table
+
+
+@contextmanager
+def stdout_apart() -> Iterator[None]:
+    """Within it what a library in C prints to standard output goes to standard error: the former is for results alone.
+
+    Of HiGHS in scipy 1.18, which prints a line for itself now and then.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+from fluxc.base.console import stdout_apart
 
 POINTS = 9
 """Of the frontier, from the fastest choice to the most accurate."""
+
+GAP = 1e-3
+"""How far from the best a choice may be, as a part of what it is the least of: far less than what measuring is good for."""
 
 Axis = Literal["seconds", "weights"]
 
@@ -48,57 +53,90 @@ Choice = tuple[int, Picks]
 
 
 def choose(groups: Groups, limits: Limits, axis: Axis = "seconds") -> Picks | None:
-    """The choice of least error under limits of time and weights, or, under one of error, of least time or weights (`axis`);
-    None where none is under them."""
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    options = [option for group in groups for option in group]
-    values = {name: np.array([getattr(option, name) for option in options]) for name in ("cost", "seconds", "weights")}
-    one_each = np.zeros((len(groups), len(options)))
-    at = 0
-    for number, group in enumerate(groups):
-        one_each[number, at : at + len(group)] = 1
-        at += len(group)
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for name, most in (("cost", limits.cost), ("seconds", limits.seconds), ("weights", limits.weights)):
-        if most is not None:
-            # Scaled, because the solver's tolerances are absolute.
-            scale = np.abs(values[name]).max(initial=1e-30)
-            constraints.append(LinearConstraint(values[name] / scale, ub=most / scale))
-    aim, other = _aims(limits, axis)
-    scaled = {name: values[name] / np.abs(values[name]).max(initial=1e-30) for name in (aim, other)}
-    # Of choices that are as good, the one that is also better otherwise.
-    found = milp(
-        scaled[aim] + 1e-6 * scaled[other],
-        constraints=constraints,
-        bounds=Bounds(0, 1),
-        integrality=np.ones(len(options)),
-        options={"mip_rel_gap": 1e-4, "time_limit": 60},
-    )
-    if found.x is None:
+    """The choice of least error under limits of time and weights, or, under one of error, of least time or weights (`axis`),
+    to GAP; None where none is under them."""
+    program = _Program(groups, limits, axis)
+    found = program.solve()
+    if found is None:
         return None
     picks, at = [], 0
     for group in groups:
-        picks.append(int(np.argmax(found.x[at : at + len(group)])))
+        picks.append(max(range(len(group)), key=lambda option: float(found[at + option])))
         at += len(group)
     return picks
 
 
 def choose_of(space: Space, limits: Limits, axis: Axis = "seconds") -> Choice | None:
-    """The best choice with any number of steps; of equal ones that with the fewest."""
+    """The best choice with any number of steps; of equal ones that with the fewest.
+
+    The same programs in real numbers bound what each number of steps can come to, so that few of them are solved.
+    """
     aim, other = _aims(limits, axis)
+    bounds = {steps: _Program(groups, limits, axis).bound() for steps, groups in space.items()}
+    open_ones = sorted((bound, steps) for steps, bound in bounds.items() if bound is not None)
     found: list[tuple[float, float, int, Picks]] = []
-    for steps, groups in space.items():
-        picks = choose(groups, limits, axis)
+    for bound, steps in open_ones:
+        least = min((entry[0] for entry in found), default=None)
+        if least is not None and bound > least - GAP * abs(least):
+            break
+        picks = choose(space[steps], limits, axis)
         if picks is not None:
-            sums = [total(groups, picks, name) for name in (aim, other)]
+            sums = [total(space[steps], picks, name) for name in (aim, other)]
             found.append((sums[0], sums[1], steps, picks))
     if not found:
         return None
     least = min(entry[0] for entry in found)
-    best = min((e for e in found if e[0] <= least + 1e-4 * abs(least)), key=lambda entry: (entry[1], entry[2]))
+    best = min((e for e in found if e[0] <= least + GAP * abs(least)), key=lambda entry: (entry[1], entry[2]))
     return best[2], best[3]
+
+
+class _Program:
+    """One option of each group, sums under limits, and what is to be the least: in integers, or in real numbers."""
+
+    def __init__(self, groups: Groups, limits: Limits, axis: Axis) -> None:
+        import numpy as np
+        from scipy.optimize import LinearConstraint
+
+        options = [option for group in groups for option in group]
+        values = {n: np.array([getattr(option, n) for option in options]) for n in ("cost", "seconds", "weights")}
+        one_each = np.zeros((len(groups), len(options)))
+        at = 0
+        for number, group in enumerate(groups):
+            one_each[number, at : at + len(group)] = 1
+            at += len(group)
+        self._constraints = [LinearConstraint(one_each, 1, 1)]
+        for name, most in (("cost", limits.cost), ("seconds", limits.seconds), ("weights", limits.weights)):
+            if most is not None:
+                # Scaled, because the solver's tolerances are absolute.
+                scale = np.abs(values[name]).max(initial=1e-30)
+                self._constraints.append(LinearConstraint(values[name] / scale, ub=most / scale))
+        aim, other = _aims(limits, axis)
+        self._aim = values[aim]
+        scaled = {name: values[name] / np.abs(values[name]).max(initial=1e-30) for name in (aim, other)}
+        # Of choices that are as good, the one that is also better otherwise.
+        self._least = scaled[aim] + 1e-6 * scaled[other]
+
+    def solve(self) -> Any:
+        """What part of each option is taken, 0 or 1; None where nothing is under the limits."""
+        return self._run(integers=True)
+
+    def bound(self) -> float | None:
+        """What the aim comes to at the least; None where nothing is under the limits."""
+        found = self._run(integers=False)
+        return None if found is None else float(found @ self._aim)
+
+    def _run(self, *, integers: bool) -> Any:
+        import numpy as np
+        from scipy.optimize import Bounds, milp
+
+        with stdout_apart():
+            return milp(
+                self._least,
+                constraints=self._constraints,
+                bounds=Bounds(0, 1),
+                integrality=np.full(len(self._least), int(integers)),
+                options={"mip_rel_gap": GAP, "time_limit": 60},
+            ).x
 
 
 def frontier_of(space: Space, axis: Axis = "seconds", within: Limits = EVERYTHING) -> list[Choice]:

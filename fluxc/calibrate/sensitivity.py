@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fluxc.base.console import stdout_apart
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import significant
 from fluxc.base.progress import Report
@@ -217,13 +218,14 @@ def choose(costs: list[GroupCost], parameters: int) -> list[int]:
         return list(range(len(costs)))
     gains = np.array([group.cost for group in costs])
     sizes = np.array([group.parameters for group in costs], float)
-    # Scaled, because the solver's tolerances are absolute.
-    result = milp(
-        -gains / gains.max(initial=1e-30),
-        constraints=LinearConstraint(sizes / sizes.max(), ub=parameters / sizes.max()),
-        bounds=Bounds(0, 1),
-        integrality=np.ones(len(costs)),
-    )
+    with stdout_apart():
+        # Scaled, because the solver's tolerances are absolute.
+        result = milp(
+            -gains / gains.max(initial=1e-30),
+            constraints=LinearConstraint(sizes / sizes.max(), ub=parameters / sizes.max()),
+            bounds=Bounds(0, 1),
+            integrality=np.ones(len(costs)),
+        )
     if result.x is None:
         raise BuildError(f"exclude: auto: scipy found no choice of layers: {result.message}")
     return [i for i, kept in enumerate(result.x) if kept > 0.5]
