@@ -11,6 +11,9 @@
 In a component that the checkpoint holds quantized already, its layers keep their formats, and those it left alone stay bf16
 unless a rule names them: `default` does not apply. A decision that asks a quantized layer for another format is an error.
 Fusion groups whose members it quantized under different scales are dissolved, since no engine can merge them.
+
+`low_rank` gives layers that are quantized to NVFP4 here factors beside their weight: the first entry that matches, for the
+whole fusion group. An entry that no such layer matches is an error.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 
 from fluxc.base.errors import RecipeError
 from fluxc.checkpoint.quantized import SourceLayer, unmergeable
+from fluxc.formats.low_rank import factors_bytes
 from fluxc.formats.registry import FORMATS, check_format
 from fluxc.models.base import Linear
 from fluxc.quantize.patterns import matching
@@ -39,7 +43,8 @@ class LayerPlan:
     """One Linear, its format, and why.
 
     `widened`: the rule matched another member of its fusion group. `quantized_in_source`: the checkpoint holds it in this
-    format already, and its tensors are copied: `parts` names them, `low_rank` is the rank of SVDQuant's factors among them.
+    format already, and its tensors are copied: `parts` names them. `low_rank` is the rank of the factors beside its weight
+    (SVDQuant), which are among those tensors, or are fitted by this build; 0 without.
     """
 
     component: str
@@ -70,7 +75,8 @@ class LayerPlan:
             return self.source_bytes
         if self.format == "bf16":
             return min(self.source_bytes, 2 * self.parameters)
-        return FORMATS[self.format].nbytes(self.layer.out_features, self.layer.in_features)
+        rows, columns = self.layer.out_features, self.layer.in_features
+        return FORMATS[self.format].nbytes(rows, columns) + factors_bytes(self.low_rank, rows, columns)
 
 
 def precision_plan(
@@ -150,7 +156,38 @@ def precision_plan(
         before = (source_bytes or {}).get(layer.name, bf16_bytes)
         plan.append(LayerPlan(component, layer, chosen, why, before, widened))
     _check_rounding(component, precision, plan)
-    return plan
+    return _with_low_rank(component, precision, plan, must_match=chosen_by_auto is None)
+
+
+def _with_low_rank(
+    component: str, precision: ComponentPrecision, plan: list[LayerPlan], must_match: bool
+) -> list[LayerPlan]:
+    """The plan with the ranks that `low_rank` asks for; RecipeError for an entry that is for no layer, or too large for one."""
+    names = [entry.layer.name for entry in plan]
+    groups = {entry.layer.name: entry.layer.group or entry.layer.name for entry in plan}
+    able = {entry.layer.name for entry in to_quantize(plan) if FORMATS[entry.format].solves}
+    ranks: dict[str, int] = {}
+    for at, asked in enumerate(precision.low_rank):
+        field = f"precision.{component}.low_rank[{at}]"
+        matched = [name for name in matching(asked.match, names, f"{field}.match") if name in able]
+        if not matched and must_match:
+            formats = ", ".join(sorted(name for name, format in FORMATS.items() if format.solves))
+            raise RecipeError(
+                f"{field}.match: {asked.match!r} matches no layer that this build quantizes to {formats}, beside which factors "
+                "can be; leave the entry out, or give such layers one of these formats"
+            )
+        for name in matched:
+            ranks.setdefault(groups[name], asked.rank)
+    found = []
+    for entry in plan:
+        rank, layer = ranks.get(groups[entry.layer.name], 0), entry.layer
+        if rank > min(layer.in_features, layer.out_features):
+            raise RecipeError(
+                f"precision.{component}.low_rank: rank {rank} is more than {layer.name} has inputs or outputs "
+                f"({layer.out_features} x {layer.in_features}); give it an entry of its own before that, with a smaller rank"
+            )
+        found.append(replace(entry, low_rank=rank, rule=f"{entry.rule}, low rank {rank}") if rank else entry)
+    return found
 
 
 def _check_rounding(component: str, precision: ComponentPrecision, plan: list[LayerPlan]) -> None:
@@ -169,6 +206,7 @@ def _check_patterns(component: str, precision: ComponentPrecision, names: list[s
     collected = Collected()
     fields = {f"exclude[{at}]": pattern for at, pattern in enumerate(precision.exclude) if precision.exclude != "auto"}
     fields |= {f"rules[{at}].match": rule.match for at, rule in enumerate(precision.rules)}
+    fields |= {f"low_rank[{at}].match": asked.match for at, asked in enumerate(precision.low_rank)}
     for field, pattern in fields.items():
         with collected.collecting():
             matching(pattern, names, f"precision.{component}.{field}")
