@@ -249,4 +249,6 @@ def _energy(rows: np.ndarray, weight: np.ndarray) -> float:
 
 
 def _decibels(signal: float, noise: float | None) -> float | None:
-    return None if not noise or not signal else round(10 * math.log10(signal / noise), 2)
+    if not noise or not signal or not math.isfinite(noise + signal):
+        return None
+    return round(10 * math.log10(signal / noise), 2)

@@ -27,8 +27,8 @@ KEY = "fluxc"
 
 
 class Rounding(msgspec.Struct, frozen=True):
-    """How the weight of one layer was rounded, `gptq` or `nearest`, beside factors of rank `low_rank`, 0 for none; `why` says what
-    kept it from being as the recipe asks.
+    """How the weight of one layer was rounded, `gptq` or `nearest`, beside factors of rank `low_rank`, 0 for none; `why` says
+    what kept it from being as the recipe asks.
 
     `damping`: share of the mean diagonal that was added to the second moments. `snr_db` and `nearest_snr_db`: signal-to-noise
     of the layer's output on inputs that were held out, solved and rounded to nearest; None where there were none, or nothing
