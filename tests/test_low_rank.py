@@ -188,6 +188,24 @@ def test_the_first_pattern_that_matches_counts_for_a_whole_fusion_group() -> Non
     assert found["transformer_blocks.1.ff.linear_out"] == found["transformer_blocks.0.attn.to_q"] == 0
 
 
+def test_a_layer_that_a_rule_gives_another_format_has_no_factors() -> None:
+    """Not even counted: `fluxc tune` puts every format into the plan, and writes what it chose as rules."""
+    rules = (Rule("transformer_blocks.1.ff.linear_out", "fp8"), Rule("transformer_blocks.0.ff.linear_out", "bf16"))
+    assert set(ranks(LowRank("*.ff.linear_out", 16), rules=rules).values()) == {0}
+    precision = ComponentPrecision(default="nvfp4", low_rank=(LowRank("*", 16),))
+    entry = next(e for e in precision_plan("transformer", nano_layers(), precision) if e.layer.name == FUSED)
+    in_formats = {name: replace(entry, format=name) for name in ("nvfp4", "nvfp4-w4a16", "fp8", "mxfp4", "bf16")}
+    assert {name: e.rank for name, e in in_formats.items()} == {
+        "nvfp4": 16,
+        "nvfp4-w4a16": 16,
+        "fp8": 0,
+        "mxfp4": 0,
+        "bf16": 0,
+    }
+    assert in_formats["nvfp4"].bytes_after - replace(entry, low_rank=0).bytes_after == 2 * 16 * (128 + 128)
+    assert in_formats["fp8"].bytes_after == 128 * 128 + 8
+
+
 def test_a_plan_says_the_rank_and_counts_its_bytes(ours: Path) -> None:
     entries = {entry.name: entry for entry in open_bundle(ours).manifest.precision}
     assert entries[FUSED].rule == f"default, low rank {RANK}"

@@ -105,7 +105,7 @@ def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shards: Shards
         moved += _quantizing(layer) * rows + _swizzling(layer) + _dequantizing(layer)
         kernels += KERNELS_QUANTIZING * (layer.format != BF16)
     for entry in plan:
-        if entry.low_rank:
+        if entry.rank:
             rows = _rows(entry.layer.name, text, image, branches)
             gemms.update(_low_rank(entry, rows))
             moved += 3 * ACTIVATION * rows * entry.layer.out_features
@@ -172,7 +172,7 @@ def _gemm(layer: _Layer, rows: int) -> Gemm:
 
 def _low_rank(entry: LayerPlan, rows: int) -> list[Gemm]:
     """The GEMMs with both factors of a layer; inputs are read as they are before they are rounded."""
-    rank = entry.low_rank
+    rank = entry.rank
     return [
         Gemm(BF16, 2.0 * rows * rank * width, ACTIVATION * (rank * width + rows * (rank + width)))
         for width in (entry.layer.in_features, entry.layer.out_features)

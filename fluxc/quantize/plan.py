@@ -13,7 +13,7 @@ unless a rule names them: `default` does not apply. A decision that asks a quant
 Fusion groups whose members it quantized under different scales are dissolved, since no engine can merge them.
 
 `low_rank` gives layers that are quantized to NVFP4 here factors beside their weight: the first entry that matches, for the
-whole fusion group. An entry that no such layer matches is an error.
+whole fusion group. An entry that no such layer matches is an error, unless `rules` gave one of its layers another format.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fluxc.quantize.presets import find_preset, kept_by
 from fluxc.recipe.faults import Collected
 from fluxc.recipe.structs import ComponentPrecision
 
+RULE = "rule "
 WIDENED = ", widened to the fusion group"
 IN_SOURCE = "quantized in the checkpoint (modelopt)"
 LEFT_IN_SOURCE = "not quantized in the checkpoint, which is (modelopt); default does not apply"
@@ -44,7 +45,7 @@ class LayerPlan:
 
     `widened`: the rule matched another member of its fusion group. `quantized_in_source`: the checkpoint holds it in this
     format already, and its tensors are copied: `parts` names them. `low_rank` is the rank of the factors beside its weight
-    (SVDQuant), which are among those tensors, or are fitted by this build; 0 without.
+    (SVDQuant), which are among those tensors, or are fitted by this build where the format can have them; 0 without.
     """
 
     component: str
@@ -68,6 +69,12 @@ class LayerPlan:
         return self.layer.out_features * self.layer.in_features
 
     @property
+    def rank(self) -> int:
+        """Of the factors that it has in its format; 0 without."""
+        has = self.format != "bf16" and (self.quantized_in_source or bool(FORMATS[self.format].solves))
+        return self.low_rank if has else 0
+
+    @property
     def bytes_after(self) -> int:
         """Bytes of the layer's tensors in the bundle; a layer that is kept is copied as it lies in the checkpoint, but for
         weights in fp32, which are rounded to bf16."""
@@ -76,7 +83,7 @@ class LayerPlan:
         if self.format == "bf16":
             return min(self.source_bytes, 2 * self.parameters)
         rows, columns = self.layer.out_features, self.layer.in_features
-        return FORMATS[self.format].nbytes(rows, columns) + factors_bytes(self.low_rank, rows, columns)
+        return FORMATS[self.format].nbytes(rows, columns) + factors_bytes(self.rank, rows, columns)
 
 
 def precision_plan(
@@ -109,7 +116,7 @@ def precision_plan(
     ]
     decisions += [("bf16", f"exclude auto: {reason}", {name}) for name, reason in (chosen_by_auto or {}).items()]
     decisions += [
-        (rule.format, f"rule {rule.match!r}", set(matching(rule.match, names, f"{field}.rules[{i}].match")))
+        (rule.format, f"{RULE}{rule.match!r}", set(matching(rule.match, names, f"{field}.rules[{i}].match")))
         for i, rule in enumerate(precision.rules)
     ]
     if precision.preset is not None:
@@ -166,11 +173,13 @@ def _with_low_rank(
     names = [entry.layer.name for entry in plan]
     groups = {entry.layer.name: entry.layer.group or entry.layer.name for entry in plan}
     able = {entry.layer.name for entry in to_quantize(plan) if FORMATS[entry.format].solves}
+    # `fluxc tune` writes rules that leave everything else as it is.
+    ruled = {entry.layer.name for entry in plan if entry.rule.startswith(RULE)}
     ranks: dict[str, int] = {}
     for at, asked in enumerate(precision.low_rank):
         field = f"precision.{component}.low_rank[{at}]"
         matched = [name for name in matching(asked.match, names, f"{field}.match") if name in able]
-        if not matched and must_match:
+        if not matched and must_match and not ruled.intersection(matching(asked.match, names, f"{field}.match")):
             formats = ", ".join(sorted(name for name, format in FORMATS.items() if format.solves))
             raise RecipeError(
                 f"{field}.match: {asked.match!r} matches no layer that this build quantizes to {formats}, beside which factors "

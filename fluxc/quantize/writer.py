@@ -296,7 +296,7 @@ def _layout(
         for part, (dtype, shape) in FORMATS[quantized[name].format].parts(rows, columns).items():
             rank = 1 if shape == () else 3 if part == "weight" else 4
             entries.append(_Entry(f"{layer}.{part}", dtype, shape, rank))
-        if low_rank := quantized[name].low_rank:
+        if low_rank := quantized[name].rank:
             factors = {A: (low_rank, columns), B: (rows, low_rank)}
             entries += [_Entry(f"{layer}.{part}", "BF16", shape, 2) for part, shape in factors.items()]
     return sorted(entries, key=lambda entry: entry.rank)

@@ -97,7 +97,7 @@ def check_visual_gen(
             f"{field}: VisualGen does not take {', '.join(sorted(unknown))}; plan {' or '.join(FORMATS_TAKEN)}, or leave "
             "this target out"
         )
-    smoothed = [entry.layer.name for entry in plan if entry.low_rank or "pre_quant_scale" in entry.parts]
+    smoothed = [entry.layer.name for entry in plan if entry.rank or "pre_quant_scale" in entry.parts]
     if smoothed:
         raise RecipeError(
             f"{field}: VisualGen does not take layers with a pre_quant_scale or low-rank factors, as {smoothed[0]} has; "
