@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from calibration import CALIBRATED, HELD_OUT, summarized, write_prompts
 from cpu_step import cpu_name
-from rounding import TARGETS, figures_of
+from rounding import ATTENDING, TARGETS, figures_of
 
 from fluxc.calibrate import modelopt
 from fluxc.checkpoint.reference import Generation, generate, load_pipeline
@@ -36,11 +36,13 @@ from fluxc.quantize.plan import LayerPlan
 
 @dataclass(frozen=True)
 class Variant:
-    """One build. `rank` 0 is without factors; of modelopt's `algorithm`, its own rank, 32, counts."""
+    """One build. `rank` 0 is without factors, others are beside the layers `where`; of modelopt's `algorithm`, its own rank,
+    32, counts."""
 
     scales: str = "max"
     rounding: str = "nearest"
     rank: int = 0
+    where: tuple[str, ...] = ("*",)
     algorithm: str = ""
     guidance: float = 1.5
     prompts: int = CALIBRATED
@@ -50,22 +52,23 @@ class Variant:
     def method(self) -> str:
         """In words."""
         own = f"{self.rounding}, {self.scales}" + (f", rank {self.rank}" if self.rank else "")
+        own += ", attention's inputs" if self.where == ATTENDING else ""
         return f"modelopt {self.algorithm}" if self.algorithm else own
 
     @property
     def name(self) -> str:
         """For files; no two variants share one."""
-        how = self.method.replace(", ", "-").replace(" ", "-")
+        how = self.method.replace(", ", "-").replace(" ", "-").replace("'", "")
         return f"{how}-guidance-{self.guidance}-{self.prompts}-prompts-{self.steps}-steps"
 
     @property
     def changes(self) -> tuple[str, ...]:
         """To recipes/flux2-nano.yaml."""
         engine = ("calibration.engine=modelopt", f"calibration.algorithm={self.algorithm}") if self.algorithm else ()
-        low_rank = f'precision.transformer.low_rank=[{{match: "*", rank: {self.rank}}}]'
+        entries = ", ".join(f'{{match: "{pattern}", rank: {self.rank}}}' for pattern in self.where)
         return (
             *engine,
-            *([low_rank] if self.rank else []),
+            *([f"precision.transformer.low_rank=[{entries}]"] if self.rank else []),
             f"precision.transformer.scales={self.scales}",
             f"precision.transformer.rounding={self.rounding}",
             f"sampling.guidance={self.guidance}",
@@ -97,6 +100,7 @@ def main() -> None:
             ours = [
                 Variant(**shared),
                 *(Variant("mse", rounding, rank, **shared) for rank in (0, 16, 32) for rounding in ("nearest", "gptq")),
+                Variant("mse", "gptq", 32, ATTENDING, **shared),
             ]
             theirs = [Variant(algorithm=algorithm, **shared) for algorithm in ("max", "awq_lite", "svdquant")]
             variants = {"ours": ours, "modelopt": theirs}
