@@ -28,7 +28,7 @@ from fluxc.calibrate.file import read_calls
 from fluxc.calibrate.moments import Moments, held_out
 from fluxc.calibrate.sensitivity import Simulation
 from fluxc.calibrate.solve import Problem, solve_component
-from fluxc.calibrate.solve_needs import solving
+from fluxc.calibrate.solve_needs import LEFT_BYTES, solving
 from fluxc.checkpoint.quantized import quantized_layers
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.fidelity.gates import gated_snr
@@ -651,7 +651,7 @@ def test_memory_and_work_of_the_fit_are_counted_before() -> None:
 
     plain, gptq, nearest = of(0, "gptq"), of(128, "gptq"), of(128, "nearest")
     largest = model.width * (3 * model.width + 2 * model.mlp_width)
-    assert gptq.memory - plain.memory == 8 * largest
+    assert gptq.memory - plain.memory == 2 * LEFT_BYTES * largest
     assert gptq.memory < 5e9
     assert nearest.memory < gptq.memory
     assert nearest.products == nearest.factors == plain.low_rank == 0

@@ -15,8 +15,9 @@ MOMENT_BYTES, FACTOR_BYTES = 4, 16
 """For each pair of a layer's inputs: of its second moment, and besides of what is computed with while it is factorized."""
 CHUNK, CHUNK_BYTES = 1 << 24, 24
 """Values of a weight that are solved at a time; for each, bytes of what it is computed with and compared with."""
-LEFT_BYTES = 4
-"""For each value of a weight, of what factors of low rank leave of it: of all layers of a fusion group, and again of one."""
+LEFT_BYTES = 5
+"""For each value of a weight, of what factors of low rank leave of it in fp32, and of what is computed with beside: of all
+layers of a fusion group, and again of one."""
 
 
 @dataclass(frozen=True)
