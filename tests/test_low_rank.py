@@ -458,6 +458,35 @@ def test_inputs_unlike_those_it_was_fitted_on_leave_a_layer_no_worse(
         assert "no better than rounded to nearest" in of.why
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_a_group_whose_factors_are_no_better_does_without_them(
+    calls: Calls, to_solve: list[LayerPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: Any
+) -> None:
+    """Factors of noise, for one of its layers: all three have none, and are what they are without `low_rank`."""
+    from fluxc.calibrate import solve_group
+
+    group = [entry for entry in to_solve if entry.layer.group]
+    rows = group[1].layer.name
+    made: list[str] = []
+    honest = solve_group._Attempt.of
+
+    def spoiled(attempt: Any, member: Any, rest: np.ndarray, gathered: Any) -> Any:
+        made.append(member.name)
+        parts, lost = honest(attempt, member, rest, gathered)
+        return parts, lost if member.name != rows else 1e9
+
+    monkeypatch.setattr(solve_group._Attempt, "of", spoiled)
+    found = solved(calls, group, tmp_path / "spoiled", None, rounding)
+    assert len(made) == (9 if rounding == "gptq" else 3)
+    assert {(of.rounding, of.low_rank) for of in found.roundings.values()} == {(rounding, 0)}
+    assert all("no better than rounded to nearest" in of.why for of in found.roundings.values())
+    plain = solved(calls, [replace(entry, low_rank=0) for entry in group], tmp_path / "plain", None, "gptq")
+    for name, layer in found.layers.items():
+        assert layer.factors == {}
+        assert np.array_equal(layer.rows(0, 128, 128)["weight"], plain.layers[name].rows(0, 128, 128)["weight"])
+    assert bool(found.layers) == (rounding == "gptq")
+
+
 @pytest.mark.parametrize("value", [0.0, float("inf")])
 def test_inputs_that_say_nothing_fall_back_by_name(
     calls: Calls, to_solve: list[LayerPlan], tmp_path: Path, value: float

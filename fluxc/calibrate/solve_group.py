@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import torch
 
@@ -151,6 +152,9 @@ class Solver:
                 return
             if self.rounding == "gptq":
                 self._without_factors(format, members, scale, gathered, found)
+                for name in names if group[0].low_rank else ():
+                    why = f"without factors: with them, {NO_BETTER}"
+                    found.roundings[name] = msgspec.structs.replace(found.roundings[name], why=why)
                 return
             why = NO_BETTER
         except SingularError as error:
