@@ -18,13 +18,23 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from calibration import CALIBRATED, HELD_OUT, NANO, ROOT, summarized, write_prompts
 from cpu_step import cpu_name
 
 TARGETS = {"weights": "onnxruntime-exact", "and activations": "onnxruntime-nvfp4"}
+
+
+class Named(Protocol):
+    """A build: its `name`, for files, and its `changes` to recipes/flux2-nano.yaml."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def changes(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ def main() -> None:
             print_table(part, PARTS[part], work, options.steps)
 
 
-def figures_of(variant: Variant, work: Path, steps: int) -> dict[str, Any]:
+def figures_of(variant: Named, work: Path, steps: int) -> dict[str, Any]:
     """By target the report's figures of every prompt and the oracle's count, and the mean SNR of outputs; of a build, or kept
     of an earlier one in `work`."""
     from fluxc.base.progress import StageProgress

@@ -291,6 +291,26 @@ def test_a_limit_decides_between_components_and_layers(klein: Path, tmp_path: Pa
     assert stages("4GiB")["reference"]["memory_bytes"] < 6 * GIB
 
 
+def test_solving_klein_with_factors_of_low_rank_stays_within_8_gib(
+    klein: Path, tmp_path: Path, own_cache: None
+) -> None:
+    """Rank 128 beside every layer takes more memory and time than rounding alone, and says so before it begins."""
+    stages = {}
+    for rank, rounding in ((0, "gptq"), (32, "gptq"), (128, "gptq"), (128, "nearest")):
+        low_rank = f'[{{match: "*", rank: {rank}}}]' if rank else "[]"
+        precision = (f"precision.transformer.rounding={rounding}", f"precision.transformer.low_rank={low_rank}")
+        changes = [*klein_sets(klein), *sets(*precision)]
+        found = plan("--json", "--memory", "8GiB", "--out", tmp_path / "bundle", *changes)
+        every = {stage["name"]: stage for stage in json.loads(found.stdout)["budget"]["stages"]}
+        stages[rank, rounding] = every["rounding-transformer"]
+    memory = {of: stage["memory_bytes"] for of, stage in stages.items()}
+    seconds = {of: stage["seconds"] for of, stage in stages.items()}
+    assert memory[0, "gptq"] < memory[32, "gptq"] == memory[128, "gptq"] < 8 * GIB
+    assert memory[128, "nearest"] < memory[128, "gptq"]
+    assert seconds[0, "gptq"] < seconds[32, "gptq"] < seconds[128, "gptq"]
+    assert seconds[128, "nearest"] < seconds[128, "gptq"]
+
+
 @pytest.mark.parametrize("verb", ["plan", "build"])
 def test_what_does_not_fit_is_refused_with_figures_and_what_would_do(
     verb: str, klein: Path, tmp_path: Path, own_cache: None

@@ -79,6 +79,8 @@ QUANTIZE_SECONDS = {"max": 1.0e-9, "four-over-six": 4.0e-9, "mse": 8.0e-9}
 
 SOLVE_SECONDS = 6.0e-8
 """Of solving one weight on one core, besides matrix products."""
+NARROW_TIMES = 3.0
+"""The same of products with the few columns of factors of low rank."""
 FACTOR_TIMES = 4.0
 """A factor's FLOP in fp64 take so many times as long as those of a large product in fp32."""
 
@@ -310,25 +312,29 @@ class Needs:
         return replace(need, work=need.work * int(formats) + self._sensitivity("").work * (1 + 10 / SEARCHES))
 
     def _rounding(self, component: str) -> Need:
-        """Of solving a component's weights: its calls run once, the moments of a part's inputs, and one factor at a time."""
+        """Of solving a component's weights and fitting factors beside them: its calls run once, the moments of a part's inputs,
+        and one factor at a time."""
         request = calibration_request(self.job.loaded, self.job.is_large)
         asked, dtype = self._asked(request, self.job.rows(request["guidance"]), "bfloat16")
         is_transformer = component == "transformer"
         made = asked.prompts * asked.steps * asked.rows if is_transformer else asked.prompts + (asked.rows > 1)
         calls = min(ROWS, made)
         asked = replace(asked, prompts=min(asked.prompts, ROWS))
-        work = solving(solvable(self.job.loaded, self.source, component))
+        precision = getattr(self.recipe.precision, component)
+        work = solving(solvable(self.job.loaded, self.source, component), precision.rounding)
+        seconds = SOLVE_SECONDS if precision.rounding == "gptq" else 2 * QUANTIZE_SECONDS[precision.scales]
         rows = calls * tokens_of(self.models, asked, component)
         flop = self._pass_flop(asked) if is_transformer else text_flop(self.models, asked.text_tokens)
-        fixed = COMPILE_SECONDS + LOAD_SECONDS + work.weights * SOLVE_SECONDS / self.cores
+        fixed = COMPILE_SECONDS + LOAD_SECONDS + work.weights * seconds / self.cores
         running = Work(fixed, **{dtype: calls * flop / MODEL_SHARE}, read=2 * work.weights)
-        products = work.moments * rows + work.factors * FACTOR_TIMES + work.products
+        products = work.moments * rows + work.factors * FACTOR_TIMES + work.products + work.low_rank * NARROW_TIMES
+        cures = {"low_rank: []": precision.low_rank, "rounding: nearest": precision.rounding != "nearest"}
         return Need(
             memory_of_calls(self.models, asked, component, calls) + work.memory,
-            disk=int(0.6 * work.weights) + SMALL_DISK,
+            disk=work.disk + SMALL_DISK,
             work=running + Work(float32=products),
             how="one block at a time",
-            cures=(("precision." + component + ".rounding: nearest", 0),),
+            cures=((" with ".join(f"precision.{component}.{cure}" for cure, asked in cures.items() if asked), 0),),
         )
 
     def _weights(self, component: str) -> Need:

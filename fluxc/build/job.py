@@ -304,9 +304,11 @@ def _check_calibration(job: Job, given: Given) -> None:
         raise RecipeError(f"calibration.file: {error}") from error
     records = file.records
     for component in QUANTIZED:
-        if getattr(job.loaded.recipe.precision, component).rounding != "nearest" and not has_calls(path, component):
+        precision = getattr(job.loaded.recipe.precision, component)
+        if precision.is_solved and not has_calls(path, component):
+            field = "low_rank" if precision.rounding == "nearest" else "rounding: gptq"
             raise RecipeError(
-                f"calibration.file: {path}: it holds no calls of the {component}, which precision.{component}.rounding: gptq "
+                f"calibration.file: {path}: it holds no calls of the {component}, which precision.{component}.{field} "
                 "solves weights against; measure again with this version, or leave one of the two out"
             )
     for component, plan in source.plans.items():

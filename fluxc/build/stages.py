@@ -264,7 +264,7 @@ def _version_of(distribution: str) -> str:
 def _calibrate(job: Job, results: Results, always: bool) -> Stage[Any, Path] | None:
     runs_model = job.loaded.recipe.calibration.engine != "none" and not job.given_calibration
     recipe = job.loaded.recipe
-    solves = any(getattr(recipe.precision, name).rounding != "nearest" for name in QUANTIZED)
+    solves = any(getattr(recipe.precision, name).is_solved for name in QUANTIZED)
     is_asked_for = solves or recipe.fidelity.attribution or always
     if not runs_model or not (job.source(results, with_plan=False).quantizes or is_asked_for):
         return None
@@ -389,7 +389,7 @@ def _amax_settings(recipe: Recipe) -> Calibration:
 
 def _rounding(job: Job, results: Results, component: str) -> Stage[Any, Made] | None:
     precision = getattr(job.loaded.recipe.precision, component)
-    if precision.rounding == "nearest":
+    if not precision.is_solved:
         return None
     # Before `exclude: auto` chooses, which is to know how layers compute.
     source, calibration = job.source(results, with_plan=False), _calibration(job, results)
@@ -405,6 +405,7 @@ def _rounding(job: Job, results: Results, component: str) -> Stage[Any, Made] | 
         plan=solved,
         calibration=calibration,
         scales=precision.scales,
+        rounding=precision.rounding,
         rows=job.rows(calibration_request(job.loaded, job.is_large)["guidance"]),
         text_layers=job.original.family.text_layers,
         aside=job.aside(f"rounding-{component}"),

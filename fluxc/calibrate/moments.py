@@ -1,4 +1,5 @@
-"""Second moments of the inputs of Linears, sum x x^T, gathered while a model runs; and some inputs apart, to judge by."""
+"""Second moments of the inputs of Linears, sum x x^T, gathered while a model runs; what rounding them to NVFP4 makes wrong of
+each channel; and some inputs apart, to judge by."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fluxc.formats.registry import FORMATS
 from fluxc.running.lockstep import CALL
 
 PANEL = 1024
@@ -17,6 +19,8 @@ HELD_OUT_EVERY, HELD_OUT_FROM = 8, 5
 """Every eighth call is held out, the sixth first; with fewer than eight calls none."""
 HELD_OUT_ROWS = 256
 """Inputs kept of all calls that are held out."""
+NOISE_ROWS = 2048
+"""Inputs of all other calls that are rounded, to see what that makes wrong of them."""
 
 
 def held_out(calls: int) -> list[int]:
@@ -34,7 +38,9 @@ class Moments:
         self._held_out = held_out(calls)
         self._sums: dict[str, torch.Tensor] = {}
         self._rows: dict[str, list[torch.Tensor]] = {}
+        self._noise: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._rounded_every = calls
         for layer in layers:
             module.get_submodule(layer).register_forward_pre_hook(self._hook(layer))
 
@@ -51,6 +57,8 @@ class Moments:
             sums = self._sums.get(layer)
             if sums is None:
                 sums = self._sums[layer] = torch.zeros(size, size, device=x.device)
+            step = -(-len(x) * self._rounded_every // NOISE_ROWS)
+            self._noise[layer] = self._noise.get(layer, 0.0) + _lost(x[::step].float())
             # Few rows at a time, or threads part the sum over them.
             for rows in x.float().split(ROWS_AT_A_TIME):
                 for first in range(0, size, PANEL):
@@ -63,6 +71,10 @@ class Moments:
         """How many calls of `layer` there were."""
         return self._counts.get(layer, 0)
 
+    def noise_of(self, layer: str) -> torch.Tensor:
+        """fp32 [in]: squares of what rounding inputs of `layer` to NVFP4 makes wrong of each channel; let go of here."""
+        return self._noise.pop(layer).float()
+
     def take(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The second moments of `layer` fp32 [in, in], and inputs fp32 [rows, in] of the calls that were held out, or none;
         they are let go of here."""
@@ -72,3 +84,10 @@ class Moments:
             sums[last:, first:last] = sums[first:last, last:].T
         rows = self._rows.pop(layer, [])
         return sums, torch.cat(rows).float() if rows else torch.empty(0, sums.shape[1], device=sums.device)
+
+
+def _lost(x: torch.Tensor) -> torch.Tensor:
+    """fp64 [in]: squares of what rounding `x` fp32 [rows, in] loses, under the range that calibration gives such inputs."""
+    format = FORMATS["nvfp4"]
+    rounded = format.fake_quantize(x, format.tensor_scale(x.abs().amax() * format.margin))
+    return (rounded - x).square().sum(0, dtype=torch.float64)

@@ -15,7 +15,7 @@ from fluxc.calibrate.stage import asked_of
 from fluxc.checkpoint.files import Aside, CheckpointFiles
 from fluxc.checkpoint.needs import Asked
 from fluxc.quantize.plan import LayerPlan
-from fluxc.recipe.structs import Scales
+from fluxc.recipe.structs import RoundingMethod, Scales
 
 if TYPE_CHECKING:
     from fluxc.base.safetensors import TensorRef
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RoundingInputs:
-    """The layers of `plan` whose format can be solved are, from the component's `tensors`; `rows` are those of a CFG batch."""
+    """The layers of `plan` whose format can be solved are, from the component's `tensors`; `scales` and `rounding` are a
+    recipe's, `rows` those of a CFG batch."""
 
     component: str
     files: CheckpointFiles
@@ -31,6 +32,7 @@ class RoundingInputs:
     plan: list[LayerPlan]
     calibration: Path
     scales: Scales
+    rounding: RoundingMethod
     rows: int
     text_layers: tuple[int, ...]
     aside: Aside
@@ -48,17 +50,17 @@ def run(inputs: RoundingInputs, folder: Path, report: Report) -> None:
     calls, origin = read_calls(inputs.calibration).get(inputs.component), read_calibration(inputs.calibration).origin
     if not calls:
         raise BuildError(
-            f"{inputs.calibration}: holds no calls of the {inputs.component}, which rounding: gptq solves weights against; "
-            "`fluxc calibrate` makes a file that does"
+            f"{inputs.calibration}: holds no calls of the {inputs.component}, which weights are solved against (rounding: "
+            "gptq, low_rank); `fluxc calibrate` makes a file that does"
         )
     checkpoint, asked = inputs.files.checkpoint, asked_of(origin.request, inputs.rows)
     placement = replace(find_placement(checkpoint, "auto", torch.bfloat16, asked), pieces="layer")
-    layers = [(entry.layer.name, entry.layer.group, entry.format) for entry in inputs.plan]
-    asked_for = (inputs.component, inputs.files.hashes(), layers, inputs.scales, calls.calls)
+    layers = [(entry.layer.name, entry.layer.group, entry.format, entry.low_rank) for entry in inputs.plan]
+    asked_for = (inputs.component, inputs.files.hashes(), layers, inputs.scales, inputs.rounding, calls.calls)
     made_by = key_of(*asked_for, str(placement), library_versions(), code_digest(__name__))
     work = inputs.aside.folder.with_name(f"{inputs.aside.folder.name}-{made_by}")
     work.mkdir(parents=True, exist_ok=True)
-    problem = Problem(inputs.component, inputs.plan, inputs.tensors, calls, inputs.scales)
+    problem = Problem(inputs.component, inputs.plan, inputs.tensors, calls, inputs.scales, inputs.rounding)
     with ReferenceModel(checkpoint, placement).component(inputs.component, inputs.text_layers) as placed:
         solve_component(placed, problem, work, report)
     for path in sorted(work.glob("*.safetensors")):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from fluxc.base.console import stdout_apart
 from fluxc.base.errors import BuildError
@@ -28,7 +29,7 @@ from fluxc.checkpoint.source import Checkpoint
 from fluxc.formats import cpu
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
-from fluxc.quantize.solved import Solved
+from fluxc.quantize.solved import Layer, Solved
 from fluxc.recipe.structs import Budget, Scales
 from fluxc.running.lockstep import CALL
 from fluxc.running.model import PlacedModel, ReferenceModel
@@ -147,8 +148,7 @@ class Simulation:
         if self.round_inputs:
             for entry in entries:
                 if FORMATS[entry.format].calibrated:
-                    hook = self._rounding(entry)
-                    handles.append(model.get_submodule(entry.layer.name).register_forward_pre_hook(hook))
+                    handles += self._round_inputs(model.get_submodule(entry.layer.name), entry)
         try:
             if transformer.reads_layers:
                 transformer.on_load = lambda part, _: self._quantize(model, groups, part)
@@ -188,26 +188,46 @@ class Simulation:
         amaxes = [format.amaxes(*weight) for weight in weights]
         amax = max(cpu.largest(found, dtype) for found, (_, dtype) in zip(amaxes, weights, strict=True))
         scale = format.group_scale(weights, amax, self.scales)
-        solved = self.solved.layers if self.solved and format.solves else {}
         rounded = []
         for entry, weight, found in zip(members, weights, amaxes, strict=True):
-            layer = solved.get(entry.layer.name)
+            layer = self._solved(entry)
             if layer is None:
                 parts = format.encode(*weight, found, scale, self.scales)
             else:
                 parts, scale = layer.rows(0, len(weight[0]), len(weight[0])), layer.scale
             rounded.append(format.decode(parts, scale))
+            factors = layer.low_rank() if layer else None
+            if factors:
+                rounded[-1] += factors[0] @ factors[1]
         return rounded
 
-    def _rounding(self, entry: LayerPlan) -> Callable[[Any, Any], Any]:
-        format = FORMATS[entry.format]
+    def _solved(self, entry: LayerPlan) -> Layer | None:
+        """What was solved of a layer, in its format."""
+        return self.solved.layers.get(entry.layer.name) if self.solved and FORMATS[entry.format].solves else None
+
+    def _round_inputs(self, module: torch.nn.Module, entry: LayerPlan) -> list[RemovableHandle]:
+        """Round the layer's inputs, but not for its factors of low rank: q(x) W^T + ((x - q(x)) a^T) b^T, W with b a in it."""
+        format, solved = FORMATS[entry.format], self._solved(entry)
         scale = format.tensor_scale(torch.tensor(self.input_amax[entry.layer.name, entry.format]))
+        factors = solved.low_rank() if solved else None
+        b, a = (torch.from_numpy(factor) for factor in factors) if factors else (None, None)
+        lost: list[torch.Tensor] = []
 
         def rounded(_: Any, inputs: Any) -> Any:
             x = inputs[0]
-            return (format.fake_quantize(x, scale.to(x.device)).to(x.dtype), *inputs[1:])
+            found = format.fake_quantize(x, scale.to(x.device)).to(x.dtype)
+            if factors:
+                lost.append(x - found)
+            return (found, *inputs[1:])
 
-        return rounded
+        def corrected(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+            x = lost.pop()
+            assert a is not None
+            assert b is not None
+            return output + x @ a.to(x).T @ b.to(x).T
+
+        handles = [module.register_forward_pre_hook(rounded)]
+        return [*handles, module.register_forward_hook(corrected)] if factors else handles
 
 
 def choose(costs: list[GroupCost], parameters: int) -> list[int]:

@@ -318,7 +318,7 @@ def _widened_table(plan: list[LayerPlan]) -> Table:
         followers = tuple(member.rsplit(".", 1)[-1] for member in members)
         rows.setdefault((_kind(group), followers, rule), []).append(group)
     for (kind, followers, rule), groups in rows.items():
-        table.add_row(_numbered(kind, groups), ", ".join(followers), rule.removesuffix(WIDENED))
+        table.add_row(_numbered(kind, groups), ", ".join(followers), rule.replace(WIDENED, ""))
     return table
 
 

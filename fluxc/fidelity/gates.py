@@ -119,7 +119,8 @@ def _of_formats(layers: Iterable[LayerPlan]) -> list[Bound]:
 def gated_snr(layer: dict[str, Any]) -> float | None:
     """What `layer_snr_db` is held against, of a layer as the weights stage reports it: the signal-to-noise ratio of its weight,
     or, of a weight that was solved, of its output, since such a weight moves where no input is lost by it."""
-    is_solved = layer["rounding"] is not None and layer["rounding"]["rounding"] != "nearest"
+    rounding = layer["rounding"] or {"rounding": "nearest"}
+    is_solved = rounding["rounding"] != "nearest" or rounding.get("low_rank", 0) > 0
     found: float | None = (
         layer["output_snr_db"] if is_solved and layer["output_snr_db"] is not None else layer["snr_db"]
     )

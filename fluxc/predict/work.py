@@ -3,7 +3,8 @@
 1. Every Linear is a GEMM over the tokens of its stream; those outside the streams run once a guidance branch.
 2. Attention is 4 T^2 D FLOP a block and branch, divided among the ranks by heads.
 3. Everything else moves data: what each pass of a block reads and writes, as TensorRT-RTX's plans pass over it.
-4. A rank gives four activations of its tokens a block to all-to-alls; 1/ranks of them stay.
+4. Factors of low rank are two GEMMs in bf16 more, and a pass that adds what they give.
+5. A rank gives four activations of its tokens a block to all-to-alls; 1/ranks of them stay.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ KERNELS = {"double": 31, "single": 12}
 """Kernels of a bf16 block of one rank in TensorRT-RTX 1.7.1's plans."""
 KERNELS_QUANTIZING = 3
 KERNELS_SHARDED = 4
+KERNELS_LOW_RANK = 3
+"""Of one layer's factors: two GEMMs, and what adds their product to the layer's."""
 
 VAE_WORKING, VAE_WORKING_RANGE, VAE_WORKING_UNEVEN = 6.2, 7.12, 11.6
 """Working memory of a decoder's plan for one size; of one for a range of sizes; and of either where the channels of a
@@ -101,6 +104,12 @@ def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shards: Shards
         gemms[_gemm(layer, rows)] += 1
         moved += _quantizing(layer) * rows + _swizzling(layer) + _dequantizing(layer)
         kernels += KERNELS_QUANTIZING * (layer.format != BF16)
+    for entry in plan:
+        if entry.rank:
+            rows = _rows(entry.layer.name, text, image, branches)
+            gemms.update(_low_rank(entry, rows))
+            moved += 3 * ACTIVATION * rows * entry.layer.out_features
+            kernels += KERNELS_LOW_RANK
     double, single, exchanging = (ACTIVATION * sum(map(sum, passes)) for passes in _passes(width, hidden))
     moved += tokens * (double * doubles + single * singles)
     if ranks > 1:
@@ -168,6 +177,15 @@ def _gemm(layer: _Layer, rows: int) -> Gemm:
     weight = 2 * layer.parameters if format == BF16 else FORMATS[format].nbytes(layer.out_features, layer.in_features)
     read = weight + rows * layer.in_features * _input_bits(layer) / 8
     return Gemm(format, 2.0 * rows * layer.parameters, read + ACTIVATION * rows * layer.out_features)
+
+
+def _low_rank(entry: LayerPlan, rows: int) -> list[Gemm]:
+    """The GEMMs with both factors of a layer; inputs are read as they are before they are rounded."""
+    rank = entry.rank
+    return [
+        Gemm(BF16, 2.0 * rows * rank * width, ACTIVATION * (rank * width + rows * (rank + width)))
+        for width in (entry.layer.in_features, entry.layer.out_features)
+    ]
 
 
 def _input_bits(layer: _Layer) -> float:

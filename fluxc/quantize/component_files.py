@@ -72,15 +72,15 @@ def _algorithm(entry: LayerPlan) -> str:
     if entry.format not in FORMATS:
         return "BF16"
     format = FORMATS[entry.format]
-    further = "svdquant_lora_a" if entry.low_rank else "pre_quant_scale" if "pre_quant_scale" in entry.parts else ""
+    further = "svdquant_lora_a" if entry.rank else "pre_quant_scale" if "pre_quant_scale" in entry.parts else ""
     return format.variants.get(further, format.algorithm)
 
 
-def _kind(entry: LayerPlan) -> tuple[str, str, int]:
-    return _algorithm(entry), entry.format, entry.low_rank
+def _kind(entry: LayerPlan) -> tuple[str, str, int, bool]:
+    return _algorithm(entry), entry.format, entry.rank, "pre_quant_scale" in entry.parts
 
 
-def _config_group(algorithm: str, name: str, low_rank: int, targets: list[str]) -> dict[str, Any]:
+def _config_group(algorithm: str, name: str, low_rank: int, smoothed: bool, targets: list[str]) -> dict[str, Any]:
     format = FORMATS[name]
     scheme: dict[str, Any] = {"dynamic": False, "num_bits": format.bits, "type": format.number}
     if format.group_size:
@@ -89,7 +89,7 @@ def _config_group(algorithm: str, name: str, low_rank: int, targets: list[str]) 
         {"input_activations": scheme, "weights": scheme} if format.calibrated else {"weights": scheme}
     )
     if algorithm in format.variants.values():
-        group |= {"has_zero_point": False, "pre_quant_scale": True}
+        group |= {"has_zero_point": False, "pre_quant_scale": smoothed}
     if low_rank:
         group["lora_rank"] = low_rank
     return {**group, "targets": targets}

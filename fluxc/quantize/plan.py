@@ -11,6 +11,9 @@
 In a component that the checkpoint holds quantized already, its layers keep their formats, and those it left alone stay bf16
 unless a rule names them: `default` does not apply. A decision that asks a quantized layer for another format is an error.
 Fusion groups whose members it quantized under different scales are dissolved, since no engine can merge them.
+
+`low_rank` gives layers that are quantized to NVFP4 here factors beside their weight: the first entry that matches, for the
+whole fusion group. An entry that no such layer matches is an error, unless `rules` gave one of its layers another format.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 
 from fluxc.base.errors import RecipeError
 from fluxc.checkpoint.quantized import SourceLayer, unmergeable
+from fluxc.formats.low_rank import factors_bytes
 from fluxc.formats.registry import FORMATS, check_format
 from fluxc.models.base import Linear
 from fluxc.quantize.patterns import matching
@@ -28,6 +32,7 @@ from fluxc.quantize.presets import find_preset, kept_by
 from fluxc.recipe.faults import Collected
 from fluxc.recipe.structs import ComponentPrecision
 
+RULE = "rule "
 WIDENED = ", widened to the fusion group"
 IN_SOURCE = "quantized in the checkpoint (modelopt)"
 LEFT_IN_SOURCE = "not quantized in the checkpoint, which is (modelopt); default does not apply"
@@ -39,7 +44,8 @@ class LayerPlan:
     """One Linear, its format, and why.
 
     `widened`: the rule matched another member of its fusion group. `quantized_in_source`: the checkpoint holds it in this
-    format already, and its tensors are copied: `parts` names them, `low_rank` is the rank of SVDQuant's factors among them.
+    format already, and its tensors are copied: `parts` names them. `low_rank` is the rank of the factors beside its weight
+    (SVDQuant), which are among those tensors, or are fitted by this build where the format can have them; 0 without.
     """
 
     component: str
@@ -63,6 +69,12 @@ class LayerPlan:
         return self.layer.out_features * self.layer.in_features
 
     @property
+    def rank(self) -> int:
+        """Of the factors that it has in its format; 0 without."""
+        has = self.format != "bf16" and (self.quantized_in_source or bool(FORMATS[self.format].solves))
+        return self.low_rank if has else 0
+
+    @property
     def bytes_after(self) -> int:
         """Bytes of the layer's tensors in the bundle; a layer that is kept is copied as it lies in the checkpoint, but for
         weights in fp32, which are rounded to bf16."""
@@ -70,7 +82,8 @@ class LayerPlan:
             return self.source_bytes
         if self.format == "bf16":
             return min(self.source_bytes, 2 * self.parameters)
-        return FORMATS[self.format].nbytes(self.layer.out_features, self.layer.in_features)
+        rows, columns = self.layer.out_features, self.layer.in_features
+        return FORMATS[self.format].nbytes(rows, columns) + factors_bytes(self.rank, rows, columns)
 
 
 def precision_plan(
@@ -103,7 +116,7 @@ def precision_plan(
     ]
     decisions += [("bf16", f"exclude auto: {reason}", {name}) for name, reason in (chosen_by_auto or {}).items()]
     decisions += [
-        (rule.format, f"rule {rule.match!r}", set(matching(rule.match, names, f"{field}.rules[{i}].match")))
+        (rule.format, f"{RULE}{rule.match!r}", set(matching(rule.match, names, f"{field}.rules[{i}].match")))
         for i, rule in enumerate(precision.rules)
     ]
     if precision.preset is not None:
@@ -150,7 +163,40 @@ def precision_plan(
         before = (source_bytes or {}).get(layer.name, bf16_bytes)
         plan.append(LayerPlan(component, layer, chosen, why, before, widened))
     _check_rounding(component, precision, plan)
-    return plan
+    return _with_low_rank(component, precision, plan, must_match=chosen_by_auto is None)
+
+
+def _with_low_rank(
+    component: str, precision: ComponentPrecision, plan: list[LayerPlan], must_match: bool
+) -> list[LayerPlan]:
+    """The plan with the ranks that `low_rank` asks for; RecipeError for an entry that is for no layer, or too large for one."""
+    names = [entry.layer.name for entry in plan]
+    groups = {entry.layer.name: entry.layer.group or entry.layer.name for entry in plan}
+    able = {entry.layer.name for entry in to_quantize(plan) if FORMATS[entry.format].solves}
+    # `fluxc tune` writes rules that leave everything else as it is.
+    ruled = {entry.layer.name for entry in plan if entry.rule.startswith(RULE)}
+    ranks: dict[str, int] = {}
+    for at, asked in enumerate(precision.low_rank):
+        field = f"precision.{component}.low_rank[{at}]"
+        matched = [name for name in matching(asked.match, names, f"{field}.match") if name in able]
+        if not matched and must_match and not ruled.intersection(matching(asked.match, names, f"{field}.match")):
+            formats = ", ".join(sorted(name for name, format in FORMATS.items() if format.solves))
+            raise RecipeError(
+                f"{field}.match: {asked.match!r} matches no layer that this build quantizes to {formats}, beside which factors "
+                "can be; leave the entry out, or give such layers one of these formats"
+            )
+        for name in matched:
+            ranks.setdefault(groups[name], asked.rank)
+    found = []
+    for entry in plan:
+        rank, layer = ranks.get(groups[entry.layer.name], 0), entry.layer
+        if rank > min(layer.in_features, layer.out_features):
+            raise RecipeError(
+                f"precision.{component}.low_rank: rank {rank} is more than {layer.name} has inputs or outputs "
+                f"({layer.out_features} x {layer.in_features}); give it an entry of its own before that, with a smaller rank"
+            )
+        found.append(replace(entry, low_rank=rank, rule=f"{entry.rule}, low rank {rank}") if rank else entry)
+    return found
 
 
 def _check_rounding(component: str, precision: ComponentPrecision, plan: list[LayerPlan]) -> None:
@@ -169,6 +215,7 @@ def _check_patterns(component: str, precision: ComponentPrecision, names: list[s
     collected = Collected()
     fields = {f"exclude[{at}]": pattern for at, pattern in enumerate(precision.exclude) if precision.exclude != "auto"}
     fields |= {f"rules[{at}].match": rule.match for at, rule in enumerate(precision.rules)}
+    fields |= {f"low_rank[{at}].match": asked.match for at, asked in enumerate(precision.low_rank)}
     for field, pattern in fields.items():
         with collected.collecting():
             matching(pattern, names, f"precision.{component}.{field}")

@@ -1,14 +1,16 @@
-"""Weights that were solved against calibration (GPTQ), on their way from the stage that solves them to the one that writes.
+"""Weights that were solved against calibration (GPTQ, low rank), on their way from the stage that solves them to the one that
+writes.
 
-A folder of safetensors files, one for each part of the model, with the parts of each solved Linear that grow with its rows, and
-the tensor scale of its fusion group; of each layer the metadata says how it was rounded.
+A folder of safetensors files, one for each part of the model, with the parts of each solved Linear that grow with its rows, its
+factors of low rank as bf16 patterns, and the tensor scale of its fusion group; of each layer the metadata says how it was
+rounded.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -16,14 +18,17 @@ import numpy as np
 
 from fluxc.base.errors import CheckpointError
 from fluxc.base.safetensors import TensorRef, read_header
+from fluxc.formats import cpu
 from fluxc.formats.base import Parts
+from fluxc.formats.low_rank import A, B
 from fluxrt.safetensors import raw_header
 
 KEY = "fluxc"
 
 
 class Rounding(msgspec.Struct, frozen=True):
-    """How the weight of one layer was rounded: `gptq`, or `nearest` and `why`.
+    """How the weight of one layer was rounded, `gptq` or `nearest`, beside factors of rank `low_rank`, 0 for none; `why` says
+    what kept it from being as the recipe asks.
 
     `damping`: share of the mean diagonal that was added to the second moments. `snr_db` and `nearest_snr_db`: signal-to-noise
     of the layer's output on inputs that were held out, solved and rounded to nearest; None where there were none, or nothing
@@ -35,14 +40,16 @@ class Rounding(msgspec.Struct, frozen=True):
     snr_db: float | None = None
     nearest_snr_db: float | None = None
     why: str = ""
+    low_rank: int = 0
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A solved Linear: its parts by name, and the scale its fusion group shares."""
+    """A solved Linear: its parts by name, the scale its fusion group shares, and its factors, if any, as bf16 patterns."""
 
     parts: dict[str, TensorRef]
     scale: np.float32
+    factors: dict[str, np.ndarray] = field(default_factory=dict)
 
     def rows(self, first: int, count: int, of: int) -> Parts:
         """Its parts for `count` rows from `first`, of so many."""
@@ -51,6 +58,12 @@ class Layer:
             width = ref.nbytes // of
             found[name] = ref.bytes_view(first * width, (first + count) * width).reshape(count, width)
         return found
+
+    def low_rank(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """fp32 b [out, rank] and a [rank, in], whose product is added to the weight; None without factors."""
+        if not self.factors:
+            return None
+        return cpu.values(self.factors[B], "BF16"), cpu.values(self.factors[A], "BF16")
 
 
 class Solved:
@@ -67,7 +80,9 @@ class Solved:
                 by_layer.setdefault(layer, {})[part] = ref
             for layer, parts in by_layer.items():
                 scale = parts.pop(SCALE).bytes_view().view(np.float32)[0]
-                self.layers[layer] = Layer(parts, np.float32(scale))
+                refs = {part: parts.pop(part) for part in (A, B) if part in parts}
+                factors = {part: ref.bytes_view().view(np.uint16).reshape(ref.shape) for part, ref in refs.items()}
+                self.layers[layer] = Layer(parts, np.float32(scale), factors)
 
 
 SCALE = "scale"

@@ -200,13 +200,14 @@ def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
 
 
 def solvable(loaded: LoadedRecipe, source: Source, component: str) -> list[LayerPlan]:
-    """The layers whose weights are solved where the recipe asks for that: those of the plan whose format can be, and those that
-    would be without the recipe's rules.
+    """The layers that are solved where the recipe asks for that, with `rounding: gptq` or `low_rank`: those of the plan whose
+    format can be, and those that would be without the recipe's rules.
 
     So rules, which `fluxc tune` writes, can change without anything being solved again.
     """
     planned = source.plans[component]
-    precision = msgspec.structs.replace(getattr(loaded.recipe.precision, component), rules=(), rounding="nearest")
+    asked = getattr(loaded.recipe.precision, component)
+    precision = msgspec.structs.replace(asked, rules=(), rounding="nearest")
     layers, in_source = [entry.layer for entry in planned], source.quantized[component]
     try:
         without_rules = precision_plan(component, layers, precision, None, None, in_source)
@@ -216,6 +217,8 @@ def solvable(loaded: LoadedRecipe, source: Source, component: str) -> list[Layer
     found = []
     for entries in zip(planned, without_rules, strict=True):
         solved = [entry for entry in to_quantize(list(entries)) if FORMATS[entry.format].solves]
+        if asked.rounding == "nearest":
+            solved = [entry for entry in solved if entry.low_rank]
         if solved:
             found.append(replace(solved[0], format=FORMATS[solved[0].format].solves))
     return found

@@ -14,7 +14,7 @@ import msgspec
 
 from fluxc.base.numbers import floats
 from fluxc.recipe.faults import Fault, overlap
-from fluxc.recipe.fields import LARGEST_SEED, MOST_STEPS
+from fluxc.recipe.fields import LARGEST_SEED, MOST_STEPS, RANK_STEP
 from fluxc.recipe.structs import LEAST_STEPS, QUANTIZED, Recipe, SizeRange, most_skipped
 from fluxc.recipe.targets import Refuse
 
@@ -198,17 +198,28 @@ def _auto(recipe: Recipe, refuse: Refuse) -> None:
 def _rounding(recipe: Recipe, refuse: Refuse) -> None:
     engine = recipe.calibration.engine
     for name in QUANTIZED:
-        if getattr(recipe.precision, name).rounding == "nearest":
-            continue
-        field = f"precision.{name}.rounding"
-        if engine == "none":
-            refuse(
-                field, "gptq solves weights against inputs that calibration saw, and calibration.engine: none sees none"
-            )
-        elif engine == "modelopt" and name == "transformer":
-            refuse(
-                field, "gptq solves weights that fluxc quantizes; calibration.engine: modelopt quantizes these itself"
-            )
+        precision = getattr(recipe.precision, name)
+        asked = {"rounding": "gptq solves weights"} if precision.rounding != "nearest" else {}
+        asked |= {"low_rank": "factors are fitted"} if precision.low_rank else {}
+        for field, what in asked.items():
+            if engine == "none":
+                refuse(
+                    f"precision.{name}.{field}",
+                    f"{what} against inputs that calibration saw, and calibration.engine: none sees none",
+                )
+            elif engine == "modelopt" and name == "transformer":
+                refuse(
+                    f"precision.{name}.{field}",
+                    f"{what} of layers that fluxc quantizes; calibration.engine: modelopt quantizes these itself",
+                )
+
+
+@_reads("precision")
+def _ranks(recipe: Recipe, refuse: Refuse) -> None:
+    for name in QUANTIZED:
+        for at, entry in enumerate(getattr(recipe.precision, name).low_rank):
+            if entry.rank % RANK_STEP:
+                refuse(f"precision.{name}.low_rank[{at}].rank", f"must be a multiple of {RANK_STEP}, got {entry.rank}")
 
 
 @_reads("precision", "sampling.steps", "targets", "calibration.engine")

@@ -40,6 +40,8 @@ LAGS = 6
 """How many steps back a step trace measures a reused residual: the longest run of skipped steps any policy can have."""
 LARGEST_SEED = 2**64 - 1
 LEAST_SHARD_GIB = 2.0**-20
+RANK_STEP, MOST_RANK = 16, 512
+"""Of factors beside a weight: tensor cores multiply so many columns at once."""
 BEST_PSNR_DB = 120
 """What identical images get."""
 
@@ -53,6 +55,7 @@ Size = tuple[Side, Side]
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Rank = Annotated[int, msgspec.Meta(ge=RANK_STEP, le=MOST_RANK)]
 AtOnce = Annotated[int, msgspec.Meta(ge=1, le=MOST_AT_ONCE)]
 Decibels = Annotated[float, msgspec.Meta(le=BEST_PSNR_DB)]
 Format = Annotated[str, msgspec.Meta(extra={NAMES: ("format", FORMATS)}, extra_json_schema={"enum": list(FORMATS)})]

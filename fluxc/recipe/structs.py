@@ -21,6 +21,7 @@ from fluxc.recipe.fields import (
     Guidance,
     Positive,
     PresetName,
+    Rank,
     Seed,
     Share,
     Size,
@@ -33,6 +34,7 @@ LEAST_STEPS = 10
 """Of an image, for a step cache to skip any."""
 
 Scales = Literal["max", "mse", "four-over-six"]
+RoundingMethod = Literal["nearest", "gptq"]
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -201,6 +203,15 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Annotated[Format, about("the format of the layers that match", "fp8")]
 
 
+class LowRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Layers in NVFP4 that match get factors of this rank."""
+
+    match: Annotated[str, about("a pattern of layer names; see [precision](#precision)", "*.to_qkv_mlp_proj")]
+    rank: Annotated[
+        Rank, about("a multiple of 16, at most the layer's inputs and outputs; SVDQuant publishes 16, 32 and 128", 32)
+    ]
+
+
 class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What `exclude: auto` may spend; one of the two."""
 
@@ -240,13 +251,27 @@ class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True
         about("how block scales of NVFP4 and MXFP4 are chosen; see [block scales](#block-scales)", "four-over-six"),
     ] = "max"
     rounding: Annotated[
-        Literal["nearest", "gptq"],
+        RoundingMethod,
         about(
             "how weights in NVFP4 are rounded: each value by itself, or solved so that the layer's output on calibration's "
             "inputs stays what it was; see [rounding](#rounding)",
             "gptq",
         ),
     ] = "nearest"
+    low_rank: Annotated[
+        tuple[LowRank, ...],
+        about(
+            "factors in bf16 beside weights in NVFP4 (SVDQuant), fitted on calibration's inputs: a product of low rank that "
+            "takes the largest part of the weight, and is multiplied with inputs that are not rounded. By pattern; the first "
+            "that matches counts; see [low rank](#low-rank)",
+            [{"match": "*", "rank": 32}],
+        ),
+    ] = ()
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether weights, or factors beside them, are solved against calibration's inputs."""
+        return self.rounding != "nearest" or bool(self.low_rank)
 
 
 class StepRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -173,7 +173,8 @@ class TargetFigures(Struct, frozen=True):
 
 
 class Rounding(Struct, frozen=True):
-    """How a layer's weight was rounded: `gptq`, solved against calibration's inputs, or `nearest`, and then `why`.
+    """How a layer's weight was rounded: `gptq`, solved against calibration's inputs, or `nearest`; beside factors of rank
+    `low_rank`, 0 without; and `why` not as the recipe asks.
 
     `snr_db` and `nearest_snr_db` are signal-to-noise ratios of the layer's output on inputs that were held out from what it was
     solved on: as it is stored, and rounded to nearest; null where calibration had too few calls to hold any out. `damping` is
@@ -185,6 +186,7 @@ class Rounding(Struct, frozen=True):
     snr_db: float | None = None
     nearest_snr_db: float | None = None
     why: str = ""
+    low_rank: int = 0
 
 
 class LayerFigures(Layer, frozen=True, kw_only=True):
@@ -192,7 +194,7 @@ class LayerFigures(Layer, frozen=True, kw_only=True):
 
     `snr_db` is the signal-to-noise ratio of the weight, `output_snr_db` that of the layer's output over calibration inputs.
     `scales` is how the scales were found; null for a layer that was not quantized by this build. `rounding` is there where the
-    recipe asks to solve weights.
+    recipe asks to solve weights, or for factors of low rank.
     """
 
     quantized_in_checkpoint: bool = False

@@ -2,7 +2,9 @@
 
 1. Weights bound: members of a fusion group that read one input are one GEMM, their weights end to end in one input.
 2. Weights baked: one GEMM a layer; TensorRT merges a group.
-3. `pre_quant_scale` multiplies a layer's input before any rounding; `svdquant_lora_a` and `_b` add (x a^T) b^T.
+3. `pre_quant_scale` multiplies a layer's input before any rounding; `svdquant_lora_a` and `_b` add (x a^T) b^T. The members
+   of a fusion group are still one GEMM where all have such factors of one rank and none a `pre_quant_scale`: their a are one
+   GEMM too, end to end, and each has its own b.
 4. TensorRT has no fp64: rotary angles, which diffusers computes in it, are computed in fp32, position 512 to 3e-5.
 """
 
@@ -17,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fluxc.base.safetensors import TensorRef
 from fluxc.formats.bf16 import BF16
+from fluxc.formats.low_rank import A, B
 from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.tensorrt.forms import BAKED, BOUND, Gemm
@@ -110,11 +113,8 @@ class _Lowering:
         if graph.holds(f"{layer}.pre_quant_scale"):
             x = graph.node("Mul", [x, graph.cast(graph.weight([f"{layer}.pre_quant_scale"]))], f"{name}/smoothed")
         y = forms.of(planned.format if planned else BF16, layer)(graph, gemm, x)
-        if graph.holds(f"{layer}.svdquant_lora_a"):
-            low = x
-            for factor in ("svdquant_lora_a", "svdquant_lora_b"):
-                low = graph.gemm(low, graph.cast(graph.weight([f"{layer}.{factor}"])), f"{layer}.{factor}", BF16)
-            y = graph.node("Add", [y, low], f"{name}/corrected")
+        if graph.holds(f"{layer}.{A}"):
+            y = graph.node("Add", [y, self._low_rank(gemm, x)], f"{name}/corrected")
         rows = [self._stored[weight].shape[0] for weight in gemm.every("weight")]
         leading = graph.node("Shape", [node.input[0]], f"{name}/leading", end=-1)
         shape = graph.node("Concat", [leading, graph.ints([sum(rows)])], f"{name}/shape", axis=0)
@@ -124,12 +124,25 @@ class _Lowering:
             together = graph.node("Reshape", [y, shape], f"{name}/together")
             graph.named_node("Split", [together, graph.ints(rows)], outputs, f"{name}/split", axis=-1)
 
+    def _low_rank(self, gemm: Gemm, x: str) -> str:
+        """(x a^T) b^T of every member, side by side."""
+        graph = self._nodes
+        low = graph.gemm(x, graph.cast(graph.weight(gemm.every(A))), f"{gemm.name}.{A}", BF16)
+        each = [low]
+        if len(gemm.layers) > 1:
+            ranks = [self._stored[factor].shape[0] for factor in gemm.every(A)]
+            parts = [f"{layer}.{A}/part" for layer in gemm.layers]
+            each = graph.named_node("Split", [low, graph.ints(ranks)], parts, f"{gemm.name}/ranks", axis=-1)
+        products = [
+            graph.gemm(part, graph.cast(graph.weight([factor])), factor, BF16)
+            for part, factor in zip(each, gemm.every(B), strict=True)
+        ]
+        return products[0] if len(products) == 1 else graph.node("Concat", products, f"{gemm.name}/low_rank", axis=-1)
+
     def _gemm(self, node: onnx.NodeProto, layer: str) -> Gemm:
         """What is computed as one with `layer`: its fusion group, where all of it reads the same input."""
         alone, planned = Gemm(layer, (layer,)), self._plan.get(layer)
         if self._baked or planned is None or planned.layer.group is None:
-            return alone
-        if any(self._nodes.holds(f"{layer}.{part}") for part in ("pre_quant_scale", "svdquant_lora_a")):
             return alone
         together = []
         for other in self._linears:
@@ -137,7 +150,14 @@ class _Lowering:
             entry = self._plan.get(name)
             if entry and entry.layer.group == planned.layer.group and other.input[0] == node.input[0]:
                 together.append(name)
-        return Gemm(planned.layer.group, tuple(together)) if len(together) > 1 else alone
+        factors = {self._rank(name) for name in together}
+        smoothed = any(self._nodes.holds(f"{name}.pre_quant_scale") for name in together)
+        is_one = len(together) > 1 and len(factors) == 1 and not smoothed
+        return Gemm(planned.layer.group, tuple(together)) if is_one else alone
+
+    def _rank(self, layer: str) -> int:
+        """Of the factors beside its weight; 0 without."""
+        return self._stored[f"{layer}.{A}"].shape[0] if self._nodes.holds(f"{layer}.{A}") else 0
 
     def _as_traced(self, name: str) -> str:
         """The weight `name` in the dtype the graph was traced in."""
