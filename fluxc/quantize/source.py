@@ -199,20 +199,21 @@ def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
 
 def solvable(loaded: LoadedRecipe, source: Source, component: str) -> list[LayerPlan]:
     """The layers whose weights are solved where the recipe asks for that: those of the plan whose format can be, and those that
-    would be without the recipe's rules.
+    would be without the recipe's rules of other formats.
 
-    So rules, which `fluxc tune` writes, can change without anything being solved again.
+    So rules that go before, which `fluxc tune` writes, can change without anything being solved again.
     """
-    planned = source.plans[component]
-    precision = msgspec.structs.replace(getattr(loaded.recipe.precision, component), rules=(), rounding="nearest")
+    planned, precision = source.plans[component], getattr(loaded.recipe.precision, component)
+    solving = tuple(rule for rule in precision.rules if rule.format in FORMATS and FORMATS[rule.format].solves)
+    precision = msgspec.structs.replace(precision, rules=solving, rounding="nearest")
     layers, in_source = [entry.layer for entry in planned], source.quantized[component]
     try:
-        without_rules = precision_plan(component, layers, precision, None, None, in_source)
+        most = precision_plan(component, layers, precision, None, None, in_source)
     except RecipeError:
         # A rule keeps a layer that NVFP4 cannot hold.
-        without_rules = planned
+        most = planned
     found = []
-    for entries in zip(planned, without_rules, strict=True):
+    for entries in zip(planned, most, strict=True):
         solved = [entry for entry in to_quantize(list(entries)) if FORMATS[entry.format].solves]
         if solved:
             found.append(replace(solved[0], format=FORMATS[solved[0].format].solves))
