@@ -166,8 +166,8 @@ class Needs:
             "tune": self._tuning,
             "attribution": self._attribution,
         }.get(first)
-        if name == "step-trace":
-            return self._step_trace()
+        if name.startswith("step-trace"):
+            return self._step_trace("reference" if name.endswith("reference") else None)
         if found is not None:
             return found(rest)
         return self._compare("") if part == "fidelity" else Need(PROCESS, work=Work(1.0))
@@ -265,12 +265,23 @@ class Needs:
         need = self._calibrate("")
         return replace(need, memory=PROCESS + 2 * GIB, disk=self.weights_bytes["transformer"], how="on the GPU")
 
-    def _step_trace(self) -> Need:
-        request = trace_request(self.job.loaded)
+    def _step_trace(self, model: str | None) -> Need:
+        request = trace_request(self.job.loaded, model)
         asked, dtype = self._asked(request, self.job.rows(request["guidance"]), request["dtype"])
-        asked = replace(traced(self.models, asked), itemsize=asked.itemsize)
+        rounded = self.source.plans if request["precision"] is not None else {}
+        asked = traced(self.models, asked, [entry for plan in rounded.values() for entry in plan])
         need = self._running(asked, dtype)
-        return replace(need, disk=SMALL_DISK + asked.prompts * asked.steps**2 * 64)
+        # Of a model that is read layer by layer, whenever it is read.
+        times = asked.steps * -(-asked.prompts // asked.together) if need.how == "layer by layer" else 1
+        seconds = sum(self._rounding_seconds(name, times) for name in rounded)
+        work = need.work + Work(seconds)
+        return replace(need, disk=SMALL_DISK + asked.prompts * asked.steps**2 * 64, work=work)
+
+    def _rounding_seconds(self, component: str, times: int) -> float:
+        """Of rounding a component's weights in memory, the transformer's so many `times`, the text encoder's once."""
+        weights = sum(entry.parameters for entry in to_quantize(self.source.plans[component]))
+        seconds = weights * QUANTIZE_SECONDS[getattr(self.recipe.precision, component).scales] / self.cores
+        return (seconds * (times if component == "transformer" else 1) + COMPILE_SECONDS) if weights else 0.0
 
     def _sensitivity(self, rest: str) -> Need:
         """Costs: a pass of every state for each fusion group; the choice: for each of some budgets."""
@@ -462,6 +473,6 @@ class Needs:
             return Need(PROCESS, work=Work(1.0))
         size = tuple(trace_request(self.job.loaded)["size"])
         asked = replace(asked, steps=self.recipe.sampling.steps, size=size)
-        methods = 1 if rest in ("full", "chosen") else 2
+        methods = 1 if rest in ("full", "chosen", "reference") else 2
         disk = SMALL_DISK + methods * asked.prompts * 3 * math.prod(size)
         return Need(self._compared(asked), disk, work=self._generating(asked, methods), cures=self._lighter(asked))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fluxc.base.errors import RecipeError
 from fluxc.fidelity.evidence import MOST_PROMPTS
 from fluxc.recipe.checks import SEEDS
@@ -37,15 +39,16 @@ def calibration_request(loaded: LoadedRecipe, is_large: bool) -> dict[str, Any]:
     }
 
 
-def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
+def trace_request(loaded: LoadedRecipe, traced: str | None = None) -> dict[str, Any]:
     """What the trace is asked to do, with the prompts themselves: the steps and the size that are served, whatever calibration
-    takes."""
+    takes; and of which model, `traced` or as the recipe says (`precision` is None for the checkpoint's own)."""
     recipe, settings = loaded.recipe, cache_settings(loaded)
     request = calibration_request(loaded, is_large=False)
     request |= {
         "steps": recipe.sampling.steps,
         "size": list(trace_size(recipe)),
         "dtype": recipe.fidelity.reference,
+        "precision": _rounded(recipe) if (traced or settings.traced) == "quantized" else None,
     }
     if settings.prompts is not None:
         request["prompts"] = loaded.prompts("step_cache.prompts", settings.prompts)
@@ -59,6 +62,17 @@ def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
             f"give at least {LEAST_PROMPTS}, better some dozens"
         )
     return request
+
+
+def _rounded(recipe: Recipe) -> dict[str, Any]:
+    """What says how layers are rounded, as JSON has it."""
+    asked = recipe.calibration
+    ranges: dict[str, Any] = {"engine": asked.engine, "algorithm": asked.algorithm}
+    ranges |= {"amax": asked.amax, "percentile": asked.percentile, "margin": asked.margin}
+    inputs = any(target.rounds_inputs for target in recipe.targets)
+    said = {"precision": recipe.precision, "inputs_rounded": inputs, "ranges": ranges if inputs else None}
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(said))
+    return found
 
 
 def trace_size(recipe: Recipe) -> tuple[int, int]:

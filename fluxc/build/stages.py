@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from fluxc.calibrate import (
 from fluxc.calibrate import stage as calibration_stage
 from fluxc.calibrate.assumed import assumed_amax
 from fluxc.calibrate.file import read_calibration
+from fluxc.calibrate.simulated import Rounded
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.checkpoint.files import ComponentFiles, checkpoint_digests
 from fluxc.checkpoint.identify import pixels_per_token, vae_of
@@ -43,7 +44,7 @@ from fluxc.quantize.source import kept_tensors, narrowed, solvable
 from fluxc.recipe.structs import QUANTIZED, Calibration, Recipe
 from fluxc.recipe.targets import Target
 from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
-from fluxc.stepcache.file import read_trace
+from fluxc.stepcache.file import model_in_words, read_trace
 from fluxc.targets.base import TargetContext
 from fluxc.targets.decoder import tiles_of, tiles_of_size
 from fluxc.targets.parts import Weights
@@ -63,13 +64,13 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
         yield Step(_export_name(inputs), "graphs", _made(export_of(inputs)))
     yield Step("modelopt", "calibrate", lambda results: _modelopt(job))
     yield Step("calibrate", "calibrate", lambda results: _calibrate(job, results, until == "calibrate"))
+    yield from _rounding_steps(job)
     if recipe.step_cache:
-        yield Step("step-trace", "step-cache", lambda results: _step_trace(job))
+        # Of the model that will run, so after everything that decides how its layers round.
+        yield Step("step-trace", "step-cache", lambda results: _step_trace(job, results))
+        if recipe.step_cache.compare:
+            yield Step("step-trace-reference", "step-cache", lambda results: _reference_trace(job))
         yield Step("step-cache", "step-cache", lambda results: _fit(job, results))
-    for name in QUANTIZED:
-        yield Step(f"rounding-{name}", "weights", partial(_rounding, job, component=name))
-    yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
-    yield Step("sensitivity", "weights", lambda results: _choice(job, results))
     for name in WEIGHTS_FILE:
         yield Step(f"weights-{name}", "weights", partial(_weights, job, component=name))
     for target in recipe.targets:
@@ -77,6 +78,22 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
     if recipe.fidelity.attribution:
         yield Step("attribution", "fidelity", lambda results: _attribution(job, results))
     yield Step("reference", "fidelity", lambda results: _reference(job))
+
+
+def tracing_steps(job: Job) -> Iterator[Step]:
+    """The steps that the trace needs, for a command that makes a trace alone."""
+    if cache_settings(job.loaded).traced == "quantized":
+        yield Step("modelopt", "calibrate", lambda results: _modelopt(job))
+        yield Step("calibrate", "calibrate", lambda results: _calibrate(job, results, False))
+        yield from _rounding_steps(job)
+
+
+def _rounding_steps(job: Job) -> Iterator[Step]:
+    """What decides how layers round, after calibration: weights that are solved, and layers that `exclude: auto` keeps."""
+    for name in QUANTIZED:
+        yield Step(f"rounding-{name}", "weights", partial(_rounding, job, component=name))
+    yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
+    yield Step("sensitivity", "weights", lambda results: _choice(job, results))
 
 
 def comparing(job: Job) -> Iterator[Step]:
@@ -94,6 +111,8 @@ def comparing(job: Job) -> Iterator[Step]:
     for number in numbers:
         yield Step(f"frontier-{number}", "fidelity", partial(_point, job, target=target, point=str(number)))
     yield Step("frontier-chosen", "fidelity", lambda results: _point(job, results, target, "chosen"))
+    if cache_settings(job.loaded).compare:
+        yield Step("frontier-reference", "fidelity", lambda results: _point(job, results, target, "reference"))
     yield Step("frontier", "fidelity", lambda results: _cache_figures(job, results, target, numbers))
 
 
@@ -122,12 +141,12 @@ def tuning_inputs(
     return tuning_stage.ChoiceInputs(replace(measured, round_inputs=True), formats, choices)
 
 
-def planned_stages(job: Job) -> list[tuple[Step, str]]:
-    """Every step and, in words, whether its result is in the cache; nothing is run, hashed or written."""
+def planned_stages(job: Job, listed: Iterable[Step]) -> list[tuple[Step, str]]:
+    """Every step that is `listed` and, in words, whether its result is in the cache; nothing is run, hashed or written."""
     cache = StageCache(job.root, StageProgress())
     with suppress(UnknownDigestError):
         job.digests = checkpoint_digests(job.original.checkpoint, cache.known_digest, lambda *_: None)
-    return plan_steps(cache, [*steps(job), *comparing(job)])
+    return plan_steps(cache, listed)
 
 
 def exports(job: Job) -> dict[str, ExportInputs]:
@@ -150,11 +169,32 @@ def calibration_inputs(job: Job, aside: str) -> calibration_stage.CalibrationInp
     )
 
 
-def step_trace_inputs(job: Job, aside: str) -> trace_stage.StepTraceInputs:
-    """What the step trace depends on."""
-    request = trace_request(job.loaded)
+def step_trace_inputs(job: Job, results: Results, aside: str, traced: str | None = None) -> trace_stage.StepTraceInputs:
+    """What the step trace of the model `traced`, or of the one that the recipe says, depends on."""
+    request = trace_request(job.loaded, traced)
     layers = job.original.family.text_layers
-    return trace_stage.StepTraceInputs(job.files, request, job.rows(request["guidance"]), layers, job.aside(aside))
+    inputs = trace_stage.StepTraceInputs(job.files, request, job.rows(request["guidance"]), layers, job.aside(aside))
+    if request["precision"] is None:
+        return inputs
+    exported = Made(results["modelopt"]) if job.loaded.recipe.calibration.engine == "modelopt" else None
+    return replace(inputs, rounded=_rounded(job, results), exported=exported)
+
+
+def _rounded(job: Job, results: Results) -> dict[str, Rounded]:
+    """By component, how the layers compute that will not compute as the checkpoint's own."""
+    recipe, source = job.loaded.recipe, job.source(results)
+    round_inputs = any(target.rounds_inputs for target in recipe.targets)
+    found = {}
+    for name in QUANTIZED:
+        precision = getattr(recipe.precision, name)
+        how = Rounded(source.plans[name], precision.scales, round_inputs, solved=results[f"rounding-{name}"])
+        if round_inputs and recipe.calibration.engine == "none":
+            how = replace(how, assumed=assumed_amax(how.plan, source.transformer.width, recipe.calibration))
+        elif round_inputs and needs_calibration(how.plan):
+            how = replace(how, calibration=_calibration(job, results), settings=_amax_settings(recipe))
+        if how.layers:
+            found[name] = how
+    return found
 
 
 def sampling_entry(job: Job) -> dict[str, Any]:
@@ -188,7 +228,8 @@ def provenance_computed(job: Job, results: Results) -> dict[str, str]:
     calibration = job.given_calibration or results.get("calibrate")
     found = {"calibration": read_calibration(calibration).origin.ran} if calibration else {}
     if job.loaded.recipe.step_cache:
-        found["step cache"] = read_trace(_traced(job, results)).origin.ran
+        origin = read_trace(_traced(job, results)).origin
+        found["step cache"] = f"{origin.ran}, {model_in_words(origin)}"
     reference = results.get("reference")
     return found | ({"reference": reference_stage.ran_as(reference)} if reference else {})
 
@@ -199,6 +240,9 @@ def provenance_measured(job: Job, results: Results) -> dict[str, str]:
     if job.given_calibration or results.get("calibrate"):
         asked = calibration_request(job.loaded, job.is_large)
         found["calibration"] = _asked_in_words(len(asked["prompts"]), asked["steps"], asked["size"])
+    if job.loaded.recipe.step_cache:
+        asked = trace_request(job.loaded)
+        found["step cache"] = _asked_in_words(len(asked["prompts"]), asked["steps"], asked["size"])
     if results.get("reference"):
         request = job.fidelity
         found["reference"] = _asked_in_words(len(request.prompts), request.steps, request.size)
@@ -272,11 +316,16 @@ def _calibration(job: Job, results: Results) -> Path | None:
     return found
 
 
-def _step_trace(job: Job) -> Stage[Any, Path] | None:
+def _step_trace(job: Job, results: Results) -> Stage[Any, Path] | None:
     if job.given_trace:
         return None
-    inputs = step_trace_inputs(job, "step-trace")
+    inputs = step_trace_inputs(job, results, "step-trace")
     return Stage("step-trace", "trace steps", inputs, trace_stage.run, trace_stage.load)
+
+
+def _reference_trace(job: Job) -> Stage[Any, Path]:
+    inputs = step_trace_inputs(job, Results(), "step-trace-reference", "reference")
+    return Stage("step-trace", "trace steps of the reference", inputs, trace_stage.run, trace_stage.load)
 
 
 def _traced(job: Job, results: Results) -> Path:
@@ -285,8 +334,11 @@ def _traced(job: Job, results: Results) -> Path:
 
 def _fit(job: Job, results: Results) -> Stage[Any, StepCache]:
     recipe, settings = job.loaded.recipe, cache_settings(job.loaded)
-    plain = msgspec.structs.replace(settings, frontier="auto", prompts=None, trace=None)
-    inputs = fit_stage.FitInputs(plain, _traced(job, results), trace_size(recipe))
+    plain = msgspec.structs.replace(
+        settings, frontier="auto", prompts=None, trace=None, traced="quantized", compare=False
+    )
+    reference = results["step-trace-reference"] if settings.compare else None
+    inputs = fit_stage.FitInputs(plain, _traced(job, results), trace_size(recipe), reference)
     return Stage("step-cache", "fit step cache", inputs, fit_stage.run, fit_stage.load)
 
 
@@ -313,7 +365,7 @@ def _measured_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs
         settings=_amax_settings(recipe),
         scales=recipe.precision.transformer.scales,
         round_inputs=any(target.rounds_inputs for target in recipe.targets),
-        solved=results.get("rounding-transformer"),
+        solved=results["rounding-transformer"],
     )
 
 
@@ -329,7 +381,7 @@ def _attribution(job: Job, results: Results) -> Stage[Any, Any] | None:
             plan=plans["text_encoder"],
             scales=text.scales,
             round_inputs=True,
-            solved=results.get("rounding-text_encoder"),
+            solved=results["rounding-text_encoder"],
         ),
     )
     return Stage("attribution", "attribute the error", inputs, attribution_stage.run, attribution_stage.load)
@@ -386,7 +438,7 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
     recipe, source = job.loaded.recipe, job.source(results)
     plan = source.plans.get(component, [])
     precision = getattr(recipe.precision, component, None)
-    solved = results.get(f"rounding-{component}")
+    solved = results[f"rounding-{component}"] if component in QUANTIZED else None
     calibration = _calibration(job, results) if needs_calibration(plan) or solved else None
     assumed = {}
     if recipe.calibration.engine == "none":
@@ -480,6 +532,8 @@ def _point(job: Job, results: Results, target: str, point: str) -> Stage[Any, Ma
         title, methods, keep = "generate without step cache", {"full": {}}, ()
     elif point == "chosen":
         title, methods, keep = "generate with the step cache", {"chosen": frontier.chosen(cache)}, ("chosen",)
+    elif point == "reference":
+        title, methods, keep = "generate with the reference's step cache", {point: frontier.of_reference(cache)}, ()
     else:
         title, keep = f"generate with {point} of {cache.steps} steps skipped", (cache.mode,)
         methods = frontier.policies(cache, read_trace(_traced(job, results)).trace, int(point))
@@ -499,6 +553,7 @@ def _cache_figures(job: Job, results: Results, target: str, numbers: list[int]) 
         full=results["frontier-full"],
         served=results["frontier-chosen"],
         points={number: results[f"frontier-{number}"] for number in numbers},
+        reference=results["frontier-reference"] if cache_settings(job.loaded).compare else None,
     )
     return Stage(
         "step-cache-report", "report the step cache", inputs, frontier_stages.write_figures, frontier_stages.load

@@ -14,7 +14,7 @@ from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.identify import check_sizes, family_of, has_cfg_batch, text_encoder_of, transformer_of, vae_of
 from fluxc.checkpoint.named import parts_of
 from fluxc.checkpoint.quantized import SourceLayer, as_stored, quantized_layers
-from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint
+from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint, with_transformer
 from fluxc.families.base import Family
 from fluxc.formats.registry import FORMATS
 from fluxc.models.base import Linear
@@ -102,8 +102,7 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
         )
     collected.raise_all()
     if exported is not None:
-        replaced = replace(checkpoint.components["transformer"], folder=exported, file=None, variant=None)
-        checkpoint = replace(checkpoint, components={**checkpoint.components, "transformer": replaced})
+        checkpoint = with_transformer(checkpoint, exported)
     with checkpoint.telling():
         return _checked(loaded, checkpoint)
 

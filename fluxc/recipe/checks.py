@@ -258,6 +258,17 @@ def _asked(recipe: Recipe, refuse: Refuse) -> None:
         refuse("step_cache", "give either skip or max_error")
 
 
+@_reads("step_cache")
+def _compared_traces(recipe: Recipe, refuse: Refuse) -> None:
+    cache = recipe.step_cache
+    if cache and cache.compare and cache.traced == "reference":
+        refuse(
+            "step_cache.compare",
+            "compares the quantized model's trace with the reference's, and `traced: reference` takes the latter alone; leave "
+            "one of the two out",
+        )
+
+
 @_reads("step_cache", "sampling.steps")
 def _skipped(recipe: Recipe, refuse: Refuse) -> None:
     cache, steps = recipe.step_cache, recipe.sampling.steps

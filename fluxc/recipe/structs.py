@@ -317,6 +317,22 @@ class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             left_out="`calibration.prompts`",
         ),
     ] = None
+    traced: Annotated[
+        Literal["quantized", "reference"],
+        about(
+            "the model whose steps are recorded: `quantized`, with weights rounded as in the bundle, and inputs where a target "
+            "rounds them; `reference`, the checkpoint's own",
+            "reference",
+        ),
+    ] = "quantized"
+    compare: Annotated[
+        bool,
+        about(
+            "also trace the checkpoint's own model, and report what a step cache fitted on it would skip and cost: twice the "
+            "time of the trace, and images of every held-out prompt",
+            True,
+        ),
+    ] = False
     trace: Annotated[
         str | None,
         about(

@@ -236,7 +236,8 @@ class StepCacheFigures(Struct, frozen=True):
 
     `frontier` holds, by number of skipped steps and method, what each costs. `changes` are points of the trace: the change of a
     step's modulated input, and the change of its residual (mean over guidance branches), both relative. `onset` are the numbers
-    of skipped steps of which the report has an image of the worst prompt.
+    of skipped steps of which the report has an image of the worst prompt. `reference` is what it costs to skip as the trace of
+    the checkpoint's own model says, where the recipe asks to compare.
     """
 
     mode: str
@@ -251,6 +252,7 @@ class StepCacheFigures(Struct, frozen=True):
     frontier: dict[str, dict[str, CachePoint]] = {}
     changes: tuple[tuple[float, float], ...] = ()
     onset: tuple[int, ...] = ()
+    reference: CachePoint | None = None
 
 
 class Tiling(Struct, frozen=True):
