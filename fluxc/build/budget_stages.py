@@ -15,7 +15,8 @@ from typing import Any
 from fluxc.base.cpu import multiplies_bf16
 from fluxc.build.budget_rates import Rates
 from fluxc.build.job import Job
-from fluxc.build.requests import calibration_request, trace_request
+from fluxc.build.requests import attributed_prompts, calibration_request, trace_request
+from fluxc.build.stages import vae_dtype
 from fluxc.calibrate.records import ROWS
 from fluxc.calibrate.solve_needs import solving
 from fluxc.calibrate.stage import asked_of, calls_bytes, records_bytes
@@ -36,6 +37,7 @@ from fluxc.checkpoint.needs import (
     tokens_of,
     weights_read,
 )
+from fluxc.fidelity.causes_stage import with_causes
 from fluxc.formats.bf16 import BF16
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.predict.work import work_of
@@ -93,6 +95,7 @@ SMALL_DISK = MIB
 """Of configs, manifest, report and notes."""
 
 NOT_COMPARED = ("fidelity.level: none", 0)
+NO_ATTRIBUTION = ("fidelity.attribution: false", 0)
 
 
 @dataclass(frozen=True)
@@ -295,10 +298,33 @@ class Needs:
         times = len(groups) if rest == "costs" else SEARCHES + 2
         return self._running(replace(asked, prompts=min(PROMPTS, asked.prompts)), dtype, recorded + times * states)
 
-    def _attribution(self, _: str) -> Need:
-        """Of a pass for each cause, and encoding twice."""
+    def _attribution(self, rest: str) -> Need:
+        """Of a pass for each cause, and encoding twice; of their images, the step loop for each cause but the VAE."""
+        if rest == "images":
+            return self._causes()
         need = self._sensitivity("")
         return replace(need, work=need.work + need.work)
+
+    def _causes(self) -> Need:
+        recipe = self.recipe
+        request = {
+            "prompts": [prompt for prompt, _ in attributed_prompts(self.job.loaded, self.job.is_large)],
+            "steps": recipe.fidelity.steps or recipe.sampling.steps,
+            "size": recipe.fidelity.size or recipe.listed_sizes[0],
+        }
+        asked, dtype = self._asked(request, self.job.rows(recipe.sampling.guidance), recipe.fidelity.reference)
+        layers = [entry for plan in self.source.plans.values() for entry in plan]
+        skips, vae = recipe.step_cache is not None, vae_dtype(self.job)
+        asked = replace(with_causes(self.models, asked, layers, skips, vae is not None), itemsize=asked.itemsize)
+        # The reference, weights, inputs, text encoder, step cache, and all of them.
+        loops = 5 + skips
+        need = self._running(asked, dtype, loops * asked.prompts * asked.rows * asked.steps)
+        times = 2 * (asked.steps if need.how == "layer by layer" else 1)
+        rounding = Work(sum(self._rounding_seconds(name, times) for name in self.source.plans))
+        decoding = Work(**{dtype: (loops + 1) * asked.prompts * decoding_flop(self._vae, asked.size) / MODEL_SHARE})
+        read = Work(read=(loops - 1) * need.work.read) if need.how == "layer by layer" else Work()
+        disk = SMALL_DISK + (loops + 1) * asked.prompts * 3 * math.prod(asked.size)
+        return replace(need, disk=disk, work=need.work + rounding + decoding + read, cures=(NO_ATTRIBUTION,))
 
     def _tuning(self, formats: str) -> Need:
         """Of measuring every group in so many formats."""

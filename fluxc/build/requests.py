@@ -15,6 +15,8 @@ from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import Recipe, StepCache
 
 LEAST_PROMPTS = 8
+MOST_ATTRIBUTED = 2
+"""Prompts of which there are images of each cause of error."""
 LARGE_PROMPTS, LARGE_STEPS, LARGE_SIDE = 4, 4, 256
 """What measuring a large model takes where the recipe does not say: prompts, steps, pixels of a square image's side."""
 
@@ -111,6 +113,17 @@ def fidelity_request(loaded: LoadedRecipe, is_large: bool) -> FidelityRequest:
     if level == "stages":
         steps, size = min(steps, LARGE_STEPS), min(recipe.listed_sizes, key=lambda size: size[0] * size[1])
     return FidelityRequest(level, prompts, fidelity.steps or steps, fidelity.size or size)
+
+
+def attributed_prompts(loaded: LoadedRecipe, is_large: bool) -> list[tuple[str, int]]:
+    """The held-out prompts, at most two, that images of each cause of error are generated for, with their seeds: none where the
+    level is not images, or attribution is not asked for."""
+    fidelity = loaded.recipe.fidelity
+    if not fidelity.attribution or fidelity.prompts is None or level_of(loaded.recipe, is_large) != "images":
+        return []
+    prompts = spread_evenly(loaded.prompts("fidelity.prompts", fidelity.prompts), fidelity.max_prompts)
+    numbers = spread_evenly([str(number) for number in range(len(prompts))], MOST_ATTRIBUTED)
+    return [(prompts[int(number)], fidelity.seed + int(number)) for number in numbers]
 
 
 def level_of(recipe: Recipe, is_large: bool) -> str:

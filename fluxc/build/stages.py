@@ -16,7 +16,14 @@ import msgspec
 from fluxc.base.cache import Made, StageCache, UnknownDigestError, tool_versions
 from fluxc.base.progress import StageProgress
 from fluxc.build.job import Job
-from fluxc.build.requests import cache_settings, calibration_request, judges_of, trace_request, trace_size
+from fluxc.build.requests import (
+    attributed_prompts,
+    cache_settings,
+    calibration_request,
+    judges_of,
+    trace_request,
+    trace_size,
+)
 from fluxc.build.runner import Results, Stage, Step, plan_steps
 from fluxc.calibrate import (
     attribution_stage,
@@ -34,7 +41,7 @@ from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.checkpoint.files import ComponentFiles, checkpoint_digests
 from fluxc.checkpoint.identify import pixels_per_token, vae_of
 from fluxc.checkpoint.source import WEIGHTED
-from fluxc.fidelity import reference_stage
+from fluxc.fidelity import causes_stage, reference_stage
 from fluxc.fidelity import stage as compare_stage
 from fluxc.formats.registry import FORMATS
 from fluxc.graph import stage as export_stage
@@ -77,6 +84,7 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
         yield Step(f"target-{target.name}", "targets", partial(_target, job, target=target))
     if recipe.fidelity.attribution:
         yield Step("attribution", "fidelity", lambda results: _attribution(job, results))
+        yield Step("attribution-images", "fidelity", lambda results: _causes(job, results))
     yield Step("reference", "fidelity", lambda results: _reference(job))
 
 
@@ -177,13 +185,13 @@ def step_trace_inputs(job: Job, results: Results, aside: str, traced: str | None
     if request["precision"] is None:
         return inputs
     exported = Made(results["modelopt"]) if job.loaded.recipe.calibration.engine == "modelopt" else None
-    return replace(inputs, rounded=_rounded(job, results), exported=exported)
+    round_inputs = any(target.rounds_inputs for target in job.loaded.recipe.targets)
+    return replace(inputs, rounded=_rounded(job, results, round_inputs), exported=exported)
 
 
-def _rounded(job: Job, results: Results) -> dict[str, Rounded]:
+def _rounded(job: Job, results: Results, round_inputs: bool) -> dict[str, Rounded]:
     """By component, how the layers compute that will not compute as the checkpoint's own."""
     recipe, source = job.loaded.recipe, job.source(results)
-    round_inputs = any(target.rounds_inputs for target in recipe.targets)
     found = {}
     for name in QUANTIZED:
         precision = getattr(recipe.precision, name)
@@ -385,6 +393,45 @@ def _attribution(job: Job, results: Results) -> Stage[Any, Any] | None:
         ),
     )
     return Stage("attribution", "attribute the error", inputs, attribution_stage.run, attribution_stage.load)
+
+
+def _causes(job: Job, results: Results) -> Stage[Any, Made] | None:
+    recipe, asked = job.loaded.recipe, attributed_prompts(job.loaded, job.is_large)
+    if not asked:
+        return None
+    steps, size = recipe.fidelity.steps or recipe.sampling.steps, recipe.fidelity.size or recipe.listed_sizes[0]
+    inputs = causes_stage.CausesInputs(
+        files=job.files.of(*job.files.parts, *WEIGHTED),
+        prompts=tuple(prompt for prompt, _ in asked),
+        seeds=tuple(seed for _, seed in asked),
+        size=size,
+        steps=steps,
+        guidance=recipe.sampling.guidance,
+        text_length=recipe.text.length,
+        text_layers=job.original.family.text_layers,
+        dtype=recipe.fidelity.reference,
+        rows=job.rows(recipe.sampling.guidance),
+        rounded=_rounded(job, results, True),
+        skips=_skips(results["step-cache"], steps, size) if recipe.step_cache else None,
+        vae_dtype=vae_dtype(job),
+    )
+    if not causes_stage.causes(inputs):
+        return None
+    title = "generate images of each cause"
+    return Stage("attribution-images", title, inputs, causes_stage.run, causes_stage.load)
+
+
+def _skips(cache: StepCache, steps: int, size: tuple[int, int]) -> causes_stage.Skips:
+    """How the step cache skips so many steps at this size: by its rule where it was fitted to others."""
+    if cache.mode == "static" and (steps, size) == (cache.steps, cache.size):
+        return causes_stage.Skips(cache.schedule, None)
+    return causes_stage.Skips((), cache.rule)
+
+
+def vae_dtype(job: Job) -> str | None:
+    """The type of the first target that computes the VAE in another one than the reference; None where there is none."""
+    dtypes = [inputs.dtype for inputs in exports(job).values() if inputs.component == "vae"]
+    return next((dtype for dtype in dtypes if dtype != job.loaded.recipe.fidelity.reference), None)
 
 
 def _costs(job: Job, results: Results) -> Stage[Any, Path] | None:

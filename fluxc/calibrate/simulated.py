@@ -42,6 +42,11 @@ class Rounded:
         whose weights are what they are, the ones whose inputs are rounded."""
         return [entry for entry in self.plan if to_quantize([entry]) or self._rounds_stored(entry)]
 
+    @property
+    def rounding_inputs(self) -> list[LayerPlan]:
+        """The layers whose inputs are rounded."""
+        return [entry for entry in self.layers if self.round_inputs and FORMATS[entry.format].calibrated]
+
     def _rounds_stored(self, entry: LayerPlan) -> bool:
         return self.round_inputs and entry.quantized_in_source and FORMATS[entry.format].calibrated
 

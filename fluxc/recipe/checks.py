@@ -211,6 +211,15 @@ def _rounding(recipe: Recipe, refuse: Refuse) -> None:
             )
 
 
+@_reads("fidelity.attribution", "calibration.engine")
+def _attributed(recipe: Recipe, refuse: Refuse) -> None:
+    if recipe.fidelity.attribution and recipe.calibration.engine == "modelopt":
+        refuse(
+            "fidelity.attribution",
+            "rounds weights as fluxc's own quantizer does; leave it out with calibration.engine: modelopt",
+        )
+
+
 @_reads("step_cache")
 def _without_step_cache(recipe: Recipe, refuse: Refuse) -> None:
     if recipe.step_cache is None:

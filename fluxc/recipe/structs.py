@@ -442,8 +442,9 @@ class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attribution: Annotated[
         bool,
         about(
-            "measure what rounded weights, rounded inputs and the text encoder each cost alone: some passes of the model for "
-            "the [report](report.md)",
+            "measure what rounded weights, rounded inputs and the text encoder each cost alone, for the [report](report.md): "
+            "some passes of the model. With level `images` also an image of each cause alone, step cache and type of the VAE "
+            "too, of at most two held-out prompts: six step loops of each",
             True,
         ),
     ] = False

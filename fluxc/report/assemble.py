@@ -12,7 +12,16 @@ from fluxc.fidelity.on_target import entries_of
 from fluxc.quantize.source import Source
 from fluxc.recipe.load import LoadedRecipe
 from fluxc.report.gains import predicted, sizes_of
-from fluxc.report.structs import Attribution, LayerFigures, Report, StepCacheFigures, TargetFigures, Tiling, Verdict
+from fluxc.report.structs import (
+    Attribution,
+    CauseImages,
+    LayerFigures,
+    Report,
+    StepCacheFigures,
+    TargetFigures,
+    Tiling,
+    Verdict,
+)
 from fluxc.report.tiers import never_run, stages_matched, tiers_of
 from fluxrt.manifest import Manifest, NotCompared, RankFidelity
 
@@ -59,6 +68,7 @@ def assemble(
         layers=_layers(manifest, figures["layers"]),
         sensitivity=figures["sensitivity"],
         attribution=msgspec.convert(figures.get("attribution"), Attribution | None),
+        causes=msgspec.convert(figures.get("causes"), CauseImages | None),
         step_cache=_step_cache(manifest, cached),
         recipe=manifest.recipe,
         source=manifest.provenance.source,

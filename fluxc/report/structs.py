@@ -275,6 +275,22 @@ class Attribution(Struct, frozen=True):
     errors: dict[str, float]
 
 
+class CauseImages(Struct, frozen=True):
+    """Images of held-out prompts with each cause of error alone, generated in torch, against the reference's: `psnr_db` by
+    cause and prompt. Causes are "weights", "inputs", "text encoder", "step cache", "vae" (the reference's latents decoded in
+    `vae_dtype`) and "all"; one that the recipe has not is left out. `skipped` are the steps that the step cache skipped of each
+    prompt."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    vae_dtype: str | None
+    skipped: tuple[tuple[int, ...], ...]
+    psnr_db: dict[str, tuple[float, ...]]
+
+
 class Report(Struct, frozen=True):
     """The report of one bundle. `targets` and `ranks` are by target: figures against the reference, and of sharded targets
     against the one that runs in one process. `engines` says what was found in what was built; `file_bytes` is by folder of the
@@ -315,6 +331,7 @@ class Report(Struct, frozen=True):
     not_compared: tuple[NotCompared, ...] = ()
     tiling: Tiling | None = None
     attribution: Attribution | None = None
+    causes: CauseImages | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 

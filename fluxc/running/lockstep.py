@@ -58,7 +58,8 @@ class Lockstep:
         return [row.result for row in started]
 
     def _go_on(self) -> None:
-        """Everything that does not wait for a part; otherwise the first part that a row waits for, with all that wait for it."""
+        """Everything that does not wait for a part; if all do, the part that the first one waits for, with all that wait for
+        it."""
         ready = [row for row in self._rows if self._is_ready(row)]
         for row in ready:
             self._switch(row)
