@@ -2,6 +2,7 @@
 
     python benchmarks/step_cache_trace.py                  # about half an hour on two idle cores
     python benchmarks/step_cache_trace.py --work FOLDER    # keeps traces and bundle there, and goes on after an interruption
+    python benchmarks/step_cache_trace.py --weights-alone --images 0     # inputs not rounded; the fits, and no images
 
 flux2-nano in 50 steps with NVFP4 weights and inputs rounded to NVFP4, as an FP4 GPU computes. Both models are traced on the 40
 prompts of the recipe. For each number of skipped steps, schedule and rule of either trace run in the same bundle, on prompts
@@ -21,7 +22,8 @@ from cpu_step import cpu_name
 from step_cache import ROOT, specs
 
 RECIPE = ROOT / "recipes" / "flux2-nano-50-steps.yaml"
-TARGET = "onnxruntime-nvfp4"
+MOVED = 1e-6
+EXACT, ROUNDED = "compute: exact", "activations: nvfp4"
 HEADINGS = (
     "skipped",
     "method",
@@ -37,7 +39,8 @@ HEADINGS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=32, help="unseen prompts (default 32)")
+    parser.add_argument("--images", type=int, default=32, help="unseen prompts (default 32; 0: no images)")
+    parser.add_argument("--weights-alone", action="store_true", help="inputs are not rounded")
     parser.add_argument("--skip", type=int, nargs="+", default=[10, 19, 30], help="steps to skip (default 10 19 30)")
     parser.add_argument("--set", action="append", default=[], dest="changes", help="a further change of the recipe")
     parser.add_argument("--work", type=Path, help="a folder for traces and the bundle")
@@ -46,16 +49,17 @@ def main() -> None:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         print(f"flux2-nano, 64x64, 50 steps, {options.images} prompts, on {cpu_name()}", flush=True)
-        traces = {name: traced(name, work, options.changes) for name in ("quantized", "reference")}
+        asked = [f"targets=[{{kind: onnxruntime, {EXACT if options.weights_alone else ROUNDED}}}]", *options.changes]
+        traces = {name: traced(name, work, asked) for name in ("quantized", "reference")}
         print_fits(traces, options)
-        print_images(traces, made(work, options.changes), options)
+        if options.images:
+            print_images(traces, made(work, asked), options)
 
 
 def changes_of(asked: list[str], cache: str = "") -> tuple[str, ...]:
     """To the recipe."""
-    target = "targets=[{kind: onnxruntime, activations: nvfp4}]"
     prompts = f"step_cache={{skip: 19, prompts: prompts/flux2-nano-steps.txt, frontier: []{cache}}}"
-    return (target, "gates={}", "fidelity.level=none", prompts, *asked)
+    return ("gates={}", "fidelity.level=none", prompts, *asked)
 
 
 def traced(model: str, work: Path, asked: list[str]) -> Any:
@@ -128,6 +132,23 @@ def settings(count: int) -> Any:
     return StepCache(skip=float(count), min_r2=-1e9)
 
 
+def moved(bundle: Any, target: str, request: Any) -> np.ndarray:
+    """Images with every step, from starting noise that is moved by MOVED of itself: what rounding alone makes of that."""
+    from fluxrt.pipeline import Pipeline, starting_noise
+    from fluxrt.schedule import SCHEDULES
+
+    pipeline = Pipeline(bundle, target=target)
+    grid, sampling = pipeline.grid(request.size), bundle.manifest.sampling
+    tokens, images = grid[0] * grid[1], []
+    for number, prompt in enumerate(request.prompts):
+        noise = starting_noise(request.seed + number, tokens, sampling.latent_channels)[None]
+        noise = (noise * (1 + np.float32(MOVED))).astype(np.float32)
+        pipeline.begin(noise, grid, request.guidance, pipeline.tokenize(pipeline.branches(prompt, request.guidance)))
+        list(pipeline.denoise(SCHEDULES[sampling.schedule](tokens, request.steps), None))
+        images.append(pipeline.decode(pipeline.backend.get("latents"), grid)[0])
+    return np.stack(images)
+
+
 def print_images(traces: dict[str, Any], bundle: Any, options: argparse.Namespace) -> None:
     """The table of images."""
     from fluxc.stepcache.choose import make_step_cache
@@ -136,8 +157,12 @@ def print_images(traces: dict[str, Any], bundle: Any, options: argparse.Namespac
 
     prompts = [spec.caption(number % 3) for number, spec in enumerate(specs(options.images))]
     request = FrontierRequest(prompts, 0, 50, bundle.manifest.sampling.guidance, (64, 64))
-    full, _ = generate_all(bundle, TARGET, request, {}, lambda: None)
+    (target,) = (target.name for target in bundle.manifest.targets)
+    full, _ = generate_all(bundle, target, request, {}, lambda: None)
     print("\n| " + " | ".join(HEADINGS) + " |\n" + "|---" * len(HEADINGS) + "|", flush=True)
+    found = figures(moved(bundle, target, request), full, [[] for _ in prompts], 50, [{}] * len(prompts))
+    quality = " | ".join(f"{found[name]:.2f}" for name in ("psnr_db", "psnr_db_p5", "psnr_db_worst"))
+    print(f"| 0 | every step, from noise changed by {MOVED:g} of itself | | 50 | {quality} | | |", flush=True)
     runs = traces["quantized"]
     for count in options.skip:
         caches = {name: make_step_cache(settings(count), trace, (64, 64)) for name, trace in traces.items()}
@@ -146,7 +171,7 @@ def print_images(traces: dict[str, Any], bundle: Any, options: argparse.Namespac
             for name, cache in caches.items():
                 schedule = list(cache.schedule)
                 policy = {"schedule": schedule} if method == "schedule" else {"rule": msgspec.to_builtins(cache.rule)}
-                images, skipped = generate_all(bundle, TARGET, request, policy, lambda: None)
+                images, skipped = generate_all(bundle, target, request, policy, lambda: None)
                 by_trace = [schedule] * runs.images if method == "schedule" else skipped_by(cache.rule, runs.change)
                 error = accumulated_error(by_trace, runs.residual_error)
                 found = figures(images, full, skipped, 50, [{}] * len(prompts))

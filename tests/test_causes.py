@@ -67,10 +67,9 @@ def test_every_cause_has_images_and_figures(bundle: Path) -> None:
         assert np.array_equal(reference, pixels(bundle, f"reference-{number}.png"))
         found = {cause: causes["psnr_db"][cause][number] for cause in CAUSES}
         for cause, decibels in found.items():
+            shown = psnr(pixels(bundle, image_name(cause, number)), reference)
             # Rounding to 8 bits limits what a picture says.
-            assert psnr(pixels(bundle, image_name(cause, number)), reference) == pytest.approx(
-                min(decibels, 58), abs=2.5
-            )
+            assert shown == pytest.approx(decibels, abs=1) if decibels < 45 else shown > 43
             assert f"<br>{decibels} dB" in page
         assert found["all"] < min(found["step cache"], found["vae"]) + 1
         assert causes["skipped"][number] == list(open_bundle(bundle).manifest.step_cache.schedule)
