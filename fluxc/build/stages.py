@@ -400,6 +400,10 @@ def _causes(job: Job, results: Results) -> Stage[Any, Made] | None:
     if not asked:
         return None
     steps, size = recipe.fidelity.steps or recipe.sampling.steps, recipe.fidelity.size or recipe.listed_sizes[0]
+    plans = job.source(results, with_plan=False).plans.values()
+    quantizes = any(Rounded(plan, "max", True).layers for plan in plans)
+    if not (quantizes or recipe.step_cache or vae_dtype(job)):
+        return None
     inputs = causes_stage.CausesInputs(
         files=job.files.of(*job.files.parts, *WEIGHTED),
         prompts=tuple(prompt for prompt, _ in asked),
