@@ -311,6 +311,28 @@ def test_solving_klein_with_factors_of_low_rank_stays_within_8_gib(
     assert seconds[128, "nearest"] < seconds[128, "gptq"]
 
 
+def test_what_is_rounded_in_memory_is_counted(klein: Path, tmp_path: Path, own_cache: None) -> None:
+    """The largest weight twice in fp32, and the time of rounding it whenever it is read."""
+    steps = ("sampling={steps: 10, guidance: 1.0}", "fidelity.attribution=true")
+
+    def stages(traced: str, *more: str) -> dict[str, Any]:
+        cache = f"step_cache={{traced: {traced}}}"
+        asked = [*klein_sets(klein), *sets(*steps, cache, *more)]
+        result = plan("--json", "--memory", "8GiB", "--out", tmp_path / "bundle", *asked)
+        assert result.exit_code == 0, result.stderr
+        return {stage["name"]: stage for stage in json.loads(result.stdout)["budget"]["stages"]}
+
+    own, rounded = (stages(traced)["step-trace"] for traced in ("reference", "quantized"))
+    assert own["runs"] == rounded["runs"] == "layer by layer"
+    assert rounded["memory_bytes"] - own["memory_bytes"] == 8 * 3072 * (3 * 3072 + 2 * 9216)
+    assert rounded["seconds"] > own["seconds"]
+    # A large model is compared in stages, and images go with level images.
+    assert stages("quantized")["attribution-images"]["result"] == "nothing to do"
+    found = stages("quantized", "fidelity.size=[64, 64]", "fidelity.level=images", "fidelity.max_prompts=2")
+    assert found["attribution-images"]["memory_bytes"] > found["reference"]["memory_bytes"]
+    assert 5 < found["attribution-images"]["seconds"] / found["reference"]["seconds"] < 8
+
+
 @pytest.mark.parametrize("verb", ["plan", "build"])
 def test_what_does_not_fit_is_refused_with_figures_and_what_would_do(
     verb: str, klein: Path, tmp_path: Path, own_cache: None

@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
 from conftest import RECIPE, ROOT, RecordingProgress, compile_into, copy_checkpoint, quantized_by_modelopt
 from fluxc.base.errors import BuildError, CheckpointError, RecipeError
+from fluxc.calibrate.simulated import Rounded, simulated
 from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import open_checkpoint
+from fluxc.formats import nvfp4
 from fluxc.quantize.source import Source, read_source
 from fluxc.recipe.load import load_recipe
 from fluxc.running.model import ReferenceModel
 from fluxc.running.placement import Placement
 from fluxrt.bundle import open_bundle
 from quick import QUICK
+from test_nvfp4 import activation_model
 
 TENSORS = "diffusion_pytorch_model.safetensors"
 OUTSIDE = ("x_embedder", "context_embedder", "time_guidance_embed", "modulation", "norm_out", "proj_out")
@@ -197,6 +201,55 @@ def test_awq_and_svdquant_tensors_are_computed_with(damaged: Path, workshop: Pat
     assert {
         entry.layer.group for entry in opened(damaged).plans["transformer"] if ".1.attn.to_" in entry.layer.name
     } == {None}
+
+
+@pytest.mark.parametrize("parts", [(), ("pre_quant_scale",), ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")])
+def test_inputs_are_simulated_under_the_scales_that_the_checkpoint_holds(damaged: Path, parts: tuple[str, ...]) -> None:
+    """Q(x p) Q(w)^T + (x p a^T) b^T: rounded by ONNX's reference evaluator in the function that the CPU target uses."""
+    generator = torch.Generator().manual_seed(1)
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        rows, columns = tensors[f"{LAYER}.weight"].shape[0], 2 * tensors[f"{LAYER}.weight"].shape[1]
+        made = {
+            "pre_quant_scale": torch.rand(columns, generator=generator) + 0.5,
+            "svdquant_lora_a": torch.randn(4, columns, generator=generator).bfloat16() / 16,
+            "svdquant_lora_b": torch.randn(rows, 4, generator=generator).bfloat16() / 4,
+        }
+        tensors.update({f"{LAYER}.{name}": made[name] for name in parts})
+
+    change(damaged, add)
+    how = {"svdquant_lora_a": "NVFP4_SVD", "pre_quant_scale": "NVFP4_AWQ"}
+    algorithm = next((how[name] for name in reversed(parts) if name in how), "NVFP4")
+    change_config(damaged, lambda c: c["quantization_config"].update(quant_algo=algorithm))
+    source = opened(damaged)
+    rounded = Rounded(source.plans["transformer"], "max", True)
+    assert {entry.layer.name for entry in rounded.layers} == {
+        entry.layer.name for entry in rounded.plan if entry.quantized_in_source
+    }
+    tensors = load_file(damaged / "transformer" / TENSORS)
+    stored = {name: tensors[f"{LAYER}.{name}"].float() for name in parts}
+    plain = nvfp4.dequantize(*(tensors[f"{LAYER}.{part}"] for part in ("weight", "weight_scale", "weight_scale_2")))
+    x = torch.randn(5, plain.shape[1], generator=generator)
+    scaled = x * stored.get("pre_quant_scale", torch.ones(1))
+    expected = rounded_by_onnx(scaled, tensors[f"{LAYER}.input_scale"]) @ plain.T
+    if "svdquant_lora_a" in parts:
+        expected = expected + scaled @ stored["svdquant_lora_a"].T @ stored["svdquant_lora_b"].T
+    model = ReferenceModel(source.checkpoint, Placement("cpu", torch.float32, "component"))
+    with model.component("transformer") as transformer:
+        linear = transformer.module.get_submodule(LAYER)
+        before = linear(x)
+        with simulated(source.checkpoint, "transformer", transformer, {"transformer": rounded}):
+            found = linear(x)
+        assert torch.equal(linear(x), before)
+    bias = 0 if linear.bias is None else linear.bias
+    torch.testing.assert_close(found, expected + bias, rtol=1e-4, atol=1e-4)
+    assert (before - found).abs().max() > 1e-3
+
+
+def rounded_by_onnx(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """NVFP4FakeQuantize of `x`, whose columns are whole blocks."""
+    feeds = {"x": x.numpy(), "input_scale": scale.float().reshape(()).numpy()}
+    return torch.from_numpy(ReferenceEvaluator(activation_model()).run(None, feeds)[0])
 
 
 def test_members_whose_scales_differ_leave_their_fusion_group(damaged: Path) -> None:

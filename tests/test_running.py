@@ -19,7 +19,7 @@ from fluxc.checkpoint.needs import Asked
 from fluxc.checkpoint.reference import Generation, generate, load_pipeline
 from fluxc.checkpoint.source import Checkpoint, open_checkpoint
 from fluxc.running import weights as weights_module
-from fluxc.running.lockstep import CALL, Lockstep, wait_for_part
+from fluxc.running.lockstep import CALL, Lockstep, result_of, wait_for_part
 from fluxc.running.model import ReferenceModel
 from fluxc.running.placement import Placement, find_placement
 from fluxc.running.weights import PartWeights, parts_of
@@ -167,6 +167,26 @@ def test_calls_of_different_length_all_end() -> None:
     found = Lockstep(loaded.append, lambda part: None).run([lambda parts=parts: work(parts) for parts in wanted])
     assert found == wanted
     assert len(loaded) <= 5
+
+
+def test_a_call_that_awaits_one_which_waits_for_a_part_gets_its_result() -> None:
+    """As the step trace goes: the second pass of a step runs the last parts once more, when the first one has ended."""
+    loaded: list[str] = []
+    lockstep = Lockstep(loaded.append, lambda part: None)
+
+    def second() -> int:
+        for part in "abbc":
+            wait_for_part(part)
+        return 7
+
+    def first() -> int:
+        row = lockstep.beside(second)
+        for part in "ab":
+            wait_for_part(part)
+        return result_of(row)
+
+    assert lockstep.run([first]) == [7]
+    assert loaded == ["a", "b", "b", "c"]
 
 
 def test_a_tensor_that_the_checkpoint_lacks_is_named(nano: Checkpoint, tmp_path: Path) -> None:

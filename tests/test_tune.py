@@ -246,6 +246,33 @@ def test_the_table_says_what_is_predicted_and_what_measured(copied: Path, tuned:
     assert out.read_text() == tuned[1].read_text()
 
 
+RULED = (
+    "precision.transformer.default=bf16",
+    "precision.transformer.rules=[{match: 'transformer_blocks.1.*', format: nvfp4}]",
+)
+
+
+@pytest.mark.parametrize(("asked", "error"), [((), "0.03"), (RULED, "0.01")], ids=["by default", "by rules"])
+def test_a_build_of_what_was_written_measures_and_solves_nothing_again(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], error: str
+) -> None:
+    """Started where `tune` was, without --out; also where the choice takes layers away from the rules that were there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLUXC_CACHE")
+    out = copied.with_name(f"solved-{len(asked)}.yaml")
+    changes = [a for change in ("precision.transformer.rounding=gptq", *asked) for a in ("--set", change)]
+    wish = ["--on", "b200", "--formats", "nvfp4", "--error", error, "--least", "memory", "--out", str(out), "-q"]
+    found = run(str(copied), *SETTINGS, *changes, *wish)
+    assert found.exit_code == 0, found.output
+    chosen = {rule.format for rule in load_recipe(out).recipe.precision.transformer.rules[:-1]}
+    assert chosen == {"nvfp4", "bf16"}
+    found = CliRunner().invoke(main, ["plan", str(out), "--json"])
+    assert found.exit_code == 0, found.output
+    stages = {stage["name"]: stage["result"] for stage in json.loads(found.stdout)["budget"]["stages"]}
+    assert stages["calibrate"] == stages["rounding-transformer"] == "cached"
+    assert stages["weights-transformer"] == "to run"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

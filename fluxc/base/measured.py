@@ -126,7 +126,7 @@ def check_request(file: Measured, request: dict[str, Any]) -> None:
     for name, asked in request.items():
         measured = file.origin.request.get(name)
         if measured != asked:
-            shown = "" if name == "prompts" else f" ({measured} there, {asked} in the recipe)"
+            shown = "" if name in ("prompts", "precision") else f" ({measured} there, {asked} in the recipe)"
             raise BuildError(
                 f"{file.path}: made with other {name}{shown}; measure again, or set the recipe back to what it was"
             )

@@ -16,7 +16,7 @@ from fluxc.base.memory import bytes_in_words, chosen_memory, memory_limit
 from fluxc.build.budget_rates import Rates
 from fluxc.build.budget_stages import SMALL_DISK, Need, Needs
 from fluxc.build.job import Job
-from fluxc.build.runner import up_to
+from fluxc.build.runner import Step, up_to
 from fluxc.build.stages import comparing, planned_stages, steps
 from fluxc.checkpoint.fetch import cache_folder
 from fluxc.checkpoint.source import WEIGHTED
@@ -125,7 +125,9 @@ def budget_of(job: Job, out: Path, until: str | None = None) -> Budget:
     limit = memory_limit()
     needs = Needs(job, limit, usable_cores())
     wanted = [step.name for step in up_to([*steps(job, until), *comparing(job)], until)]
-    found = [(step, result) for step, result in planned_stages(job) if step.name in wanted]
+    found = [
+        (step, result) for step, result in planned_stages(job, [*steps(job), *comparing(job)]) if step.name in wanted
+    ]
     stages = [_planned(HASH, "", "to run" if job.digests is None else "cached", lambda: needs.hashing)]
     compared = {step.name for step in comparing(job)}
     before = [result for step, result in found if step.name not in compared]
@@ -147,12 +149,16 @@ def _planned(name: str, part: str, result: str, need: Callable[[], Need]) -> Pla
     return Planned(name, part, result, need() if result == "to run" else None)
 
 
-def measuring_budget(job: Job, name: str) -> Budget:
-    """The budget of a command that hashes the checkpoint and measures it in the one stage `name`."""
+def measuring_budget(job: Job, name: str, before: Iterable[Step] = ()) -> Budget:
+    """The budget of a command that hashes the checkpoint and measures it in the stage `name`, after the steps `before`."""
     limit = memory_limit()
     needs = Needs(job, limit, usable_cores())
     shown = name.rstrip("-0123456789")
-    stages = (Planned(HASH, "", "to run", needs.hashing), Planned(shown, "", "to run", needs.of(name, "")))
+    first = [
+        _planned(step.name, step.part, result, partial(needs.of, step.name, step.part))
+        for step, result in planned_stages(job, before)
+    ]
+    stages = (Planned(HASH, "", "to run", needs.hashing), *first, Planned(shown, "", "to run", needs.of(name, "")))
     return Budget(stages, limit, chosen_memory(), _disks(job, None, stages))
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from fluxc.base.cpu import multiplies_bf16
 from fluxc.build.budget_rates import Rates
 from fluxc.build.job import Job
-from fluxc.build.requests import calibration_request, trace_request
+from fluxc.build.requests import attributed_prompts, calibration_request, trace_request
+from fluxc.build.stages import vae_dtype
 from fluxc.calibrate.records import ROWS
 from fluxc.calibrate.solve_needs import solving
 from fluxc.calibrate.stage import asked_of, calls_bytes, records_bytes
@@ -36,6 +37,7 @@ from fluxc.checkpoint.needs import (
     tokens_of,
     weights_read,
 )
+from fluxc.fidelity.causes_stage import with_causes
 from fluxc.formats.bf16 import BF16
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.predict.work import work_of
@@ -96,6 +98,7 @@ SMALL_DISK = MIB
 """Of configs, manifest, report and notes."""
 
 NOT_COMPARED = ("fidelity.level: none", 0)
+NO_ATTRIBUTION = ("fidelity.attribution: false", 0)
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,10 @@ class Needs:
             "tune": self._tuning,
             "attribution": self._attribution,
         }.get(first)
-        if name in ("step-trace", "step-errors"):
-            return self._step_trace() if name == "step-trace" else self._step_errors()
+        if name == "step-errors":
+            return self._step_errors()
+        if name.startswith("step-trace"):
+            return self._step_trace("reference" if name.endswith("reference") else None)
         if found is not None:
             return found(rest)
         return self._compare("") if part == "fidelity" else Need(PROCESS, work=Work(1.0))
@@ -268,12 +273,23 @@ class Needs:
         need = self._calibrate("")
         return replace(need, memory=PROCESS + 2 * GIB, disk=self.weights_bytes["transformer"], how="on the GPU")
 
-    def _step_trace(self) -> Need:
-        request = trace_request(self.job.loaded)
+    def _step_trace(self, model: str | None) -> Need:
+        request = trace_request(self.job.loaded, model)
         asked, dtype = self._asked(request, self.job.rows(request["guidance"]), request["dtype"])
-        asked = replace(traced(self.models, asked), itemsize=asked.itemsize)
+        rounded = self.source.plans if request["precision"] is not None else {}
+        asked = traced(self.models, asked, [entry for plan in rounded.values() for entry in plan])
         need = self._running(asked, dtype)
-        return replace(need, disk=SMALL_DISK + asked.prompts * asked.steps**2 * 64)
+        # Of a model that is read layer by layer, whenever it is read.
+        times = asked.steps * -(-asked.prompts // asked.together) if need.how == "layer by layer" else 1
+        seconds = sum(self._rounding_seconds(name, times) for name in rounded)
+        work = need.work + Work(seconds)
+        return replace(need, disk=SMALL_DISK + asked.prompts * asked.steps**2 * 64, work=work)
+
+    def _rounding_seconds(self, component: str, times: int) -> float:
+        """Of rounding a component's weights in memory, the transformer's so many `times`, the text encoder's once."""
+        weights = sum(entry.parameters for entry in to_quantize(self.source.plans[component]))
+        seconds = weights * QUANTIZE_SECONDS[getattr(self.recipe.precision, component).scales] / self.cores
+        return (seconds * (times if component == "transformer" else 1) + COMPILE_SECONDS) if weights else 0.0
 
     def _sensitivity(self, rest: str) -> Need:
         """Costs: a pass of every state for each fusion group; the choice: for each of some budgets."""
@@ -299,10 +315,33 @@ class Needs:
         passes = prompts * rows * (steps + bodies * min(STEPS, steps))
         return self._running(replace(asked, prompts=prompts), dtype, passes)
 
-    def _attribution(self, _: str) -> Need:
-        """Of a pass for each cause, and encoding twice."""
+    def _attribution(self, rest: str) -> Need:
+        """Of a pass for each cause, and encoding twice; of their images, the step loop for each cause but the VAE."""
+        if rest == "images":
+            return self._causes()
         need = self._sensitivity("")
         return replace(need, work=need.work + need.work)
+
+    def _causes(self) -> Need:
+        recipe = self.recipe
+        request = {
+            "prompts": [prompt for prompt, _ in attributed_prompts(self.job.loaded, self.job.is_large)],
+            "steps": recipe.fidelity.steps or recipe.sampling.steps,
+            "size": recipe.fidelity.size or recipe.listed_sizes[0],
+        }
+        asked, dtype = self._asked(request, self.job.rows(recipe.sampling.guidance), recipe.fidelity.reference)
+        layers = [entry for plan in self.source.plans.values() for entry in plan]
+        skips, vae = recipe.step_cache is not None, vae_dtype(self.job)
+        asked = replace(with_causes(self.models, asked, layers, skips, vae is not None), itemsize=asked.itemsize)
+        # The reference, weights, inputs, text encoder, step cache, and all of them.
+        loops = 5 + skips
+        need = self._running(asked, dtype, loops * asked.prompts * asked.rows * asked.steps)
+        times = 2 * (asked.steps if need.how == "layer by layer" else 1)
+        rounding = Work(sum(self._rounding_seconds(name, times) for name in self.source.plans))
+        decoding = Work(**{dtype: (loops + 1) * asked.prompts * decoding_flop(self._vae, asked.size) / MODEL_SHARE})
+        read = Work(read=(loops - 1) * need.work.read) if need.how == "layer by layer" else Work()
+        disk = SMALL_DISK + (loops + 1) * asked.prompts * 3 * math.prod(asked.size)
+        return replace(need, disk=disk, work=need.work + rounding + decoding + read, cures=(NO_ATTRIBUTION,))
 
     def _tuning(self, formats: str) -> Need:
         """Of measuring every group in so many formats."""
@@ -481,6 +520,6 @@ class Needs:
             return Need(PROCESS, work=Work(1.0))
         size = tuple(trace_request(self.job.loaded)["size"])
         asked = replace(asked, steps=self.recipe.sampling.steps, size=size)
-        methods = 1 if rest in ("full", "chosen") else 2
+        methods = 1 if rest in ("full", "chosen", "reference") else 2
         disk = SMALL_DISK + methods * asked.prompts * 3 * math.prod(size)
         return Need(self._compared(asked), disk, work=self._generating(asked, methods), cures=self._lighter(asked))

@@ -6,10 +6,11 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from fluxc.base.cache import StageCache, locked
+from fluxc.base.cache import Made, StageCache, locked
 from fluxc.base.errors import GateError
 from fluxc.base.output import names_place
 from fluxc.base.progress import StageProgress
@@ -32,6 +33,7 @@ from fluxc.build.stages import (
     steps,
 )
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.fidelity.causes_stage import FILE as CAUSES
 from fluxc.fidelity.evidence import evidence_entry
 from fluxc.fidelity.gates import check_gates, check_stages, gated_snr, stage_bounds
 from fluxc.recipe.load import LoadedRecipe
@@ -46,6 +48,8 @@ from fluxrt.bundle import Bundle
 from fluxrt.memory import repeatable
 
 WRITE_BUNDLE = "write bundle"
+REPORTED = ("frontier", "attribution-images")
+"""Steps besides the comparison whose images are the report's."""
 
 
 def build(loaded: LoadedRecipe, out: Path, progress: StageProgress, until: str | None = None) -> Path | None:
@@ -134,7 +138,7 @@ def _make_bundle(
     manifest = _draft(cache, job, prompting, results, weights, staging, out)
     results.add(DRAFT, Bundle(staging, manifest))
     run_steps(cache, comparing(job), results)
-    folders = [results["compare"], *([results["frontier"].folder] if "frontier" in results else [])]
+    folders = [results["compare"], *(made.folder for name in REPORTED if (made := results.get(name)))]
     report, failure = _report(job, results, manifest, folders)
     if failure:
         page = bundle_writer.keep_failed(folders, report, staging, failed_folder(out))
@@ -168,7 +172,10 @@ def _report(
     """The report of the bundle in the making, and why no bundle may be made of it, if any gate says so."""
     recipe, source = job.loaded.recipe, job.source(results)
     figures = json.loads((folders[0] / "figures.json").read_text())
-    cached = json.loads((folders[1] / "step-cache.json").read_text()) if len(folders) > 1 else None
+    cached, causes = (
+        _json_of(results.get("frontier"), "step-cache.json"),
+        _json_of(results.get("attribution-images"), CAUSES),
+    )
     chosen = cached["chosen"] if cached else None
     layers = layers_of(results)
     snr = {layer["name"]: decibels for layer in layers if (decibels := gated_snr(layer)) is not None}
@@ -190,8 +197,17 @@ def _report(
         "sensitivity": results["sensitivity"],
         "attribution": results.get("attribution"),
         "step_errors": {"prompts": errors.prompts, "errors": errors.roots} if errors else None,
+        "causes": causes,
     }
     return assemble(job.loaded, source, manifest, figures, cached, found), failure
+
+
+def _json_of(made: Made | None, name: str) -> dict[str, Any] | None:
+    """The figures in the file `name` of a stage's result; None where it did not run."""
+    if made is None:
+        return None
+    found: dict[str, Any] = json.loads((made.folder / name).read_text())
+    return found
 
 
 def _step_cache_left_out(level: str) -> dict[str, str]:

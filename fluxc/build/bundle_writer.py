@@ -17,6 +17,7 @@ from fluxc.base.cache import SEAL, StageCache, beside
 from fluxc.base.errors import BuildError
 from fluxc.base.numbers import check_finite
 from fluxc.checkpoint.components import WEIGHTS_FILE
+from fluxc.fidelity.causes_stage import FILE as CAUSES
 from fluxc.fidelity.evidence import FOLDER, INDEX
 from fluxc.fidelity.on_target import digest_without_entries, entries_of
 from fluxc.quantize.component_files import write_small_files
@@ -31,7 +32,7 @@ from fluxrt import manifest as format
 from fluxrt.bundle import is_ignored, open_bundle
 from fluxrt.errors import BundleError
 
-LEFT_OUT = ("images.json", "figures.json", "step-cache.json", INDEX, SEAL)
+LEFT_OUT = ("images.json", "figures.json", "step-cache.json", CAUSES, INDEX, SEAL)
 """Files of a result that are not for the bundle."""
 
 

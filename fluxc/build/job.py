@@ -143,10 +143,14 @@ class Job:
         return TargetContext(self.loaded.recipe, self.source(results))
 
 
-def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
+GIVEN = ("calibration", "trace")
+"""The measurements that a recipe can name files of."""
+
+
+def open_job(loaded: LoadedRecipe, root: Path, given: tuple[str, ...] = GIVEN) -> Job:
     """The job of `loaded`, its results in the cache folder `root`. Headers, configs, prompt files and given measurements are
-    read, nothing else, and the recipe's own files before a checkpoint that may have to be fetched. A job that only `measures`
-    needs no measurements.
+    read, nothing else, and the recipe's own files before a checkpoint that may have to be fetched. A job that makes a
+    measurement needs only those `given` that come before it.
 
     Raises RecipeError with all that no build of it could do, or CheckpointError.
     """
@@ -155,14 +159,14 @@ def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
     # Which of the prompts are taken depends on the model, whether the files can be read does not.
     with collected.collecting():
         calibration_request(loaded, is_large=False)
-        if not measures:
+        if "calibration" in given:
             calibration = _given_calibration(loaded)
     with collected.collecting():
         fidelity_request(loaded, is_large=False)
     if recipe.step_cache:
         with collected.collecting():
             trace_request(loaded)
-            if not measures:
+            if "trace" in given:
                 trace = _given_trace(loaded)
     with collected.collecting():
         judges_of(loaded)
@@ -176,6 +180,8 @@ def open_job(loaded: LoadedRecipe, root: Path, measures: bool = False) -> Job:
         check_targets(TargetContext(recipe, job.original))
     with collected.collecting():
         _check_engine(job)
+    with collected.collecting():
+        _check_compared_traces(job)
     if calibration:
         with collected.collecting():
             _check_calibration(job, calibration)
@@ -194,6 +200,17 @@ def _check_engine(job: Job) -> None:
     from fluxc.calibrate.modelopt import check_formats
 
     check_formats(job.original.plans["transformer"])
+
+
+def _check_compared_traces(job: Job) -> None:
+    """Refuse to compare the trace of the quantized model with that of the checkpoint's where they are one."""
+    settings, plans = job.loaded.recipe.step_cache, job.original.plans.values()
+    rounds = any(target.rounds_inputs for target in job.loaded.recipe.targets)
+    quantizes = any(to_quantize(plan) or (rounds and any(e.quantized_in_source for e in plan)) for plan in plans)
+    if settings and settings.compare and not quantizes and job.loaded.recipe.calibration.engine != "modelopt":
+        raise RecipeError(
+            "step_cache.compare: no layer of this recipe's model is rounded, so both traces would be the same; leave it out"
+        )
 
 
 def check_targets(context: TargetContext) -> None:
@@ -330,7 +347,13 @@ def _given_trace(loaded: LoadedRecipe) -> Given | None:
         return None
     try:
         file = read_trace(loaded.path("step_cache.trace", settings.trace))
-        check_request(file, trace_request(loaded))
+        asked = trace_request(loaded)
+        if asked["precision"] is not None and file.origin.request.get("precision") is None:
+            raise BuildError(
+                f"{file.path}: is of the checkpoint's own model; trace again, which takes the model as this recipe quantizes "
+                "it, or set step_cache.traced: reference"
+            )
+        check_request(file, asked)
         check_complete(file)
     except (BuildError, CheckpointError) as error:
         raise RecipeError(f"step_cache.trace: {error}") from error

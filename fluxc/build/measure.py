@@ -8,8 +8,9 @@ from fluxc.base.errors import FluxError, RecipeError
 from fluxc.base.output import check_output, names_place
 from fluxc.base.progress import StageProgress
 from fluxc.build.preflight import measuring
-from fluxc.build.requests import trace_request
-from fluxc.build.stages import calibration_inputs, step_trace_inputs
+from fluxc.build.requests import cache_settings, trace_request
+from fluxc.build.runner import Results, run_steps
+from fluxc.build.stages import calibration_inputs, step_trace_inputs, tracing_steps
 from fluxc.calibrate.file import CalibrationFile, read_calibration
 from fluxc.calibrate.stage import calibrate_into
 from fluxc.recipe.load import LoadedRecipe
@@ -53,8 +54,9 @@ def trace_to_file(
     """Write the trace of part `part[0]` of `part[1]` of the prompts to `out` and return it; finished prompts survive an
     interruption.
 
-    An older trace at `out` is replaced; BuildError if something else is there. Hashes of the checkpoint and finished prompts
-    are kept in `.fluxc/` beside `out`.
+    The model is traced as the recipe quantizes it, so it is calibrated first where that is needed, and its weights are solved;
+    several machines take one `calibration.file`. An older trace at `out` is replaced; BuildError if something else is there.
+    Hashes of the checkpoint, results and finished prompts are kept in `.fluxc/` beside `out`.
     """
     if loaded.recipe.step_cache is None:
         raise RecipeError(
@@ -67,8 +69,12 @@ def trace_to_file(
         raise RequestError(f"--part {number}/{parts}: there are {asked} prompts; make at most as many parts")
     images = list(range((number - 1) * asked // parts, number * asked // parts))
     check_device(device)
-    with measuring(loaded, out, progress, "step-trace") as (_, job), progress.stage("trace steps") as report:
-        trace_into(step_trace_inputs(job, out.stem), images, out, device, report)
+    given = ("calibration",) if cache_settings(loaded).traced == "quantized" else ()
+    with measuring(loaded, out, progress, "step-trace", given, tracing_steps) as (cache, job):
+        results = Results()
+        run_steps(cache, tracing_steps(job), results)
+        with progress.stage("trace steps") as report:
+            trace_into(step_trace_inputs(job, results, out.stem), images, out, device, report)
     return read_trace(out)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from fluxc.base.progress import StageProgress
 from fluxc.build.budget import Budget, budget_of, measuring_budget
 from fluxc.build.job import Job, check_prompts, fetch_missing, hash_checkpoint, open_job, template_of
 from fluxc.build.requests import calibration_request, judges_of, trace_request, trace_size
-from fluxc.build.runner import folder_of
+from fluxc.build.runner import Step, folder_of
 from fluxc.checkpoint.files import Digests, files_read
 from fluxc.recipe.faults import Collected
 from fluxc.recipe.load import LoadedRecipe
@@ -190,16 +190,24 @@ def _of_recipe(field: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def measuring(loaded: LoadedRecipe, out: Path, progress: StageProgress, stage: str) -> Iterator[tuple[StageCache, Job]]:
-    """The cache and the job for a command that measures the checkpoint into the file `out`, as the build's stage `stage` does;
-    prompts and what it needs are checked first."""
+def measuring(
+    loaded: LoadedRecipe,
+    out: Path,
+    progress: StageProgress,
+    stage: str,
+    given: tuple[str, ...] = (),
+    before: Callable[[Job], Iterable[Step]] = lambda _: (),
+) -> Iterator[tuple[StageCache, Job]]:
+    """The cache and the job for a command that measures the checkpoint into the file `out`, as the build's stage `stage` does
+    after the steps `before`; prompts and what it needs are checked first. It takes the recipe's files that are `given`.
+    """
     check_workshop(out)
-    job = open_job(loaded, cache_root(out), measures=True)
+    job = open_job(loaded, cache_root(out), given)
     check_prompts(job, known_prompting(job))
-    for fault in measuring_budget(job, stage).faults():
+    for fault in measuring_budget(job, stage, before(job)).faults():
         raise BuildError(fault)
     if fetch_missing(job, progress):
-        job = open_job(loaded, cache_root(out), measures=True)
+        job = open_job(loaded, cache_root(out), given)
     with names_place("measure", out), locked(out), StageCache(job.root, progress) as cache:
         hash_checkpoint(cache, job)
         yield cache, job

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fluxc.base.errors import RecipeError
 from fluxc.fidelity.evidence import MOST_PROMPTS
 from fluxc.recipe.checks import SEEDS
@@ -13,6 +15,8 @@ from fluxc.recipe.load import LoadedRecipe
 from fluxc.recipe.structs import Recipe, StepCache
 
 LEAST_PROMPTS = 8
+MOST_ATTRIBUTED = 2
+"""Prompts of which there are images of each cause of error."""
 LARGE_PROMPTS, LARGE_STEPS, LARGE_SIDE = 4, 4, 256
 """What measuring a large model takes where the recipe does not say: prompts, steps, pixels of a square image's side."""
 
@@ -37,15 +41,16 @@ def calibration_request(loaded: LoadedRecipe, is_large: bool) -> dict[str, Any]:
     }
 
 
-def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
+def trace_request(loaded: LoadedRecipe, traced: str | None = None) -> dict[str, Any]:
     """What the trace is asked to do, with the prompts themselves: the steps and the size that are served, whatever calibration
-    takes."""
+    takes; and of which model, `traced` or as the recipe says (`precision` is None for the checkpoint's own)."""
     recipe, settings = loaded.recipe, cache_settings(loaded)
     request = calibration_request(loaded, is_large=False)
     request |= {
         "steps": recipe.sampling.steps,
         "size": list(trace_size(recipe)),
         "dtype": recipe.fidelity.reference,
+        "precision": _rounded(recipe) if (traced or settings.traced) == "quantized" else None,
     }
     if settings.prompts is not None:
         request["prompts"] = loaded.prompts("step_cache.prompts", settings.prompts)
@@ -59,6 +64,17 @@ def trace_request(loaded: LoadedRecipe) -> dict[str, Any]:
             f"give at least {LEAST_PROMPTS}, better some dozens"
         )
     return request
+
+
+def _rounded(recipe: Recipe) -> dict[str, Any]:
+    """What says how layers are rounded, as JSON has it."""
+    asked = recipe.calibration
+    ranges: dict[str, Any] = {"engine": asked.engine, "algorithm": asked.algorithm}
+    ranges |= {"amax": asked.amax, "percentile": asked.percentile, "margin": asked.margin}
+    inputs = any(target.rounds_inputs for target in recipe.targets)
+    said = {"precision": recipe.precision, "inputs_rounded": inputs, "ranges": ranges if inputs else None}
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(said))
+    return found
 
 
 def trace_size(recipe: Recipe) -> tuple[int, int]:
@@ -97,6 +113,17 @@ def fidelity_request(loaded: LoadedRecipe, is_large: bool) -> FidelityRequest:
     if level == "stages":
         steps, size = min(steps, LARGE_STEPS), min(recipe.listed_sizes, key=lambda size: size[0] * size[1])
     return FidelityRequest(level, prompts, fidelity.steps or steps, fidelity.size or size)
+
+
+def attributed_prompts(loaded: LoadedRecipe, is_large: bool) -> list[tuple[str, int]]:
+    """The held-out prompts, at most two, that images of each cause of error are generated for, with their seeds: none where the
+    level is not images, or attribution is not asked for."""
+    fidelity = loaded.recipe.fidelity
+    if not fidelity.attribution or fidelity.prompts is None or level_of(loaded.recipe, is_large) != "images":
+        return []
+    prompts = spread_evenly(loaded.prompts("fidelity.prompts", fidelity.prompts), fidelity.max_prompts)
+    numbers = spread_evenly([str(number) for number in range(len(prompts))], MOST_ATTRIBUTED)
+    return [(prompts[int(number)], fidelity.seed + int(number)) for number in numbers]
 
 
 def level_of(recipe: Recipe, is_large: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,14 @@ import msgspec
 from fluxc.base.cache import Made, StageCache, UnknownDigestError, tool_versions
 from fluxc.base.progress import StageProgress
 from fluxc.build.job import Job
-from fluxc.build.requests import cache_settings, calibration_request, judges_of, trace_request, trace_size
+from fluxc.build.requests import (
+    attributed_prompts,
+    cache_settings,
+    calibration_request,
+    judges_of,
+    trace_request,
+    trace_size,
+)
 from fluxc.build.runner import Results, Stage, Step, plan_steps
 from fluxc.calibrate import (
     attribution_stage,
@@ -30,11 +37,12 @@ from fluxc.calibrate import (
 from fluxc.calibrate import stage as calibration_stage
 from fluxc.calibrate.assumed import assumed_amax
 from fluxc.calibrate.file import read_calibration
+from fluxc.calibrate.simulated import Rounded
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.checkpoint.files import ComponentFiles, checkpoint_digests
 from fluxc.checkpoint.identify import pixels_per_token, vae_of
 from fluxc.checkpoint.source import WEIGHTED
-from fluxc.fidelity import reference_stage
+from fluxc.fidelity import causes_stage, reference_stage
 from fluxc.fidelity import stage as compare_stage
 from fluxc.formats.registry import FORMATS
 from fluxc.graph import stage as export_stage
@@ -45,7 +53,7 @@ from fluxc.quantize.steps import body_plans, measures_steps, schedule_of
 from fluxc.recipe.structs import QUANTIZED, Calibration, Recipe
 from fluxc.recipe.targets import Target
 from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
-from fluxc.stepcache.file import read_trace
+from fluxc.stepcache.file import model_in_words, read_trace
 from fluxc.targets.base import TargetContext
 from fluxc.targets.decoder import tiles_of, tiles_of_size
 from fluxc.targets.parts import Weights
@@ -66,13 +74,13 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
         yield Step(_export_name(inputs), "graphs", _made(export_of(inputs)))
     yield Step("modelopt", "calibrate", lambda results: _modelopt(job))
     yield Step("calibrate", "calibrate", lambda results: _calibrate(job, results, until == "calibrate"))
+    yield from _rounding_steps(job)
     if recipe.step_cache:
-        yield Step("step-trace", "step-cache", lambda results: _step_trace(job))
+        # Of the model that will run, so after everything that decides how its layers round.
+        yield Step("step-trace", "step-cache", lambda results: _step_trace(job, results))
+        if recipe.step_cache.compare:
+            yield Step("step-trace-reference", "step-cache", lambda results: _reference_trace(job))
         yield Step("step-cache", "step-cache", lambda results: _fit(job, results))
-    for name in QUANTIZED:
-        yield Step(f"rounding-{name}", "weights", partial(_rounding, job, component=name))
-    yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
-    yield Step("sensitivity", "weights", lambda results: _choice(job, results))
     if measures_steps(recipe.precision):
         yield Step("step-errors", "weights", lambda results: _step_errors(job, results))
     for name in WEIGHTS_FILE:
@@ -81,7 +89,24 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
         yield Step(f"target-{target.name}", "targets", partial(_target, job, target=target))
     if recipe.fidelity.attribution:
         yield Step("attribution", "fidelity", lambda results: _attribution(job, results))
+        yield Step("attribution-images", "fidelity", lambda results: _causes(job, results))
     yield Step("reference", "fidelity", lambda results: _reference(job))
+
+
+def tracing_steps(job: Job) -> Iterator[Step]:
+    """The steps that the trace needs, for a command that makes a trace alone."""
+    if cache_settings(job.loaded).traced == "quantized":
+        yield Step("modelopt", "calibrate", lambda results: _modelopt(job))
+        yield Step("calibrate", "calibrate", lambda results: _calibrate(job, results, False))
+        yield from _rounding_steps(job)
+
+
+def _rounding_steps(job: Job) -> Iterator[Step]:
+    """What decides how layers round, after calibration: weights that are solved, and layers that `exclude: auto` keeps."""
+    for name in QUANTIZED:
+        yield Step(f"rounding-{name}", "weights", partial(_rounding, job, component=name))
+    yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
+    yield Step("sensitivity", "weights", lambda results: _choice(job, results))
 
 
 def comparing(job: Job) -> Iterator[Step]:
@@ -99,6 +124,8 @@ def comparing(job: Job) -> Iterator[Step]:
     for number in numbers:
         yield Step(f"frontier-{number}", "fidelity", partial(_point, job, target=target, point=str(number)))
     yield Step("frontier-chosen", "fidelity", lambda results: _point(job, results, target, "chosen"))
+    if cache_settings(job.loaded).compare:
+        yield Step("frontier-reference", "fidelity", lambda results: _point(job, results, target, "reference"))
     yield Step("frontier", "fidelity", lambda results: _cache_figures(job, results, target, numbers))
 
 
@@ -127,12 +154,12 @@ def tuning_inputs(
     return tuning_stage.ChoiceInputs(_with_every_step(job, measured), formats, measured_steps, choices)
 
 
-def planned_stages(job: Job) -> list[tuple[Step, str]]:
-    """Every step and, in words, whether its result is in the cache; nothing is run, hashed or written."""
+def planned_stages(job: Job, listed: Iterable[Step]) -> list[tuple[Step, str]]:
+    """Every step that is `listed` and, in words, whether its result is in the cache; nothing is run, hashed or written."""
     cache = StageCache(job.root, StageProgress())
     with suppress(UnknownDigestError):
         job.digests = checkpoint_digests(job.original.checkpoint, cache.known_digest, lambda *_: None)
-    return plan_steps(cache, [*steps(job), *comparing(job)])
+    return plan_steps(cache, listed)
 
 
 def exports(job: Job) -> dict[str, ExportInputs]:
@@ -155,11 +182,32 @@ def calibration_inputs(job: Job, aside: str) -> calibration_stage.CalibrationInp
     )
 
 
-def step_trace_inputs(job: Job, aside: str) -> trace_stage.StepTraceInputs:
-    """What the step trace depends on."""
-    request = trace_request(job.loaded)
+def step_trace_inputs(job: Job, results: Results, aside: str, traced: str | None = None) -> trace_stage.StepTraceInputs:
+    """What the step trace of the model `traced`, or of the one that the recipe says, depends on."""
+    request = trace_request(job.loaded, traced)
     layers = job.original.family.text_layers
-    return trace_stage.StepTraceInputs(job.files, request, job.rows(request["guidance"]), layers, job.aside(aside))
+    inputs = trace_stage.StepTraceInputs(job.files, request, job.rows(request["guidance"]), layers, job.aside(aside))
+    if request["precision"] is None:
+        return inputs
+    exported = Made(results["modelopt"]) if job.loaded.recipe.calibration.engine == "modelopt" else None
+    round_inputs = any(target.rounds_inputs for target in job.loaded.recipe.targets)
+    return replace(inputs, rounded=_rounded(job, results, round_inputs), exported=exported)
+
+
+def _rounded(job: Job, results: Results, round_inputs: bool) -> dict[str, Rounded]:
+    """By component, how the layers compute that will not compute as the checkpoint's own."""
+    recipe, source = job.loaded.recipe, job.source(results)
+    found = {}
+    for name in QUANTIZED:
+        precision = getattr(recipe.precision, name)
+        how = Rounded(source.plans[name], precision.scales, round_inputs, solved=results[f"rounding-{name}"])
+        if round_inputs and recipe.calibration.engine == "none":
+            how = replace(how, assumed=assumed_amax(how.plan, source.transformer.width, recipe.calibration))
+        elif round_inputs and needs_calibration(how.plan):
+            how = replace(how, calibration=_calibration(job, results), settings=_amax_settings(recipe))
+        if how.layers:
+            found[name] = how
+    return found
 
 
 def sampling_entry(job: Job) -> dict[str, Any]:
@@ -193,7 +241,8 @@ def provenance_computed(job: Job, results: Results) -> dict[str, str]:
     calibration = job.given_calibration or results.get("calibrate")
     found = {"calibration": read_calibration(calibration).origin.ran} if calibration else {}
     if job.loaded.recipe.step_cache:
-        found["step cache"] = read_trace(_traced(job, results)).origin.ran
+        origin = read_trace(_traced(job, results)).origin
+        found["step cache"] = f"{origin.ran}, {model_in_words(origin)}"
     reference = results.get("reference")
     return found | ({"reference": reference_stage.ran_as(reference)} if reference else {})
 
@@ -204,6 +253,9 @@ def provenance_measured(job: Job, results: Results) -> dict[str, str]:
     if job.given_calibration or results.get("calibrate"):
         asked = calibration_request(job.loaded, job.is_large)
         found["calibration"] = _asked_in_words(len(asked["prompts"]), asked["steps"], asked["size"])
+    if job.loaded.recipe.step_cache:
+        asked = trace_request(job.loaded)
+        found["step cache"] = _asked_in_words(len(asked["prompts"]), asked["steps"], asked["size"])
     if results.get("reference"):
         request = job.fidelity
         found["reference"] = _asked_in_words(len(request.prompts), request.steps, request.size)
@@ -277,11 +329,16 @@ def _calibration(job: Job, results: Results) -> Path | None:
     return found
 
 
-def _step_trace(job: Job) -> Stage[Any, Path] | None:
+def _step_trace(job: Job, results: Results) -> Stage[Any, Path] | None:
     if job.given_trace:
         return None
-    inputs = step_trace_inputs(job, "step-trace")
+    inputs = step_trace_inputs(job, results, "step-trace")
     return Stage("step-trace", "trace steps", inputs, trace_stage.run, trace_stage.load)
+
+
+def _reference_trace(job: Job) -> Stage[Any, Path]:
+    inputs = step_trace_inputs(job, Results(), "step-trace-reference", "reference")
+    return Stage("step-trace", "trace steps of the reference", inputs, trace_stage.run, trace_stage.load)
 
 
 def _traced(job: Job, results: Results) -> Path:
@@ -290,8 +347,11 @@ def _traced(job: Job, results: Results) -> Path:
 
 def _fit(job: Job, results: Results) -> Stage[Any, StepCache]:
     recipe, settings = job.loaded.recipe, cache_settings(job.loaded)
-    plain = msgspec.structs.replace(settings, frontier="auto", prompts=None, trace=None)
-    inputs = fit_stage.FitInputs(plain, _traced(job, results), trace_size(recipe))
+    plain = msgspec.structs.replace(
+        settings, frontier="auto", prompts=None, trace=None, traced="quantized", compare=False
+    )
+    reference = results["step-trace-reference"] if settings.compare else None
+    inputs = fit_stage.FitInputs(plain, _traced(job, results), trace_size(recipe), reference)
     return Stage("step-cache", "fit step cache", inputs, fit_stage.run, fit_stage.load)
 
 
@@ -318,7 +378,7 @@ def _measured_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs
         settings=_amax_settings(recipe),
         scales=recipe.precision.transformer.scales,
         round_inputs=any(target.rounds_inputs for target in recipe.targets),
-        solved=results.get("rounding-transformer"),
+        solved=results["rounding-transformer"],
     )
 
 
@@ -334,10 +394,53 @@ def _attribution(job: Job, results: Results) -> Stage[Any, Any] | None:
             plan=plans["text_encoder"],
             scales=text.scales,
             round_inputs=True,
-            solved=results.get("rounding-text_encoder"),
+            solved=results["rounding-text_encoder"],
         ),
     )
     return Stage("attribution", "attribute the error", inputs, attribution_stage.run, attribution_stage.load)
+
+
+def _causes(job: Job, results: Results) -> Stage[Any, Made] | None:
+    recipe, asked = job.loaded.recipe, attributed_prompts(job.loaded, job.is_large)
+    if not asked:
+        return None
+    steps, size = recipe.fidelity.steps or recipe.sampling.steps, recipe.fidelity.size or recipe.listed_sizes[0]
+    plans = job.source(results, with_plan=False).plans.values()
+    quantizes = any(Rounded(plan, "max", True).layers for plan in plans)
+    if not (quantizes or recipe.step_cache or vae_dtype(job)):
+        return None
+    inputs = causes_stage.CausesInputs(
+        files=job.files.of(*job.files.parts, *WEIGHTED),
+        prompts=tuple(prompt for prompt, _ in asked),
+        seeds=tuple(seed for _, seed in asked),
+        size=size,
+        steps=steps,
+        guidance=recipe.sampling.guidance,
+        text_length=recipe.text.length,
+        text_layers=job.original.family.text_layers,
+        dtype=recipe.fidelity.reference,
+        rows=job.rows(recipe.sampling.guidance),
+        rounded=_rounded(job, results, True),
+        skips=_skips(results["step-cache"], steps, size) if recipe.step_cache else None,
+        vae_dtype=vae_dtype(job),
+    )
+    if not causes_stage.causes(inputs):
+        return None
+    title = "generate images of each cause"
+    return Stage("attribution-images", title, inputs, causes_stage.run, causes_stage.load)
+
+
+def _skips(cache: StepCache, steps: int, size: tuple[int, int]) -> causes_stage.Skips:
+    """How the step cache skips so many steps at this size: by its rule where it was fitted to others."""
+    if cache.mode == "static" and (steps, size) == (cache.steps, cache.size):
+        return causes_stage.Skips(cache.schedule, None)
+    return causes_stage.Skips((), cache.rule)
+
+
+def vae_dtype(job: Job) -> str | None:
+    """The type of the first target that computes the VAE in another one than the reference; None where there is none."""
+    dtypes = [inputs.dtype for inputs in exports(job).values() if inputs.component == "vae"]
+    return next((dtype for dtype in dtypes if dtype != job.loaded.recipe.fidelity.reference), None)
 
 
 def _costs(job: Job, results: Results) -> Stage[Any, Path] | None:
@@ -417,7 +520,7 @@ def _weights(job: Job, results: Results, component: str) -> Stage[Any, Path]:
     recipe, source = job.loaded.recipe, job.source(results)
     plan = source.plans.get(component, [])
     precision = getattr(recipe.precision, component, None)
-    solved = results.get(f"rounding-{component}")
+    solved = results[f"rounding-{component}"] if component in QUANTIZED else None
     calibration = _calibration(job, results) if needs_calibration(plan) or solved else None
     assumed = {}
     if recipe.calibration.engine == "none":
@@ -511,6 +614,8 @@ def _point(job: Job, results: Results, target: str, point: str) -> Stage[Any, Ma
         title, methods, keep = "generate without step cache", {"full": {}}, ()
     elif point == "chosen":
         title, methods, keep = "generate with the step cache", {"chosen": frontier.chosen(cache)}, ("chosen",)
+    elif point == "reference":
+        title, methods, keep = "generate with the reference's step cache", {point: frontier.of_reference(cache)}, ()
     else:
         title, keep = f"generate with {point} of {cache.steps} steps skipped", (cache.mode,)
         methods = frontier.policies(cache, read_trace(_traced(job, results)).trace, int(point))
@@ -530,6 +635,7 @@ def _cache_figures(job: Job, results: Results, target: str, numbers: list[int]) 
         full=results["frontier-full"],
         served=results["frontier-chosen"],
         points={number: results[f"frontier-{number}"] for number in numbers},
+        reference=results["frontier-reference"] if cache_settings(job.loaded).compare else None,
     )
     return Stage(
         "step-cache-report", "report the step cache", inputs, frontier_stages.write_figures, frontier_stages.load

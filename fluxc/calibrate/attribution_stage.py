@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from fluxc.base.numbers import as_json, significant
 from fluxc.base.progress import Report
-from fluxc.calibrate.sensitivity_stage import CostInputs, simulation_of
-from fluxc.quantize.plan import to_quantize
+from fluxc.calibrate.sensitivity_stage import CostInputs, rounded_of
+from fluxc.calibrate.simulated import simulated, simulation_of
 
 if TYPE_CHECKING:
     import torch
@@ -53,20 +53,20 @@ def run(inputs: AttributionInputs, folder: Path, report: Report) -> None:
     placement = find_placement(checkpoint, "auto", getattr(torch, measured.dtype), asked_of(request, measured.rows))
     model, numbers = ReferenceModel(checkpoint, placement), evenly(len(request["prompts"]), PROMPTS)
     texts = [request["prompts"][number] for number in numbers] + ([""] if measured.rows == 2 else [])
-    layers, text_layers = to_quantize(measured.plan), to_quantize(inputs.text_encoder.plan)
+    layers, text = rounded_of(measured).layers, rounded_of(inputs.text_encoder)
     with model.component("text_encoder", generation.text_layers) as encoder:
         exact = model.encode(encoder, texts, generation)
-        with simulation_of(inputs.text_encoder, "text_encoder").of(encoder, text_layers):
+        with simulated(checkpoint, "text_encoder", encoder, {"text_encoder": text}):
             quantized = model.encode(encoder, texts, generation)
     empty = exact[-1] if measured.rows == 2 else None
-    simulation, errors = simulation_of(measured, "transformer"), {}
+    simulation, errors = simulation_of(checkpoint, "transformer", rounded_of(measured)), {}
     with model.component("transformer") as transformer:
         generations = [generation.of_prompt(number) for number in numbers]
         states = record_states(model, transformer, exact[: len(numbers)], empty, generations)
-        for done, (cause, (weights, rounded, text)) in enumerate(CAUSES.items(), start=1):
+        for done, (cause, (weights, rounded, of_text)) in enumerate(CAUSES.items(), start=1):
             how = replace(simulation, round_weights=weights, round_inputs=rounded)
             with how.of(transformer, layers if weights or rounded else []):
-                given = [_with_texts(state, exact, quantized) for state in states] if text else states
+                given = [_with_texts(state, exact, quantized) for state in states] if of_text else states
                 error = output_error(velocities_of(transformer), given, generation.guidance)
             errors[cause] = significant(error**0.5)
             report(done, len(CAUSES), f"{done}/{len(CAUSES)} causes")

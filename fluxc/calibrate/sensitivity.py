@@ -24,6 +24,7 @@ from fluxc.base.errors import BuildError
 from fluxc.base.numbers import significant
 from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
+from fluxc.checkpoint.dequantized import read
 from fluxc.checkpoint.reference import Generation, guided
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.formats import cpu
@@ -141,14 +142,20 @@ class Simulation:
         """`transformer` with the Linears of `entries` computing as their planned format does; whole fusion groups only.
 
         Weights are quantized from the checkpoint; those that stay in memory are restored from there. Those that are read for
-        every run are quantized whenever they were read.
+        every run are quantized whenever they were read. What the checkpoint holds quantized keeps its weights and the scales
+        of its inputs.
         """
-        model, groups = transformer.module, self._groups(entries) if self.round_weights else []
-        handles = []
+        model, groups = transformer.module, self._groups(to_quantize(entries)) if self.round_weights else []
+        handles: list[Any] = []
         if self.round_inputs:
             for entry in entries:
-                if FORMATS[entry.format].calibrated:
-                    handles += self._round_inputs(model.get_submodule(entry.layer.name), entry)
+                module = model.get_submodule(entry.layer.name)
+                if not FORMATS[entry.format].calibrated:
+                    continue
+                if entry.quantized_in_source:
+                    handles += self._rounding_as_stored(entry, module)
+                else:
+                    handles += self._round_inputs(module, entry)
         try:
             if transformer.reads_layers:
                 transformer.on_load = lambda part, _: self._quantize(model, groups, part)
@@ -182,24 +189,24 @@ class Simulation:
         ref = self.tensors[f"{entry.layer.name}.weight"]
         return cpu.patterns_in(ref), ref.dtype
 
-    def _rounded(self, members: list[LayerPlan]) -> list[np.ndarray]:
-        """fp32 weights of one fusion group after a round trip through their format, as the writer stores them."""
+    def _rounded(self, members: list[LayerPlan]) -> Iterator[np.ndarray]:
+        """fp32 weights of one fusion group after a round trip through their format, as the writer stores them; one at a
+        time."""
         format, weights = FORMATS[members[0].format], [self._weight(entry) for entry in members]
         amaxes = [format.amaxes(*weight) for weight in weights]
         amax = max(cpu.largest(found, dtype) for found, (_, dtype) in zip(amaxes, weights, strict=True))
         scale = format.group_scale(weights, amax, self.scales)
-        rounded = []
         for entry, weight, found in zip(members, weights, amaxes, strict=True):
             layer = self._solved(entry)
             if layer is None:
                 parts = format.encode(*weight, found, scale, self.scales)
             else:
                 parts, scale = layer.rows(0, len(weight[0]), len(weight[0])), layer.scale
-            rounded.append(format.decode(parts, scale))
+            values = format.decode(parts, scale)
             factors = layer.low_rank() if layer else None
             if factors:
-                rounded[-1] += factors[0] @ factors[1]
-        return rounded
+                values += factors[0] @ factors[1]
+            yield values
 
     def _solved(self, entry: LayerPlan) -> Layer | None:
         """What was solved of a layer, in its format."""
@@ -228,6 +235,40 @@ class Simulation:
 
         handles = [module.register_forward_pre_hook(rounded)]
         return [*handles, module.register_forward_hook(corrected)] if factors else handles
+
+    def _rounding_as_stored(self, entry: LayerPlan, linear: torch.nn.Module) -> list[Any]:
+        """Hooks that round the inputs of a layer as the checkpoint holds it, on a Linear with its plain weight
+        (Q + b a) * p: with x the inputs times p, Q gets them rounded and b a, SVDQuant's factors, as they are."""
+        format, parts = FORMATS[entry.format], self._stored(entry)
+        lost: list[torch.Tensor] = []
+
+        def rounded(_: Any, inputs: Any) -> Any:
+            given = inputs[0]
+            factor = parts["pre_quant_scale"].to(given.device) if "pre_quant_scale" in parts else None
+            x = given.float() if factor is None else given.float() * factor
+            values = format.fake_quantize(x, parts["input_scale"].to(given.device))
+            if "svdquant_lora_a" in parts:
+                lost.append(x - values)
+            if factor is not None:
+                values = torch.where(factor == 0, 0, values / factor)
+            return (values.to(given.dtype), *inputs[1:])
+
+        def with_low_rank(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+            a, b = (parts[name].to(output.device) for name in ("svdquant_lora_a", "svdquant_lora_b"))
+            return (output.float() + lost.pop() @ a.T @ b.T).to(output.dtype)
+
+        handles: list[Any] = [linear.register_forward_pre_hook(rounded)]
+        if "svdquant_lora_a" in parts:
+            handles.append(linear.register_forward_hook(with_low_rank))
+        return handles
+
+    def _stored(self, entry: LayerPlan) -> dict[str, torch.Tensor]:
+        """What the checkpoint holds of a quantized layer beside its weight, fp32; `input_scale` as a scalar."""
+        wanted = ("input_scale", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
+        parts = {
+            name: read(self.tensors[f"{entry.layer.name}.{name}"]).float() for name in wanted if name in entry.parts
+        }
+        return parts | {"input_scale": parts["input_scale"].reshape(())}
 
 
 def choose(costs: list[GroupCost], parameters: int) -> list[int]:

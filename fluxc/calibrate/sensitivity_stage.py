@@ -8,19 +8,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxc.base.cache import Made
 from fluxc.base.numbers import as_json
 from fluxc.base.progress import Report
+from fluxc.calibrate.simulated import Rounded, simulation_of
 from fluxc.checkpoint.files import CheckpointFiles
-from fluxc.quantize.plan import LayerPlan, to_quantize
+from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.structs import Budget, Calibration, Scales
 
 if TYPE_CHECKING:
-    from fluxc.calibrate.sensitivity import ErrorOf, ErrorsOf, Simulation
+    from fluxc.calibrate.sensitivity import ErrorOf, ErrorsOf
 
 COSTS, RESULT = "costs.json", "sensitivity.json"
 
@@ -116,24 +117,18 @@ def prepared_errors(
         generation_of(inputs.request, inputs.text_layers),
         inputs.rows,
         placement,
-        simulation_of(inputs, "transformer", formats),
+        simulation_of(checkpoint, "transformer", rounded_of(inputs), formats),
         STEPS if steps is None else steps,
     )
 
 
-def simulation_of(inputs: CostInputs, component: str, formats: tuple[str, ...] = ()) -> Simulation:
-    """How the layers of a component's plan compute, in its formats or in any of `formats`."""
-    from fluxc.calibrate.amax import input_amax
-    from fluxc.calibrate.file import read_calibration
-    from fluxc.calibrate.sensitivity import Simulation
-    from fluxc.quantize.solved import Solved
-
-    records = read_calibration(inputs.calibration).records[component]
-    amax: dict[tuple[str, str], float] = {}
-    for plan in (inputs.plan, *([replace(entry, format=f) for entry in to_quantize(inputs.plan)] for f in formats)):
-        format_of = {entry.layer.name: entry.format for entry in plan}
-        found = input_amax(records, plan, inputs.settings)
-        amax |= {(layer, format_of[layer]): value for layer, value in found.items()}
-    solved = Solved(inputs.solved.folder) if inputs.solved else None
-    tensors = inputs.files.checkpoint.components[component].tensors
-    return Simulation(tensors, amax, inputs.scales, inputs.round_inputs, solved)
+def rounded_of(inputs: CostInputs) -> Rounded:
+    """How the layers of its plan compute."""
+    return Rounded(
+        inputs.plan,
+        inputs.scales,
+        inputs.round_inputs,
+        calibration=inputs.calibration,
+        settings=inputs.settings,
+        solved=inputs.solved,
+    )

@@ -124,7 +124,7 @@ def weights_read(models: Models, asked: Asked, by_layer: bool) -> int:
     step."""
     text, image = _TextEncoder(models, asked), _Transformer(models, asked)
     again = asked.steps * -(-asked.prompts // asked.together) if by_layer else 1
-    return 2 * (sum(text.parts.values()) + again * sum(image.parts.values()) + _vae_weights(models))
+    return 2 * (sum(text.parts.values()) + again * sum(image.parts.values()) + vae_weights(models))
 
 
 def decoding(vae: Flux2VAE, asked: Asked) -> int:
@@ -217,9 +217,10 @@ def _besides(models: Models, asked: Asked) -> int:
     """Bytes of the VAE's weights, of embeddings and latents of all prompts, and of what is observed."""
     text = asked.text_tokens * models.text_taken * models.text_encoder.hidden_size
     latents = image_tokens(models, asked.size) * models.transformer.in_channels
-    values = (asked.prompts + (asked.rows > 1)) * text + 4 * asked.prompts * latents + _vae_weights(models)
+    values = (asked.prompts + (asked.rows > 1)) * text + 4 * asked.prompts * latents + vae_weights(models)
     return asked.itemsize * values + asked.observed
 
 
-def _vae_weights(models: Models) -> int:
+def vae_weights(models: Models) -> int:
+    """Values of the VAE's weights."""
     return sum(math.prod(shape) for shape in models.vae.tensors.values())

@@ -156,6 +156,12 @@ class Checkpoint:
         return self._scratch.hidden()
 
 
+def with_transformer(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """`checkpoint` with the transformer in `folder` in place of its own."""
+    replaced = replace(checkpoint.components["transformer"], folder=folder, file=None, variant=None)
+    return replace(checkpoint, components={**checkpoint.components, "transformer": replaced})
+
+
 def open_checkpoint(
     source: str,
     revision: str | None,

@@ -114,7 +114,8 @@ def calibrate(recipe: Path, changes: tuple[str, ...], out: Path, device: str, pr
 @threads_option
 @shows_progress
 def trace(recipe: Path, changes: tuple[str, ...], out: Path, device: str, part: str, progress: ShownProgress) -> None:
-    """Record how much every denoising step changes; a build elsewhere takes the file as `step_cache.trace`."""
+    """Record how much every denoising step of RECIPE's model changes, as it quantizes it; a build elsewhere takes the file as
+    `step_cache.trace`."""
     from fluxc.build.measure import trace_to_file
     from fluxc.recipe.load import load_recipe
     from fluxc.stepcache.summary import print_trace

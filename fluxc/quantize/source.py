@@ -14,7 +14,7 @@ from fluxc.base.safetensors import TensorRef
 from fluxc.checkpoint.identify import check_sizes, family_of, has_cfg_batch, text_encoder_of, transformer_of, vae_of
 from fluxc.checkpoint.named import parts_of
 from fluxc.checkpoint.quantized import SourceLayer, as_stored, quantized_layers
-from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint
+from fluxc.checkpoint.source import Checkpoint, check_tensors, open_checkpoint, with_transformer
 from fluxc.families.base import Family
 from fluxc.formats.registry import FORMATS
 from fluxc.models.base import Linear
@@ -103,8 +103,7 @@ def read_source(loaded: LoadedRecipe, exported: Path | None = None) -> Source:
         )
     collected.raise_all()
     if exported is not None:
-        replaced = replace(checkpoint.components["transformer"], folder=exported, file=None, variant=None)
-        checkpoint = replace(checkpoint, components={**checkpoint.components, "transformer": replaced})
+        checkpoint = with_transformer(checkpoint, exported)
     with checkpoint.telling():
         return _checked(loaded, checkpoint)
 
@@ -201,21 +200,21 @@ def kept_tensors(source: Source, component: str) -> dict[str, TensorRef]:
 
 def solvable(loaded: LoadedRecipe, source: Source, component: str) -> list[LayerPlan]:
     """The layers that are solved where the recipe asks for that, with `rounding: gptq` or `low_rank`: those of the plan whose
-    format can be, and those that would be without the recipe's rules.
+    format can be, and those that would be without the recipe's rules of other formats.
 
-    So rules, which `fluxc tune` writes, can change without anything being solved again.
+    So rules that go before, which `fluxc tune` writes, can change without anything being solved again.
     """
-    planned = source.plans[component]
-    asked = getattr(loaded.recipe.precision, component)
-    precision = msgspec.structs.replace(asked, rules=(), rounding="nearest")
+    planned, asked = source.plans[component], getattr(loaded.recipe.precision, component)
+    solving = tuple(rule for rule in asked.rules if rule.format in FORMATS and FORMATS[rule.format].solves)
+    precision = msgspec.structs.replace(asked, rules=solving, rounding="nearest")
     layers, in_source = [entry.layer for entry in planned], source.quantized[component]
     try:
-        without_rules = precision_plan(component, layers, precision, None, None, in_source)
+        most = precision_plan(component, layers, precision, None, None, in_source)
     except RecipeError:
         # A rule keeps a layer that NVFP4 cannot hold.
-        without_rules = planned
+        most = planned
     found = []
-    for entries in zip(planned, without_rules, strict=True):
+    for entries in zip(planned, most, strict=True):
         solved = [entry for entry in to_quantize(list(entries)) if FORMATS[entry.format].solves]
         if asked.rounding == "nearest":
             solved = [entry for entry in solved if entry.low_rank]

@@ -248,6 +248,15 @@ def _precision_of_steps(recipe: Recipe, refuse: Refuse) -> None:
         )
 
 
+@_reads("fidelity.attribution", "calibration.engine")
+def _attributed(recipe: Recipe, refuse: Refuse) -> None:
+    if recipe.fidelity.attribution and recipe.calibration.engine == "modelopt":
+        refuse(
+            "fidelity.attribution",
+            "rounds weights as fluxc's own quantizer does; leave it out with calibration.engine: modelopt",
+        )
+
+
 @_reads("step_cache")
 def _without_step_cache(recipe: Recipe, refuse: Refuse) -> None:
     if recipe.step_cache is None:
@@ -293,6 +302,17 @@ def _asked(recipe: Recipe, refuse: Refuse) -> None:
     cache = recipe.step_cache
     if cache and cache.skip is not None and cache.max_error is not None:
         refuse("step_cache", "give either skip or max_error")
+
+
+@_reads("step_cache")
+def _compared_traces(recipe: Recipe, refuse: Refuse) -> None:
+    cache = recipe.step_cache
+    if cache and cache.compare and cache.traced == "reference":
+        refuse(
+            "step_cache.compare",
+            "compares the quantized model's trace with the reference's, and `traced: reference` takes the latter alone; leave "
+            "one of the two out",
+        )
 
 
 @_reads("step_cache", "sampling.steps")

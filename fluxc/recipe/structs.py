@@ -388,6 +388,22 @@ class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             left_out="`calibration.prompts`",
         ),
     ] = None
+    traced: Annotated[
+        Literal["quantized", "reference"],
+        about(
+            "the model whose steps are recorded: `quantized`, with weights rounded as in the bundle, and inputs where a target "
+            "rounds them; `reference`, the checkpoint's own",
+            "reference",
+        ),
+    ] = "quantized"
+    compare: Annotated[
+        bool,
+        about(
+            "also trace the checkpoint's own model, and report what a step cache fitted on it would skip and cost: twice the "
+            "time of the trace, and images of every held-out prompt",
+            True,
+        ),
+    ] = False
     trace: Annotated[
         str | None,
         about(
@@ -497,8 +513,9 @@ class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attribution: Annotated[
         bool,
         about(
-            "measure what rounded weights, rounded inputs and the text encoder each cost alone: some passes of the model for "
-            "the [report](report.md)",
+            "measure what rounded weights, rounded inputs and the text encoder each cost alone, for the [report](report.md): "
+            "some passes of the model. With level `images` also an image of each cause alone, step cache and type of the VAE "
+            "too, of at most two held-out prompts: six step loops of each",
             True,
         ),
     ] = False

@@ -14,6 +14,7 @@ from fluxc.recipe.load import LoadedRecipe
 from fluxc.report.gains import predicted, sizes_of
 from fluxc.report.structs import (
     Attribution,
+    CauseImages,
     LayerFigures,
     Report,
     StepCacheFigures,
@@ -68,6 +69,7 @@ def assemble(
         layers=_layers(manifest, figures["layers"]),
         sensitivity=figures["sensitivity"],
         attribution=msgspec.convert(figures.get("attribution"), Attribution | None),
+        causes=msgspec.convert(figures.get("causes"), CauseImages | None),
         step_cache=_step_cache(manifest, cached),
         step_precision=_step_precision(manifest, figures.get("step_errors")),
         recipe=manifest.recipe,

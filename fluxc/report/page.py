@@ -25,6 +25,8 @@ CAUSES = {
     "weights": "weights of the transformer's quantized layers, rounded",
     "inputs": "inputs of these layers, rounded as a GPU rounds them",
     "text encoder": "the quantized text encoder",
+    "step cache": "steps that the step cache skips",
+    "vae": "the type that the VAE is computed in",
     "all": "all of these",
 }
 """What a report says of each cause of an attribution."""
@@ -67,7 +69,8 @@ def render(report: Report, images: Path) -> str:
         charts=shown,
         formats=_formats(report),
         layers=sorted(report.layers, key=_worst_first),
-        causes=CAUSES,
+        causes=_causes(report),
+        cause_rows=pictures.causes(report, images, CAUSES),
         solved=[layer.rounding for layer in report.layers if layer.rounding],
         steps=_step_rows(report),
         step_lines=step_words(report.step_precision.schedule) if report.step_precision else [],
@@ -178,12 +181,24 @@ def _cosine(report: Report) -> tuple[str, float] | None:
 
 def _sections(report: Report) -> list[tuple[str, str]]:
     names = [("gates", "Gates"), ("targets", "Targets"), ("images", "Images"), ("layers", "Layers")]
+    names += [("causes", "Causes of error")] if report.attribution or report.causes else []
     names += [("steps", "Steps")] if report.targets else []
     names += [("step-cache", "Step cache")] if report.step_cache else []
     names += [("size", "Size"), ("speed", "Speed")]
     names += [("engines", "Engines")] if report.engines else []
     names += [("on-target", "On GPUs")] if report.on_target else []
     return [*names, ("provenance", "Provenance")]
+
+
+def _causes(report: Report) -> list[tuple[str, float | None, tuple[float, ...] | None]]:
+    """In words each cause of error that something was measured of: the velocity's error, and the PSNR of its images."""
+    errors = report.attribution.errors if report.attribution else {}
+    images = report.causes.psnr_db if report.causes else {}
+    return [
+        (title, errors.get(cause), images.get(cause))
+        for cause, title in CAUSES.items()
+        if cause in errors or cause in images
+    ]
 
 
 def _formats(report: Report) -> list[tuple[str, str]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from fluxc.fidelity.causes_stage import image_name
 from fluxc.report.structs import Report
 
 MOST_PROMPTS = 8
@@ -72,6 +73,24 @@ def onset(report: Report, images: Path) -> list[Picture]:
             Picture(f"{count} skipped", f"{report.prompts[worst]}, {count} steps skipped", _uri(image), psnr_db=psnr)
         )
     return found
+
+
+def causes(report: Report, images: Path, titles: Mapping[str, str]) -> list[Row]:
+    """The images of each cause of error alone, with `titles`, and where they differ from the reference."""
+    found = report.causes
+    if found is None:
+        return []
+    rows = []
+    for number, prompt in enumerate(found.prompts):
+        reference = _read(images / image_name(REFERENCE, number))
+        made = {cause: _read(images / image_name(cause, number)) for cause in titles if cause in found.psnr_db}
+        pictures = [Picture(REFERENCE, f"{prompt}, by {report.reference}", _uri(reference))]
+        for cause, image in made.items():
+            alt = f"{prompt}, with {titles[cause]} alone" if cause != "all" else f"{prompt}, with every cause"
+            pictures.append(Picture(cause, alt, _uri(image), psnr_db=found.psnr_db[cause][number]))
+        pictures += [_difference(cause, image, "the reference", reference) for cause, image in made.items()]
+        rows.append(Row(number, prompt, min(psnrs[number] for psnrs in found.psnr_db.values()), tuple(pictures)))
+    return rows
 
 
 def recorded(images: Path, name: str, number: int, prompt: str, title: str, psnr_db: float | None = None) -> Picture:

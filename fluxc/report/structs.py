@@ -239,7 +239,8 @@ class StepCacheFigures(Struct, frozen=True):
 
     `frontier` holds, by number of skipped steps and method, what each costs. `changes` are points of the trace: the change of a
     step's modulated input, and the change of its residual (mean over guidance branches), both relative. `onset` are the numbers
-    of skipped steps of which the report has an image of the worst prompt.
+    of skipped steps of which the report has an image of the worst prompt. `reference` is what it costs to skip as the trace of
+    the checkpoint's own model says, where the recipe asks to compare.
     """
 
     mode: str
@@ -254,6 +255,7 @@ class StepCacheFigures(Struct, frozen=True):
     frontier: dict[str, dict[str, CachePoint]] = {}
     changes: tuple[tuple[float, float], ...] = ()
     onset: tuple[int, ...] = ()
+    reference: CachePoint | None = None
 
 
 class Tiling(Struct, frozen=True):
@@ -283,6 +285,22 @@ class StepPrecisionFigures(Struct, frozen=True):
     schedule: StepPrecision
     prompts: int = 0
     errors: dict[str, tuple[float, ...]] = {}
+
+
+class CauseImages(Struct, frozen=True):
+    """Images of held-out prompts with each cause of error alone, generated in torch, against the reference's: `psnr_db` by
+    cause and prompt. Causes are "weights", "inputs", "text encoder", "step cache", "vae" (the reference's latents decoded in
+    `vae_dtype`) and "all"; one that the recipe has not is left out. `skipped` are the steps that the step cache skipped of each
+    prompt."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    vae_dtype: str | None
+    skipped: tuple[tuple[int, ...], ...]
+    psnr_db: dict[str, tuple[float, ...]]
 
 
 class Report(Struct, frozen=True):
@@ -327,6 +345,7 @@ class Report(Struct, frozen=True):
     tiling: Tiling | None = None
     attribution: Attribution | None = None
     step_precision: StepPrecisionFigures | None = None
+    causes: CauseImages | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 

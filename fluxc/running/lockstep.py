@@ -50,21 +50,23 @@ class Lockstep:
         started = list(rows)
         try:
             while self._rows:
-                self._go_on(self._rows[0])
+                self._go_on()
         finally:
             for row in self._rows:
                 row.throw(GreenletExit)
             self._rows = []
         return [row.result for row in started]
 
-    def _go_on(self, first: Row) -> None:
-        """Everything that does not wait for a part; then the part that the first row waits for, with all that wait for it."""
+    def _go_on(self) -> None:
+        """Everything that does not wait for a part; if all do, the part that the first one waits for, with all that wait for
+        it."""
         ready = [row for row in self._rows if self._is_ready(row)]
         for row in ready:
             self._switch(row)
-        if ready or first.part is None:
+        if ready:
             return
-        part = first.part
+        # The first row of all may wait for a row that itself waits for a part.
+        part = next(row.part for row in self._rows if row.part is not None)
         self._load(part)
         try:
             for row in [row for row in self._rows if row.part == part]:

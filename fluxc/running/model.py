@@ -227,11 +227,12 @@ class ReferenceModel:
 
         return transformer.run([partial(denoised, *pair) for pair in zip(texts, generations, strict=True)])
 
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """The image fp32 [height, width, 3] in 0..1 of one of the results of `denoise`."""
+    def decode(self, latents: torch.Tensor, vae: Any = None) -> np.ndarray:
+        """The image fp32 [height, width, 3] in 0..1 of one of the results of `denoise`, by `vae` in place of the model's."""
+        vae = vae or self.vae
         with torch.no_grad():
-            image = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        found: np.ndarray = self._pipeline.image_processor.postprocess(image, output_type="np")[0]
+            image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        found: np.ndarray = self._pipeline.image_processor.postprocess(image.float(), output_type="np")[0]
         return found
 
     def _unpacked(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from fluxc.base.errors import BuildError
@@ -89,6 +90,31 @@ def make_step_cache(settings: Settings, trace: StepTrace, size: tuple[int, int],
         visual_gen=visual_gen,
         fit=fit,
     )
+
+
+def with_reference(cache: StepCache, settings: Settings, trace: StepTrace, other: StepTrace) -> StepCache:
+    """`cache`, which was made of `trace`, with what `other`, the trace of the checkpoint's own model, makes for as many skipped
+    steps: in `fit["reference"]`, with the error that skipping so has on the held-out images of `trace`.
+
+    BuildError where nothing can be fitted to `other` either; how well it fits is not held to `min_r2`.
+    """
+    asked = msgspec.structs.replace(settings, skip=float(len(cache.schedule)), max_error=None, min_r2=-1e9)
+    found = make_step_cache(asked, other, cache.size, cache.mode)
+    unknown = trace.of([number for number in range(trace.images) if number % HELD_OUT == HELD_OUT - 1])
+    dynamic, fixed = skipped_by(found.rule, unknown.change), [list(found.schedule)] * unknown.images
+    reference = {
+        "residual": found.fit["residual"],
+        "latent": found.fit["latent"],
+        "rule": msgspec.to_builtins(found.rule),
+        "visual_gen": msgspec.to_builtins(found.visual_gen),
+        "schedule": list(found.schedule),
+        "skipped": {"dynamic": round(average(dynamic), 2), "static": len(found.schedule)},
+        "accumulated_error": {
+            "dynamic": significant(accumulated_error(dynamic, unknown.residual_error)),
+            "static": significant(accumulated_error(fixed, unknown.residual_error)),
+        },
+    }
+    return msgspec.structs.replace(cache, fit=cache.fit | {"reference": reference})
 
 
 def points(trace: StepTrace, level: str) -> tuple[np.ndarray, np.ndarray]:

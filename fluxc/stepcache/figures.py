@@ -19,7 +19,8 @@ FILE = "step-cache.json"
 
 @dataclass(frozen=True)
 class Compared:
-    """`points` are figures by skipped steps and method, `chosen` those of the policy that serves.
+    """`points` are figures by skipped steps and method, `chosen` those of the policy that serves, `reference` those of the one
+    that the trace of the checkpoint's own model came to.
 
     Images are fp32 [prompts, height, width, 3]: `full` with every step, `served` with the policy, `by_count` with its mode at
     every point.
@@ -30,6 +31,7 @@ class Compared:
     full: np.ndarray
     served: np.ndarray
     by_count: dict[int, np.ndarray]
+    reference: dict[str, Any] | None = None
 
 
 def write(folder: Path, target: str, compared: Compared, trace: StepTrace) -> None:
@@ -46,6 +48,7 @@ def write(folder: Path, target: str, compared: Compared, trace: StepTrace) -> No
     figures = {
         "target": target,
         "chosen": compared.chosen,
+        "reference": compared.reference,
         "frontier": {str(count): found for count, found in compared.points.items()},
         "changes": traced_points(trace),
         "onset": list(compared.by_count),

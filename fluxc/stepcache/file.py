@@ -68,6 +68,14 @@ def _check_shapes(images: list[int], trace: StepTrace, prompts: list[str], steps
         raise ValueError("NaN or infinity")
 
 
+def model_in_words(origin: Origin) -> str:
+    """Which model a trace is of."""
+    rounded = origin.request.get("precision")
+    if rounded is None:
+        return "the checkpoint's own model"
+    return f"the model as planned, weights{' and inputs' if rounded['inputs_rounded'] else ' alone'} rounded"
+
+
 def merge_traces(files: list[TraceFile]) -> tuple[Origin, list[int], StepTrace]:
     """Traces of parts of one request as one, its images in order; BuildError naming what does not belong together."""
     first, *others = files

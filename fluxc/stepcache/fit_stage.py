@@ -17,19 +17,24 @@ RESULT = "step_cache.json"
 
 @dataclass(frozen=True)
 class FitInputs:
-    """What the recipe asks of the step cache, the trace file, and the size (height, width) it was traced at."""
+    """What the recipe asks of the step cache, the trace file, the size (height, width) it was traced at, and the trace of the
+    checkpoint's own model where it is to be compared with."""
 
     settings: Settings
     trace: Path
     size: tuple[int, int]
+    reference: Path | None = None
 
 
 def run(inputs: FitInputs, folder: Path, report: Report) -> None:
     """Write the manifest's `step_cache`."""
-    from fluxc.stepcache.choose import make_step_cache
+    from fluxc.stepcache.choose import make_step_cache, with_reference
     from fluxc.stepcache.file import read_trace
 
-    made = make_step_cache(inputs.settings, read_trace(inputs.trace).trace, inputs.size)
+    trace = read_trace(inputs.trace).trace
+    made = make_step_cache(inputs.settings, trace, inputs.size)
+    if inputs.reference is not None:
+        made = with_reference(made, inputs.settings, trace, read_trace(inputs.reference).trace)
     check_finite(msgspec.to_builtins(made), "step cache")
     (folder / RESULT).write_bytes(msgspec.json.encode(made, order="deterministic"))
 

@@ -70,6 +70,12 @@ def chosen(cache: StepCache) -> dict[str, Any]:
     return {"schedule": list(cache.schedule)} if cache.mode == "static" else {"rule": _as_json(cache.rule)}
 
 
+def of_reference(cache: StepCache) -> dict[str, Any]:
+    """The same of what the trace of the checkpoint's own model came to (choose.with_reference)."""
+    other = cache.fit["reference"]
+    return {"schedule": other["schedule"]} if cache.mode == "static" else {"rule": other["rule"]}
+
+
 def generate_all(
     bundle: Bundle, target: str, request: FrontierRequest, policy: dict[str, Any], advance: Callable[[], None]
 ) -> tuple[np.ndarray, list[list[int]]]:

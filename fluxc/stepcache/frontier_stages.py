@@ -86,7 +86,7 @@ def load(folder: Path) -> Made:
 @dataclass(frozen=True)
 class FiguresInputs:
     """For the report: images with every step (`full`) and as served, `points` by skipped steps, of the step cache's `mode`, and
-    the trace that its polynomial was fitted on."""
+    the trace that its polynomial was fitted on. `reference`: images as the trace of the checkpoint's own model skips."""
 
     target: str
     request: FrontierRequest
@@ -95,6 +95,7 @@ class FiguresInputs:
     full: Made
     served: Made
     points: dict[int, Made]
+    reference: Made | None = None
 
 
 def write_figures(inputs: FiguresInputs, folder: Path, report: Report) -> None:
@@ -104,10 +105,15 @@ def write_figures(inputs: FiguresInputs, folder: Path, report: Report) -> None:
     from fluxc.stepcache.figures import Compared, write
     from fluxc.stepcache.file import read_trace
 
+    def figures_of(made: Made) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((made.folder / "figures.json").read_text())
+        return found
+
     points = {count: made.folder for count, made in inputs.points.items()}
     compared = Compared(
-        points={count: json.loads((path / "figures.json").read_text()) for count, path in points.items()},
-        chosen=json.loads((inputs.served.folder / "figures.json").read_text())["chosen"],
+        points={count: figures_of(made) for count, made in inputs.points.items()},
+        chosen=figures_of(inputs.served)["chosen"],
+        reference=figures_of(inputs.reference)["reference"] if inputs.reference else None,
         full=np.load(inputs.full.folder / "full.npy"),
         served=np.load(inputs.served.folder / "chosen.npy"),
         by_count={count: np.load(path / f"{inputs.mode}.npy") for count, path in points.items()},

@@ -11,6 +11,7 @@ import torch
 from fluxc.checkpoint.reference import guided
 from fluxc.recipe.structs import LAGS
 from fluxc.running.lockstep import CALL
+from fluxc.running.skipping import modulated_input, relative_change
 from fluxc.stepcache.trace import StepTrace
 
 
@@ -68,10 +69,7 @@ class _Image:
     def enter_blocks(self, hidden: torch.Tensor, modulation: torch.Tensor) -> None:
         """A pass comes to the first block; both passes of a step come with the same image tokens."""
         self._hidden = hidden
-        width = hidden.shape[-1]
-        modulation = modulation.float().reshape(1, 1, -1)
-        plain = torch.nn.functional.layer_norm(hidden.float(), (width,), eps=self._model.config.eps)
-        self._signal = plain * (1 + modulation[..., width : 2 * width]) + modulation[..., :width]
+        self._signal = modulated_input(self._model, hidden, modulation)
 
     def leave_blocks(self, hidden: torch.Tensor, temb: torch.Tensor) -> None:
         """A pass comes out of the last block."""
@@ -96,9 +94,9 @@ class _Image:
         row: dict[str, Any] = {"change": 0.0, "residual_change": none, "latent_change": none}
         if self._old:
             before = self._old[0]
-            row["change"] = _relative(step["signal"], before["signal"])
+            row["change"] = relative_change(step["signal"], before["signal"])
             for name, level in (("residual_change", "residuals"), ("latent_change", "latent_residuals")):
-                row[name] = [_relative(new, old) for new, old in zip(step[level], before[level], strict=True)]
+                row[name] = [relative_change(new, old) for new, old in zip(step[level], before[level], strict=True)]
         latents = [latents for latents, _ in self._passes]
         errors = {"residual_error": [np.inf] * LAGS, "latent_error": [np.inf] * LAGS}
         for lag, old in enumerate(self._old):
@@ -130,10 +128,6 @@ class _Image:
         for name in ("residual_error", "latent_error"):
             columns[name] = columns[name] * lengths
         return StepTrace(**{name: column[None] for name, column in columns.items()})
-
-
-def _relative(new: torch.Tensor, old: torch.Tensor) -> float:
-    return float((new - old).abs().mean() / old.abs().mean())
 
 
 def _rms(difference: torch.Tensor) -> float:

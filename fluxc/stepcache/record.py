@@ -1,7 +1,8 @@
-"""Runs diffusers' model over prompts and records every step's changes, resumable per prompt."""
+"""Runs diffusers' model over prompts, its layers rounded as asked, and records every step's changes, resumable per prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from fluxc.base.errors import FluxError
 from fluxc.base.measured import Origin
 from fluxc.base.progress import OfSteps, Report
+from fluxc.calibrate.simulated import Rounded, simulated
 from fluxc.checkpoint.needs import TRACED_SIDE_BY_SIDE
 from fluxc.checkpoint.reference import Generation
 from fluxc.checkpoint.source import Checkpoint
@@ -21,7 +23,7 @@ from fluxc.stepcache.trace import StepTrace, joined
 
 
 def record_steps(
-    checkpoint: Checkpoint,
+    model: tuple[Checkpoint, Mapping[str, Rounded]],
     prompts: list[str],
     images: list[int],
     generation: Generation,
@@ -33,6 +35,7 @@ def record_steps(
 ) -> StepTrace:
     """The trace of the prompts numbered `images`, in the placement's type; latents and sigma are fp32 as in the runtime.
 
+    `model` is a checkpoint, and by component how its quantized layers compute.
     Prompt i starts from the runtime's noise for `generation.seed` + i. Each prompt's trace is kept below `work` when it is
     complete, and a later call with the same `work` reads it; the caller removes `work` once it has kept the result.
     """
@@ -43,17 +46,25 @@ def record_steps(
     report = OfSteps(on_progress, len(texts), len(images), generation.steps)
     report.images_are_done(len(images) - len(missing))
     if missing:
-        model = ReferenceModel(checkpoint, placement)
-        with model.component("text_encoder", generation.text_layers) as encoder:
-            embeddings = model.encode(encoder, texts, generation, report)
+        checkpoint, rounded = model
+        reference = ReferenceModel(checkpoint, placement)
+        with (
+            reference.component("text_encoder", generation.text_layers) as encoder,
+            simulated(checkpoint, "text_encoder", encoder, rounded),
+        ):
+            embeddings = reference.encode(encoder, texts, generation, report)
         empty = embeddings[-1] if branches == 2 else None
-        with model.component("transformer") as transformer:
+        with (
+            reference.component("transformer") as transformer,
+            simulated(checkpoint, "transformer", transformer, rounded),
+        ):
             FullPrecisionLoop(transformer.module)
             observer = StepObserver(transformer.module, branches, generation.guidance)
             for group in placement.groups(len(missing), TRACED_SIDE_BY_SIDE):
                 numbers = [missing[at] for at in group]
                 generations = [generation.of_prompt(number) for number in numbers]
-                model.denoise(transformer, [embeddings[at] for at in group], empty, generations, torch.float32, report)
+                texts_of = [embeddings[at] for at in group]
+                reference.denoise(transformer, texts_of, empty, generations, torch.float32, report)
                 for number, trace in zip(numbers, observer.take(len(group)), strict=True):
                     write_trace(kept[number], origin, [number], trace)
     return joined([read_trace(kept[number]).trace for number in images])

@@ -6,7 +6,7 @@ import numpy as np
 
 from fluxc.base.console import new_console, new_table
 from fluxc.stepcache.choose import occurrences
-from fluxc.stepcache.file import TraceFile
+from fluxc.stepcache.file import TraceFile, model_in_words
 from fluxrt.manifest import StepCache
 
 
@@ -17,7 +17,7 @@ def print_trace(file: TraceFile) -> None:
     height, width = request["size"]
     console.print(
         f"{len(file.images)} of {len(request['prompts'])} prompts, {request['steps']} steps at {height}x{width}, "
-        f"guidance {request['guidance']}, {request['dtype']}; {file.origin.ran}"
+        f"guidance {request['guidance']}, {request['dtype']}; {file.origin.ran}, {model_in_words(file.origin)}"
     )
     table = new_table("change of the modulated input", "occurred", "mean change of the residual, by guidance branch")
     for found in occurrences(trace):
@@ -41,7 +41,7 @@ def step_cache_lines(cache: StepCache) -> list[str]:
         else f"decides while it generates, with threshold {rule.threshold}"
     )
     polynomial = ", ".join(f"{c:.6g}" for c in rule.coefficients)
-    return [
+    lines = [
         f"step cache for {cache.steps} steps at {height}x{width}: {how}",
         f"polynomial {polynomial} ({fit['kind']}, degree {fit['degree']}); on {fit['prompts']['held_out']} held-out prompts "
         f"R2 {fit['residual']['r2']}, RMSE {fit['residual']['rmse']}, largest error {fit['residual']['worst']}; at threshold "
@@ -49,3 +49,12 @@ def step_cache_lines(cache: StepCache) -> list[str]:
         f"for VisualGen (residuals of the latents): R2 {fit['latent']['r2']}"
         + ("" if fit["latent"]["r2"] > 0 else ", so its polynomial explains nothing"),
     ]
+    other = fit.get("reference")
+    if other:
+        error = fit["accumulated_error"][cache.mode]
+        lines.append(
+            f"fitted on the checkpoint's own model it would have R2 {other['residual']['r2']}, threshold "
+            f"{other['rule']['threshold']} and skip {', '.join(map(str, other['schedule']))}; accumulated error of skipping on "
+            f"the model that runs: {other['accumulated_error'][cache.mode]}, where this one has {error}"
+        )
+    return lines
