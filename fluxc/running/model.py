@@ -228,11 +228,13 @@ class ReferenceModel:
         return transformer.run([partial(denoised, *pair) for pair in zip(texts, generations, strict=True)])
 
     def decode(self, latents: torch.Tensor, vae: Any = None) -> np.ndarray:
-        """The image fp32 [height, width, 3] in 0..1 of one of the results of `denoise`, by `vae` in place of the model's."""
-        vae = vae or self.vae
+        """The image fp32 [height, width, 3] in 0..1 of one of the results of `denoise`, by `vae` in place of the model's, whose
+        type ends with the decoder."""
+        used = vae or self.vae
         with torch.no_grad():
-            image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        found: np.ndarray = self._pipeline.image_processor.postprocess(image.float(), output_type="np")[0]
+            image = used.decode(latents.to(used.dtype), return_dict=False)[0]
+        image = image if vae is None else image.to(self.vae.dtype)
+        found: np.ndarray = self._pipeline.image_processor.postprocess(image, output_type="np")[0]
         return found
 
     def _unpacked(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
