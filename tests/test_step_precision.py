@@ -11,26 +11,30 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from conftest import RECIPE, compile_into, exported
 from fluxc.base.errors import RecipeError
 from fluxc.base.safetensors import TensorRef
 from fluxc.build.preflight import preflight
-from fluxc.build.stages import steps
+from fluxc.build.stages import planned_stages, steps
+from fluxc.calibrate.sensitivity import velocities_of
+from fluxc.calibrate.simulated import Rounded, simulated
 from fluxc.calibrate.step_errors_stage import StepErrors
+from fluxc.checkpoint.reference import Generation
 from fluxc.cli.main import main
 from fluxc.fidelity.metrics import psnr
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.predict.gpus import GPUS
 from fluxc.predict.scaling import Subject, predict, published_model
 from fluxc.predict.work import work_of
-from fluxc.quantize.plan import LayerPlan, precision_plan
+from fluxc.quantize.plan import LayerPlan, precision_plan, to_quantize
 from fluxc.quantize.source import read_source
 from fluxc.quantize.steps import EXACT, body_plans, schedule_of
 from fluxc.quantize.writer import planned_tensors
@@ -38,6 +42,8 @@ from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import ComponentPrecision, Precision, StepRule
 from fluxc.recipe.targets import TensorRTRtxTarget
 from fluxc.rehearsal.gpu import FakeDriver, FakeLibrary
+from fluxc.running.model import ReferenceModel
+from fluxc.running.placement import Placement
 from fluxc.targets.sharding import shards_of
 from fluxc.targets.tensorrt.build import build_engine, write_sources
 from fluxc.targets.tensorrt.cut import Component, Cutter
@@ -288,6 +294,43 @@ def test_a_measurement_chooses_steps_and_is_shown(workshop: Path) -> None:
     assert "if all steps ran the same body" in (bundle.root / "report" / "index.html").read_text()
 
 
+@pytest.mark.parametrize("pieces", ["component", "layer"])
+def test_the_model_in_torch_rounds_inputs_as_its_steps_say(pieces: Literal["component", "layer"]) -> None:
+    """Each pass of two images, made one after the other, is that of a model that is so at every step."""
+    source = read_source(load_recipe(RECIPE))
+    plan = source.plans["transformer"]
+    exact = body_plans(Precision(steps=(StepRule(last=1),)), plan)[EXACT]
+    steps, branches, generation = 3, 2, Generation((64, 64), 3, 1.5, 0, 32, (9, 18, 27))
+    schedule = StepPrecision(steps, {EXACT: Body((0, 2), tuple(entry.layer.name for entry in to_quantize(plan)))})
+    ranges = {entry.layer.name: 8.0 for entry in plan}
+    model = ReferenceModel(source.checkpoint, Placement("cpu", torch.float32, pieces))
+    with model.component("text_encoder", generation.text_layers) as encoder:
+        text, empty = model.encode(encoder, [PROMPT, ""], generation)
+    passes: list[tuple[dict[str, Any], torch.Tensor]] = []
+
+    def keep(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        passes.append((dict(kwargs), output[0].detach().clone()))
+
+    with model.component("transformer") as transformer:
+        scheduled = Rounded(plan, "max", True, assumed=ranges, steps=schedule)
+        handle = transformer.module.register_forward_hook(keep, with_kwargs=True)
+        with simulated(source.checkpoint, "transformer", transformer, {"transformer": scheduled}, (steps, branches)):
+            for _ in range(2):
+                model.denoise(transformer, [text], empty, [generation])
+        handle.remove()
+        found = {}
+        for name, of_body in ((BODY, plan), (EXACT, exact)):
+            rounded = {"transformer": Rounded(of_body, "max", True, assumed=ranges)}
+            with simulated(source.checkpoint, "transformer", transformer, rounded):
+                found[name] = velocities_of(transformer)([kwargs for kwargs, _ in passes])
+    assert len(passes) == 2 * steps * branches
+    for number, (_, output) in enumerate(passes):
+        body = (EXACT, BODY, EXACT)[number // branches % steps]
+        other = BODY if body == EXACT else EXACT
+        assert torch.equal(output, found[body][number])
+        assert not torch.equal(output, found[other][number])
+
+
 # Engines, and ranks.
 
 
@@ -442,3 +485,16 @@ def test_steps_that_are_measured_come_before_weights(tmp_path: Path) -> None:
     ready = preflight(load_recipe(RECIPE, (*QUICK, CPU, "precision.steps=auto")), tmp_path / "bundle", None)
     names = [step.name for step in steps(ready.job)]
     assert names.index("sensitivity") < names.index("step-errors") < names.index("weights-transformer")
+    cached = (
+        *QUICK,
+        CPU,
+        "precision.steps=auto",
+        "sampling.steps=10",
+        "step_cache={skip: 2, prompts: ../tests/data/eight-prompts.txt}",
+    )
+    ready = preflight(load_recipe(RECIPE, cached), tmp_path / "other", None)
+    names = [step.name for step in steps(ready.job)]
+    assert names.index("step-errors") < names.index("step-trace")
+    # What is not measured yet leaves open what depends on it.
+    told = {step.name: words for step, words in planned_stages(ready.job, steps(ready.job))}
+    assert told["step-trace"] == "to run"

@@ -81,8 +81,6 @@ def steps(job: Job, until: str | None = None) -> Iterator[Step]:
         if recipe.step_cache.compare:
             yield Step("step-trace-reference", "step-cache", lambda results: _reference_trace(job))
         yield Step("step-cache", "step-cache", lambda results: _fit(job, results))
-    if measures_steps(recipe.precision):
-        yield Step("step-errors", "weights", lambda results: _step_errors(job, results))
     for name in WEIGHTS_FILE:
         yield Step(f"weights-{name}", "weights", partial(_weights, job, component=name))
     for target in recipe.targets:
@@ -107,6 +105,8 @@ def _rounding_steps(job: Job) -> Iterator[Step]:
         yield Step(f"rounding-{name}", "weights", partial(_rounding, job, component=name))
     yield Step("sensitivity-costs", "weights", lambda results: _costs(job, results))
     yield Step("sensitivity", "weights", lambda results: _choice(job, results))
+    if measures_steps(job.loaded.recipe.precision):
+        yield Step("step-errors", "weights", lambda results: _step_errors(job, results))
 
 
 def comparing(job: Job) -> Iterator[Step]:
@@ -205,6 +205,8 @@ def _rounded(job: Job, results: Results, round_inputs: bool) -> dict[str, Rounde
             how = replace(how, assumed=assumed_amax(how.plan, source.transformer.width, recipe.calibration))
         elif round_inputs and needs_calibration(how.plan):
             how = replace(how, calibration=_calibration(job, results), settings=_amax_settings(recipe))
+        if how.rounding_inputs and name == "transformer":
+            how = replace(how, steps=step_precision(job, results))
         if how.layers:
             found[name] = how
     return found
@@ -479,7 +481,8 @@ def _step_errors(job: Job, results: Results) -> Stage[Any, Any] | None:
 
 def step_precision(job: Job, results: Results) -> StepPrecision | None:
     """Which body each step runs, for the manifest; None where all run the same."""
-    precision, errors = job.loaded.recipe.precision, results.get("step-errors")
+    precision = job.loaded.recipe.precision
+    errors = results["step-errors"] if measures_steps(precision) else None
     plan, steps = job.source(results).plans["transformer"], job.loaded.recipe.sampling.steps
     return schedule_of(precision, plan, steps, errors.gains if errors else None)
 

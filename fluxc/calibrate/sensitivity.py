@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from fluxc.recipe.structs import Budget, Scales
 from fluxc.running.lockstep import CALL
 from fluxc.running.model import PlacedModel, ReferenceModel
 from fluxc.running.placement import Placement
+from fluxrt.stepprecision import StepPrecision
 
 PROMPTS, STEPS = 4, 4
 SEARCHES = 8
@@ -123,11 +125,42 @@ def output_errors(velocities: Velocities, states: list[State], guidance: float) 
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """Which body each of `steps` steps of an image runs, of `passes` of the model each."""
+
+    precision: StepPrecision
+    steps: int
+    passes: int
+
+
+class _Exact:
+    """Which layers get their inputs as they are at the step that an image is at; images come one after the other, each of all
+    steps."""
+
+    def __init__(self, schedule: Schedule | None) -> None:
+        self._schedule, self._passes = schedule, Counter[int]()
+
+    def count(self, _module: Any, _args: Any) -> None:
+        """A pass of the model begins."""
+        if self._schedule:
+            self._passes[CALL.get()] += 1
+
+    def now(self, layer: str) -> bool:
+        """Whether `layer` gets its inputs as they are."""
+        if self._schedule is None:
+            return False
+        steps, precision = self._schedule.steps, self._schedule.precision
+        step = (self._passes[CALL.get()] - 1) // self._schedule.passes % steps
+        body = precision.bodies.get(precision.body(step, steps))
+        return body is not None and layer in body.layers
+
+
+@dataclass(frozen=True)
 class Simulation:
     """How quantized layers compute: from the checkpoint's `tensors`, with rounded inputs or not, and rounded weights or not.
 
     `input_amax` is by layer and format. Layers that are among the `solved`, in the format they were solved in or one with the
-    same weights, compute with what was solved.
+    same weights, compute with what was solved. At the steps of a `schedule` some layers get their inputs as they are.
     """
 
     tensors: dict[str, TensorRef]
@@ -136,6 +169,7 @@ class Simulation:
     round_inputs: bool
     solved: Solved | None = None
     round_weights: bool = True
+    schedule: Schedule | None = None
 
     @contextmanager
     def of(self, transformer: PlacedModel, entries: list[LayerPlan]) -> Iterator[None]:
@@ -147,15 +181,17 @@ class Simulation:
         """
         model, groups = transformer.module, self._groups(to_quantize(entries)) if self.round_weights else []
         handles: list[Any] = []
+        at_step = _Exact(self.schedule)
         if self.round_inputs:
+            handles.append(model.register_forward_pre_hook(at_step.count))
             for entry in entries:
                 module = model.get_submodule(entry.layer.name)
                 if not FORMATS[entry.format].calibrated:
                     continue
                 if entry.quantized_in_source:
-                    handles += self._rounding_as_stored(entry, module)
+                    handles += self._rounding_as_stored(entry, module, at_step)
                 else:
-                    handles += self._round_inputs(module, entry)
+                    handles += self._round_inputs(module, entry, at_step)
         try:
             if transformer.reads_layers:
                 transformer.on_load = lambda part, _: self._quantize(model, groups, part)
@@ -212,38 +248,44 @@ class Simulation:
         """What was solved of a layer, in its format."""
         return self.solved.layers.get(entry.layer.name) if self.solved and FORMATS[entry.format].solves else None
 
-    def _round_inputs(self, module: torch.nn.Module, entry: LayerPlan) -> list[RemovableHandle]:
+    def _round_inputs(self, module: torch.nn.Module, entry: LayerPlan, at_step: _Exact) -> list[RemovableHandle]:
         """Round the layer's inputs, but not for its factors of low rank: q(x) W^T + ((x - q(x)) a^T) b^T, W with b a in it."""
         format, solved = FORMATS[entry.format], self._solved(entry)
         scale = format.tensor_scale(torch.tensor(self.input_amax[entry.layer.name, entry.format]))
         factors = solved.low_rank() if solved else None
         b, a = (torch.from_numpy(factor) for factor in factors) if factors else (None, None)
-        lost: list[torch.Tensor] = []
+        lost: list[torch.Tensor | None] = []
 
         def rounded(_: Any, inputs: Any) -> Any:
             x = inputs[0]
+            if at_step.now(entry.layer.name):
+                lost.append(None)
+                return inputs
             found = format.fake_quantize(x, scale.to(x.device)).to(x.dtype)
-            if factors:
-                lost.append(x - found)
+            lost.append(x - found if factors else None)
             return (found, *inputs[1:])
 
         def corrected(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
             x = lost.pop()
+            if x is None:
+                return output
             assert a is not None
             assert b is not None
             return output + x @ a.to(x).T @ b.to(x).T
 
-        handles = [module.register_forward_pre_hook(rounded)]
-        return [*handles, module.register_forward_hook(corrected)] if factors else handles
+        return [module.register_forward_pre_hook(rounded), module.register_forward_hook(corrected)]
 
-    def _rounding_as_stored(self, entry: LayerPlan, linear: torch.nn.Module) -> list[Any]:
+    def _rounding_as_stored(self, entry: LayerPlan, linear: torch.nn.Module, at_step: _Exact) -> list[Any]:
         """Hooks that round the inputs of a layer as the checkpoint holds it, on a Linear with its plain weight
         (Q + b a) * p: with x the inputs times p, Q gets them rounded and b a, SVDQuant's factors, as they are."""
         format, parts = FORMATS[entry.format], self._stored(entry)
-        lost: list[torch.Tensor] = []
+        lost: list[torch.Tensor | None] = []
 
         def rounded(_: Any, inputs: Any) -> Any:
             given = inputs[0]
+            if at_step.now(entry.layer.name):
+                lost.append(None)
+                return inputs
             factor = parts["pre_quant_scale"].to(given.device) if "pre_quant_scale" in parts else None
             x = given.float() if factor is None else given.float() * factor
             values = format.fake_quantize(x, parts["input_scale"].to(given.device))
@@ -254,8 +296,11 @@ class Simulation:
             return (values.to(given.dtype), *inputs[1:])
 
         def with_low_rank(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+            x = lost.pop()
+            if x is None:
+                return output
             a, b = (parts[name].to(output.device) for name in ("svdquant_lora_a", "svdquant_lora_b"))
-            return (output.float() + lost.pop() @ a.T @ b.T).to(output.dtype)
+            return (output.float() + x @ a.T @ b.T).to(output.dtype)
 
         handles: list[Any] = [linear.register_forward_pre_hook(rounded)]
         if "svdquant_lora_a" in parts:

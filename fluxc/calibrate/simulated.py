@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from fluxc.base.cache import Made
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.recipe.structs import Calibration, Scales
+from fluxrt.stepprecision import StepPrecision
 
 if TYPE_CHECKING:
     from fluxc.calibrate.sensitivity import Simulation
@@ -26,6 +29,7 @@ class Rounded:
 
     `calibration` is the file that says the ranges of inputs by `settings`; `assumed` are ranges by layer where no model was
     run. Neither is needed where inputs are not rounded. `solved`: the folder of weights that were solved, where some were.
+    `steps`: where inputs of some layers are left as they are at some steps, which.
     """
 
     plan: list[LayerPlan]
@@ -35,6 +39,7 @@ class Rounded:
     settings: Calibration | None = None
     assumed: dict[str, float] = field(default_factory=dict)
     solved: Made | None = None
+    steps: StepPrecision | None = None
 
     @property
     def layers(self) -> list[LayerPlan]:
@@ -56,7 +61,8 @@ class Rounded:
         settings = [getattr(self.settings, name, None) for name in ("amax", "percentile", "margin")]
         solved = self.solved.fingerprint() if self.solved else None
         layers = [entry.fingerprint() for entry in self.layers]
-        return [layers, self.scales, self.round_inputs, ranges, settings, self.assumed, solved]
+        steps = msgspec.to_builtins(self.steps)
+        return [layers, self.scales, self.round_inputs, ranges, settings, self.assumed, solved, steps]
 
 
 def _hash(path: Path) -> str:
@@ -70,12 +76,17 @@ def rounding_bytes(layers: list[LayerPlan]) -> int:
 
 
 def simulation_of(
-    checkpoint: Checkpoint, component: str, rounded: Rounded, formats: tuple[str, ...] = ()
+    checkpoint: Checkpoint,
+    component: str,
+    rounded: Rounded,
+    formats: tuple[str, ...] = (),
+    passes: tuple[int, int] | None = None,
 ) -> Simulation:
-    """How the layers of a component's plan compute, in its formats or in any of `formats`."""
+    """How the layers of a component's plan compute, in its formats or in any of `formats`; `passes` are the steps of an image
+    and the passes of a step, where images are generated."""
     from fluxc.calibrate.amax import input_amax
     from fluxc.calibrate.file import read_calibration
-    from fluxc.calibrate.sensitivity import Simulation
+    from fluxc.calibrate.sensitivity import Schedule, Simulation
     from fluxc.quantize.solved import Solved
 
     plan = rounded.plan
@@ -89,14 +100,20 @@ def simulation_of(
             amax |= {(layer, format_of[layer]): value for layer, value in found.items()}
     solved = Solved(rounded.solved.folder) if rounded.solved else None
     tensors = checkpoint.components[component].tensors
-    return Simulation(tensors, amax, rounded.scales, rounded.round_inputs, solved)
+    schedule = Schedule(rounded.steps, *passes) if rounded.steps and passes else None
+    return Simulation(tensors, amax, rounded.scales, rounded.round_inputs, solved, schedule=schedule)
 
 
 def simulated(
-    checkpoint: Checkpoint, component: str, placed: PlacedModel, rounded: Mapping[str, Rounded]
+    checkpoint: Checkpoint,
+    component: str,
+    placed: PlacedModel,
+    rounded: Mapping[str, Rounded],
+    passes: tuple[int, int] | None = None,
 ) -> AbstractContextManager[None]:
-    """While the body runs, the component `placed` computes as `rounded` says, by component; of one it lacks, as it is."""
+    """While the body runs, the component `placed` computes as `rounded` says, by component; of one it lacks, as it is. `passes`
+    as for simulation_of."""
     how = rounded.get(component)
     if how is None:
         return nullcontext()
-    return simulation_of(checkpoint, component, how).of(placed, how.layers)
+    return simulation_of(checkpoint, component, how, (), passes).of(placed, how.layers)

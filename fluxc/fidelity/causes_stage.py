@@ -160,7 +160,8 @@ def _generated(inputs: CausesInputs) -> Iterator[tuple[str, list[np.ndarray], li
         with simulated(checkpoint, "text_encoder", encoder, inputs.rounded):
             quantized = model.encode(encoder, texts, generation) if "text_encoder" in inputs.rounded else exact
     how = inputs.rounded.get("transformer")
-    simulation = simulation_of(checkpoint, "transformer", how) if how else None
+    passes = (inputs.steps, inputs.rows)
+    simulation = simulation_of(checkpoint, "transformer", how, (), passes) if how else None
     vae = _vae_in(model, inputs.vae_dtype)
     with model.component("transformer") as transformer:
         loop = _Loop(model, transformer, inputs, [replace(generation, seed=seed) for seed in inputs.seeds])

@@ -56,7 +56,7 @@ def record_steps(
         empty = embeddings[-1] if branches == 2 else None
         with (
             reference.component("transformer") as transformer,
-            simulated(checkpoint, "transformer", transformer, rounded),
+            simulated(checkpoint, "transformer", transformer, rounded, (generation.steps, branches)),
         ):
             FullPrecisionLoop(transformer.module)
             observer = StepObserver(transformer.module, branches, generation.guidance)
