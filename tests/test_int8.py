@@ -237,7 +237,7 @@ def test_the_transformer_alone_is_unfolded_where_there_is_room_for_no_more(
     assert isinstance(backend, OnnxRuntimeBackend)
     graphs = backend._target.graphs
     pipeline._prepare(2, pipeline.grid((64, 64)), 1)
-    extra = {name: backend._extra(name) for name in graphs}
+    extra = {name: backend._extra([name]) for name in graphs}
     whole = backend._needed(graphs, backend._sizes)
     assert extra["text_encoder"] > 0
     transformer = extra["prologue"] + extra["body"] + extra["epilogue"]

@@ -38,7 +38,7 @@ def bundle(workshop: Path) -> Bundle:
         "targets=[{kind: tensorrt_rtx}, {kind: onnxruntime, activations: nvfp4}, "
         "{kind: onnxruntime, device: cuda}, {kind: onnxruntime, device: cuda, dtype: float16}]"
     )
-    cache = "step_cache={skip: 4, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
+    cache = "step_cache={skip: 4, traced: reference, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
     steps = ("sampling.steps=10", "calibration.steps=3")
     return open_bundle(compile_into(workshop / "rtx-cached", *QUICK, *steps, cache, targets, recipe=RTX_RECIPE))
 

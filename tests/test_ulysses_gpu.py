@@ -141,7 +141,7 @@ def test_a_tensorrt_that_loses_ranks_is_refused() -> None:
 @pytest.fixture(scope="module")
 def bundle(workshop: Path) -> Bundle:
     targets = "targets=[{kind: tensorrt_rtx}, {kind: tensorrt_rtx, gpus: 2}, {kind: onnxruntime, activations: nvfp4}]"
-    cache = "step_cache={skip: 4, mode: dynamic, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
+    cache = "step_cache={skip: 4, mode: dynamic, traced: reference, prompts: prompts/flux2-nano-calibration.txt, frontier: []}"
     changes = ("sampling.steps=10", "calibration.steps=3")
     return open_bundle(compile_into(workshop / "rtx-ranks", *QUICK, *changes, cache, targets, recipe=RTX))
 
