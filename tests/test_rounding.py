@@ -337,6 +337,26 @@ def test_other_rules_solve_nothing_again(solved_bundle: Path, shared_cache: Path
     assert ours["transformer_blocks.0.ff.linear_out.weight"].dtype == torch.bfloat16
 
 
+def test_a_layer_in_another_format_is_stored_in_it(solved_bundle: Path, tmp_path: Path) -> None:
+    """What was solved for NVFP4 is no FP8: the layer is rounded to nearest, and nothing says otherwise."""
+    fp8 = 'precision.transformer.rules=[{match: "*.ff.*", format: fp8}]'
+    nearest = (*QUICK, fp8, "precision.transformer.scales=mse")
+    paths = [
+        build(load_recipe(RECIPE, changes), solved_bundle.with_name(name), StageProgress())
+        for name, changes in (("with-fp8", (*SOLVED, fp8)), ("nearest-fp8", nearest))
+    ]
+    ours, theirs = (weights(path) for path in paths if path)
+    mixed = [name for name in ours if ".ff." in name]
+    assert len(mixed) == 4 * 3
+    assert all(
+        torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in mixed if ours[name].ndim
+    )
+    layers = json.loads((solved_bundle.with_name("with-fp8") / REPORT_JSON).read_text())["layers"]
+    found = {layer["name"]: layer["rounding"] for layer in layers if layer["format"] in ("fp8", "nvfp4")}
+    assert {bool(rounding) for name, rounding in found.items() if ".ff." in name} == {False}
+    assert {bool(rounding) for name, rounding in found.items() if ".ff." not in name} == {True}
+
+
 def test_weights_alone_in_nvfp4_are_solved_too(solved_bundle: Path) -> None:
     """No layer has an input scale, so nothing else asks for a calibration."""
     out = solved_bundle.with_name("w4a16")

@@ -76,7 +76,9 @@ def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
             "scales": inputs.scales if FORMATS[r.format].searches_scales else "max",
             "snr_db": _finite(r.snr_db, 3),
             "output_snr_db": _finite(r.output_snr_db, 2),
-            "rounding": msgspec.to_builtins(solved.roundings.get(r.name)) if solved else None,
+            "rounding": msgspec.to_builtins(solved.roundings.get(r.name))
+            if solved and FORMATS[r.format].solves
+            else None,
         }
         for r in written
     ]

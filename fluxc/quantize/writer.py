@@ -156,7 +156,10 @@ def write_weights(
     reports: list[LayerReport] = []
     partial = {name: path.with_name(f".{name}.partial") for name in names}
     files: list[_File] = []
-    quantizer = _Quantizer(input_scale_amax, scales, input_rows, solved or {}, progress)
+    # A layer may have been solved that a rule gives another format.
+    able = {entry.layer.name for entry in quantized.values() if FORMATS[entry.format].solves}
+    taken = {name: layer for name, layer in (solved or {}).items() if name in able}
+    quantizer = _Quantizer(input_scale_amax, scales, input_rows, taken, progress)
     try:
         for name, shard in zip(names, shards, strict=True):
             file = _File(partial[name], _layout(tensors, quantized, [t for unit in shard for t in unit], narrow))
