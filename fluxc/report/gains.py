@@ -66,8 +66,10 @@ def _points(subject: Subject, source: Source, counts: tuple[int, ...]) -> Iterat
 
 def _in_format(subject: Subject, format: str, weights: int) -> Subject:
     """`subject` with every Linear of the transformer in `format`, whose weights then take so many bytes."""
-    return replace(subject, plan=[replace(entry, format=format) for entry in subject.plan], weights=weights)
+    plan = [replace(entry, format=format) for entry in subject.plan]
+    return replace(subject, plan=plan, weights=weights, bodies={})
 
 
 def _milliseconds(point: Point) -> float:
-    return significant(1e3 * point.time.seconds)
+    """Of a step, on average over an image's."""
+    return significant(1e3 * point.image_seconds / point.steps)

@@ -91,7 +91,8 @@ class Size(Struct, frozen=True):
 
 
 class Predicted(Struct, frozen=True):
-    """A prediction, not a measurement, for `gpus` GPUs: milliseconds of a step in this plan's formats, all FP8, and all bf16.
+    """A prediction, not a measurement, for `gpus` GPUs: milliseconds of a step (the average over an image's)
+    in this plan's formats, all FP8, and all bf16.
 
     Memory is in bytes of the first rank: weights, working memory of engines, and buffers between them.
     """
