@@ -166,13 +166,10 @@ def tune(
         )
         errors = run(cache, stage)
     whole = [replace(point, error=error) for point, error in zip(every, errors, strict=True)]
-    from fluxc.calibrate.sensitivity import PROMPTS, evenly
+    from fluxc.calibrate.sensitivity import measured_on
 
     request = inputs.measured.request
-    measured = {
-        "prompts": len(evenly(len(request["prompts"]), PROMPTS)),
-        "steps": evenly(request["steps"], measured_steps),
-    }
+    measured = measured_on(len(request["prompts"]), request["steps"], measured_steps)
     names = tuple(layer for group in costs for layer in group.layers)
     return Tuned(*on, tuple(whole[:-1]), whole[-1], model.plain, names, measured, note)
 

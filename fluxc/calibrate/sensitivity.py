@@ -191,7 +191,7 @@ class Simulation:
                 if entry.quantized_in_source:
                     handles += self._rounding_as_stored(entry, module, at_step)
                 else:
-                    handles += self._round_inputs(module, entry, at_step)
+                    handles += self._round_inputs(entry, module, at_step)
         try:
             if transformer.reads_layers:
                 transformer.on_load = lambda part, _: self._quantize(model, groups, part)
@@ -248,64 +248,36 @@ class Simulation:
         """What was solved of a layer, in its format."""
         return self.solved.layers.get(entry.layer.name) if self.solved and FORMATS[entry.format].solves else None
 
-    def _round_inputs(self, module: torch.nn.Module, entry: LayerPlan, at_step: _Exact) -> list[RemovableHandle]:
+    def _round_inputs(self, entry: LayerPlan, linear: torch.nn.Module, at_step: _Exact) -> list[RemovableHandle]:
         """Round the layer's inputs, but not for its factors of low rank: q(x) W^T + ((x - q(x)) a^T) b^T, W with b a in it."""
         format, solved = FORMATS[entry.format], self._solved(entry)
         scale = format.tensor_scale(torch.tensor(self.input_amax[entry.layer.name, entry.format]))
+
+        def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            values = format.fake_quantize(x, scale.to(x.device)).to(x.dtype)
+            return values, x - values
+
         factors = solved.low_rank() if solved else None
-        b, a = (torch.from_numpy(factor) for factor in factors) if factors else (None, None)
-        lost: list[torch.Tensor | None] = []
+        return _hooks(
+            linear, partial(at_step.now, entry.layer.name), rounded, factors and [*map(torch.from_numpy, factors)]
+        )
 
-        def rounded(_: Any, inputs: Any) -> Any:
-            x = inputs[0]
-            if at_step.now(entry.layer.name):
-                lost.append(None)
-                return inputs
-            found = format.fake_quantize(x, scale.to(x.device)).to(x.dtype)
-            lost.append(x - found if factors else None)
-            return (found, *inputs[1:])
-
-        def corrected(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-            x = lost.pop()
-            if x is None:
-                return output
-            assert a is not None
-            assert b is not None
-            return output + x @ a.to(x).T @ b.to(x).T
-
-        return [module.register_forward_pre_hook(rounded), module.register_forward_hook(corrected)]
-
-    def _rounding_as_stored(self, entry: LayerPlan, linear: torch.nn.Module, at_step: _Exact) -> list[Any]:
+    def _rounding_as_stored(self, entry: LayerPlan, linear: torch.nn.Module, at_step: _Exact) -> list[RemovableHandle]:
         """Hooks that round the inputs of a layer as the checkpoint holds it, on a Linear with its plain weight
         (Q + b a) * p: with x the inputs times p, Q gets them rounded and b a, SVDQuant's factors, as they are."""
         format, parts = FORMATS[entry.format], self._stored(entry)
-        lost: list[torch.Tensor | None] = []
 
-        def rounded(_: Any, inputs: Any) -> Any:
-            given = inputs[0]
-            if at_step.now(entry.layer.name):
-                lost.append(None)
-                return inputs
+        def rounded(given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             factor = parts["pre_quant_scale"].to(given.device) if "pre_quant_scale" in parts else None
             x = given.float() if factor is None else given.float() * factor
             values = format.fake_quantize(x, parts["input_scale"].to(given.device))
-            if "svdquant_lora_a" in parts:
-                lost.append(x - values)
+            lost = x - values
             if factor is not None:
                 values = torch.where(factor == 0, 0, values / factor)
-            return (values.to(given.dtype), *inputs[1:])
+            return values.to(given.dtype), lost
 
-        def with_low_rank(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-            x = lost.pop()
-            if x is None:
-                return output
-            a, b = (parts[name].to(output.device) for name in ("svdquant_lora_a", "svdquant_lora_b"))
-            return (output.float() + x @ a.T @ b.T).to(output.dtype)
-
-        handles: list[Any] = [linear.register_forward_pre_hook(rounded)]
-        if "svdquant_lora_a" in parts:
-            handles.append(linear.register_forward_hook(with_low_rank))
-        return handles
+        low_rank = [parts[f"svdquant_lora_{side}"] for side in "ba"] if "svdquant_lora_a" in parts else None
+        return _hooks(linear, partial(at_step.now, entry.layer.name), rounded, low_rank)
 
     def _stored(self, entry: LayerPlan) -> dict[str, torch.Tensor]:
         """What the checkpoint holds of a quantized layer beside its weight, fp32; `input_scale` as a scalar."""
@@ -314,6 +286,34 @@ class Simulation:
             name: read(self.tensors[f"{entry.layer.name}.{name}"]).float() for name in wanted if name in entry.parts
         }
         return parts | {"input_scale": parts["input_scale"].reshape(())}
+
+
+def _hooks(
+    linear: torch.nn.Module,
+    is_exact: Callable[[], bool],
+    rounded: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    factors: list[torch.Tensor] | None,
+) -> list[RemovableHandle]:
+    """Hooks that give `linear` rounded inputs, but where `is_exact` says that they stay. `rounded` gives what the weight gets
+    of inputs, and what that lacks of them, which the factors (b, a) of low rank get too."""
+    lost: list[torch.Tensor | None] = []
+
+    def before(_: Any, inputs: Any) -> Any:
+        if is_exact():
+            lost.append(None)
+            return inputs
+        values, lacks = rounded(inputs[0])
+        lost.append(lacks if factors else None)
+        return (values, *inputs[1:])
+
+    def after(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        lacks = lost.pop()
+        if lacks is None or factors is None:
+            return output
+        b, a = (factor.to(lacks) for factor in factors)
+        return (output + lacks @ a.T @ b.T).to(output.dtype)
+
+    return [linear.register_forward_pre_hook(before), linear.register_forward_hook(after)]
 
 
 def choose(costs: list[GroupCost], parameters: int) -> list[int]:
@@ -413,9 +413,9 @@ def choose_layers(error: ErrorOf, plan: list[LayerPlan], costs: list[GroupCost],
     }
 
 
-def measured_on(prompts: int, steps: int) -> dict[str, Any]:
-    """How many prompts, and which steps, `record_states` takes of so many."""
-    return {"prompts": len(evenly(prompts, PROMPTS)), "steps": evenly(steps, STEPS)}
+def measured_on(prompts: int, steps: int, most_steps: int = STEPS) -> dict[str, Any]:
+    """How many prompts, and which steps, `record_states` takes of so many, of steps at most `most_steps`."""
+    return {"prompts": len(evenly(prompts, PROMPTS)), "steps": evenly(steps, most_steps)}
 
 
 def _root(squared: float) -> float:

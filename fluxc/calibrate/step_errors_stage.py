@@ -53,7 +53,7 @@ class StepErrors:
 
 def run(inputs: StepErrorInputs, folder: Path, report: Report) -> None:
     """Write the errors of every body as JSON."""
-    from fluxc.calibrate.sensitivity import PROMPTS, evenly
+    from fluxc.calibrate.sensitivity import measured_on
 
     request = inputs.measured.request
     plans = {BODY: inputs.measured.plan, **inputs.bodies}
@@ -62,12 +62,9 @@ def run(inputs: StepErrorInputs, folder: Path, report: Report) -> None:
         for done, (body, plan) in enumerate(plans.items(), start=1):
             found[body] = errors(to_quantize(plan)).mean(axis=0).tolist()
             report(done, len(plans), f"{done}/{len(plans)} bodies")
-    on = {
-        "prompts": len(evenly(len(request["prompts"]), PROMPTS)),
-        "steps": request["steps"],
-        "measured": evenly(request["steps"], STEPS),
-    }
-    (folder / RESULT).write_text(as_json({**on, "squared": found}, "step errors", indent=1) + "\n")
+    on = measured_on(len(request["prompts"]), request["steps"], STEPS)
+    plain = {"prompts": on["prompts"], "steps": request["steps"], "measured": on["steps"], "squared": found}
+    (folder / RESULT).write_text(as_json(plain, "step errors", indent=1) + "\n")
 
 
 def load(folder: Path) -> StepErrors:
