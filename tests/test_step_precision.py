@@ -42,6 +42,7 @@ from fluxc.recipe.load import load_recipe
 from fluxc.recipe.structs import ComponentPrecision, Precision, StepRule
 from fluxc.recipe.targets import TensorRTRtxTarget
 from fluxc.rehearsal.gpu import FakeDriver, FakeLibrary
+from fluxc.report.gains import predicted
 from fluxc.running.model import ReferenceModel
 from fluxc.running.placement import Placement
 from fluxc.targets.sharding import shards_of
@@ -472,6 +473,18 @@ def test_an_image_takes_the_steps_of_each_body() -> None:
     assert mixed.image_seconds == pytest.approx(3 * plain.time.seconds + exact.time.seconds)
     assert mixed.first.weights == plain.first.weights
     assert mixed.first.working >= plain.first.working
+
+
+def test_a_report_predicts_the_average_step() -> None:
+    """With every step so it is that of the format without rounded inputs; bf16 and FP8 stay what they are."""
+    found = []
+    for changes in (("precision.steps=[{last: 24}]",), ("precision.transformer.default=nvfp4-w4a16",), ()):
+        loaded = load_recipe(RECIPE, (CPU, "gates={}", *changes))
+        prediction = predicted(loaded, read_source(loaded))
+        assert prediction is not None
+        found.append([(point.step_ms, point.step_ms_fp8, point.step_ms_bf16) for point in prediction.points])
+    assert found[0] == found[1]
+    assert all(one[0] != other[0] and one[1:] == other[1:] for one, other in zip(found[0], found[2], strict=True))
 
 
 def test_the_command_line_predicts_and_plans_it() -> None:
