@@ -8,7 +8,7 @@ for precision to cost it time, so times are those predicted for a large model on
 for that kind of the large model's, its blocks for an equal share of the large one's.
 
 Between a step with all inputs rounded and one with none lies the time that there is to spend; at some parts of it, the best
-choices are made from what each layer costs at each step on calibration's prompts (fluxc.build.choice), of
+choices are made from what each layer costs at each step on calibration's prompts (fluxc.calibrate.choice), of
 
 - layers: some in nvfp4-w4a16, all steps alike;
 - layers or bf16: some in bf16 too, which takes more memory;
@@ -147,7 +147,7 @@ def choices(costs: list[Any], model: str, gpu: str, parts: tuple[float, ...]) ->
     """The choices to be built."""
     import numpy as np
 
-    from fluxc.build.choice import Limits, Option, choose, choose_of, taken
+    from fluxc.calibrate.choice import Limits, Option, choose, choose_of, taken
 
     plain, seconds = seconds_of(costs, model, gpu)
     rounded, exact = FORMATS
@@ -167,7 +167,7 @@ def choices(costs: list[Any], model: str, gpu: str, parts: tuple[float, ...]) ->
         )
 
     space = {
-        count: [
+        (0, count): [
             [*options, partly(group, added, count)] for options, group, added in zip(alone, costs, seconds, strict=True)
         ]
         for count in range(STEPS)
@@ -197,14 +197,14 @@ def choices(costs: list[Any], model: str, gpu: str, parts: tuple[float, ...]) ->
         assert picks is not None
         every.append(found("layers or bf16", part, taken(with_bf16(alone), picks)))
         count = int(part * STEPS)
-        every.append(found("steps", part, [options[2] for options in space[count]], count))
+        every.append(found("steps", part, [options[2] for options in space[0, count]], count))
         best = choose_of(space, limits)
         assert best is not None
-        every.append(found("both", part, taken(space[best[0]], best[1]), best[0]))
-        freest = {count: with_bf16(groups) for count, groups in space.items()}
+        every.append(found("both", part, taken(space[best[0]], best[1]), best[0][1]))
+        freest = {setting: with_bf16(groups) for setting, groups in space.items()}
         best = choose_of(freest, limits)
         assert best is not None
-        every.append(found("both or bf16", part, taken(freest[best[0]], best[1]), best[0]))
+        every.append(found("both or bf16", part, taken(freest[best[0]], best[1]), best[0][1]))
     return [*every, found("everything", 1, [options[1] for options in alone])]
 
 

@@ -33,9 +33,11 @@ from fluxc.targets.parts import Weights
 from quick import QUICK
 
 STAGES = (
+    "fluxc.calibrate.costs_stage",
     "fluxc.calibrate.modelopt_stage",
     "fluxc.calibrate.sensitivity_stage",
     "fluxc.calibrate.stage",
+    "fluxc.calibrate.tuning_stage",
     "fluxc.calibrate.weights_stage",
     "fluxc.checkpoint.template_stage",
     "fluxc.fidelity.reference_stage",
@@ -43,6 +45,7 @@ STAGES = (
     "fluxc.graph.stage",
     "fluxc.stepcache.fit_stage",
     "fluxc.stepcache.frontier_stages",
+    "fluxc.stepcache.skips_stage",
     "fluxc.stepcache.trace_stage",
     "fluxc.targets.onnxruntime.stage",
     "fluxc.targets.tensorrt.stage",

@@ -111,6 +111,7 @@ CASES: dict[str, dict[str, list[Bad]]] = {
         **dict.fromkeys(("milliseconds", "gpu_memory", "error"), NUMBERS),
         "least": CHOICES,
         "steps": FLAG,
+        "skips": FLAG,
         "formats": [Bad(value, WRONG) for value in ("", ",", "nothing", "nvfp4,", "bf16", "a\nb", "\udcff")],
         "out": [
             *NO_NAMES,

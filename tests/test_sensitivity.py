@@ -16,15 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import NANO, RECIPE, RecordingProgress, compile_into
 from fluxc.base.errors import RecipeError
-from fluxc.calibrate.sensitivity import (
-    GroupCost,
-    Simulation,
-    State,
-    choose,
-    output_error,
-    record_states,
-    velocities_of,
-)
+from fluxc.calibrate.sensitivity import Simulation, State, output_errors, record_states, state_errors, velocities_of
+from fluxc.calibrate.sensitivity_stage import keep
 from fluxc.checkpoint.reference import Generation
 from fluxc.checkpoint.source import open_checkpoint
 from fluxc.formats import nvfp4
@@ -46,13 +39,12 @@ PROMPTS = ["a small red ring at the top on a blue background", "a large green cr
 def test_the_choice_is_the_best_one_within_the_budget() -> None:
     generator = np.random.default_rng(0)
     for budget in (0, 7, 20, 45, 1000):
-        costs = [GroupCost((str(i),), int(generator.integers(1, 20)), float(generator.random())) for i in range(9)]
+        sizes, alone = generator.integers(1, 20, 9).tolist(), generator.random(9).tolist()
         every = [c for n in range(10) for c in itertools.combinations(range(9), n)]
-        allowed = [c for c in every if sum(costs[i].parameters for i in c) <= budget]
-        best = max(sum(costs[i].cost for i in c) for c in allowed)
-        chosen = choose(costs, budget)
-        assert sum(costs[i].parameters for i in chosen) <= budget
-        assert sum(costs[i].cost for i in chosen) == pytest.approx(best)
+        best = max(sum(alone[i] for i in c) for c in every if sum(sizes[i] for i in c) <= budget)
+        kept = keep(alone, sizes, budget)
+        assert sum(sizes[i] for i in kept) <= budget
+        assert sum(alone[i] for i in kept) == pytest.approx(best)
 
 
 class CountReads(TorchDispatchMode):
@@ -71,8 +63,8 @@ def test_errors_of_all_states_are_read_at_the_end() -> None:
     states = [State([{"given": velocity}], velocity * 1.25) for velocity in velocities]
 
     with CountReads() as counted:
-        error = output_error(lambda listed: [arguments["given"] for arguments in listed], states, 1.0)
-    assert error == pytest.approx(0.04, rel=1e-6)
+        errors = output_errors(lambda listed: [arguments["given"] for arguments in listed], states, 1.0)
+    assert errors == pytest.approx([0.04] * 5, rel=1e-6)
     assert counted.reads == 0
 
 
@@ -95,16 +87,23 @@ def test_layer_by_layer_the_error_of_a_quantized_group_is_the_same() -> None:
     plan = precision_plan("transformer", linears, ComponentPrecision("nvfp4"))
     group = [entry for entry in plan if entry.layer.group == "transformer_blocks.1.attn.to_qkv"]
     simulation = Simulation(component.tensors, {(e.layer.name, e.format): 8.0 for e in group}, "max", True)
-    errors: dict[str, list[float]] = {}
+    errors: dict[str, list[list[float]]] = {}
     for pieces in ("component", "layer"):
         with nano_transformer(pieces) as (transformer, states):
-            velocities = velocities_of(transformer)
-            before = output_error(velocities, states, GENERATION.guidance)
+            assert len(states) == 6
+            before = state_errors(transformer, states, GENERATION.guidance)
             with simulation.of(transformer, group):
-                changed = output_error(velocities, states, GENERATION.guidance)
-            errors[pieces] = [before, changed, output_error(velocities, states, GENERATION.guidance)]
+                changed = state_errors(transformer, states, GENERATION.guidance)
+                # Of each image the second step takes from the first, the third from itself.
+                reused = state_errors(transformer, states, GENERATION.guidance, [0, 0, 2, 3, 3, 5])
+            after = state_errors(transformer, states, GENERATION.guidance)
+            errors[pieces] = [found.tolist() for found in (before, changed, reused, after)]
     assert errors["component"] == errors["layer"]
-    assert errors["layer"][0] == errors["layer"][2] == 0 < errors["layer"][1]
+    before, changed, reused, after = (np.array(found) for found in errors["layer"])
+    assert not before.any()
+    assert not after.any()
+    assert changed.all()
+    assert (np.nonzero(reused != changed)[0] == [1, 4]).all()
 
 
 def test_a_quantized_group_computes_as_stored_and_is_restored_exactly() -> None:
@@ -116,7 +115,7 @@ def _check_group(transformer: PlacedModel, states: list[State]) -> None:
     checkpoint = open_checkpoint(str(NANO), None, NANO)
     model, velocities = transformer.module, velocities_of(transformer)
     assert len(states) == 6
-    assert output_error(velocities, states, GENERATION.guidance) == 0
+    assert not output_errors(velocities, states, GENERATION.guidance).any()
     plan = precision_plan(
         "transformer",
         Flux2Transformer.read(checkpoint.components["transformer"].config).linears,
@@ -138,7 +137,7 @@ def _check_group(transformer: PlacedModel, states: list[State]) -> None:
                 x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
                 seen = nvfp4.fake_quantize(x, torch.tensor(8.0 / 2688)) if rounded else x
                 assert torch.equal(module(x), torch.nn.functional.linear(seen, expected))
-            errors[rounded] = output_error(velocities, states, GENERATION.guidance)
+            errors[rounded] = output_errors(velocities, states, GENERATION.guidance).mean()
     assert 0 < errors[False] < errors[True] < 0.1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from ruamel.yaml import YAML
 
 from conftest import RECIPE
 from fluxc.base.progress import StageProgress
 from fluxc.build.build import build
-from fluxc.build.choice import Groups, Limits, Option, choose, choose_of, frontier_of
+from fluxc.calibrate.choice import Groups, Limits, Option, Setting, choose, choose_of, frontier_of
+from fluxc.calibrate.tuning_stage import sources_of
 from fluxc.cli.main import main
 from fluxc.recipe.edit import write_with_formats
 from fluxc.recipe.load import load_recipe
@@ -79,7 +81,7 @@ def test_under_an_error_there_may_be_the_least_memory() -> None:
 @pytest.mark.parametrize("axis", ["seconds", "weights"])
 def test_the_frontier_goes_from_least_to_no_error(axis) -> None:
     groups = random_groups(2, 12)
-    found = [sums(groups, picks) for _, picks in frontier_of({0: groups}, axis)]
+    found = [sums(groups, picks) for _, picks in frontier_of({(0, 0): groups}, axis)]
     assert found[0][axis] == pytest.approx(sum(min(getattr(o, axis) for o in group) for group in groups), abs=1e-4)
     assert found[-1]["cost"] == pytest.approx(0, abs=1e-6)
     for one, other in itertools.pairwise(found):
@@ -90,9 +92,9 @@ def test_the_frontier_goes_from_least_to_no_error(axis) -> None:
 def test_many_groups_of_few_kinds_are_chosen_quickly(capfd: pytest.CaptureFixture[str]) -> None:
     """As a large model has them: programs with many choices that are all but equal. What the solver prints is no result."""
     rng = np.random.default_rng(6)
-    space: dict[int, Groups] = {}
+    space: dict[Setting, Groups] = {}
     for steps in (0, 2, 4, 8, 12):
-        space[steps] = []
+        space[0, steps] = []
         for number in range(160):
             near, seconds = 1 + 0.01 * rng.normal(), -1.0 - number % 4
             options = [Option("bf16", 0.0, 0.0, 0.0), Option("nvfp4", near, seconds, -3.0)]
@@ -100,7 +102,7 @@ def test_many_groups_of_few_kinds_are_chosen_quickly(capfd: pytest.CaptureFixtur
                 options.append(
                     Option("nvfp4", near * (1 - steps / 16), seconds * (1 - steps / 24), -3.0, is_exact=True)
                 )
-            space[steps].append(options)
+            space[0, steps].append(options)
     found = frontier_of(space)
     assert len(found) == 9
     print("a result")
@@ -109,24 +111,29 @@ def test_many_groups_of_few_kinds_are_chosen_quickly(capfd: pytest.CaptureFixtur
 
 def test_no_choice_meets_what_is_impossible() -> None:
     assert choose(random_groups(3, 4), Limits(seconds=-1000.0)) is None
-    assert choose_of({0: random_groups(3, 4)}, Limits(seconds=-1000.0)) is None
-    assert frontier_of({0: random_groups(3, 4)}, "seconds", Limits(weights=-1000.0)) == []
+    assert choose_of({(0, 0): random_groups(3, 4)}, Limits(seconds=-1000.0)) is None
+    assert frontier_of({(0, 0): random_groups(3, 4)}, "seconds", Limits(weights=-1000.0)) == []
 
 
 @pytest.mark.parametrize("limits", [Limits(seconds=-4.0), Limits(seconds=-3.0, weights=-6.0), Limits(cost=1.0)])
 def test_the_number_of_steps_is_the_best_of_all(limits: Limits) -> None:
     """Programs of several numbers of steps against all choices of all of them."""
     plain, rng = random_groups(4, 4), np.random.default_rng(5)
-    space: dict[int, Groups] = {0: plain}
+    space: dict[Setting, Groups] = {(0, 0): plain}
     for steps in (1, 3):
         share = steps / 6
-        space[steps] = [
+        space[0, steps] = [
             [
                 *options,
                 replace(options[1], cost=(1 - share) * options[1].cost, seconds=options[1].seconds + w, is_exact=True),
             ]
             for options, w in zip(plain, share * rng.exponential(size=4), strict=True)
         ]
+    # Of six steps one is skipped: everything takes five sixths of the time, and what layers save.
+    space[1, 0] = [
+        *([replace(one, seconds=one.seconds * 5 / 6) for one in options] for options in plain),
+        [Option("", 0.3, -1.5, 0.0)],
+    ]
     every = [
         sums(groups, picks)
         for groups in space.values()
@@ -159,6 +166,34 @@ def test_a_recipe_gets_the_steps_that_were_chosen(tmp_path: Path) -> None:
     (rule,) = load_recipe(out).recipe.precision.steps
     assert isinstance(rule, StepRule)
     assert (rule.numbers(8), rule.layers) == ([1, 7], ("transformer_blocks.0.attn.to_q",))
+
+
+@pytest.mark.parametrize(
+    ("before", "skip", "after"),
+    [
+        ("", 3, {"skip": 3}),
+        ("step_cache: {max_error: 0.1, last: 2}\n", 3, {"last": 2, "skip": 3}),
+        ("step_cache: {skip: auto, mode: dynamic}\n", 2, {"skip": 2, "mode": "dynamic"}),
+        ("step_cache: {last: 2}\ngates: {step_cache_psnr_db: 30}\n", 0, None),
+        ("step_cache: {skip: 4}\n", None, {"skip": 4}),
+    ],
+)
+def test_a_recipe_gets_the_number_of_skipped_steps(
+    tmp_path: Path, before: str, skip: int | None, after: dict | None
+) -> None:
+    recipe, out = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    text = (
+        "name: one\nsizes: [[64, 64]]\nmodel: {source: ../models/flux2-nano}\nsampling: {steps: 12}\n"
+        "calibration: {prompts: a.txt}\nfidelity: {prompts: a.txt}\ntargets: [{kind: onnxruntime}]\n"
+    )
+    recipe.write_text(text + before, encoding="utf-8")
+    write_with_formats(recipe, (), {"proj_out": "bf16"}, out, (), skip)
+    assert YAML(typ="safe").load(out.read_text()).get("step_cache") == after
+    assert (load_recipe(out).recipe.step_cache is None) == (after is None)
+
+
+def test_a_skipped_step_takes_from_the_last_that_is_computed() -> None:
+    assert sources_of((2, 3, 5), 7) == [0, 1, 1, 1, 4, 4, 6]
 
 
 def test_a_recipe_keeps_its_comments_and_everything_else(tmp_path: Path) -> None:
@@ -273,6 +308,78 @@ def test_a_build_of_what_was_written_measures_and_solves_nothing_again(
     assert stages["weights-transformer"] == "to run"
 
 
+TEN_STEPS = ("--set", "sampling.steps=10")
+
+EIGHT = [
+    *("--set", "calibration.prompts=eight.txt"),
+    *TEN_STEPS,
+    *("--set", "calibration.steps=3"),
+    *("--set", "fidelity.prompts=eight.txt"),
+    *("--set", "fidelity.max_prompts=2"),
+    *("--set", "precision.transformer.scales=max"),
+    *("--set", "gates={}"),
+    *("--set", "targets=[{kind: onnxruntime, activations: nvfp4}]"),
+]
+"""Enough prompts for a step cache."""
+
+
+@pytest.fixture(scope="module")
+def skipping(copied: Path) -> tuple[dict, Path]:
+    """A choice that has to be small and fast: flux2-nano is smaller in NVFP4, and faster only with fewer steps."""
+    known = (RECIPE.parent / "prompts" / "flux2-nano-steps.txt").read_text().splitlines()
+    lines = [line for line in known if line and not line.startswith("#")][:8]
+    (copied.parent / "eight.txt").write_text("".join(f"{line}\n" for line in lines))
+    out = copied.with_name("nano-skipping.yaml")
+    wish = ["--time", "0.12", "--gpu-memory", "0.0093", "--formats", "nvfp4,nvfp4-w4a16", "--out", str(out)]
+    found = run(str(copied), *EIGHT, "--on", "rtx-5090", *wish, "--json", "-q")
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout), out
+
+
+def test_skipped_steps_are_a_part_of_the_choice(skipping: tuple[dict, Path]) -> None:
+    found, _ = skipping
+    for point in (*found["frontier"], found["chosen"]):
+        # Costs of layers at a step are taken to be those of others that skip it; that of the residual adds up.
+        assert point["error"] == pytest.approx(point["predicted_error"], rel=0.25, abs=1e-6)
+    assert found["chosen"]["seconds"] <= 0.12e-3
+    assert found["chosen"]["skipped"] == found["skipped"] != []
+    assert 0 < len(found["chosen"]["choice"]) <= len(found["rules"])
+    assert len({len(point["skipped"]) for point in found["frontier"]}) >= 4
+    by_time = sorted(found["frontier"], key=lambda point: point["seconds"])
+    assert by_time[0]["error"] > by_time[-1]["error"]
+    slow = [point for point in found["frontier"] if not point["skipped"]]
+    assert all(point["seconds"] > 0.12e-3 for point in slow)
+
+
+def test_what_skips_is_what_a_build_makes(skipping: tuple[dict, Path], tmp_path: Path) -> None:
+    found, recipe = skipping
+    bundle = build(load_recipe(recipe), tmp_path / "bundle", StageProgress())
+    assert bundle is not None
+    manifest = open_bundle(bundle).manifest
+    assert manifest.step_cache is not None
+    assert (manifest.step_cache.mode, len(manifest.step_cache.schedule)) == ("static", len(found["skipped"]))
+    formats = {layer.name: layer.format for layer in manifest.precision}
+    assert {name: formats[name] for name in found["rules"]} == found["rules"]
+
+
+def test_why_no_step_is_skipped_is_said(copied: Path) -> None:
+    out = copied.with_name("none-skipped.yaml")
+    for changes, said in (
+        ([*SETTINGS, "--no-skips"], "No step is skipped, as asked."),
+        ([*SETTINGS, *TEN_STEPS], "No step is skipped: calibration.prompts: 2 prompts are too few"),
+        (
+            [*EIGHT, "--set", "sampling.steps=4"],
+            "No step is skipped: step_cache: 4 steps are too few to skip any",
+        ),
+    ):
+        wish = ["--error", "0.05", "--least", "memory", "--formats", "nvfp4", "--out", str(out)]
+        found = run(str(copied), *changes, "--on", "b200", *wish, "-q")
+        assert found.exit_code == 0, found.output
+        assert said in " ".join(found.stdout.split())
+        assert load_recipe(out).recipe.step_cache is None
+        out.unlink()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -289,6 +396,16 @@ def test_a_build_of_what_was_written_measures_and_solves_nothing_again(
         (["--on", "b200", "--error", "0.1", "--set", "precision.transformer.default=bf16"], 2, "nothing to choose"),
         (["--on", "b200", "--error", "0.1", "--set", "calibration.engine=none"], 2, "engine: none: formats are"),
         (["--on", "b200", "--error", "0.1", "--set", "precision.steps=[{last: 1}]"], 2, "tune chooses steps itself"),
+        (
+            ["--on", "b200", "--error", "0.1", *TEN_STEPS, "--set", "step_cache.skip=1"],
+            2,
+            "tune chooses how many steps are skipped",
+        ),
+        (
+            ["--on", "b200", "--error", "0.1", *TEN_STEPS, "--set", "step_cache.trace=a"],
+            2,
+            "step_cache.trace: is of the model in",
+        ),
     ],
 )
 def test_wrong_requests_are_refused(

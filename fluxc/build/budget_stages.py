@@ -17,9 +17,12 @@ from fluxc.build.budget_rates import Rates
 from fluxc.build.job import Job
 from fluxc.build.requests import attributed_prompts, calibration_request, trace_request
 from fluxc.build.stages import vae_dtype
+from fluxc.calibrate import step_errors_stage
 from fluxc.calibrate.records import ROWS
+from fluxc.calibrate.sensitivity_stage import SEARCHES
 from fluxc.calibrate.solve_needs import solving
 from fluxc.calibrate.stage import asked_of, calls_bytes, records_bytes
+from fluxc.calibrate.states import PROMPTS, STEPS
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.checkpoint.identify import vae_of
 from fluxc.checkpoint.needs import (
@@ -293,8 +296,6 @@ class Needs:
 
     def _sensitivity(self, rest: str) -> Need:
         """Costs: a pass of every state for each fusion group; the choice: for each of some budgets."""
-        from fluxc.calibrate.sensitivity import PROMPTS, SEARCHES, STEPS
-
         request = calibration_request(self.job.loaded, self.job.is_large)
         asked, dtype = self._asked(request, self.job.rows(request["guidance"]), self.recipe.fidelity.reference)
         groups = {entry.layer.group or entry.layer.name for entry in to_quantize(self.source.plans["transformer"])}
@@ -305,14 +306,11 @@ class Needs:
 
     def _step_errors(self) -> Need:
         """Of images with every step, and a pass of every state for each body."""
-        from fluxc.calibrate.sensitivity import PROMPTS
-        from fluxc.calibrate.step_errors_stage import STEPS
-
         steps, rows = self.recipe.sampling.steps, self.job.rows(self.recipe.sampling.guidance)
         request = calibration_request(self.job.loaded, self.job.is_large) | {"steps": steps}
         asked, dtype = self._asked(request, rows, self.recipe.fidelity.reference)
         prompts, bodies = min(PROMPTS, asked.prompts), 1 + len(bodies_of(self.recipe.precision))
-        passes = prompts * rows * (steps + bodies * min(STEPS, steps))
+        passes = prompts * rows * (steps + bodies * min(step_errors_stage.STEPS, steps))
         return self._running(replace(asked, prompts=prompts), dtype, passes)
 
     def _attribution(self, rest: str) -> Need:
@@ -343,12 +341,20 @@ class Needs:
         disk = SMALL_DISK + (loops + 1) * asked.prompts * 3 * math.prod(asked.size)
         return replace(need, disk=disk, work=need.work + rounding + decoding + read, cures=(NO_ATTRIBUTION,))
 
-    def _tuning(self, formats: str) -> Need:
-        """Of measuring every group in so many formats."""
-        from fluxc.calibrate.sensitivity import SEARCHES
-
+    def _tuning(self, of: str) -> Need:
+        """Of measuring every group in so many formats, and, after a dash, of choices that skip steps at so many times as many
+        states."""
+        times, _, skips = of.partition("-")
         need = self._sensitivity("costs")
-        return replace(need, work=need.work * int(formats) + self._sensitivity("").work * (1 + 10 / SEARCHES))
+        work = need.work * int(times) + self._sensitivity("").work * (1 + 10 / SEARCHES) * int(skips or 1)
+        if not skips:
+            return replace(need, work=work)
+        request = calibration_request(self.job.loaded, self.job.is_large) | {"steps": self.recipe.sampling.steps}
+        asked, dtype = self._asked(
+            request, self.job.rows(self.recipe.sampling.guidance), self.recipe.fidelity.reference
+        )
+        trace = self._running(traced(self.models, replace(asked, prompts=min(PROMPTS, asked.prompts)), []), dtype)
+        return replace(max(need, trace, key=lambda one: one.memory), work=work + trace.work)
 
     def _rounding(self, component: str) -> Need:
         """Of solving a component's weights and fitting factors beside them: its calls run once, the moments of a part's inputs,

@@ -27,6 +27,7 @@ from fluxc.build.requests import (
 from fluxc.build.runner import Results, Stage, Step, plan_steps
 from fluxc.calibrate import (
     attribution_stage,
+    costs_stage,
     modelopt_stage,
     rounding_stage,
     sensitivity_stage,
@@ -38,6 +39,7 @@ from fluxc.calibrate import stage as calibration_stage
 from fluxc.calibrate.assumed import assumed_amax
 from fluxc.calibrate.file import read_calibration
 from fluxc.calibrate.simulated import Rounded
+from fluxc.calibrate.states import STEPS
 from fluxc.checkpoint.components import WEIGHTS_FILE
 from fluxc.checkpoint.files import ComponentFiles, checkpoint_digests
 from fluxc.checkpoint.identify import pixels_per_token, vae_of
@@ -52,7 +54,7 @@ from fluxc.quantize.source import kept_tensors, narrowed, solvable
 from fluxc.quantize.steps import body_plans, measures_steps, schedule_of
 from fluxc.recipe.structs import QUANTIZED, Calibration, Recipe
 from fluxc.recipe.targets import Target
-from fluxc.stepcache import fit_stage, frontier_stages, trace_stage
+from fluxc.stepcache import fit_stage, frontier_stages, skips_stage, trace_stage
 from fluxc.stepcache.file import model_in_words, read_trace
 from fluxc.targets.base import TargetContext
 from fluxc.targets.decoder import tiles_of, tiles_of_size
@@ -129,19 +131,30 @@ def comparing(job: Job) -> Iterator[Step]:
     yield Step("frontier", "fidelity", lambda results: _cache_figures(job, results, target, numbers))
 
 
-def tuning_steps(job: Job, formats: tuple[str, ...], measured_steps: int) -> Iterator[Step]:
-    """The steps up to the costs of every group of layers in each of `formats`, at so many steps of an image."""
+def tuning_steps(job: Job, formats: tuple[str, ...], measured_steps: int, *, skips: bool) -> Iterator[Step]:
+    """The steps up to the costs of every group of layers in each of `formats`, at so many steps of an image; with `skips` those
+    of skipped steps too."""
 
     def costs(results: Results) -> Stage[Any, Any] | None:
         measured = _measured_inputs(job, results)
         if measured is None:
             return None
-        inputs = tuning_stage.FormatInputs(_with_every_step(job, measured), formats, measured_steps)
-        return Stage("tune-costs", "measure formats of layers", inputs, tuning_stage.run, tuning_stage.load)
+        inputs = costs_stage.FormatInputs(_with_every_step(job, measured), formats, measured_steps)
+        return Stage("tune-costs", "measure formats of layers", inputs, costs_stage.run, costs_stage.load)
+
+    def skips_of(results: Results) -> Stage[Any, Any] | None:
+        measured = _measured_inputs(job, results)
+        if measured is None:
+            return None
+        # Nothing of it is quantized, so no plan belongs to it.
+        inputs = replace(_with_every_step(job, measured), plan=[], solved=None)
+        return Stage("tune-skips", "measure skipped steps", inputs, skips_stage.run, skips_stage.load)
 
     yield Step("modelopt", "calibrate", lambda results: _modelopt(job))
     yield Step("calibrate", "calibrate", lambda results: _calibrate(job, results, True))
     yield Step("rounding-transformer", "weights", partial(_rounding, job, component="transformer"))
+    if skips:
+        yield Step("tune-skips", "step-cache", skips_of)
     yield Step("tune-costs", "weights", costs)
 
 
@@ -357,19 +370,19 @@ def _fit(job: Job, results: Results) -> Stage[Any, StepCache]:
     return Stage("step-cache", "fit step cache", inputs, fit_stage.run, fit_stage.load)
 
 
-def _cost_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs | None:
+def _cost_inputs(job: Job, results: Results) -> costs_stage.CostInputs | None:
     """What `exclude: auto` measures; None where it does not, or nothing would be quantized."""
     recipe = job.loaded.recipe
     return _measured_inputs(job, results) if recipe.precision.transformer.exclude == "auto" else None
 
 
-def _measured_inputs(job: Job, results: Results) -> sensitivity_stage.CostInputs | None:
+def _measured_inputs(job: Job, results: Results) -> costs_stage.CostInputs | None:
     """What measuring the sensitivity of layers depends on; None where nothing would be quantized."""
     recipe, calibration = job.loaded.recipe, _calibration(job, results)
     if calibration is None:
         return None
     request = calibration_request(job.loaded, job.is_large)
-    return sensitivity_stage.CostInputs(
+    return costs_stage.CostInputs(
         files=job.files,
         request=request,
         rows=job.rows(request["guidance"]),
@@ -449,7 +462,8 @@ def _costs(job: Job, results: Results) -> Stage[Any, Path] | None:
     inputs = _cost_inputs(job, results)
     if inputs is None:
         return None
-    return Stage("sensitivity-costs", "measure sensitivity", inputs, sensitivity_stage.run, sensitivity_stage.load)
+    asked = costs_stage.FormatInputs(inputs, (), STEPS)
+    return Stage("sensitivity-costs", "measure sensitivity", asked, costs_stage.run, costs_stage.load)
 
 
 def _choice(job: Job, results: Results) -> Stage[Any, dict[str, Any]] | None:
@@ -461,7 +475,7 @@ def _choice(job: Job, results: Results) -> Stage[Any, dict[str, Any]] | None:
     return Stage("sensitivity", "choose layers", inputs, sensitivity_stage.run_choice, sensitivity_stage.load_choice)
 
 
-def _with_every_step(job: Job, measured: sensitivity_stage.CostInputs) -> sensitivity_stage.CostInputs:
+def _with_every_step(job: Job, measured: costs_stage.CostInputs) -> costs_stage.CostInputs:
     """`measured` asked for images as the recipe samples them, with inputs rounded."""
     sampling = job.loaded.recipe.sampling
     asked = measured.request | {"steps": sampling.steps, "guidance": sampling.guidance}

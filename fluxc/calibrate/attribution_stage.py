@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from fluxc.base.numbers import as_json, significant
 from fluxc.base.progress import Report
-from fluxc.calibrate.sensitivity_stage import CostInputs, rounded_of
+from fluxc.calibrate.costs_stage import CostInputs, rounded_of
 from fluxc.calibrate.simulated import simulated, simulation_of
+from fluxc.calibrate.states import PROMPTS, evenly, measured_on
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def run(inputs: AttributionInputs, folder: Path, report: Report) -> None:
     """Write the relative error of each cause alone, and of all together, as JSON; of what is not quantized none."""
     import torch
 
-    from fluxc.calibrate.sensitivity import PROMPTS, evenly, measured_on, output_error, record_states, velocities_of
+    from fluxc.calibrate.sensitivity import record_states, state_errors
     from fluxc.calibrate.stage import asked_of, generation_of
     from fluxc.running.model import ReferenceModel
     from fluxc.running.placement import find_placement
@@ -67,7 +68,7 @@ def run(inputs: AttributionInputs, folder: Path, report: Report) -> None:
             how = replace(simulation, round_weights=weights, round_inputs=rounded)
             with how.of(transformer, layers if weights or rounded else []):
                 given = [_with_texts(state, exact, quantized) for state in states] if of_text else states
-                error = output_error(velocities_of(transformer), given, generation.guidance)
+                error = float(state_errors(transformer, given, generation.guidance).mean())
             errors[cause] = significant(error**0.5)
             report(done, len(CAUSES), f"{done}/{len(CAUSES)} causes")
     on = measured_on(len(request["prompts"]), request["steps"])

@@ -1,30 +1,25 @@
-"""Measures what quantizing each fusion group does to the model's output, and chooses what stays in bf16 under a budget.
+"""Measures what quantizing layers does to the model's output.
 
 1. diffusers generates a few calibration prompts; the transformer's inputs and outputs are kept at a few steps.
-2. Each fusion group alone is quantized as the weights stage would (and its inputs rounded, if a target rounds them), the
-   same inputs are run again, and the squared error of the guided velocity, relative to its energy, is the group's cost.
-3. Errors of different groups are nearly independent, so costs add up: what to keep is a knapsack, solved exactly.
-4. What was chosen is measured as a whole, beside quantizing everything.
+2. Layers are quantized as the weights stage would (and their inputs rounded, if a target rounds them), the same inputs are run
+   again, and the error is the square of how far the guided velocity is off, relative to its energy.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from fluxc.base.console import stdout_apart
-from fluxc.base.errors import BuildError
-from fluxc.base.numbers import significant
-from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
+from fluxc.calibrate.states import PROMPTS, STEPS, evenly
 from fluxc.checkpoint.dequantized import read
 from fluxc.checkpoint.reference import Generation, guided
 from fluxc.checkpoint.source import Checkpoint
@@ -32,14 +27,12 @@ from fluxc.formats import cpu
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.quantize.solved import Layer, Solved
-from fluxc.recipe.structs import Budget, Scales
+from fluxc.recipe.structs import Scales
 from fluxc.running.lockstep import CALL
 from fluxc.running.model import PlacedModel, ReferenceModel
 from fluxc.running.placement import Placement
+from fluxc.running.skipping import reusing
 from fluxrt.stepprecision import StepPrecision
-
-PROMPTS, STEPS = 4, 4
-SEARCHES = 8
 
 
 @dataclass(frozen=True)
@@ -50,27 +43,18 @@ class State:
     velocity: torch.Tensor
 
 
-@dataclass(frozen=True)
-class GroupCost:
-    """A fusion group's layers, their parameters, and the relative squared error of the velocity when it alone is quantized."""
-
-    layers: tuple[str, ...]
-    parameters: int
-    cost: float
-
-
 def record_states(
     model: ReferenceModel,
     transformer: PlacedModel,
     texts: list[torch.Tensor],
     empty: torch.Tensor | None,
     generations: list[Generation],
-    steps: int = STEPS,
+    wanted: Sequence[int] | None = None,
 ) -> list[State]:
-    """At most `steps` evenly spaced steps of the image of each of `texts`, one image's after the other's; `empty` as for
-    ReferenceModel.denoise."""
+    """The steps `wanted`, or else STEPS evenly spaced ones, of the image of each of `texts`, one image's after the other's;
+    `empty` as for ReferenceModel.denoise."""
     branches, guidance = 1 if empty is None else 2, generations[0].guidance
-    wanted = evenly(generations[0].steps, steps)
+    wanted = evenly(generations[0].steps, STEPS) if wanted is None else wanted
     calls: list[list[tuple[dict[str, Any], torch.Tensor]]] = [[] for _ in texts]
     passes = [0] * len(texts)
 
@@ -96,19 +80,44 @@ Velocities = Callable[[list[dict[str, Any]]], list[torch.Tensor]]
 """What a transformer makes of each of these arguments."""
 
 
-def velocities_of(transformer: PlacedModel) -> Velocities:
-    """Those of `transformer`, as it then is."""
+def velocities_of(transformer: PlacedModel, sources: Sequence[int] | None = None) -> Velocities:
+    """Those of `transformer`, as it then is; with `sources` each of as many calls skips its blocks as `reusing` says."""
 
     def velocity(arguments: dict[str, Any]) -> torch.Tensor:
         found: torch.Tensor = transformer.module(**arguments)[0]
         return found
 
-    return lambda listed: transformer.run([partial(velocity, arguments) for arguments in listed])
+    def velocities(listed: list[dict[str, Any]]) -> list[torch.Tensor]:
+        with nullcontext() if sources is None else reusing(transformer.module, sources):
+            return transformer.run([partial(velocity, arguments) for arguments in listed])
+
+    return velocities
 
 
-def output_error(velocities: Velocities, states: list[State], guidance: float) -> float:
-    """The mean of `output_errors`."""
-    return float(np.mean(output_errors(velocities, states, guidance)))
+def state_errors(
+    transformer: PlacedModel, states: list[State], guidance: float, sources: Sequence[int] | None = None
+) -> np.ndarray:
+    """The `output_errors` of `transformer`. With `sources` state number i takes what the blocks added in state `sources[i]`: in
+    itself, or in an earlier one of the same image."""
+    branches = len(states[0].arguments)
+    of_states = range(len(states)) if sources is None else sources
+    found = []
+    # Layer by layer all calls of a run are on their way together.
+    for part in _runs(of_states, PROMPTS if transformer.reads_layers else len(states)):
+        calls = [(at - part.start) * branches + branch for at in of_states[part] for branch in range(branches)]
+        velocities = velocities_of(transformer, None if sources is None else calls)
+        found.append(output_errors(velocities, states[part], guidance))
+    together: np.ndarray = np.concatenate(found)
+    return together
+
+
+def _runs(sources: Sequence[int], count: int) -> Iterator[slice]:
+    """States in order, about `count` at a time, each with the one that it takes from."""
+    first = 0
+    for at in range(1, len(sources) + 1):
+        if at == len(sources) or (at - first >= count and sources[at] == at):
+            yield slice(first, at)
+            first = at
 
 
 def output_errors(velocities: Velocities, states: list[State], guidance: float) -> np.ndarray:
@@ -316,31 +325,13 @@ def _hooks(
     return [linear.register_forward_pre_hook(before), linear.register_forward_hook(after)]
 
 
-def choose(costs: list[GroupCost], parameters: int) -> list[int]:
-    """The groups of `costs` to keep, at most `parameters` in all, whose costs add up to the most: a 0/1 knapsack."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
+class ErrorsOf(Protocol):
+    """What gives the errors of quantized layers."""
 
-    if not costs or sum(group.parameters for group in costs) <= parameters:
-        return list(range(len(costs)))
-    gains = np.array([group.cost for group in costs])
-    sizes = np.array([group.parameters for group in costs], float)
-    with stdout_apart():
-        # Scaled, because the solver's tolerances are absolute.
-        result = milp(
-            -gains / gains.max(initial=1e-30),
-            constraints=LinearConstraint(sizes / sizes.max(), ub=parameters / sizes.max()),
-            bounds=Bounds(0, 1),
-            integrality=np.ones(len(costs)),
-        )
-    if result.x is None:
-        raise BuildError(f"exclude: auto: scipy found no choice of layers: {result.message}")
-    return [i for i, kept in enumerate(result.x) if kept > 0.5]
-
-
-ErrorOf = Callable[[list[LayerPlan]], float]
-"""The relative squared error of the velocity with these layers quantized."""
-ErrorsOf = Callable[[list[LayerPlan]], np.ndarray]
-"""The same of every recorded state: [prompts, steps]."""
+    def __call__(self, entries: list[LayerPlan], /, reused: Sequence[int] | None = None) -> np.ndarray:
+        """[prompts, steps]: at every recorded state the relative squared error of the velocity with these layers quantized.
+        With `reused` step number i of the recorded ones takes what the blocks added at number `reused[i]` of them."""
+        ...
 
 
 @contextmanager
@@ -351,10 +342,10 @@ def prepared(
     branches: int,
     placement: Placement,
     simulation: Simulation,
-    steps: int = STEPS,
+    wanted: Sequence[int] | None = None,
 ) -> Iterator[ErrorsOf]:
-    """What gives the errors of quantized layers, at PROMPTS evenly spaced prompts and `steps` steps of each, while the body
-    runs."""
+    """What gives the errors of quantized layers, at PROMPTS evenly spaced prompts and the steps `wanted` of each (else STEPS
+    evenly spaced ones), while the body runs."""
     model, numbers = ReferenceModel(checkpoint, placement), evenly(len(prompts), PROMPTS)
     texts = [prompts[number] for number in numbers] + ([""] if branches == 2 else [])
     with model.component("text_encoder", generation.text_layers) as encoder:
@@ -362,87 +353,13 @@ def prepared(
     empty = embeddings.pop() if branches == 2 else None
     with model.component("transformer") as transformer:
         generations = [generation.of_prompt(number) for number in numbers]
-        states = record_states(model, transformer, embeddings, empty, generations, steps)
+        states = record_states(model, transformer, embeddings, empty, generations, wanted)
+        steps = len(states) // len(numbers)
 
-        def errors(entries: list[LayerPlan]) -> np.ndarray:
+        def errors(entries: list[LayerPlan], /, reused: Sequence[int] | None = None) -> np.ndarray:
+            images = range(len(numbers))
+            sources = None if reused is None else [image * steps + step for image in images for step in reused]
             with simulation.of(transformer, entries):
-                found = output_errors(velocities_of(transformer), states, generation.guidance)
-            return found.reshape(len(numbers), -1)
+                return state_errors(transformer, states, generation.guidance, sources).reshape(len(numbers), -1)
 
         yield errors
-
-
-def measure_costs(error: ErrorOf, plan: list[LayerPlan], on_progress: Report | None = None) -> list[GroupCost]:
-    """The cost of every fusion group; only the layers that `plan` quantizes are candidates."""
-    groups: dict[str, list[LayerPlan]] = {}
-    for entry in to_quantize(plan):
-        groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
-    costs = []
-    for number, members in enumerate(groups.values()):
-        layers = tuple(entry.layer.name for entry in members)
-        costs.append(GroupCost(layers, sum(entry.parameters for entry in members), error(members)))
-        if on_progress:
-            on_progress(number + 1, len(groups), f"{number + 1}/{len(groups)} groups")
-    return costs
-
-
-def choose_layers(error: ErrorOf, plan: list[LayerPlan], costs: list[GroupCost], budget: Budget) -> dict[str, Any]:
-    """Which groups are kept, and the errors measured as a whole: the part of `sensitivity.json` that the budget decides."""
-    every = to_quantize(plan)
-    total = sum(entry.parameters for entry in plan)
-
-    def error_without(kept: list[int]) -> float:
-        left = {name for i in kept for name in costs[i].layers}
-        return error([entry for entry in every if entry.layer.name not in left])
-
-    kept = _within(budget, costs, total, error_without)
-    ranked = sorted(range(len(costs)), key=lambda i: (-costs[i].cost / costs[i].parameters, costs[i].layers))
-    return {
-        "share_kept": sum(costs[i].parameters for i in kept) / total,
-        "error_all_quantized": _root(error(every)),
-        "error": _root(error_without(kept)),
-        "ranking": [
-            {
-                "layers": list(costs[i].layers),
-                "parameters": costs[i].parameters,
-                "error_alone": _root(costs[i].cost),
-                "kept": i in kept,
-            }
-            for i in ranked
-        ],
-    }
-
-
-def measured_on(prompts: int, steps: int, most_steps: int = STEPS) -> dict[str, Any]:
-    """How many prompts, and which steps, `record_states` takes of so many, of steps at most `most_steps`."""
-    return {"prompts": len(evenly(prompts, PROMPTS)), "steps": evenly(steps, most_steps)}
-
-
-def _root(squared: float) -> float:
-    """Four digits are what two machines agree on."""
-    return significant(float(np.sqrt(squared)))
-
-
-def _within(budget: Budget, costs: list[GroupCost], total: int, error: Callable[[list[int]], float]) -> list[int]:
-    """What to keep: the best choice of at most `budget.share` of the parameters, or the smallest that meets `budget.error`."""
-    if budget.share is not None:
-        return choose(costs, int(budget.share * total))
-    allowed = float(budget.error or 0) ** 2
-    kept: list[int] = []
-    if error(kept) <= allowed:
-        return kept
-    low, high = 0.0, 1.0
-    kept = list(range(len(costs)))
-    for _ in range(SEARCHES):
-        middle = (low + high) / 2
-        candidate = choose(costs, int(middle * total))
-        if error(candidate) <= allowed:
-            kept, high = candidate, middle
-        else:
-            low = middle
-    return kept
-
-
-def evenly(count: int, wanted: int) -> list[int]:
-    """At most `wanted` numbers below `count`, from the first to the last at even distances."""
-    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, wanted)).round()})

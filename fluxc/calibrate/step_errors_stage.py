@@ -15,7 +15,8 @@ import numpy as np
 
 from fluxc.base.numbers import as_json, significant
 from fluxc.base.progress import Report
-from fluxc.calibrate.sensitivity_stage import CostInputs, prepared_errors
+from fluxc.calibrate.costs_stage import CostInputs, prepared_errors
+from fluxc.calibrate.states import at_every_step, measured_on
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxrt.stepprecision import BODY
 
@@ -53,16 +54,14 @@ class StepErrors:
 
 def run(inputs: StepErrorInputs, folder: Path, report: Report) -> None:
     """Write the errors of every body as JSON."""
-    from fluxc.calibrate.sensitivity import measured_on
-
     request = inputs.measured.request
     plans = {BODY: inputs.measured.plan, **inputs.bodies}
     found: dict[str, Any] = {}
-    with prepared_errors(inputs.measured, steps=STEPS) as errors:
+    on = measured_on(len(request["prompts"]), request["steps"], STEPS)
+    with prepared_errors(inputs.measured, wanted=on["steps"]) as errors:
         for done, (body, plan) in enumerate(plans.items(), start=1):
             found[body] = errors(to_quantize(plan)).mean(axis=0).tolist()
             report(done, len(plans), f"{done}/{len(plans)} bodies")
-    on = measured_on(len(request["prompts"]), request["steps"], STEPS)
     plain = {"prompts": on["prompts"], "steps": request["steps"], "measured": on["steps"], "squared": found}
     (folder / RESULT).write_text(as_json(plain, "step errors", indent=1) + "\n")
 
@@ -70,6 +69,6 @@ def run(inputs: StepErrorInputs, folder: Path, report: Report) -> None:
 def load(folder: Path) -> StepErrors:
     """What was measured, at every step."""
     plain = json.loads((folder / RESULT).read_text())
-    every = np.arange(plain["steps"])
-    squared = {body: np.interp(every, plain["measured"], found) for body, found in plain["squared"].items()}
-    return StepErrors(plain["prompts"], tuple(plain["measured"]), squared)
+    measured = plain["measured"]
+    squared = {body: at_every_step(found, measured, plain["steps"]) for body, found in plain["squared"].items()}
+    return StepErrors(plain["prompts"], tuple(measured), squared)

@@ -1,4 +1,4 @@
-"""`fluxc tune`: the formats of layers under a limit of predicted time or memory, or of measured error."""
+"""`fluxc tune`: formats of layers, and what steps do, under a limit of predicted time or memory, or of measured error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from fluxc.predict.gpus import GPUS
 
 if TYPE_CHECKING:
     from fluxc.base.shown import ShownProgress
-    from fluxc.build.tune import Point, Tuned, Wish
+    from fluxc.build.tune import Tuned
+    from fluxc.build.tuning_space import Point, Wish
 
 CANDIDATES = ("nvfp4", "nvfp4-w4a16", "fp8")
 """Formats of layers that are tried where --formats does not say."""
@@ -74,14 +75,19 @@ POSITIVE = _Positive(min=0, min_open=True)
     default=True,
     help="Also choose steps at which layers in NVFP4 leave their inputs as they are, where the recipe's targets can.",
 )
+@click.option(
+    "--skips/--no-skips",
+    default=True,
+    help="Also choose how many steps a step cache skips, where the recipe can have one.",
+)
 @click.option("--out", type=PLACE, help="The recipe to write.", show_default="RECIPE-tuned.yaml")
 @memory_option
 @threads_option
 @json_option
 @shows_progress
 def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: ShownProgress, **options: Any) -> None:
-    """Choose the format of each layer that RECIPE quantizes, and steps at which inputs are not rounded: the least error under
-    limits of time and memory, or the least time or memory under one of error.
+    """Choose the format of each layer that RECIPE quantizes, steps at which inputs are not rounded, and how many steps are
+    skipped: the least error under limits of time and memory, or the least time or memory under one of error.
 
     What a format costs is measured on calibration's prompts, what it saves is predicted for the GPU. Shown is the frontier,
     each choice measured as a whole; the one that meets the limit is written as a recipe.
@@ -110,9 +116,10 @@ def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: Sho
         raise RecipeError(f"--out {target}: a recipe's paths start from its folder; write it beside {recipe}")
     # Beside the bundle that a build makes by default, which then finds them.
     kept = Path("artifacts") / f"{loaded.recipe.name}-tuned"
-    candidates = Candidates(formats, options["steps"])
+    candidates = Candidates(formats, options["steps"], options["skips"])
     tuned = run(loaded, (gpu, options["gpus"]), wish, candidates, kept, progress)
-    write_with_formats(recipe, changes, tuned.rules, target, tuned.steps)
+    skip = len(tuned.chosen.skipped) if tuned.may_skip else None
+    write_with_formats(recipe, changes, tuned.rules, target, tuned.steps, skip)
     # What was written must say what was chosen.
     load_recipe(target)
     progress.finish(f"tuned {target}", f"build it: fluxc build {target}")
@@ -124,7 +131,7 @@ def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: Sho
 
 
 def _wish(options: dict[str, Any]) -> Wish:
-    from fluxc.build.tune import Wish
+    from fluxc.build.tuning_space import Wish
 
     milliseconds, memory, error = (options[name] for name in ("milliseconds", "gpu_memory", "error"))
     if (milliseconds is None and memory is None) == (error is None):
@@ -143,6 +150,7 @@ def _as_json(tuned: Tuned) -> dict[str, Any]:
         "bf16": asdict(tuned.plain),
         "rules": tuned.rules,
         "steps": tuned.steps,
+        "skipped": list(tuned.chosen.skipped),
     }
 
 
@@ -160,6 +168,7 @@ def _print(tuned: Tuned) -> None:
         "error, measured",
         "layers",
         "steps",
+        "skipped",
         title=f"time and memory PREDICTED for {tuned.gpus} x {tuned.gpu.name}, one image; error measured",
     )
     rows = [("", point) for point in tuned.frontier] + [("chosen", tuned.chosen), ("bf16", tuned.plain)]
@@ -169,11 +178,12 @@ def _print(tuned: Tuned) -> None:
     on = tuned.measured_on
     console.print(
         f"Errors are of the guided velocity, relative, root mean square over {on['prompts']} calibration prompts at steps "
-        f"{', '.join(map(str, on['steps']))}, with inputs rounded as a GPU rounds them. Added up: what each layer costs alone. "
-        "Steps: at how many of an image's the inputs of so many layers are left as they are; a step's time is the average."
+        f"{', '.join(map(str, on['steps']))}{' (measured: at all)' if tuned.may_skip else ''}, with inputs rounded as a GPU "
+        "rounds them. Added up: what each layer costs alone. Steps: at how many of an image's the inputs of so many layers are "
+        "left as they are. Skipped: how many are, which take no time. A step's time is the average of all."
     )
-    if tuned.note:
-        console.print(f"{tuned.note[0].upper()}{tuned.note[1:]}.")
+    for note in tuned.notes:
+        console.print(f"{note[0].upper()}{note[1:]}.")
 
 
 def _figures(point: Point, tuned: Tuned) -> list[str]:
@@ -190,4 +200,5 @@ def _figures(point: Point, tuned: Tuned) -> list[str]:
         "" if point.error is None else f"{point.error:.4f}",
         ", ".join(formats),
         f"{len(point.exact_steps)}: {len(point.exact_layers)} exact" if point.exact_steps else "",
+        f"{len(point.skipped)}" if point.skipped else "",
     ]

@@ -38,6 +38,8 @@ PATHS = (
 )
 
 Check = Callable[[Recipe, Refuse], None]
+OF_STEP_CACHE = ("gates.step_cache_psnr_db", "fidelity.lpips", "fidelity.image_text")
+"""Fields that a recipe without a step cache cannot have."""
 CHECKS: list[tuple[tuple[str, ...], Check]] = []
 
 
@@ -260,7 +262,7 @@ def _attributed(recipe: Recipe, refuse: Refuse) -> None:
 @_reads("step_cache")
 def _without_step_cache(recipe: Recipe, refuse: Refuse) -> None:
     if recipe.step_cache is None:
-        for field in ("gates.step_cache_psnr_db", "fidelity.lpips", "fidelity.image_text"):
+        for field in OF_STEP_CACHE:
             if _value(recipe, field) is not None:
                 refuse(field, "there is no step_cache in this recipe")
 

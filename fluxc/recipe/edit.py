@@ -1,4 +1,4 @@
-"""Writes a recipe anew with other formats of layers, and steps at which layers leave their inputs as they are."""
+"""Writes a recipe anew with other formats of layers, steps at which inputs are left as they are, and skipped steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from fluxc.recipe.checks import OF_STEP_CACHE
 from fluxc.recipe.document import read_document
 
 WIDTH = 120
 
 
 def write_with_formats(
-    recipe: Path, changes: tuple[str, ...], formats: dict[str, str], out: Path, steps: Sequence[Mapping[str, Any]] = ()
+    recipe: Path,
+    changes: tuple[str, ...],
+    formats: dict[str, str],
+    out: Path,
+    steps: Sequence[Mapping[str, Any]] = (),
+    skip: int | None = None,
 ) -> None:
-    """Write `out`: `recipe` with `changes` and with `formats` of layers as rules, which go before its own, and with `steps` as
-    `precision.steps`. Everything else stays as it is written there, comments too. It appears when complete."""
+    """Write `out`: `recipe` with `changes` and with `formats` of layers as rules, which go before its own, with `steps` as
+    `precision.steps`, and with a step cache that skips so many steps (0: with none; None: with its own). Everything else stays
+    as it is written there, comments too. It appears when complete."""
     yaml = YAML()
     yaml.width = WIDTH
     data = yaml.load(recipe.read_text(encoding="utf-8-sig"))
@@ -48,6 +55,16 @@ def write_with_formats(
         for rule in written:
             rule.fa.set_flow_style()
         data["precision"]["steps"] = written
+    if skip == 0:
+        data.pop("step_cache", None)
+        for field in OF_STEP_CACHE:
+            part, _, name = field.partition(".")
+            (data.get(part) or {}).pop(name, None)
+    elif skip is not None:
+        if data.get("step_cache") is None:
+            data["step_cache"] = CommentedMap()
+        data["step_cache"].pop("max_error", None)
+        data["step_cache"]["skip"] = skip
     text = io.StringIO()
     yaml.dump(data, text)
     partial = out.with_name(f".{out.name}.partial")

@@ -5,7 +5,7 @@ The blocks are run all the same and what they give is put aside, so that it work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,41 @@ def modulated_input(transformer: Any, hidden: torch.Tensor, modulation: torch.Te
 def relative_change(new: torch.Tensor, old: torch.Tensor) -> float:
     """mean |new - old| / mean |old|."""
     return float((new - old).abs().mean() / old.abs().mean())
+
+
+@contextmanager
+def reusing(transformer: Any, sources: Sequence[int]) -> Iterator[None]:
+    """While the body runs, call number i of one PlacedModel.run takes what the blocks added in call `sources[i]`: in itself, or
+    in an earlier one of which the tokens are as many."""
+    last = {source: call for call, source in enumerate(sources) if source != call}
+    hidden: dict[int, torch.Tensor] = {}
+    residuals: dict[int, torch.Tensor] = {}
+
+    def enter(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        call = CALL.get()
+        if call in last or sources[call] != call:
+            hidden[call] = kwargs["hidden_states"]
+
+    def leave(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        call = CALL.get()
+        entered, source = hidden.pop(call, None), sources[call]
+        if entered is None:
+            return args
+        if call in last:
+            residuals[call] = args[0] - entered
+        if source == call:
+            return args
+        return (entered + (residuals.pop(source) if last[source] == call else residuals[source]), *args[1:])
+
+    handles = [
+        transformer.transformer_blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
+        transformer.norm_out.register_forward_pre_hook(leave),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass

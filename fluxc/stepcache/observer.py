@@ -48,6 +48,11 @@ class StepObserver:
         images, self._images = self._images, {}
         return [images[number].trace() for number in range(count)]
 
+    def velocity_errors(self, count: int = 1) -> list[np.ndarray]:
+        """Of the same images before `take`, float64 [T, LAGS]: the relative squared error of the guided velocity with the
+        residual of lag + 1 steps before, infinite where there is no such step."""
+        return [self._images[number].velocity_errors() for number in range(count)]
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -65,6 +70,7 @@ class _Image:
         self._old: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
         self._sigmas: list[float] = []
+        self._speeds: list[float] = []
 
     def enter_blocks(self, hidden: torch.Tensor, modulation: torch.Tensor) -> None:
         """A pass comes to the first block; both passes of a step come with the same image tokens."""
@@ -106,6 +112,7 @@ class _Image:
             errors["latent_error"][lag] = _rms(guided(shifted, self._guidance) - whole)
         self._rows.append(row | errors)
         self._sigmas.append(sigma)
+        self._speeds.append(_rms(whole))
         self._old = [step, *self._old][:LAGS]
         self._passes, self._residuals = [], []
 
@@ -128,6 +135,11 @@ class _Image:
         for name in ("residual_error", "latent_error"):
             columns[name] = columns[name] * lengths
         return StepTrace(**{name: column[None] for name, column in columns.items()})
+
+    def velocity_errors(self) -> np.ndarray:
+        """Of every step, by lag."""
+        errors = np.array([row["residual_error"] for row in self._rows], np.float64)
+        return np.square(errors / np.array(self._speeds)[:, None])
 
 
 def _rms(difference: torch.Tensor) -> float:

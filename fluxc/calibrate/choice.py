@@ -1,7 +1,8 @@
 """The choice of formats of layers under a limit: a mixed-integer program with one option for each group of layers.
 
 Squared errors of groups add up, nearly; so do times and weights. Groups in a format whose inputs are rounded may leave them as
-they are at some of the steps. How many steps these are holds for all groups; each number is a program of its own.
+they are at some of the steps, and some steps may be skipped. How many steps these are holds for all groups: each pair of
+numbers, a `Setting`, is a program of its own.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ class Limits:
 
 EVERYTHING = Limits()
 Groups = list[list[Option]]
-Space = Mapping[int, Groups]
-"""The options of every group, by how many steps leave inputs as they are."""
+Setting = tuple[int, int]
+"""How many steps of an image are skipped, and at how many of the others inputs are left as they are."""
+Space = Mapping[Setting, Groups]
+"""The options of every group."""
 Picks = list[int]
 """Of each group the number of the option that is taken."""
-Choice = tuple[int, Picks]
-"""How many steps leave inputs as they are, and the picks."""
+Choice = tuple[Setting, Picks]
 
 
 def choose(groups: Groups, limits: Limits, axis: Axis = "seconds") -> Picks | None:
@@ -67,22 +69,22 @@ def choose(groups: Groups, limits: Limits, axis: Axis = "seconds") -> Picks | No
 
 
 def choose_of(space: Space, limits: Limits, axis: Axis = "seconds") -> Choice | None:
-    """The best choice with any number of steps; of equal ones that with the fewest.
+    """The best choice with any setting; of equal ones that with the fewest steps.
 
-    The same programs in real numbers bound what each number of steps can come to, so that few of them are solved.
+    The same programs in real numbers bound what each setting can come to, so that few of them are solved.
     """
     aim, other = _aims(limits, axis)
-    bounds = {steps: _Program(groups, limits, axis).bound() for steps, groups in space.items()}
-    open_ones = sorted((bound, steps) for steps, bound in bounds.items() if bound is not None)
-    found: list[tuple[float, float, int, Picks]] = []
-    for bound, steps in open_ones:
+    bounds = {setting: _Program(groups, limits, axis).bound() for setting, groups in space.items()}
+    open_ones = sorted((bound, setting) for setting, bound in bounds.items() if bound is not None)
+    found: list[tuple[float, float, Setting, Picks]] = []
+    for bound, setting in open_ones:
         least = min((entry[0] for entry in found), default=None)
         if least is not None and bound > least - GAP * abs(least):
             break
-        picks = choose(space[steps], limits, axis)
+        picks = choose(space[setting], limits, axis)
         if picks is not None:
-            sums = [total(space[steps], picks, name) for name in (aim, other)]
-            found.append((sums[0], sums[1], steps, picks))
+            sums = [total(space[setting], picks, name) for name in (aim, other)]
+            found.append((sums[0], sums[1], setting, picks))
     if not found:
         return None
     least = min(entry[0] for entry in found)
