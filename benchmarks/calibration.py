@@ -26,7 +26,8 @@ from cpu_step import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "models" / "flux2-nano"
-CALIBRATED, HELD_OUT = 32, 64
+CALIBRATED, MANY, HELD_OUT = 32, 1000, 64
+"""Prompts that calibration runs unless a table says otherwise, those that it may run at the most, and those that nothing saw."""
 UNLIKE = (
     "a cat on a sofa",
     "naïve café",
@@ -141,15 +142,21 @@ def print_room() -> None:
 
 
 def write_prompts(work: Path) -> None:
-    """The prompts of the calibrations, and of the reference: first the held-out ones, then those that resemble nothing."""
+    """Files of prompts. `calibration`: those of the recipe's step cache; `many`: the same, then others that the model was
+    trained on; `unlike`: those that resemble nothing; `reference`: the held-out ones, then those."""
     sys.path.insert(0, str(NANO))
     from pictures import TEMPLATES, split_specs
 
-    _, unseen = split_specs()
-    held_out = [spec.caption(number % len(TEMPLATES)) for number, spec in enumerate(unseen[:HELD_OUT])]
+    trained, held_out = ([s.caption(n % len(TEMPLATES)) for n, s in enumerate(specs)] for specs in split_specs())
     known = (ROOT / "recipes" / "prompts" / "flux2-nano-steps.txt").read_text().splitlines()
     calibrated = [line for line in known if not line.startswith("#")][:CALIBRATED]
-    for name, prompts in (("calibration", calibrated), ("reference", [*held_out, *UNLIKE])):
+    files = {
+        "calibration": calibrated,
+        "many": [*calibrated, *(prompt for prompt in trained if prompt not in calibrated)][:MANY],
+        "unlike": list(UNLIKE),
+        "reference": [*held_out[:HELD_OUT], *UNLIKE],
+    }
+    for name, prompts in files.items():
         (work / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from calibration import CALIBRATED, HELD_OUT, NANO, ROOT, summarized, write_prompts
+from calibration import CALIBRATED, HELD_OUT, MANY, NANO, ROOT, UNLIKE, summarized, write_prompts
 from cpu_step import cpu_name
 
 TARGETS = {"weights": "onnxruntime-exact", "and activations": "onnxruntime-nvfp4"}
@@ -39,7 +39,8 @@ class Named(Protocol):
 
 @dataclass(frozen=True)
 class Variant:
-    """One build; `prompts` and `steps` are calibration's. Inputs of the layers `in_16_bits`, patterns, are never rounded."""
+    """One build; `prompts` and `steps` are calibration's, which runs the prompts of the file `calibrated`. Inputs of the layers
+    `in_16_bits`, patterns, are never rounded."""
 
     scales: str
     rounding: str
@@ -47,12 +48,15 @@ class Variant:
     prompts: int = CALIBRATED
     steps: int = 24
     in_16_bits: tuple[str, ...] = ()
+    calibrated: str = "calibration"
 
     @property
     def name(self) -> str:
         """For files; no two variants share one."""
         apart = "-".join(pattern.strip("*.").replace("[", "").replace("]", "") for pattern in self.in_16_bits)
         how = f"{self.scales}-{self.rounding}-guidance-{self.guidance}-{self.prompts}-prompts-{self.steps}-steps"
+        if self.calibrated != "calibration":
+            how = f"{how}-{self.calibrated}"
         return f"{how}-16-{apart}" if apart else how
 
     @property
@@ -75,15 +79,16 @@ SCALES = ("max", "four-over-six", "mse")
 ATTENDING = ("*.to_[qkv]", "*.add_[qkv]_proj", "*.to_qkv_mlp_proj")
 OUTPUTS = ("*.to_out*", "*.to_add_out")
 FEED_FORWARD = ("*.ff.*", "*.ff_context.*")
-CALIBRATIONS = ((1, 1), (1, 24), (4, 4), (4, 24), (CALIBRATED, 24))
+CALIBRATIONS = ((1, 1), (1, 24), (4, 4), (4, 24), (CALIBRATED, 24), (MANY, 24))
 PARTS: dict[str, list[Variant]] = {
     **{
         f"{guidance:g}": [Variant(scales, rounding, guidance) for rounding in ("nearest", "gptq") for scales in SCALES]
         for guidance in (1.5, 3.0)
     },
     "calibration": [
-        *(Variant("mse", "gptq", 1.5, prompts, steps) for prompts, steps in CALIBRATIONS),
-        Variant("mse", "nearest", 1.5),
+        *(Variant("mse", "gptq", 1.5, prompts, steps, calibrated="many") for prompts, steps in CALIBRATIONS),
+        Variant("mse", "gptq", 1.5, len(UNLIKE), calibrated="unlike"),
+        Variant("mse", "nearest", 1.5, calibrated="many"),
     ],
     "activations": [
         Variant("mse", "gptq", guidance, in_16_bits=patterns)
@@ -108,9 +113,9 @@ def main() -> None:
             print_table(part, PARTS[part], work, options.steps)
 
 
-def figures_of(variant: Named, work: Path, steps: int) -> dict[str, Any]:
-    """By target the report's figures of every prompt and the oracle's count, and the mean SNR of outputs; of a build, or kept
-    of an earlier one in `work`."""
+def figures_of(variant: Named, work: Path, steps: int, calibrated: str = "calibration") -> dict[str, Any]:
+    """By target the report's figures of every prompt and the oracle's count, and the mean SNR of outputs; of a build calibrated
+    on that file of prompts, or kept of an earlier one in `work`."""
     from fluxc.base.progress import StageProgress
     from fluxc.build.build import build
     from fluxc.recipe.load import load_recipe
@@ -118,7 +123,7 @@ def figures_of(variant: Named, work: Path, steps: int) -> dict[str, Any]:
 
     kept = work / f"{variant.name}-compared-in-{steps}.json"
     if not kept.exists():
-        prompts = [f"calibration.prompts={work / 'calibration.txt'}", f"fidelity.prompts={work / 'reference.txt'}"]
+        prompts = [f"calibration.prompts={work / f'{calibrated}.txt'}", f"fidelity.prompts={work / 'reference.txt'}"]
         recipe = load_recipe(
             ROOT / "recipes" / "flux2-nano.yaml", (*prompts, f"sampling.steps={steps}", *variant.changes)
         )
@@ -160,8 +165,9 @@ def print_table(part: str, variants: list[Variant], work: Path, steps: int) -> N
     columns = ["guidance", "calibration", "rounding", "scales", "inputs in 16 bits", "output SNR", *measured]
     print(f"\n{part}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for variant in variants:
-        figures = figures_of(variant, work, steps)
-        ran = f"{variant.prompts} prompt{'s'[: variant.prompts - 1]}, {variant.steps} step{'s'[: variant.steps - 1]}"
+        figures = figures_of(variant, work, steps, variant.calibrated)
+        which = " unlike" if variant.calibrated == "unlike" else ""
+        ran = f"{variant.prompts}{which} prompt{'s'[: variant.prompts - 1]}, {variant.steps} step{'s'[: variant.steps - 1]}"
         row = [f"{variant.guidance:g}", ran, variant.rounding, variant.scales, ", ".join(variant.in_16_bits) or "-"]
         row.append(f"{figures['output_snr_db']:.1f}")
         for target in TARGETS:
