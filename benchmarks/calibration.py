@@ -27,7 +27,7 @@ from cpu_step import cpu_name
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "models" / "flux2-nano"
 CALIBRATED, MANY, HELD_OUT = 32, 1000, 64
-"""Prompts that calibration runs unless a table says otherwise, those that it may run at the most, and those that nothing saw."""
+"""Prompts that calibration runs unless a table says otherwise, the most that it runs, and those that nothing saw."""
 UNLIKE = (
     "a cat on a sofa",
     "naïve café",
