@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -259,6 +260,18 @@ def test_costs_of_layers_add_up_to_what_is_measured(tuned: tuple[dict, Path]) ->
     assert all(point["predicted_error"] > 0.05 for point in smaller)
 
 
+def test_the_page_beside_the_recipe_shows_every_choice(tuned: tuple[dict, Path]) -> None:
+    found, recipe = tuned
+    page = recipe.with_suffix(".html").read_text(encoding="utf-8")
+    for point in (*found["frontier"], found["chosen"]):
+        words = f"error {point['error']:.4f} ({point['predicted_error']:.4f} added up)"
+        assert page.count(words) >= 2  # in the chart for a page, and in that for a phone
+        assert f'<td class="n">{point["predicted_error"]:.4f}</td>' in page
+    for layer, format in found["rules"].items():
+        assert f'<th scope="row">{layer}</th><td>{format}</td>' in page
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page)
+
+
 def test_what_was_chosen_is_what_a_build_makes(tuned: tuple[dict, Path], tmp_path: Path) -> None:
     found, recipe = tuned
     one = "targets=[{kind: onnxruntime, activations: nvfp4}]"
@@ -378,6 +391,7 @@ def test_why_no_step_is_skipped_is_said(copied: Path) -> None:
         assert said in " ".join(found.stdout.split())
         assert load_recipe(out).recipe.step_cache is None
         out.unlink()
+        out.with_suffix(".html").unlink()
 
 
 @pytest.mark.parametrize(
@@ -393,6 +407,7 @@ def test_why_no_step_is_skipped_is_said(copied: Path) -> None:
         ),
         (["--on", "b200", "--error", "0.1", "--out", "elsewhere/x.yaml"], 2, "a recipe's paths start from its folder"),
         (["--on", "b200", "--error", "0.1", "--out", "SELF"], 2, "exists already, and is not overwritten"),
+        (["--on", "b200", "--error", "0.1", "--out", "tuned.html"], 2, "is the name of the page beside the recipe"),
         (["--on", "b200", "--error", "0.1", "--set", "precision.transformer.default=bf16"], 2, "nothing to choose"),
         (["--on", "b200", "--error", "0.1", "--set", "calibration.engine=none"], 2, "engine: none: formats are"),
         (["--on", "b200", "--error", "0.1", "--set", "precision.steps=[{last: 1}]"], 2, "tune chooses steps itself"),
@@ -421,7 +436,8 @@ def test_wrong_requests_are_refused(
     assert found.exit_code == code, found.output
     assert said in found.stderr
     assert "Traceback" not in found.stderr
-    assert [path for path in sorted(copied.parent.iterdir()) if path not in before and path.suffix == ".yaml"] == []
+    made = [path for path in sorted(copied.parent.iterdir()) if path not in before]
+    assert [path for path in made if path.suffix in {".yaml", ".html"}] == []
 
 
 def test_too_little_memory_is_refused_at_once(copied: Path) -> None:

@@ -64,6 +64,16 @@ def check_writable(folder: Path) -> None:
             raise BuildError(f"{existing}: no file can be made in this folder; give another place") from error
 
 
+def write_complete(path: Path, text: str) -> None:
+    """Write `text` in UTF-8; `path` appears when it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def names_place(what: str, place: Path) -> Iterator[None]:
     """Turn errors of the place that is written to into a BuildError: what was at work, where, what to do."""

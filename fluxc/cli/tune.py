@@ -90,7 +90,8 @@ def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: Sho
     skipped: the least error under limits of time and memory, or the least time or memory under one of error.
 
     What a format costs is measured on calibration's prompts, what it saves is predicted for the GPU. Shown is the frontier,
-    each choice measured as a whole; the one that meets the limit is written as a recipe.
+    each choice measured as a whole; the one that meets the limit is written as a recipe, with a page beside it that has
+    the frontier as a chart.
     """
     from fluxc.base.errors import RecipeError
     from fluxc.base.output import check_output
@@ -109,9 +110,13 @@ def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: Sho
         check_format(format, "--formats")
     loaded = load_recipe(recipe, changes)
     target = out or recipe.with_name(f"{recipe.stem}-tuned.yaml")
-    check_output(target, "a recipe")
-    if target.exists():
-        raise RecipeError(f"{target}: exists already, and is not overwritten; give another --out, or move it away")
+    page = target.with_suffix(".html")
+    if page == target:
+        raise RecipeError(f"--out {target}: is the name of the page beside the recipe; give a name such as tuned.yaml")
+    for place, noun in ((target, "a recipe"), (page, "a page")):
+        check_output(place, noun)
+        if place.exists():
+            raise RecipeError(f"{place}: exists already, and is not overwritten; give another --out, or move it away")
     if target.resolve().parent != recipe.resolve().parent:
         raise RecipeError(f"--out {target}: a recipe's paths start from its folder; write it beside {recipe}")
     # Beside the bundle that a build makes by default, which then finds them.
@@ -119,6 +124,7 @@ def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: Sho
     candidates = Candidates(formats, options["steps"], options["skips"])
     tuned = run(loaded, (gpu, options["gpus"]), wish, candidates, kept, progress)
     skip = len(tuned.chosen.skipped) if tuned.may_skip else None
+    _write_page(tuned, wish.axis, target, page)
     write_with_formats(recipe, changes, tuned.rules, target, tuned.steps, skip)
     # What was written must say what was chosen.
     load_recipe(target)
@@ -127,6 +133,7 @@ def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: Sho
         click.echo(json.dumps(_as_json(tuned), indent=2))
         return
     _print(tuned)
+    click.echo(click.format_filename(page))
     click.echo(click.format_filename(target))
 
 
@@ -154,36 +161,78 @@ def _as_json(tuned: Tuned) -> dict[str, Any]:
     }
 
 
-def _print(tuned: Tuned) -> None:
-    from fluxc.base.console import new_console, new_table
+COLUMNS = (
+    "",
+    "a step, ms",
+    "x bf16",
+    "weights",
+    "GPU",
+    "error, added up",
+    "error, measured",
+    "layers",
+    "steps",
+    "skipped",
+)
 
-    console = new_console()
-    table = new_table(
-        "",
-        "a step, ms",
-        "x bf16",
-        "weights",
-        "GPU",
-        "error, added up",
-        "error, measured",
-        "layers",
-        "steps",
-        "skipped",
-        title=f"time and memory PREDICTED for {tuned.gpus} x {tuned.gpu.name}, one image; error measured",
-    )
+
+def _rows(tuned: Tuned) -> list[list[str]]:
     rows = [("", point) for point in tuned.frontier] + [("chosen", tuned.chosen), ("bf16", tuned.plain)]
-    for name, point in rows:
-        table.add_row(name, *_figures(point, tuned))
-    console.print(table)
+    return [[name, *_figures(point, tuned)] for name, point in rows]
+
+
+def _title(tuned: Tuned) -> str:
+    return f"time and memory PREDICTED for {tuned.gpus} x {tuned.gpu.name}, one image; error measured"
+
+
+def _notes(tuned: Tuned) -> list[str]:
     on = tuned.measured_on
-    console.print(
+    return [
         f"Errors are of the guided velocity, relative, root mean square over {on['prompts']} calibration prompts at steps "
         f"{', '.join(map(str, on['steps']))}{' (measured: at all)' if tuned.may_skip else ''}, with inputs rounded as a GPU "
         "rounds them. Added up: what each layer costs alone. Steps: at how many of an image's the inputs of so many layers are "
-        "left as they are. Skipped: how many are, which take no time. A step's time is the average of all."
+        "left as they are. Skipped: how many are, which take no time. A step's time is the average of all.",
+        *(f"{note[0].upper()}{note[1:]}." for note in tuned.notes),
+    ]
+
+
+def _print(tuned: Tuned) -> None:
+    from fluxc.base.console import new_console, new_table
+
+    console, table = new_console(), new_table(*COLUMNS, title=_title(tuned))
+    for row in _rows(tuned):
+        table.add_row(*row)
+    console.print(table)
+    for note in _notes(tuned):
+        console.print(note)
+
+
+def _write_page(tuned: Tuned, axis: str, recipe: Path, page: Path) -> None:
+    """The same as a page, with the frontier as a chart."""
+    from fluxc.base.output import write_complete
+    from fluxc.report.charts import Choice
+    from fluxc.report.tuning_page import Frontier, render_tuning
+
+    def choice(point: Point) -> Choice:
+        takes = 1e3 * point.seconds if axis == "seconds" else point.weights / 2**20
+        time, _, weights, _, added_up, measured, layers, _, skipped = _figures(point, tuned)
+        words = f"{time} ms a step, weights of {weights}, error {measured} ({added_up} added up): {layers}"
+        if point.exact_steps:
+            words += f", inputs of {len(point.exact_layers)} left as they are at {len(point.exact_steps)} steps"
+        words += f", {skipped} steps skipped" if skipped else ""
+        return Choice(takes, point.predicted_error, point.error or 0.0, words)
+
+    title = f"{recipe.name}: {_title(tuned)}"
+    frontier = Frontier(
+        title,
+        COLUMNS,
+        _rows(tuned),
+        [choice(point) for point in tuned.frontier],
+        choice(tuned.chosen),
+        "a step, ms, predicted" if axis == "seconds" else "weights, MiB",
+        _notes(tuned),
+        tuned.rules,
     )
-    for note in tuned.notes:
-        console.print(f"{note[0].upper()}{note[1:]}.")
+    write_complete(page, render_tuning(frontier))
 
 
 def _figures(point: Point, tuned: Tuned) -> list[str]:

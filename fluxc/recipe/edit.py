@@ -10,6 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from fluxc.base.output import write_complete
 from fluxc.recipe.checks import OF_STEP_CACHE
 from fluxc.recipe.document import read_document
 
@@ -67,9 +68,4 @@ def write_with_formats(
         data["step_cache"]["skip"] = skip
     text = io.StringIO()
     yaml.dump(data, text)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.write_text(text.getvalue(), encoding="utf-8")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_complete(out, text.getvalue())

@@ -65,6 +65,16 @@ class Chart:
     narrow: str
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A choice of `fluxc tune`: what it takes, its error as costs add up and as it was measured, and its figures in words."""
+
+    takes: float
+    added_up: float
+    measured: float
+    words: str
+
+
 Draw = Callable[[Canvas], None]
 
 
@@ -238,6 +248,31 @@ def frontier_chart(report: Report) -> Chart | None:
         "means over the prompts; the shade reaches down to the 5th percentile."
     )
     return _chart("frontier", summary, draw, (3.8, 3.6))
+
+
+def choices_chart(choices: Sequence[Choice], chosen: Choice, axis: str) -> Chart:
+    """The error of choices against what they take (`axis`), as it was measured and as it adds up, and the one that was
+    chosen."""
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.axes
+        shown = sorted(choices, key=lambda choice: choice.takes)
+        takes = [choice.takes for choice in shown]
+        axes.plot(takes, [choice.measured for choice in shown], color=COLOURS["c1"], lw=1.5, label="measured")
+        for choice in shown:
+            (mark,) = axes.plot(choice.takes, choice.measured, "o", color=COLOURS["c1"], markersize=5)
+            canvas.title(mark, choice.words)
+        added_up = {"color": COLOURS["c2"], "markersize": 5, "label": "added up"}
+        axes.plot(takes, [choice.added_up for choice in shown], "x", **added_up)
+        (star,) = axes.plot(chosen.takes, chosen.measured, "*", color=COLOURS["ink"], markersize=13, label="chosen")
+        canvas.title(star, chosen.words)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(axis)
+        axes.set_ylabel("error of the velocity (relative)")
+        axes.grid()
+        _legend(canvas)
+
+    return _chart("choices", f"Chosen: {chosen.words}.", draw, (3.6, 3.3))
 
 
 def bytes_unit(nbytes: float) -> tuple[str, int]:
