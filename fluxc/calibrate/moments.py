@@ -23,6 +23,9 @@ NOISE_ROWS = 2048
 """Inputs of all other calls that are rounded, to see what that makes wrong of them."""
 
 
+SmoothingOf = Callable[[str], torch.Tensor | None]
+
+
 def held_out(calls: int) -> list[int]:
     """The numbers of the calls that are held out of so many."""
     return list(range(HELD_OUT_FROM, calls, HELD_OUT_EVERY)) if calls >= HELD_OUT_EVERY else []
@@ -31,14 +34,19 @@ def held_out(calls: int) -> list[int]:
 class Moments:
     """Forward pre-hooks on the Linears `layers` of `module`, while `calls` calls of it run, each of which calls them once.
 
-    What is gathered of a layer is there from its first call until `take`.
+    What is gathered of a layer is there from its first call until `take`. Of layers that `smoothing` gives a factor fp32 [in],
+    inputs are also rounded behind it; it is asked at a layer's first call.
     """
 
-    def __init__(self, module: nn.Module, layers: Iterable[str], calls: int) -> None:
+    def __init__(
+        self, module: nn.Module, layers: Iterable[str], calls: int, smoothing: SmoothingOf | None = None
+    ) -> None:
         self._held_out = held_out(calls)
         self._sums: dict[str, torch.Tensor] = {}
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._noise: dict[str, torch.Tensor] = {}
+        self._smoothing = smoothing
+        self._smoothed: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._rounded_every = calls
         for layer in layers:
@@ -58,7 +66,11 @@ class Moments:
             if sums is None:
                 sums = self._sums[layer] = torch.zeros(size, size, device=x.device)
             step = -(-len(x) * self._rounded_every // NOISE_ROWS)
-            self._noise[layer] = self._noise.get(layer, 0.0) + _lost(x[::step].float())
+            sample = x[::step].float()
+            self._noise[layer] = self._noise.get(layer, 0.0) + _lost(sample)
+            factor = self._smoothing(layer) if self._smoothing else None
+            if factor is not None:
+                self._smoothed[layer] = self._smoothed.get(layer, 0.0) + _lost(sample * factor.to(x.device))
             # Few rows at a time, or threads part the sum over them.
             for rows in x.float().split(ROWS_AT_A_TIME):
                 for first in range(0, size, PANEL):
@@ -74,6 +86,11 @@ class Moments:
     def noise_of(self, layer: str) -> torch.Tensor:
         """fp32 [in]: squares of what rounding inputs of `layer` to NVFP4 makes wrong of each channel; let go of here."""
         return self._noise.pop(layer).float()
+
+    def smoothed_noise_of(self, layer: str) -> torch.Tensor | None:
+        """The same behind the layer's smoothing; None for a layer without."""
+        found = self._smoothed.pop(layer, None)
+        return None if found is None else found.float()
 
     def take(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The second moments of `layer` fp32 [in, in], and inputs fp32 [rows, in] of the calls that were held out, or none;

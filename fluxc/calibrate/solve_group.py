@@ -3,6 +3,8 @@
 A layer is judged on inputs of calls that its moments were not gathered on. Where rounding to nearest, without factors,
 reproduces its output there at least as well, more damping is tried, then doing without factors, and then the weight is rounded
 to nearest. The members of a group share a tensor scale, so either all of them have factors or none.
+
+A group that may be smoothed is solved once more as W / p on inputs x p (fluxc.calibrate.smoothing).
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import torch
 
 from fluxc.base.safetensors import TensorRef
 from fluxc.calibrate.moments import Moments
+from fluxc.calibrate.smoothing import NOT_BETTER, NOT_HELD_OUT, NOT_SOLVED, Ranges
 from fluxc.calibrate.solve_needs import CHUNK
 from fluxc.formats import cpu
 from fluxc.formats.base import Format, Parts
 from fluxc.formats.gptq import DAMPING, SingularError, factor, order_of
 from fluxc.formats.low_rank import A, B, fit
 from fluxc.formats.registry import FORMATS
+from fluxc.formats.smoothing import PRE_QUANT_SCALE, values_of
 from fluxc.quantize.plan import LayerPlan
 from fluxc.quantize.solved import Rounding
 from fluxc.quantize.writer import not_finite
@@ -41,6 +45,11 @@ class Found:
 
     solved: dict[str, tuple[Parts, np.float32]] = field(default_factory=dict)
     roundings: dict[str, Rounding] = field(default_factory=dict)
+
+    def add(self, other: Found) -> None:
+        """All of `other` too."""
+        self.solved |= other.solved
+        self.roundings |= other.roundings
 
 
 @dataclass
@@ -73,6 +82,14 @@ class _Member:
         """Of its output rounded to nearest, dB."""
         return _decibels(self.signal, self.nearest)
 
+    def smoothed(self, smoothing: np.ndarray, format: Format) -> _Member:
+        """W / p, in fp32."""
+        weight = np.empty(self.weight.shape, np.float32)
+        for rows, _, exact in self.chunks():
+            np.divide(exact, smoothing, out=weight[rows])
+        patterns = weight.view(np.uint32)
+        return _Member(self.name, patterns, "F32", format.amaxes(patterns, "F32"))
+
     def rounding(self, method: str, damping: float | None, lost: float, low_rank: int = 0) -> Rounding:
         """That of the layer where its output's error on inputs held out is `lost`."""
         return Rounding(method, damping, _decibels(self.signal, lost), self.nearest_snr, low_rank=low_rank)
@@ -92,6 +109,12 @@ class _Gathered:
         """Whether factors can be fitted to them: they are finite, and not all zero."""
         energy = float(self.moments.diagonal().sum(dtype=torch.float64))
         return 0 < energy < math.inf and bool(torch.isfinite(self.noise).all())
+
+    def smoothed(self, smoothing: np.ndarray, noise: torch.Tensor) -> _Gathered:
+        """The same of inputs times p, in the place of these; `noise` is what rounding makes wrong of those."""
+        factor = torch.from_numpy(smoothing).to(self.moments.device)
+        moments = self.moments.mul_(factor[:, None]).mul_(factor)
+        return _Gathered(moments, self.rows * smoothing, noise)
 
 
 @dataclass(frozen=True)
@@ -127,11 +150,30 @@ class _Attempt:
 
 @dataclass(frozen=True)
 class Solver:
-    """Solves layers of the checkpoint's `tensors`; `scales` and `rounding` as a recipe's."""
+    """Solves layers of the checkpoint's `tensors`; `scales` and `rounding` as a recipe's, `ranges` where it has smoothing."""
 
     tensors: dict[str, TensorRef]
     scales: Scales
     rounding: RoundingMethod = "gptq"
+    ranges: Ranges | None = None
+    _smoothing: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def smoothing_of(self, group: Group) -> np.ndarray | None:
+        """The p that a group may be smoothed with, bf16 patterns [in]; None where it is not to be."""
+        name = group[0].layer.name
+        if self.ranges is None or not group[0].is_smoothed:
+            return None
+        if name not in self._smoothing:
+            largest = [
+                np.abs(exact).max(0) for entry in group for _, _, exact in self._member(entry).chunks()
+            ]
+            self._smoothing[name] = self.ranges.of(group, np.max(largest, axis=0))
+        return self._smoothing[name]
+
+    def factor_of(self, group: Group) -> torch.Tensor | None:
+        """The same, fp32."""
+        patterns = self.smoothing_of(group)
+        return None if patterns is None else torch.from_numpy(values_of(patterns))
 
     def group(self, group: Group, moments: Moments, calls: int, found: Found) -> None:
         """Solve the layers of one fusion group into `found`."""
@@ -142,26 +184,100 @@ class Solver:
             return
         noise, (sums, rows) = moments.noise_of(first).cpu(), moments.take(first)
         gathered = _Gathered(sums, rows.cpu().numpy(), noise)
-        format, members = FORMATS[group[0].format], [self._member(entry) for entry in group]
-        amax = max(cpu.largest(member.amaxes, member.dtype) for member in members)
-        scale = format.group_scale([(member.weight, member.dtype) for member in members], amax, self.scales)
+        members = [self._member(entry) for entry in group]
+        here, smoothing = self._solved(group, members, gathered), self.smoothing_of(group)
+        if smoothing is not None:
+            here = self._smoothed(group, members, gathered, here, moments.smoothed_noise_of(first))
+        found.add(here)
+
+    def _solved(self, group: Group, members: list[_Member], gathered: _Gathered) -> Found:
+        """What is found of the layers of a group, whose weights `members` are, or those divided by p."""
+        found, names, rows = Found(), [entry.layer.name for entry in group], gathered.rows
+        format = FORMATS[group[0].format]
+        scale = self._scale(format, members)
         for member in members if len(rows) else []:
             self._judge_nearest(format, member, scale, gathered.rows)
         try:
             if group[0].low_rank and self._with_factors(format, members, group[0].low_rank, gathered, found):
-                return
+                return found
             if self.rounding == "gptq":
                 self._without_factors(format, members, scale, gathered, found)
                 for name in names if group[0].low_rank else ():
                     why = f"without factors: with them, {NO_BETTER}"
                     found.roundings[name] = msgspec.structs.replace(found.roundings[name], why=why)
-                return
+                return found
             why = NO_BETTER
         except SingularError as error:
             why = str(error)
         for member in members:
             if member.name not in found.solved:
                 found.roundings[member.name] = Rounding("nearest", nearest_snr_db=member.nearest_snr, why=why)
+        return found
+
+    def _smoothed(
+        self, group: Group, members: list[_Member], gathered: _Gathered, plain: Found, noise: torch.Tensor | None
+    ) -> Found:
+        """`plain`, or what is found of W / p where that is better; `gathered` is used up. `noise` is what rounding makes wrong
+        of smoothed inputs."""
+        format, patterns, x = FORMATS[group[0].format], self.smoothing_of(group), gathered.rows
+        assert self.ranges is not None
+        assert patterns is not None
+        if noise is None or not len(x):
+            return _not_smoothed(plain, NOT_HELD_OUT)
+        factor = values_of(patterns)
+        divided = [member.smoothed(factor, format) for member in members]
+        behind = gathered.smoothed(factor, noise.cpu())
+        smoothed = self._solved(group, divided, behind)
+        if len(smoothed.solved) < len(members):
+            return _not_smoothed(plain, NOT_SOLVED)
+        lost = self._lost(format, members, plain, x, self.ranges.rounded(group, torch.from_numpy(x)))
+        rounded = self.ranges.rounded(group, torch.from_numpy(behind.rows), factor)
+        lost_smoothed = self._lost(format, divided, smoothed, behind.rows, rounded)
+        signals = [member.signal for member in members]
+        for found in (plain, smoothed):
+            for member, without, with_it in zip(members, lost, lost_smoothed, strict=True):
+                found.roundings[member.name] = msgspec.structs.replace(
+                    found.roundings[member.name],
+                    nearest_snr_db=member.nearest_snr,
+                    smoothed_snr_db=_decibels(member.signal, with_it),
+                    unsmoothed_snr_db=_decibels(member.signal, without),
+                )
+        if not _relative(lost_smoothed, signals) < _relative(lost, signals):
+            return _not_smoothed(plain, NOT_BETTER)
+        for name, (parts, _) in smoothed.solved.items():
+            parts[PRE_QUANT_SCALE] = patterns
+            smoothed.roundings[name] = msgspec.structs.replace(smoothed.roundings[name], smoothed=True)
+        return smoothed
+
+    def _lost(
+        self, format: Format, members: list[_Member], found: Found, x: np.ndarray, rounded: torch.Tensor
+    ) -> list[float]:
+        """Squares of what is wrong in the output of each of `members` as it was found, which gets `rounded` in place of its
+        inputs `x`; its factors get these."""
+        lost = []
+        scale = self._scale(format, members)
+        exact_x = torch.from_numpy(x)
+        for member in members:
+            parts, scale_of = found.solved.get(member.name, (None, scale))
+            wrong = 0.0
+            low = exact_x @ torch.from_numpy(cpu.values(parts[A], "BF16")).T if parts and A in parts else None
+            for rows, patterns, exact in member.chunks():
+                if parts is None:
+                    some = format.encode(patterns, member.dtype, member.amaxes[rows], scale, self.scales)
+                else:
+                    some = {part: value[rows] for part, value in parts.items() if part not in (A, B)}
+                error = exact_x @ torch.from_numpy(exact).T
+                error -= rounded @ torch.from_numpy(format.decode(some, scale_of)).T
+                if low is not None and parts is not None:
+                    error -= low @ torch.from_numpy(cpu.values(parts[B][rows], "BF16")).T
+                wrong += float(error.square().sum(dtype=torch.float64))
+            lost.append(wrong)
+        return lost
+
+    def _scale(self, format: Format, members: list[_Member]) -> np.float32:
+        """The tensor scale that the weights share where they are encoded as they are."""
+        amax = max(cpu.largest(member.amaxes, member.dtype) for member in members)
+        return format.group_scale([(member.weight, member.dtype) for member in members], amax, self.scales)
 
     def _judge_nearest(self, format: Format, member: _Member, scale: np.float32, held_out: np.ndarray) -> None:
         """Note the energy of a layer's output, and of its error where the weight is rounded to nearest."""
@@ -241,6 +357,18 @@ class Solver:
         for rows, _, _ in member.chunks():
             rest[rows] -= (b[rows].float() @ a.float()).numpy()
         return rest
+
+
+def _not_smoothed(found: Found, why: str) -> Found:
+    """`found`, which says so."""
+    for name, of in found.roundings.items():
+        found.roundings[name] = msgspec.structs.replace(of, why="; ".join(filter(None, (of.why, why))))
+    return found
+
+
+def _relative(lost: list[float], signals: list[float]) -> float:
+    """The mean of what is lost of each output."""
+    return float(np.mean([one / signal if signal else 0.0 for one, signal in zip(lost, signals, strict=True)]))
 
 
 def _joined(chunks: list[Parts]) -> Parts:
