@@ -18,7 +18,7 @@ UNSEEN_MARGIN = 8.0
 
 
 def input_amax(
-    records: dict[str, LayerInputs],
+    records: Mapping[str, LayerInputs],
     plan: list[LayerPlan],
     calibration: Calibration,
     smoothing: Mapping[str, np.ndarray] | None = None,

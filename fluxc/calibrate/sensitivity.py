@@ -257,17 +257,18 @@ class Simulation:
         format, solved = FORMATS[entry.format], self._solved(entry)
         scale = format.tensor_scale(torch.tensor(self.input_amax[entry.layer.name, entry.format]))
         smoothing = solved.smoothing if solved else None
-        if smoothing is None:
 
-            def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                values = format.fake_quantize(x, scale.to(x.device)).to(x.dtype)
-                return values, x - values
+        def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            values = format.fake_quantize(x, scale.to(x.device)).to(x.dtype)
+            return values, x - values
 
-        else:
-            rounded = _rounding_smoothed(format, scale, torch.from_numpy(smoothing))
+        behind = None if smoothing is None else _rounding_smoothed(format, scale, torch.from_numpy(smoothing))
         factors = solved.low_rank() if solved else None
         return _hooks(
-            linear, partial(at_step.now, entry.layer.name), rounded, factors and [*map(torch.from_numpy, factors)]
+            linear,
+            partial(at_step.now, entry.layer.name),
+            behind or rounded,
+            factors and [*map(torch.from_numpy, factors)],
         )
 
     def _rounding_as_stored(self, entry: LayerPlan, linear: torch.nn.Module, at_step: _Exact) -> list[RemovableHandle]:

@@ -20,7 +20,8 @@ from fluxc.base.safetensors import TensorRef
 from fluxc.calibrate.calls import FIXED, Call, Calls
 from fluxc.calibrate.moments import Moments
 from fluxc.calibrate.smoothing import Ranges
-from fluxc.calibrate.solve_group import Found, Group, Solver
+from fluxc.calibrate.solve_group import Solver
+from fluxc.calibrate.solve_member import Found, Group
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.quantize.solved import read_roundings, write_solved
@@ -62,8 +63,9 @@ def solve_component(placed: PlacedModel, problem: Problem, folder: Path, report:
     left = {part: parts[part] for part, file in files.items() if not _is_whole(file)}
     done, total = sum(len(parts[part]) for part in files if part not in left), len(groups)
     solver = Solver(problem.tensors, problem.scales, problem.rounding, problem.ranges)
-    to_solve = {group[0].layer.name: group for part in left.values() for group in part}
-    moments = Moments(placed.module, to_solve, len(calls), lambda layer: solver.factor_of(to_solve[layer]))
+    firsts = [group[0] for part in left.values() for group in part]
+    smoothed = {entry.layer.name for entry in firsts if entry.is_smoothed}
+    moments = Moments(placed.module, [entry.layer.name for entry in firsts], len(calls), smoothed)
 
     def solve(part: str, _: torch.nn.Module) -> None:
         nonlocal done

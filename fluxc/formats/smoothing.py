@@ -1,8 +1,9 @@
 """Smoothing: every input channel is multiplied by p and the weight's column divided by it, as SVDQuant and AWQ have it.
 
-Xiao et al. 2022 (arXiv 2211.10438, equation 4), Li et al. 2024 (arXiv 2411.05007). y = q(x p) (W / p)^T. With exponent a,
-p = max|W|^(1 - a) / max|x|^a over a channel: at 0.5 the channel's largest input and its largest weight come out equal. What is
-hard to round moves from inputs into the weight, and from there into factors of low rank.
+Xiao et al. 2022 (arXiv 2211.10438, equation 4), Li et al. 2024 (arXiv 2411.05007). y = q(x p) (W / p)^T. With an exponent e,
+p = |W|^(1 - e) / |x|^e over a channel: at 0.5 its inputs and its weights come out of equal size. What is hard to round moves
+from inputs into the weight, and from there into factors of low rank. Sizes are root mean squares, not the largest values as in
+these papers, which gain half as much in NVFP4 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def smoothing_bytes(columns: int) -> int:
 
 
 def fit(inputs: np.ndarray, weights: np.ndarray, exponent: float = EXPONENT) -> np.ndarray:
-    """p, bf16 patterns uint16 [in], of the largest magnitudes fp32 [in] of every channel's `inputs` and `weights`.
+    """p, bf16 patterns uint16 [in], of the sizes fp32 [in] of every channel's `inputs` and `weights`, in any unit.
 
     Its geometric mean over channels is 1. A channel without any input, or without any weight, has 1; so have all where a
-    magnitude is not finite.
+    size is not finite.
     """
     live = (inputs > 0) & (weights > 0)
     logarithms = np.zeros(len(inputs))

@@ -3,7 +3,8 @@
 1. Every Linear is a GEMM over the tokens of its stream; those outside the streams run once a guidance branch.
 2. Attention is 4 T^2 D FLOP a block and branch, divided among the ranks by heads.
 3. Everything else moves data: what each pass of a block reads and writes, as TensorRT-RTX's plans pass over it.
-4. Factors of low rank are two GEMMs in bf16 more, and a pass that adds what they give.
+4. Factors of low rank are two GEMMs in bf16 more, and a pass that adds what they give. Smoothed inputs are a pass more, once
+   for a fusion group.
 5. A rank gives four activations of its tokens a block to all-to-alls; 1/ranks of them stay.
 """
 
@@ -27,6 +28,7 @@ KERNELS = {"double": 31, "single": 12}
 """Kernels of a bf16 block of one rank in TensorRT-RTX 1.7.1's plans."""
 KERNELS_QUANTIZING = 3
 KERNELS_SHARDED = 4
+KERNELS_SMOOTHING = 1
 KERNELS_LOW_RANK = 3
 """Of one layer's factors: two GEMMs, and what adds their product to the layer's."""
 
@@ -103,7 +105,8 @@ def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shards: Shards
         rows = _rows(layer.name, text, image, branches)
         gemms[_gemm(layer, rows)] += 1
         moved += _quantizing(layer) * rows + _swizzling(layer) + _dequantizing(layer)
-        kernels += KERNELS_QUANTIZING * (layer.format != BF16)
+        moved += layer.smoothed * 2 * ACTIVATION * rows * layer.in_features
+        kernels += KERNELS_QUANTIZING * (layer.format != BF16) + KERNELS_SMOOTHING * layer.smoothed
     for entry in plan:
         if entry.rank:
             rows = _rows(entry.layer.name, text, image, branches)
@@ -142,6 +145,7 @@ class _Layer:
     out_features: int
     in_features: int
     format: str
+    smoothed: bool = False
 
     @property
     def parameters(self) -> int:
@@ -154,7 +158,7 @@ def _fused(plan: list[LayerPlan]) -> list[_Layer]:
     for entry in plan:
         key = entry.layer.group or entry.layer.name
         outputs = entry.layer.out_features + (layers[key].out_features if key in layers else 0)
-        layers[key] = _Layer(entry.layer.name, outputs, entry.layer.in_features, entry.format)
+        layers[key] = _Layer(entry.layer.name, outputs, entry.layer.in_features, entry.format, entry.is_smoothed)
     return list(layers.values())
 
 

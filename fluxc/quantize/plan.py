@@ -219,12 +219,14 @@ def _with_low_rank(
 def _with_smoothing(component: str, precision: ComponentPrecision, plan: list[LayerPlan]) -> list[LayerPlan]:
     """The plan with a `pre_quant_scale` for every layer that is solved; RecipeError where the inputs of none are rounded."""
     is_gptq = precision.rounding != "nearest"
-    solved = {entry.layer.name for entry in to_quantize(plan) if FORMATS[entry.format].solves and (is_gptq or entry.rank)}
+    solved = {
+        entry.layer.name for entry in to_quantize(plan) if FORMATS[entry.format].solves and (is_gptq or entry.rank)
+    }
     rounded = [entry for entry in plan if entry.layer.name in solved and FORMATS[entry.format].calibrated]
     if solved and not rounded and not any(entry.rule.startswith(RULE) for entry in plan):
         raise RecipeError(
-            f"precision.{component}.smoothing: none of the {component}'s layers that are solved has rounded inputs, so it would "
-            "cost time for nothing; leave it out, or quantize layers to nvfp4"
+            f"precision.{component}.smoothing: none of the {component}'s layers that are solved has rounded inputs, so it "
+            "would cost time for nothing; leave it out, or quantize layers to nvfp4"
         )
     return [
         replace(entry, smoothing=True, rule=f"{entry.rule}, smoothing") if entry.layer.name in solved else entry

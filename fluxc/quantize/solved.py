@@ -2,8 +2,8 @@
 writes.
 
 A folder of safetensors files, one for each part of the model, with the parts of each solved Linear that grow with its rows, its
-factors of low rank and its smoothing as bf16 patterns, and the tensor scale of its fusion group; of each layer the metadata says
-how it was rounded.
+factors of low rank and its smoothing as bf16 patterns, and the tensor scale of its fusion group; of each layer the metadata
+says how it was rounded.
 """
 
 from __future__ import annotations

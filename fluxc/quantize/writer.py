@@ -3,9 +3,9 @@
 1. Headers are written first, then every tensor in place, in row chunks read by memory map, so memory follows the chunk and
    never the checkpoint, however many files it has.
 2. A fusion group is read twice: for its largest magnitude, then to be quantized; the second time it is in the page cache.
-3. Order inside a file: FP32 scalars, copied tensors, factors of low rank and smoothing, quantized values, block scales; inside each,
-   forward order, so that the members of a fusion group lie side by side. With `shard_bytes`, files are filled in forward
-   order and a group is never parted.
+3. Order inside a file: FP32 scalars; copied tensors, factors of low rank and smoothing; quantized values; block scales; inside
+   each, forward order, so that the members of a fusion group lie side by side. With `shard_bytes`, files are filled in
+   forward order and a group is never parted.
 4. Files are synchronised and appear by rename when all are complete; an index comes last.
 """
 

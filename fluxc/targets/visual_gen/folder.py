@@ -101,8 +101,8 @@ def check_visual_gen(
     if smoothed:
         raise RecipeError(
             f"{field}: VisualGen does not take layers with a pre_quant_scale or low-rank factors, as {smoothed[0]} has; "
-            "leave precision.transformer.low_rank and smoothing out, or quantize from the unquantized checkpoint, or leave this "
-            "target out"
+            "leave precision.transformer.low_rank and smoothing out, or quantize from the unquantized checkpoint, or leave "
+            "this target out"
         )
     for number in gpu_counts:
         faults = undivided(number, heads, text_length, tokens) or undivided(number, heads, WARM_UP_TOKENS, {})
