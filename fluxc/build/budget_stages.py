@@ -368,7 +368,10 @@ class Needs:
         running = Work(fixed, **{dtype: calls * flop / MODEL_SHARE}, read=2 * work.weights)
         products = work.moments * rows + work.factors * FACTOR_TIMES + work.products + work.low_rank * NARROW_TIMES
         cures = {"low_rank: []": bool(precision.low_rank)}
-        cures |= {"rounding: nearest": precision.rounding != "nearest", "smoothing: none": precision.smoothing != "none"}
+        cures |= {
+            "rounding: nearest": precision.rounding != "nearest",
+            "smoothing: none": precision.smoothing != "none",
+        }
         return Need(
             memory_of_calls(self.models, asked, component, calls) + work.memory,
             disk=work.disk + SMALL_DISK,
