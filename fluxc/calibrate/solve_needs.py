@@ -21,8 +21,9 @@ CHUNK, CHUNK_BYTES = 1 << 24, 24
 LEFT_BYTES = 5
 """For each value of a weight, of what factors of low rank leave of it in fp32, and of what is computed with beside: of all
 layers of a fusion group, and again of one."""
-SMOOTHED_BYTES = 4
-"""For each value of a weight, of all layers of a fusion group, divided by its smoothing."""
+SMOOTHED_BYTES, SMOOTHED_ROW_BYTES = 5, 16
+"""For each value of a weight, of all layers of a fusion group, divided by its smoothing, and of what was found without; for
+each value of an input that is rounded, while that is done."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def solving(plan: list[LayerPlan], rounding: RoundingMethod = "gptq") -> Solving
     memory = max(parts.values(), default=0) + CHUNK_BYTES * min(CHUNK, largest)
     if any(left.values()):
         memory += max(left.values()) + LEFT_BYTES * largest * any(entry.low_rank for entry in entries)
+    memory += smoothed * SMOOTHED_ROW_BYTES * NOISE_ROWS * max(widths, default=0)
     is_gptq = rounding == "gptq"
     return Solving(
         weights=times * sum(entry.parameters for entry in entries),
