@@ -1,7 +1,8 @@
-"""What factors of low rank (`low_rank`) gain on flux2-nano, beside rounding alone and modelopt's awq_lite and svdquant.
+"""What factors of low rank (`low_rank`) and `smoothing` gain on flux2-nano, beside rounding alone and modelopt's awq_lite and
+svdquant.
 
     python benchmarks/low_rank.py                    # everything
-    python benchmarks/low_rank.py --parts ours       # without modelopt
+    python benchmarks/low_rank.py --parts ours       # without modelopt; or smoothed, or modelopt
     python benchmarks/low_rank.py --work FOLDER      # keeps finished variants there, and goes on after an interruption
 
 Every variant is a whole build of flux2-nano under one plan, compared with one reference of diffusers in fp32 on the prompts of
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from fluxc.formats.constants import E2M1_MAX, E4M3_MAX
 from fluxc.formats.nvfp4 import fake_quantize
 from fluxc.quantize.plan import LayerPlan
 
+PARTS = ("ours", "smoothed", "modelopt")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -44,6 +47,7 @@ class Variant:
     rank: int = 0
     where: tuple[str, ...] = ("*",)
     algorithm: str = ""
+    smoothing: str = "none"
     guidance: float = 1.5
     prompts: int = CALIBRATED
     steps: int = 24
@@ -53,6 +57,7 @@ class Variant:
         """In words."""
         own = f"{self.rounding}, {self.scales}" + (f", rank {self.rank}" if self.rank else "")
         own += ", attention's inputs" if self.where == ATTENDING else ""
+        own += ", smoothing" if self.smoothing != "none" else ""
         return f"modelopt {self.algorithm}" if self.algorithm else own
 
     @property
@@ -71,6 +76,7 @@ class Variant:
             *([f"precision.transformer.low_rank=[{entries}]"] if self.rank else []),
             f"precision.transformer.scales={self.scales}",
             f"precision.transformer.rounding={self.rounding}",
+            f"precision.transformer.smoothing={self.smoothing}",
             f"sampling.guidance={self.guidance}",
             f"calibration.max_prompts={self.prompts}",
             f"calibration.steps={self.steps}",
@@ -81,7 +87,7 @@ class Variant:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("ours", "modelopt"), default=["ours", "modelopt"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 3.0], help="(default 1.5 3)")
     parser.add_argument("--prompts", type=int, default=CALIBRATED, help=f"calibrated on (default {CALIBRATED})")
     parser.add_argument("--steps", type=int, default=24, help="denoising steps of every image (default 24)")
@@ -103,7 +109,8 @@ def main() -> None:
                 Variant("mse", "gptq", 32, ATTENDING, **shared),
             ]
             theirs = [Variant(algorithm=algorithm, **shared) for algorithm in ("max", "awq_lite", "svdquant")]
-            variants = {"ours": ours, "modelopt": theirs}
+            smoothed = [replace(one, smoothing="auto") for one in ours if one.rank or one.rounding != "nearest"]
+            variants = dict(zip(PARTS, (ours, smoothed, theirs), strict=True))
             print_table([one for part in options.parts for one in variants[part]], work, options.steps)
 
 

@@ -373,7 +373,11 @@ class Needs:
         fixed = COMPILE_SECONDS + LOAD_SECONDS + work.weights * seconds / self.cores
         running = Work(fixed, **{dtype: calls * flop / MODEL_SHARE}, read=2 * work.weights)
         products = work.moments * rows + work.factors * FACTOR_TIMES + work.products + work.low_rank * NARROW_TIMES
-        cures = {"low_rank: []": precision.low_rank, "rounding: nearest": precision.rounding != "nearest"}
+        cures = {"low_rank: []": bool(precision.low_rank)}
+        cures |= {
+            "rounding: nearest": precision.rounding != "nearest",
+            "smoothing: none": precision.smoothing != "none",
+        }
         return Need(
             memory_of_calls(self.models, asked, component, calls) + work.memory,
             disk=work.disk + SMALL_DISK,

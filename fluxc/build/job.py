@@ -331,7 +331,7 @@ def _check_calibration(job: Job, given: Given) -> None:
     for component, plan in source.plans.items():
         for entry in to_quantize(plan):
             record = records.get(component, {}).get(entry.layer.name)
-            if FORMATS[entry.format].calibrated and (
+            if (FORMATS[entry.format].calibrated or entry.is_smoothed) and (
                 record is None or len(record.channel_amax) != entry.layer.in_features
             ):
                 raise RecipeError(

@@ -529,6 +529,7 @@ def _rounding(job: Job, results: Results, component: str) -> Stage[Any, Made] | 
         rows=job.rows(calibration_request(job.loaded, job.is_large)["guidance"]),
         text_layers=job.original.family.text_layers,
         aside=job.aside(f"rounding-{component}"),
+        settings=_amax_settings(job.loaded.recipe) if precision.smoothing != "none" else None,
     )
     return Stage(f"rounding-{component}", f"solve {component} weights", inputs, rounding_stage.run, rounding_stage.load)
 

@@ -3,6 +3,8 @@ times a margin for inputs that calibration never saw."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from fluxc.calibrate.records import LayerInputs, bin_edges, merge
@@ -15,8 +17,16 @@ UNSEEN_MARGIN = 8.0
 """On a published range, which is of another model, other inputs, or both."""
 
 
-def input_amax(records: dict[str, LayerInputs], plan: list[LayerPlan], calibration: Calibration) -> dict[str, float]:
+def input_amax(
+    records: Mapping[str, LayerInputs],
+    plan: list[LayerPlan],
+    calibration: Calibration,
+    smoothing: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, float]:
     """{layer: amax} for the quantized layers of `plan`; members of a fusion group share one.
+
+    `smoothing` holds by layer the fp32 [in] that its inputs are multiplied by where it is smoothed: the range is then that of
+    the products, which the largest input of every channel tells.
 
     `max`: the largest magnitude seen. `percentile`: the smallest bin edge that `calibration.percentile` percent of the
     magnitudes do not exceed. `mse`: see least_error. Each is multiplied by margin_of the format. Layers that calibration never
@@ -28,14 +38,17 @@ def input_amax(records: dict[str, LayerInputs], plan: list[LayerPlan], calibrati
             groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
     found: dict[str, float] = {}
     for members in groups.values():
-        inputs = [records[entry.layer.name] for entry in members]
-        if calibration.amax == "max":
+        inputs, first = [records[entry.layer.name] for entry in members], members[0]
+        factor = (smoothing or {}).get(first.layer.name) if first.is_smoothed else None
+        if factor is not None:
+            amax = max(float((record.channel_amax * factor).max()) for record in inputs)
+        elif calibration.amax == "max":
             amax = max(record.amax for record in inputs)
         elif calibration.amax == "percentile":
             amax = max(percentile(record, calibration.percentile) for record in inputs)
         else:
-            amax = least_error(inputs, members[0].format)
-        amax *= margin_of(members[0].format, calibration)
+            amax = least_error(inputs, first.format)
+        amax *= margin_of(first.format, calibration)
         found |= {entry.layer.name: amax for entry in members}
     return found
 

@@ -3,12 +3,13 @@ each channel; and some inputs apart, to judge by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from fluxc.calibrate.solve_needs import NOISE_ROWS
 from fluxc.formats.registry import FORMATS
 from fluxc.running.lockstep import CALL
 
@@ -19,8 +20,6 @@ HELD_OUT_EVERY, HELD_OUT_FROM = 8, 5
 """Every eighth call is held out, the sixth first; with fewer than eight calls none."""
 HELD_OUT_ROWS = 256
 """Inputs kept of all calls that are held out."""
-NOISE_ROWS = 2048
-"""Inputs of all other calls that are rounded, to see what that makes wrong of them."""
 
 
 def held_out(calls: int) -> list[int]:
@@ -31,14 +30,17 @@ def held_out(calls: int) -> list[int]:
 class Moments:
     """Forward pre-hooks on the Linears `layers` of `module`, while `calls` calls of it run, each of which calls them once.
 
-    What is gathered of a layer is there from its first call until `take`.
+    What is gathered of a layer is there from its first call until `take`. Of layers in `sampled`, the inputs that are
+    rounded are kept.
     """
 
-    def __init__(self, module: nn.Module, layers: Iterable[str], calls: int) -> None:
+    def __init__(self, module: nn.Module, layers: Iterable[str], calls: int, sampled: Container[str] = ()) -> None:
         self._held_out = held_out(calls)
         self._sums: dict[str, torch.Tensor] = {}
         self._rows: dict[str, list[torch.Tensor]] = {}
         self._noise: dict[str, torch.Tensor] = {}
+        self._sampled = sampled
+        self._samples: dict[str, list[torch.Tensor]] = {}
         self._counts: dict[str, int] = {}
         self._rounded_every = calls
         for layer in layers:
@@ -59,6 +61,8 @@ class Moments:
                 sums = self._sums[layer] = torch.zeros(size, size, device=x.device)
             step = -(-len(x) * self._rounded_every // NOISE_ROWS)
             self._noise[layer] = self._noise.get(layer, 0.0) + _lost(x[::step].float())
+            if layer in self._sampled:
+                self._samples.setdefault(layer, []).append(x[::step].clone())
             # Few rows at a time, or threads part the sum over them.
             for rows in x.float().split(ROWS_AT_A_TIME):
                 for first in range(0, size, PANEL):
@@ -74,6 +78,11 @@ class Moments:
     def noise_of(self, layer: str) -> torch.Tensor:
         """fp32 [in]: squares of what rounding inputs of `layer` to NVFP4 makes wrong of each channel; let go of here."""
         return self._noise.pop(layer).float()
+
+    def samples_of(self, layer: str) -> torch.Tensor | None:
+        """fp32 [rows, in]: the inputs of `layer` that were rounded, or None; let go of here."""
+        found = self._samples.pop(layer, None)
+        return None if found is None else torch.cat(found).float()
 
     def take(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The second moments of `layer` fp32 [in, in], and inputs fp32 [rows, in] of the calls that were held out, or none;

@@ -24,6 +24,7 @@ from fluxc.checkpoint.dequantized import read
 from fluxc.checkpoint.reference import Generation, guided
 from fluxc.checkpoint.source import Checkpoint
 from fluxc.formats import cpu
+from fluxc.formats.base import Format
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.quantize.solved import Layer, Solved
@@ -251,6 +252,8 @@ class Simulation:
             factors = layer.low_rank() if layer else None
             if factors:
                 values += factors[0] @ factors[1]
+            if layer and (smoothing := layer.smoothing) is not None:
+                values *= smoothing
             yield values
 
     def _solved(self, entry: LayerPlan) -> Layer | None:
@@ -258,33 +261,30 @@ class Simulation:
         return self.solved.layers.get(entry.layer.name) if self.solved and FORMATS[entry.format].solves else None
 
     def _round_inputs(self, entry: LayerPlan, linear: torch.nn.Module, at_step: _Exact) -> list[RemovableHandle]:
-        """Round the layer's inputs, but not for its factors of low rank: q(x) W^T + ((x - q(x)) a^T) b^T, W with b a in it."""
+        """Round the layer's inputs, but not for its factors of low rank: q(x) W^T + ((x - q(x)) a^T) b^T, W with b a in it; of
+        a layer that is smoothed, behind that."""
         format, solved = FORMATS[entry.format], self._solved(entry)
         scale = format.tensor_scale(torch.tensor(self.input_amax[entry.layer.name, entry.format]))
+        smoothing = solved.smoothing if solved else None
 
         def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             values = format.fake_quantize(x, scale.to(x.device)).to(x.dtype)
             return values, x - values
 
+        behind = None if smoothing is None else _rounding_smoothed(format, scale, torch.from_numpy(smoothing))
         factors = solved.low_rank() if solved else None
         return _hooks(
-            linear, partial(at_step.now, entry.layer.name), rounded, factors and [*map(torch.from_numpy, factors)]
+            linear,
+            partial(at_step.now, entry.layer.name),
+            behind or rounded,
+            factors and [*map(torch.from_numpy, factors)],
         )
 
     def _rounding_as_stored(self, entry: LayerPlan, linear: torch.nn.Module, at_step: _Exact) -> list[RemovableHandle]:
         """Hooks that round the inputs of a layer as the checkpoint holds it, on a Linear with its plain weight
         (Q + b a) * p: with x the inputs times p, Q gets them rounded and b a, SVDQuant's factors, as they are."""
         format, parts = FORMATS[entry.format], self._stored(entry)
-
-        def rounded(given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            factor = parts["pre_quant_scale"].to(given.device) if "pre_quant_scale" in parts else None
-            x = given.float() if factor is None else given.float() * factor
-            values = format.fake_quantize(x, parts["input_scale"].to(given.device))
-            lost = x - values
-            if factor is not None:
-                values = torch.where(factor == 0, 0, values / factor)
-            return values.to(given.dtype), lost
-
+        rounded = _rounding_smoothed(format, parts["input_scale"], parts.get("pre_quant_scale"))
         low_rank = [parts[f"svdquant_lora_{side}"] for side in "ba"] if "svdquant_lora_a" in parts else None
         return _hooks(linear, partial(at_step.now, entry.layer.name), rounded, low_rank)
 
@@ -295,6 +295,24 @@ class Simulation:
             name: read(self.tensors[f"{entry.layer.name}.{name}"]).float() for name in wanted if name in entry.parts
         }
         return parts | {"input_scale": parts["input_scale"].reshape(())}
+
+
+def _rounding_smoothed(
+    format: Format, scale: torch.Tensor, smoothing: torch.Tensor | None
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """What makes of inputs x, with p the `smoothing` [in] of their layer, q(x p) / p, which a weight times p gets, and
+    x p - q(x p) in fp32, which its factors get."""
+
+    def rounded(given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        factor = None if smoothing is None else smoothing.to(given.device)
+        x = given.float() if factor is None else given.float() * factor
+        values = format.fake_quantize(x, scale.to(given.device))
+        lost = x - values
+        if factor is not None:
+            values = torch.where(factor == 0, 0, values / factor)
+        return values.to(given.dtype), lost
+
+    return rounded
 
 
 def _hooks(

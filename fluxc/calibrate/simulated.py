@@ -89,16 +89,16 @@ def simulation_of(
     from fluxc.calibrate.sensitivity import Schedule, Simulation
     from fluxc.quantize.solved import Solved
 
-    plan = rounded.plan
+    plan, solved = rounded.plan, Solved(rounded.solved.folder) if rounded.solved else None
+    smoothing = solved.smoothing if solved else None
     format_of = {entry.layer.name: entry.format for entry in plan}
     amax = {(layer, format_of[layer]): value for layer, value in rounded.assumed.items()}
     if rounded.calibration is not None and rounded.settings is not None:
         records = read_calibration(rounded.calibration).records[component]
         for other in (plan, *([replace(entry, format=name) for entry in to_quantize(plan)] for name in formats)):
             format_of = {entry.layer.name: entry.format for entry in other}
-            found = input_amax(records, other, rounded.settings)
+            found = input_amax(records, other, rounded.settings, smoothing)
             amax |= {(layer, format_of[layer]): value for layer, value in found.items()}
-    solved = Solved(rounded.solved.folder) if rounded.solved else None
     tensors = checkpoint.components[component].tensors
     schedule = Schedule(rounded.steps, *passes) if rounded.steps and passes else None
     return Simulation(tensors, amax, rounded.scales, rounded.round_inputs, solved, schedule=schedule)

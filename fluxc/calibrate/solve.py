@@ -19,7 +19,9 @@ from fluxc.base.progress import Report
 from fluxc.base.safetensors import TensorRef
 from fluxc.calibrate.calls import FIXED, Call, Calls
 from fluxc.calibrate.moments import Moments
-from fluxc.calibrate.solve_group import Found, Group, Solver
+from fluxc.calibrate.smoothing import Ranges
+from fluxc.calibrate.solve_group import Solver
+from fluxc.calibrate.solve_member import Found, Group
 from fluxc.formats.registry import FORMATS
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.quantize.solved import read_roundings, write_solved
@@ -39,7 +41,7 @@ def solvable(plan: list[LayerPlan]) -> list[Group]:
 @dataclass(frozen=True)
 class Problem:
     """The layers of `plan`, from the `tensors` of a `component`, are solved against its `calls`; `scales` and `rounding` as a
-    recipe's."""
+    recipe's. Those that may be smoothed need the `ranges` of their inputs."""
 
     component: str
     plan: list[LayerPlan]
@@ -47,6 +49,7 @@ class Problem:
     calls: Calls
     scales: Scales
     rounding: RoundingMethod = "gptq"
+    ranges: Ranges | None = None
 
 
 def solve_component(placed: PlacedModel, problem: Problem, folder: Path, report: Report | None = None) -> None:
@@ -59,8 +62,10 @@ def solve_component(placed: PlacedModel, problem: Problem, folder: Path, report:
     files = {part: folder / f"{number:04}.safetensors" for number, part in enumerate(placed.parts) if parts[part]}
     left = {part: parts[part] for part, file in files.items() if not _is_whole(file)}
     done, total = sum(len(parts[part]) for part in files if part not in left), len(groups)
-    solver = Solver(problem.tensors, problem.scales, problem.rounding)
-    moments = Moments(placed.module, [group[0].layer.name for part in left.values() for group in part], len(calls))
+    solver = Solver(problem.tensors, problem.scales, problem.rounding, problem.ranges)
+    firsts = [group[0] for part in left.values() for group in part]
+    smoothed = {entry.layer.name for entry in firsts if entry.is_smoothed}
+    moments = Moments(placed.module, [entry.layer.name for entry in firsts], len(calls), smoothed)
 
     def solve(part: str, _: torch.nn.Module) -> None:
         nonlocal done

@@ -3,13 +3,14 @@
 A layer is judged on inputs of calls that its moments were not gathered on. Where rounding to nearest, without factors,
 reproduces its output there at least as well, more damping is tried, then doing without factors, and then the weight is rounded
 to nearest. The members of a group share a tensor scale, so either all of them have factors or none.
+
+A group that may be smoothed is solved once more as W / p on inputs x p (fluxc.calibrate.smoothing).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 
 from fluxc.base.safetensors import TensorRef
 from fluxc.calibrate.moments import Moments
-from fluxc.calibrate.solve_needs import CHUNK
+from fluxc.calibrate.smoothing import Ranges, Smoother
+from fluxc.calibrate.solve_member import Found, Gathered, Group, Member, energy_of, scale_of
 from fluxc.formats import cpu
 from fluxc.formats.base import Format, Parts
 from fluxc.formats.gptq import DAMPING, SingularError, factor, order_of
@@ -32,67 +34,6 @@ DAMPINGS = (DAMPING, 10 * DAMPING, 100 * DAMPING)
 """Tried in turn, until a layer is better than rounded to nearest."""
 NO_BETTER = "no better than rounded to nearest on inputs that were held out"
 
-Group = list[LayerPlan]
-
-
-@dataclass
-class Found:
-    """What was solved, by layer, with the scale of its group, and how every layer is rounded."""
-
-    solved: dict[str, tuple[Parts, np.float32]] = field(default_factory=dict)
-    roundings: dict[str, Rounding] = field(default_factory=dict)
-
-
-@dataclass
-class _Member:
-    """A layer of the group that is being solved: its weight as patterns and their dtype, the largest magnitudes that its format
-    encodes with; squares of its output on the inputs held out, and of what rounding to nearest makes wrong of it."""
-
-    name: str
-    weight: np.ndarray
-    dtype: str
-    amaxes: np.ndarray
-    signal: float = 0.0
-    nearest: float | None = None
-
-    def chunks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Some rows at a time: which, their patterns and their values fp32."""
-        height = max(1, CHUNK // self.weight.shape[1])
-        for first in range(0, len(self.weight), height):
-            rows = slice(first, first + height)
-            patterns = np.ascontiguousarray(self.weight[rows])
-            yield rows, patterns, cpu.values(patterns, self.dtype)
-
-    def is_better(self, lost: float) -> bool:
-        """Whether `lost`, squares of what is wrong in its output, is less than rounding to nearest loses; True where no inputs
-        are held out."""
-        return self.nearest is None or lost < self.nearest
-
-    @property
-    def nearest_snr(self) -> float | None:
-        """Of its output rounded to nearest, dB."""
-        return _decibels(self.signal, self.nearest)
-
-    def rounding(self, method: str, damping: float | None, lost: float, low_rank: int = 0) -> Rounding:
-        """That of the layer where its output's error on inputs held out is `lost`."""
-        return Rounding(method, damping, _decibels(self.signal, lost), self.nearest_snr, low_rank=low_rank)
-
-
-@dataclass(frozen=True)
-class _Gathered:
-    """What the layers of a group get: second moments fp32 [in, in], inputs that were held out fp32 [rows, in], the format's
-    rounding error of every channel fp32 [in]."""
-
-    moments: torch.Tensor
-    rows: np.ndarray
-    noise: torch.Tensor
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether factors can be fitted to them: they are finite, and not all zero."""
-        energy = float(self.moments.diagonal().sum(dtype=torch.float64))
-        return 0 < energy < math.inf and bool(torch.isfinite(self.noise).all())
-
 
 @dataclass(frozen=True)
 class _Attempt:
@@ -105,7 +46,7 @@ class _Attempt:
     damping: float
     solving: tuple[np.ndarray, np.ndarray] | None
 
-    def of(self, member: _Member, rest: np.ndarray, gathered: _Gathered) -> tuple[Parts, float]:
+    def of(self, member: Member, rest: np.ndarray, gathered: Gathered) -> tuple[Parts, float]:
         """The layer's parts, factors as bf16 patterns among them, and squares of what is wrong in its output."""
         chunks, left = [], np.empty_like(rest)
         for rows, _, exact in member.chunks():
@@ -114,7 +55,7 @@ class _Attempt:
         b, a = fit(torch.from_numpy(left), gathered.moments.cpu(), self.rank, self.damping)
         lost = 0.0
         for rows, _, _ in member.chunks() if len(gathered.rows) else ():
-            lost += _energy(gathered.rows, left[rows] - (b[rows].float() @ a.float()).numpy())
+            lost += energy_of(gathered.rows, left[rows] - (b[rows].float() @ a.float()).numpy())
         factors = {name: value.view(torch.int16).numpy().view(np.uint16) for name, value in ((A, a), (B, b))}
         return {**_joined(chunks), **factors}, lost
 
@@ -127,11 +68,12 @@ class _Attempt:
 
 @dataclass(frozen=True)
 class Solver:
-    """Solves layers of the checkpoint's `tensors`; `scales` and `rounding` as a recipe's."""
+    """Solves layers of the checkpoint's `tensors`; `scales` and `rounding` as a recipe's, `ranges` where it has smoothing."""
 
     tensors: dict[str, TensorRef]
     scales: Scales
     rounding: RoundingMethod = "gptq"
+    ranges: Ranges | None = None
 
     def group(self, group: Group, moments: Moments, calls: int, found: Found) -> None:
         """Solve the layers of one fusion group into `found`."""
@@ -140,39 +82,50 @@ class Solver:
             why = f"calibration's calls reach it {moments.calls_of(first)} times, not {calls}"
             found.roundings |= {name: Rounding("nearest", why=why) for name in names}
             return
-        noise, (sums, rows) = moments.noise_of(first).cpu(), moments.take(first)
-        gathered = _Gathered(sums, rows.cpu().numpy(), noise)
-        format, members = FORMATS[group[0].format], [self._member(entry) for entry in group]
-        amax = max(cpu.largest(member.amaxes, member.dtype) for member in members)
-        scale = format.group_scale([(member.weight, member.dtype) for member in members], amax, self.scales)
+        noise, samples = moments.noise_of(first).cpu(), moments.samples_of(first)
+        sums, rows = moments.take(first)
+        gathered = Gathered(sums, rows.cpu().numpy(), noise)
+        members = [self._member(entry) for entry in group]
+        here = self._solved(group, members, gathered)
+        if samples is not None and self.ranges is not None:
+            smoother = Smoother(self.ranges, self.scales, partial(self._solved, group))
+            here = smoother.choose(group, members, gathered, samples, here)
+        found.add(here)
+
+    def _solved(self, group: Group, members: list[Member], gathered: Gathered) -> Found:
+        """What is found of the layers of a group, whose weights `members` are, or those divided by p."""
+        found, names, rows = Found(), [entry.layer.name for entry in group], gathered.rows
+        format = FORMATS[group[0].format]
+        scale = scale_of(format, members, self.scales)
         for member in members if len(rows) else []:
             self._judge_nearest(format, member, scale, gathered.rows)
         try:
             if group[0].low_rank and self._with_factors(format, members, group[0].low_rank, gathered, found):
-                return
+                return found
             if self.rounding == "gptq":
                 self._without_factors(format, members, scale, gathered, found)
                 for name in names if group[0].low_rank else ():
                     why = f"without factors: with them, {NO_BETTER}"
                     found.roundings[name] = msgspec.structs.replace(found.roundings[name], why=why)
-                return
+                return found
             why = NO_BETTER
         except SingularError as error:
             why = str(error)
         for member in members:
             if member.name not in found.solved:
                 found.roundings[member.name] = Rounding("nearest", nearest_snr_db=member.nearest_snr, why=why)
+        return found
 
-    def _judge_nearest(self, format: Format, member: _Member, scale: np.float32, held_out: np.ndarray) -> None:
+    def _judge_nearest(self, format: Format, member: Member, scale: np.float32, held_out: np.ndarray) -> None:
         """Note the energy of a layer's output, and of its error where the weight is rounded to nearest."""
         member.nearest = 0.0
         for rows, patterns, exact in member.chunks():
             encoded = format.encode(patterns, member.dtype, member.amaxes[rows], scale, self.scales)
-            member.nearest += _energy(held_out, exact - format.decode(encoded, scale))
-            member.signal += _energy(held_out, exact)
+            member.nearest += energy_of(held_out, exact - format.decode(encoded, scale))
+            member.signal += energy_of(held_out, exact)
 
     def _without_factors(
-        self, format: Format, members: list[_Member], scale: np.float32, gathered: _Gathered, found: Found
+        self, format: Format, members: list[Member], scale: np.float32, gathered: Gathered, found: Found
     ) -> None:
         left, order = members, order_of(gathered.moments.diagonal().cpu().numpy())
         for damping in DAMPINGS:
@@ -183,7 +136,7 @@ class Solver:
                 for _, _, exact in member.chunks():
                     chunks.append(format.solve(exact, (upper, order), scale, self.scales))
                     if len(gathered.rows):
-                        lost += _energy(gathered.rows, exact - format.decode(chunks[-1], scale))
+                        lost += energy_of(gathered.rows, exact - format.decode(chunks[-1], scale))
                 if not member.is_better(lost):
                     again.append(member)
                     continue
@@ -195,17 +148,15 @@ class Solver:
         for member in left:
             found.roundings[member.name] = Rounding("nearest", nearest_snr_db=member.nearest_snr, why=NO_BETTER)
 
-    def _member(self, entry: LayerPlan) -> _Member:
+    def _member(self, entry: LayerPlan) -> Member:
         ref = self.tensors[f"{entry.layer.name}.weight"]
         weight = cpu.patterns_in(ref)
         try:
-            return _Member(entry.layer.name, weight, ref.dtype, FORMATS[entry.format].amaxes(weight, ref.dtype))
+            return Member(entry.layer.name, weight, ref.dtype, FORMATS[entry.format].amaxes(weight, ref.dtype))
         except cpu.NotFiniteError as error:
             raise not_finite(ref, error.position) from None
 
-    def _with_factors(
-        self, format: Format, members: list[_Member], rank: int, gathered: _Gathered, found: Found
-    ) -> bool:
+    def _with_factors(self, format: Format, members: list[Member], rank: int, gathered: Gathered, found: Found) -> bool:
         """Solve a group with factors of `rank`; False, and nothing is found, where that is no better for each of its layers.
 
         1. The first factors take what rounded inputs make the most wrong of.
@@ -232,7 +183,7 @@ class Solver:
         return False
 
     @staticmethod
-    def _rest(member: _Member, rank: int, noise: torch.Tensor) -> np.ndarray:
+    def _rest(member: Member, rank: int, noise: torch.Tensor) -> np.ndarray:
         """fp32 [out, in]: what the first factors leave of the weight."""
         rest = np.empty(member.weight.shape, np.float32)
         for rows, _, exact in member.chunks():
@@ -245,14 +196,3 @@ class Solver:
 
 def _joined(chunks: list[Parts]) -> Parts:
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
-
-def _energy(rows: np.ndarray, weight: np.ndarray) -> float:
-    """The sum of squares of rows @ weight.T."""
-    return float((torch.from_numpy(rows) @ torch.from_numpy(weight).T).square().sum(dtype=torch.float64))
-
-
-def _decibels(signal: float, noise: float | None) -> float | None:
-    if not noise or not signal or not math.isfinite(noise + signal):
-        return None
-    return round(10 * math.log10(signal / noise), 2)

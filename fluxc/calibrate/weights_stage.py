@@ -55,7 +55,7 @@ def run(inputs: WeightsInputs, folder: Path, report: Report) -> None:
     records, amax = {}, inputs.assumed
     if inputs.calibration and inputs.settings:
         records = read_calibration(inputs.calibration).records[inputs.component]
-        amax = input_amax(records, inputs.plan, inputs.settings)
+        amax = input_amax(records, inputs.plan, inputs.settings, solved.smoothing if solved else None)
     written = write_weights(
         folder / WEIGHTS_FILE[inputs.component],
         inputs.tensors,

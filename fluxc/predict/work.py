@@ -3,7 +3,8 @@
 1. Every Linear is a GEMM over the tokens of its stream; those outside the streams run once a guidance branch.
 2. Attention is 4 T^2 D FLOP a block and branch, divided among the ranks by heads.
 3. Everything else moves data: what each pass of a block reads and writes, as TensorRT-RTX's plans pass over it.
-4. Factors of low rank are two GEMMs in bf16 more, and a pass that adds what they give.
+4. Factors of low rank are two GEMMs in bf16 more, and a pass that adds what they give. Smoothed inputs are multiplied in a
+   pass that is there without it; what they are multiplied by is read, once for a fusion group.
 5. A rank gives four activations of its tokens a block to all-to-alls; 1/ranks of them stay.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from fluxc.formats.bf16 import BF16
 from fluxc.formats.constants import BLOCK
 from fluxc.formats.registry import FORMATS, multiplied_in
+from fluxc.formats.smoothing import smoothing_bytes
 from fluxc.models.flux2_transformer import Flux2Transformer
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.decoder import Decoder
@@ -103,6 +105,7 @@ def work_of(transformer: Flux2Transformer, plan: list[LayerPlan], shards: Shards
         rows = _rows(layer.name, text, image, branches)
         gemms[_gemm(layer, rows)] += 1
         moved += _quantizing(layer) * rows + _swizzling(layer) + _dequantizing(layer)
+        moved += layer.smoothed * smoothing_bytes(layer.in_features)
         kernels += KERNELS_QUANTIZING * (layer.format != BF16)
     for entry in plan:
         if entry.rank:
@@ -142,6 +145,7 @@ class _Layer:
     out_features: int
     in_features: int
     format: str
+    smoothed: bool = False
 
     @property
     def parameters(self) -> int:
@@ -154,7 +158,7 @@ def _fused(plan: list[LayerPlan]) -> list[_Layer]:
     for entry in plan:
         key = entry.layer.group or entry.layer.name
         outputs = entry.layer.out_features + (layers[key].out_features if key in layers else 0)
-        layers[key] = _Layer(entry.layer.name, outputs, entry.layer.in_features, entry.format)
+        layers[key] = _Layer(entry.layer.name, outputs, entry.layer.in_features, entry.format, entry.is_smoothed)
     return list(layers.values())
 
 

@@ -72,12 +72,12 @@ def _algorithm(entry: LayerPlan) -> str:
     if entry.format not in FORMATS:
         return "BF16"
     format = FORMATS[entry.format]
-    further = "svdquant_lora_a" if entry.rank else "pre_quant_scale" if "pre_quant_scale" in entry.parts else ""
+    further = "svdquant_lora_a" if entry.rank else "pre_quant_scale" if entry.is_smoothed else ""
     return format.variants.get(further, format.algorithm)
 
 
 def _kind(entry: LayerPlan) -> tuple[str, str, int, bool]:
-    return _algorithm(entry), entry.format, entry.rank, "pre_quant_scale" in entry.parts
+    return _algorithm(entry), entry.format, entry.rank, entry.is_smoothed
 
 
 def _config_group(algorithm: str, name: str, low_rank: int, smoothed: bool, targets: list[str]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ Fusion groups whose members it quantized under different scales are dissolved, s
 
 `low_rank` gives layers that are quantized to NVFP4 here factors beside their weight: the first entry that matches, for the
 whole fusion group. An entry that no such layer matches is an error, unless `rules` gave one of its layers another format.
+
+`smoothing` is for all layers that are solved: those with factors, or with `rounding: gptq` all in NVFP4.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from fluxc.base.errors import RecipeError
 from fluxc.checkpoint.quantized import SourceLayer, unmergeable
 from fluxc.formats.low_rank import factors_bytes
 from fluxc.formats.registry import FORMATS, check_format
+from fluxc.formats.smoothing import PRE_QUANT_SCALE, smoothing_bytes
 from fluxc.models.base import Linear
 from fluxc.quantize.patterns import matching
 from fluxc.quantize.presets import find_preset, kept_by
@@ -46,6 +49,7 @@ class LayerPlan:
     `widened`: the rule matched another member of its fusion group. `quantized_in_source`: the checkpoint holds it in this
     format already, and its tensors are copied: `parts` names them. `low_rank` is the rank of the factors beside its weight
     (SVDQuant), which are among those tensors, or are fitted by this build where the format can have them; 0 without.
+    `smoothing`: this build finds a `pre_quant_scale` for it, one for a whole fusion group, where the format can have it.
     """
 
     component: str
@@ -57,12 +61,14 @@ class LayerPlan:
     quantized_in_source: bool = False
     parts: tuple[str, ...] = ()
     low_rank: int = 0
+    smoothing: bool = False
 
     def fingerprint(self) -> list[Any]:
         """What a stage's key takes of it: not the words of the rule that decided, nor sizes in the checkpoint."""
         layer = self.layer
         shape = [layer.out_features, layer.in_features]
-        return [layer.name, shape, layer.group, self.format, self.quantized_in_source, list(self.parts), self.low_rank]
+        beside = [list(self.parts), self.low_rank, self.smoothing]
+        return [layer.name, shape, layer.group, self.format, self.quantized_in_source, *beside]
 
     @property
     def parameters(self) -> int:
@@ -71,8 +77,17 @@ class LayerPlan:
     @property
     def rank(self) -> int:
         """Of the factors that it has in its format; 0 without."""
-        has = self.format != "bf16" and (self.quantized_in_source or bool(FORMATS[self.format].solves))
-        return self.low_rank if has else 0
+        return self.low_rank if self.quantized_in_source or self._is_solved else 0
+
+    @property
+    def is_smoothed(self) -> bool:
+        """Whether it has a `pre_quant_scale` in its format."""
+        return PRE_QUANT_SCALE in self.parts if self.quantized_in_source else self.smoothing and self._is_solved
+
+    @property
+    def _is_solved(self) -> bool:
+        """Whether its format is one whose weights can be solved."""
+        return self.format != "bf16" and bool(FORMATS[self.format].solves)
 
     @property
     def bytes_after(self) -> int:
@@ -83,7 +98,8 @@ class LayerPlan:
         if self.format == "bf16":
             return min(self.source_bytes, 2 * self.parameters)
         rows, columns = self.layer.out_features, self.layer.in_features
-        return FORMATS[self.format].nbytes(rows, columns) + factors_bytes(self.rank, rows, columns)
+        beside = factors_bytes(self.rank, rows, columns) + self.is_smoothed * smoothing_bytes(columns)
+        return FORMATS[self.format].nbytes(rows, columns) + beside
 
 
 def precision_plan(
@@ -163,7 +179,8 @@ def precision_plan(
         before = (source_bytes or {}).get(layer.name, bf16_bytes)
         plan.append(LayerPlan(component, layer, chosen, why, before, widened))
     _check_rounding(component, precision, plan)
-    return _with_low_rank(component, precision, plan, must_match=chosen_by_auto is None)
+    plan = _with_low_rank(component, precision, plan, must_match=chosen_by_auto is None)
+    return _with_smoothing(component, precision, plan) if precision.smoothing != "none" else plan
 
 
 def _with_low_rank(
@@ -197,6 +214,24 @@ def _with_low_rank(
             )
         found.append(replace(entry, low_rank=rank, rule=f"{entry.rule}, low rank {rank}") if rank else entry)
     return found
+
+
+def _with_smoothing(component: str, precision: ComponentPrecision, plan: list[LayerPlan]) -> list[LayerPlan]:
+    """The plan with a `pre_quant_scale` for every layer that is solved; RecipeError where the inputs of none are rounded."""
+    is_gptq = precision.rounding != "nearest"
+    solved = {
+        entry.layer.name for entry in to_quantize(plan) if FORMATS[entry.format].solves and (is_gptq or entry.rank)
+    }
+    rounded = [entry for entry in plan if entry.layer.name in solved and FORMATS[entry.format].calibrated]
+    if solved and not rounded and not any(entry.rule.startswith(RULE) for entry in plan):
+        raise RecipeError(
+            f"precision.{component}.smoothing: none of the {component}'s layers that are solved has rounded inputs, so it "
+            "would cost time for nothing; leave it out, or quantize layers to nvfp4"
+        )
+    return [
+        replace(entry, smoothing=True, rule=f"{entry.rule}, smoothing") if entry.layer.name in solved else entry
+        for entry in plan
+    ]
 
 
 def _check_rounding(component: str, precision: ComponentPrecision, plan: list[LayerPlan]) -> None:

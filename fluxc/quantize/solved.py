@@ -2,8 +2,8 @@
 writes.
 
 A folder of safetensors files, one for each part of the model, with the parts of each solved Linear that grow with its rows, its
-factors of low rank as bf16 patterns, and the tensor scale of its fusion group; of each layer the metadata says how it was
-rounded.
+factors of low rank and its smoothing as bf16 patterns, and the tensor scale of its fusion group; of each layer the metadata
+says how it was rounded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fluxc.base.safetensors import TensorRef, read_header
 from fluxc.formats import cpu
 from fluxc.formats.base import Parts
 from fluxc.formats.low_rank import A, B
+from fluxc.formats.smoothing import PRE_QUANT_SCALE, values_of
 from fluxrt.safetensors import raw_header
 
 KEY = "fluxc"
@@ -32,7 +33,8 @@ class Rounding(msgspec.Struct, frozen=True):
 
     `damping`: share of the mean diagonal that was added to the second moments. `snr_db` and `nearest_snr_db`: signal-to-noise
     of the layer's output on inputs that were held out, solved and rounded to nearest; None where there were none, or nothing
-    was solved, or no error at all.
+    was solved, or no error at all. `smoothed`: its inputs are multiplied by a `pre_quant_scale`. Where that was tried,
+    `smoothed_snr_db` and `unsmoothed_snr_db` are the same ratio with those inputs rounded too, with it and without.
     """
 
     rounding: str
@@ -41,15 +43,20 @@ class Rounding(msgspec.Struct, frozen=True):
     nearest_snr_db: float | None = None
     why: str = ""
     low_rank: int = 0
+    smoothed: bool = False
+    smoothed_snr_db: float | None = None
+    unsmoothed_snr_db: float | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A solved Linear: its parts by name, the scale its fusion group shares, and its factors, if any, as bf16 patterns."""
+    """A solved Linear: its parts by name, the scale its fusion group shares, and its factors and `pre_quant_scale`, if any, as
+    bf16 patterns."""
 
     parts: dict[str, TensorRef]
     scale: np.float32
     factors: dict[str, np.ndarray] = field(default_factory=dict)
+    pre_quant_scale: np.ndarray | None = None
 
     def rows(self, first: int, count: int, of: int) -> Parts:
         """Its parts for `count` rows from `first`, of so many."""
@@ -64,6 +71,11 @@ class Layer:
         if not self.factors:
             return None
         return cpu.values(self.factors[B], "BF16"), cpu.values(self.factors[A], "BF16")
+
+    @property
+    def smoothing(self) -> np.ndarray | None:
+        """fp32 [in], by which inputs are multiplied and what `parts` and factors stand for was divided; None without."""
+        return None if self.pre_quant_scale is None else values_of(self.pre_quant_scale)
 
 
 class Solved:
@@ -80,9 +92,14 @@ class Solved:
                 by_layer.setdefault(layer, {})[part] = ref
             for layer, parts in by_layer.items():
                 scale = parts.pop(SCALE).bytes_view().view(np.float32)[0]
-                refs = {part: parts.pop(part) for part in (A, B) if part in parts}
-                factors = {part: ref.bytes_view().view(np.uint16).reshape(ref.shape) for part, ref in refs.items()}
-                self.layers[layer] = Layer(parts, np.float32(scale), factors)
+                refs = {part: parts.pop(part) for part in (A, B, PRE_QUANT_SCALE) if part in parts}
+                beside = {part: ref.bytes_view().view(np.uint16).reshape(ref.shape) for part, ref in refs.items()}
+                self.layers[layer] = Layer(parts, np.float32(scale), beside, beside.pop(PRE_QUANT_SCALE, None))
+
+    @property
+    def smoothing(self) -> dict[str, np.ndarray]:
+        """By layer that is smoothed, fp32 [in] by which its inputs are multiplied."""
+        return {name: values for name, layer in self.layers.items() if (values := layer.smoothing) is not None}
 
 
 SCALE = "scale"

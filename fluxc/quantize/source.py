@@ -219,7 +219,8 @@ def solvable(loaded: LoadedRecipe, source: Source, component: str) -> list[Layer
         if asked.rounding == "nearest":
             solved = [entry for entry in solved if entry.low_rank]
         if solved:
-            found.append(replace(solved[0], format=FORMATS[solved[0].format].solves))
+            smoothing = asked.smoothing != "none"
+            found.append(replace(solved[0], format=FORMATS[solved[0].format].solves, smoothing=smoothing))
     return found
 
 

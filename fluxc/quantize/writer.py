@@ -3,9 +3,9 @@
 1. Headers are written first, then every tensor in place, in row chunks read by memory map, so memory follows the chunk and
    never the checkpoint, however many files it has.
 2. A fusion group is read twice: for its largest magnitude, then to be quantized; the second time it is in the page cache.
-3. Order inside a file: FP32 scalars, copied tensors and factors of low rank, quantized values, block scales; inside each,
-   forward order, so that the members of a fusion group lie side by side. With `shard_bytes`, files are filled in forward
-   order and a group is never parted.
+3. Order inside a file: FP32 scalars; copied tensors, factors of low rank and smoothing; quantized values; block scales; inside
+   each, forward order, so that the members of a fusion group lie side by side. With `shard_bytes`, files are filled in
+   forward order and a group is never parted.
 4. Files are synchronised and appear by rename when all are complete; an index comes last.
 """
 
@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from fluxc.formats.base import Format, Parts
 from fluxc.formats.bf16 import in_bf16
 from fluxc.formats.low_rank import A, B
 from fluxc.formats.registry import FORMATS
+from fluxc.formats.smoothing import ONE, PRE_QUANT_SCALE
 from fluxc.quantize.plan import LayerPlan, to_quantize
 from fluxc.quantize.solved import Layer
 from fluxc.recipe.structs import Scales
@@ -46,7 +47,7 @@ class LayerReport:
 
     `snr_db`: 10 log10(|W|^2 / |W - Q|^2). `output_snr_db`: the same of x W^T over calibration's sampled inputs x, kept in
     full precision, over evenly spaced outputs where there are more than OUTPUTS; None without them. Q is what is stored,
-    with the product of factors of low rank.
+    with the product of factors of low rank, times the smoothing.
     """
 
     name: str
@@ -138,7 +139,7 @@ def write_weights(
 
     `scales` says how NVFP4 block scales are chosen (see cpu.nvfp4_scales), `input_rows` gives sampled inputs fp32 [rows, in]
     of a layer for its output error. Layers in `solved` are stored as they were solved; factors of low
-    rank that the plan has and `solved` has not are zero. When the tensors exceed `shard_bytes`,
+    rank that the plan has and `solved` has not are zero, and so a smoothing is 1. When the tensors exceed `shard_bytes`,
     NAME-0000i-of-0000n.safetensors and NAME.safetensors.index.json are written in place of `path`; tensors in `apart` get
     files of their own, the last. fp32 tensors in `narrow` that are not quantized are rounded to bf16. Returns one report a
     quantized layer. `on_progress` counts source bytes. Raises CheckpointError naming tensor and position of a NaN or infinity;
@@ -302,6 +303,8 @@ def _layout(
         if low_rank := quantized[name].rank:
             factors = {A: (low_rank, columns), B: (rows, low_rank)}
             entries += [_Entry(f"{layer}.{part}", "BF16", shape, 2) for part, shape in factors.items()]
+        if quantized[name].is_smoothed:
+            entries.append(_Entry(f"{layer}.{PRE_QUANT_SCALE}", "BF16", (columns,), 2))
     return sorted(entries, key=lambda entry: entry.rank)
 
 
@@ -354,20 +357,20 @@ class _Quantizer:
         rows = self.input_rows(layer) if self.input_rows else None
         rows = None if rows is None else rows[:: max(1, len(rows) // INPUT_ROWS)][:INPUT_ROWS]
         solved, every, sums = self.solved.get(layer), max(1, ref.shape[0] // OUTPUTS), _Sums()
-        low_rank = solved.low_rank() if solved else None
+        beside = _Beside.of(solved)
         for (first, patterns), amax in zip(_row_chunks(ref), amaxes, strict=True):
             if solved is None:
                 parts = format.encode(patterns, ref.dtype, amax, scale, self.scales)
             else:
                 parts = solved.rows(first, len(patterns), ref.shape[0])
-            product = None if low_rank is None else low_rank[0][first : first + len(patterns)] @ low_rank[1]
-            sums.weight += _error(format, patterns, ref.dtype, parts, scale, product)
+            here = beside.of_rows(slice(first, first + len(patterns)))
+            sums.weight += _error(format, patterns, ref.dtype, parts, scale, here)
             for part, rows_of in parts.items():
                 file.write(f"{layer}.{part}", first * rows_of.nbytes // len(rows_of), rows_of)
             if rows is not None:
                 sampled = slice(-first % every, None, every)
                 restored = format.decode({part: rows_of[sampled] for part, rows_of in parts.items()}, scale)
-                restored += 0 if product is None else product[sampled]
+                restored = here.of_rows(sampled).whole(restored)
                 exact = cpu.values(np.ascontiguousarray(patterns[sampled]), ref.dtype)
                 sums.output += [np.square(rows @ w.T, dtype=np.float64).sum() for w in (exact, exact - restored)]
             self.progress.add(patterns.nbytes // 2)
@@ -376,19 +379,54 @@ class _Quantizer:
         # A layer that is better without keeps its factors, all zero: what was planned, and compiled, for it stays true.
         for part, factor in (solved.factors if solved else {}).items():
             file.write(f"{layer}.{part}", 0, factor)
+        if planned.is_smoothed:
+            found = solved.pre_quant_scale if solved else None
+            file.write(f"{layer}.{PRE_QUANT_SCALE}", 0, np.full(ref.shape[1], ONE) if found is None else found)
         self.progress.add(ref.nbytes - 2 * (ref.nbytes // 2), finished=1)
         output = None if rows is None else _Sums.decibels(sums.output)
         return LayerReport(layer, planned.format, _Sums.decibels(sums.weight), output)
 
 
+@dataclass(frozen=True)
+class _Beside:
+    """What makes some rows of a weight out of its decoded values: factors of low rank, b of these rows, and its smoothing."""
+
+    b: np.ndarray | None = None
+    a: np.ndarray | None = None
+    smoothing: np.ndarray | None = None
+
+    @staticmethod
+    def of(solved: Layer | None) -> _Beside:
+        """Of all rows."""
+        b, a = (solved.low_rank() if solved else None) or (None, None)
+        return _Beside(b, a, solved.smoothing if solved else None)
+
+    def of_rows(self, rows: slice) -> _Beside:
+        """Of some of them."""
+        return replace(self, b=None if self.b is None else self.b[rows])
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether decoded values are the weight."""
+        return self.b is None and self.smoothing is None
+
+    def whole(self, decoded: np.ndarray) -> np.ndarray:
+        """(Q + b a) * p of Q fp32, in the place of it."""
+        if self.b is not None and self.a is not None:
+            decoded += self.b @ self.a
+        if self.smoothing is not None:
+            decoded *= self.smoothing
+        return decoded
+
+
 def _error(
-    format: Format, patterns: np.ndarray, dtype: str, parts: Parts, scale: np.float32, product: np.ndarray | None
+    format: Format, patterns: np.ndarray, dtype: str, parts: Parts, scale: np.float32, beside: _Beside
 ) -> tuple[float, float]:
-    """(sum of w^2, sum of (w - restored)^2) in float64; a `product` of factors is part of what is restored."""
-    if product is None:
+    """(sum of w^2, sum of (w - restored)^2) in float64; restored with what is `beside` the decoded values."""
+    if beside.is_nothing:
         return format.error(patterns, dtype, parts, scale)
     exact = cpu.values(patterns, dtype)
-    wrong = exact - product - format.decode(parts, scale)
+    wrong = exact - beside.whole(format.decode(parts, scale))
     return float(np.square(exact, dtype=np.float64).sum()), float(np.square(wrong, dtype=np.float64).sum())
 
 

@@ -203,6 +203,7 @@ def _rounding(recipe: Recipe, refuse: Refuse) -> None:
         precision = getattr(recipe.precision, name)
         asked = {"rounding": "gptq solves weights"} if precision.rounding != "nearest" else {}
         asked |= {"low_rank": "factors are fitted"} if precision.low_rank else {}
+        asked |= {"smoothing": "channels are smoothed"} if precision.smoothing != "none" else {}
         for field, what in asked.items():
             if engine == "none":
                 refuse(
@@ -222,6 +223,24 @@ def _ranks(recipe: Recipe, refuse: Refuse) -> None:
         for at, entry in enumerate(getattr(recipe.precision, name).low_rank):
             if entry.rank % RANK_STEP:
                 refuse(f"precision.{name}.low_rank[{at}].rank", f"must be a multiple of {RANK_STEP}, got {entry.rank}")
+
+
+@_reads("precision", "targets", "calibration.amax")
+def _smoothing(recipe: Recipe, refuse: Refuse) -> None:
+    for name in QUANTIZED:
+        precision, field = getattr(recipe.precision, name), f"precision.{name}.smoothing"
+        if precision.smoothing == "none":
+            continue
+        if not precision.is_solved:
+            refuse(field, "goes with `low_rank` or `rounding: gptq`, which solve the smoothed weights; add one of them")
+        if recipe.calibration.amax != "max":
+            refuse(
+                field,
+                "the range of smoothed inputs is known from the largest of every channel alone; leave it out, or "
+                f"`calibration.amax: {recipe.calibration.amax}`",
+            )
+        if not any(target.rounds_inputs for target in recipe.targets):
+            refuse(field, "no target of this recipe rounds inputs, so it would cost time for nothing; leave it out")
 
 
 @_reads("precision", "sampling.steps", "targets", "calibration.engine")

@@ -35,6 +35,7 @@ LEAST_STEPS = 10
 
 Scales = Literal["max", "mse", "four-over-six"]
 RoundingMethod = Literal["nearest", "gptq"]
+Smoothing = Literal["none", "auto"]
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -267,6 +268,14 @@ class ComponentPrecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True
             [{"match": "*", "rank": 32}],
         ),
     ] = ()
+    smoothing: Annotated[
+        Smoothing,
+        about(
+            "`auto`: where that loses less, layers in NVFP4 that are solved (`low_rank`, `rounding: gptq`) have their inputs "
+            "multiplied, channel by channel, by what their weight is divided by (SVDQuant, AWQ); see [smoothing](#smoothing)",
+            "auto",
+        ),
+    ] = "none"
 
     @property
     def is_solved(self) -> bool:

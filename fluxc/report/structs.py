@@ -179,7 +179,9 @@ class Rounding(Struct, frozen=True):
 
     `snr_db` and `nearest_snr_db` are signal-to-noise ratios of the layer's output on inputs that were held out from what it was
     solved on: as it is stored, and rounded to nearest; null where calibration had too few calls to hold any out. `damping` is
-    the share of the mean diagonal that was added to the second moments.
+    the share of the mean diagonal that was added to the second moments. `smoothed`: its inputs are multiplied by a
+    `pre_quant_scale`. Where the recipe asks for `smoothing`, `smoothed_snr_db` and `unsmoothed_snr_db` are the same ratio with
+    those inputs rounded to NVFP4 too, with it and without; the better of both, of a fusion group as a whole, was taken.
     """
 
     rounding: str
@@ -188,6 +190,9 @@ class Rounding(Struct, frozen=True):
     nearest_snr_db: float | None = None
     why: str = ""
     low_rank: int = 0
+    smoothed: bool = False
+    smoothed_snr_db: float | None = None
+    unsmoothed_snr_db: float | None = None
 
 
 class LayerFigures(Layer, frozen=True, kw_only=True):

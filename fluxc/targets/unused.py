@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from fluxc.base.errors import BuildError
+from fluxc.quantize.plan import LayerPlan
+
+
+def unused_of_groups(plan: list[LayerPlan], part: str, taken: Container[str]) -> set[str]:
+    """The tensors `part` that members of a fusion group have for nothing, because a graph takes another member's, equal, for
+    the group."""
+    groups = {f"{entry.layer.name}.{part}": entry.layer.group for entry in plan}
+    used = {group for name, group in groups.items() if group and name in taken}
+    return {name for name, group in groups.items() if group in used}
 
 
 def check_unused(component: str, unused: list[str], ignored: tuple[str, ...]) -> None:

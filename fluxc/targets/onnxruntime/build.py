@@ -13,6 +13,7 @@ from onnx import TensorProto
 
 from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef
+from fluxc.formats.smoothing import PRE_QUANT_SCALE
 from fluxc.graph.bind import argument_names, bind
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import OnnxRuntimeTarget
@@ -21,7 +22,7 @@ from fluxc.targets.onnxruntime.cuda_kernels import check_kernels
 from fluxc.targets.onnxruntime.forms import CPU, CUDA, UNFOLDED, LinearForm, in_int8
 from fluxc.targets.onnxruntime.fuse import fused
 from fluxc.targets.onnxruntime.lower import Lowered, lower_with
-from fluxc.targets.unused import check_unused
+from fluxc.targets.unused import check_unused, unused_of_groups
 from fluxrt.manifest import Faster, Graph, Port
 from fluxrt.unfold import input_names
 
@@ -102,7 +103,9 @@ def build_graphs(
             check_kernels(name, variants[STORED].model)
     for component, tensors in weights.items():
         ignored = unused.get(component, ())
-        rightly_unused = _unused_input_scales(plans.components.get(component, []), bound[component], target.activations)
+        plan = plans.components.get(component, [])
+        rightly_unused = _unused_input_scales(plan, bound[component], target.activations)
+        rightly_unused |= unused_of_groups(plan, PRE_QUANT_SCALE, bound[component])
         check_unused(component, [t for t in tensors if t not in bound[component] and t not in rightly_unused], ignored)
     return built
 
@@ -147,11 +150,9 @@ def _described(
 def _unused_input_scales(plan: list[LayerPlan], bound: set[str], activations: str) -> set[str]:
     """The input scales a graph rightly leaves alone: all of them when activations are not rounded, else those of fusion
     group members whose common input is rounded with another member's, equal, scale."""
-    scales = {f"{entry.layer.name}.input_scale": entry.layer.group for entry in plan}
     if activations == "none":
-        return set(scales)
-    rounded = {group for name, group in scales.items() if group and name in bound}
-    return {name for name, group in scales.items() if group in rounded}
+        return {f"{entry.layer.name}.input_scale" for entry in plan}
+    return unused_of_groups(plan, "input_scale", bound)
 
 
 def check_loads(folder: Path, files: list[str], for_gpu: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Lowers neutral graphs for ONNX Runtime: each `fluxc::Linear` becomes the form its layer's format needs (forms.py).
 
-1. A layer with `pre_quant_scale` (AWQ, SVDQuant) has its input multiplied by it before any rounding, on its own; one with
-   `svdquant_lora_a` and `_b` gets (x a^T) b^T added, x being that product, not rounded.
+1. A layer with `pre_quant_scale` (AWQ, SVDQuant) has its input multiplied by it before any rounding, once for a fusion group,
+   whose members share it; one with `svdquant_lora_a` and `_b` gets (x a^T) b^T added, x being that product, not rounded.
 2. Rows that are gathered from a weight, a token embedding's, are gathered as they are stored and cast then.
 3. Every other weight is cast to the type it was traced in, if it is stored in another.
 
@@ -124,9 +124,8 @@ def _put_weights_first(graph: onnx.GraphProto, arguments: set[str]) -> None:
 
 def _add_linear(graph: Nodes, form: LinearForm, layer: Linear, x: str, output: str) -> None:
     """`output` = `x` @ weight.T by `form`, with the scales and factors that `layer` has beside its weight."""
-    smoothing, factors = f"{layer.name}.pre_quant_scale", [f"svdquant_lora_{side}" for side in "ab"]
-    if graph.holds(smoothing):
-        x = graph.node("Mul", [x, graph.full(smoothing)], f"{output}/smoothed")
+    factors = [f"svdquant_lora_{side}" for side in "ab"]
+    x = graph.smoothed(x, layer)
     if not graph.holds(f"{layer.name}.{factors[0]}"):
         form(graph, layer, x, output)
         return

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from fluxc.base.errors import BuildError
 from fluxc.formats.bf16 import BF16
 from fluxc.formats.registry import FORMATS
+from fluxc.formats.smoothing import PRE_QUANT_SCALE
 from fluxc.models.base import Linear
 from fluxrt.manifest import Unfold
 from fluxrt.unfold import INT8, ZERO_POINT, input_names
@@ -41,6 +42,7 @@ class Nodes:
         self._graph, self._stored, self._dtype, self._rounds_inputs = graph, stored, dtype, rounds_inputs
         self._made: set[str] = set()
         self._rounded: dict[tuple[str, str], str] = {}
+        self._smoothed: dict[tuple[str, str], str] = {}
         self.unfolds: list[Unfold] = []
 
     def holds(self, name: str) -> bool:
@@ -136,6 +138,15 @@ class Nodes:
         rows = self.node("Flatten", [x], f"{x}/rows", axis=-1)
         codes = self.node("QuantizeLinear", [rows, flat, zeros], f"{x}/codes", axis=0)
         return self.node("Reshape", [codes, width], f"{x}/uint8"), scale
+
+    def smoothed(self, x: str, layer: Linear) -> str:
+        """`x` times the `pre_quant_scale` of `layer`, if it has one, once for a fusion group."""
+        name, key = f"{layer.name}.{PRE_QUANT_SCALE}", (x, layer.group or layer.name)
+        if not self.holds(name):
+            return x
+        if key not in self._smoothed:
+            self._smoothed[key] = self.node("Mul", [x, self.full(name)], f"{x}/{layer.name}/smoothed")
+        return self._smoothed[key]
 
     def rounded(self, x: str, layer: Linear, quantizer: Callable[[Nodes, str, str], str]) -> str:
         """`x` as `quantizer` makes it of (graph, layer, x) if inputs are rounded, once for a fusion group; else `x` itself."""

@@ -10,13 +10,14 @@ import onnx
 
 from fluxc.base.errors import BuildError
 from fluxc.base.safetensors import TensorRef
+from fluxc.formats.smoothing import PRE_QUANT_SCALE
 from fluxc.graph.bind import argument_names, bind
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.onnxruntime.build import COMPONENT_OF, port_of
 from fluxc.targets.onnxruntime.lower import lower_with
 from fluxc.targets.openvino.audit import Audit, Expected, audit_graph, expected_of
 from fluxc.targets.openvino.forms import FORMS
-from fluxc.targets.unused import check_unused
+from fluxc.targets.unused import check_unused, unused_of_groups
 from fluxrt.backends.openvino_device import settle
 from fluxrt.backends.openvino_target import load_library
 from fluxrt.manifest import Graph
@@ -63,7 +64,9 @@ def build_graphs(
         built[name] = BuiltGraph(lowered, entry, expected_of(lowered, formats, stored))
     for component, tensors in weights.items():
         # Inputs are not rounded as an FP4 GPU does it.
-        scales = {f"{entry.layer.name}.input_scale" for entry in plans.get(component, [])}
+        plan = plans.get(component, [])
+        scales = {f"{entry.layer.name}.input_scale" for entry in plan}
+        scales |= unused_of_groups(plan, PRE_QUANT_SCALE, bound[component])
         left = [tensor for tensor in tensors if tensor not in bound[component] | scales]
         check_unused(component, left, unused.get(component, ()))
     return built

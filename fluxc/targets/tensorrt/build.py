@@ -19,6 +19,7 @@ from fluxc.base.errors import BuildError
 from fluxc.base.progress import Report
 from fluxc.formats.bf16 import BF16
 from fluxc.formats.registry import FORMATS
+from fluxc.formats.smoothing import PRE_QUANT_SCALE
 from fluxc.quantize.plan import LayerPlan
 from fluxc.recipe.targets import Allow, TensorRTTarget
 from fluxc.targets.findings import Finding
@@ -100,15 +101,16 @@ def largest_segment(memory_gib: float) -> int:
 
 
 def check_group_scales(component: Component) -> None:
-    """Refuse a fusion group whose members have different tensor or input scales: one GEMM can apply only one of each."""
+    """Refuse a fusion group whose members have different tensor or input scales, or inputs that are multiplied by different
+    ones: one GEMM can apply only one of each."""
     groups: dict[tuple[str, str], list[str]] = {}
     for entry in component.plan:
         if entry.format != BF16 and entry.layer.group:
             groups.setdefault((entry.layer.group, entry.format), []).append(entry.layer.name)
     for (group, format), layers in groups.items():
-        for part in FORMATS[format].scalars:
+        for part in (*FORMATS[format].scalars, PRE_QUANT_SCALE):
             refs = [component.weights.get(f"{layer}.{part}") for layer in layers]
-            values = {bytes(ref.bytes_view()) for ref in refs if ref is not None and ref.shape == ()}
+            values = {bytes(ref.bytes_view()) for ref in refs if ref is not None and len(ref.shape) < 2}
             if len(values) > 1:
                 raise BuildError(
                     f"{group}: its members {', '.join(layers)} have different {part}, so no engine can compute them as one; "
@@ -117,12 +119,13 @@ def check_group_scales(component: Component) -> None:
 
 
 def unused_scales(plan: list[LayerPlan], taken: set[str]) -> set[str]:
-    """Scalar scales of group members that a graph rightly leaves alone: another member's, equal, is used for the group."""
+    """Scales of group members, of tensors and input channels, that a graph rightly leaves alone: another member's, equal, is
+    used for the group."""
     scales = [
         (entry.layer.group, part, f"{entry.layer.name}.{part}")
         for entry in plan
         if entry.format != BF16 and entry.layer.group
-        for part in FORMATS[entry.format].scalars
+        for part in (*FORMATS[entry.format].scalars, PRE_QUANT_SCALE)
     ]
     used = {(group, part) for group, part, name in scales if name in taken}
     return {name for group, part, name in scales if (group, part) in used}

@@ -3,8 +3,8 @@
 1. Weights bound: members of a fusion group that read one input are one GEMM, their weights end to end in one input.
 2. Weights baked: one GEMM a layer; TensorRT merges a group.
 3. `pre_quant_scale` multiplies a layer's input before any rounding; `svdquant_lora_a` and `_b` add (x a^T) b^T. The members
-   of a fusion group are still one GEMM where all have such factors of one rank and none a `pre_quant_scale`: their a are one
-   GEMM too, end to end, and each has its own b.
+   of a fusion group are still one GEMM where all have such factors of one rank, and all a `pre_quant_scale` or none: it is
+   the same one for all, their a are one GEMM too, end to end, and each has its own b.
 4. TensorRT has no fp64: rotary angles, which diffusers computes in it, are computed in fp32, position 512 to 3e-5.
 """
 
@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fluxc.base.safetensors import TensorRef
 from fluxc.formats.bf16 import BF16
 from fluxc.formats.low_rank import A, B
+from fluxc.formats.smoothing import PRE_QUANT_SCALE
 from fluxc.graph import LINEAR_DOMAIN, OPSET
 from fluxc.quantize.plan import LayerPlan
 from fluxc.targets.tensorrt.forms import BAKED, BOUND, Gemm
@@ -110,8 +111,8 @@ class _Lowering:
         self._done.update(gemm.layers)
         outputs = [n.output[0] for n in self._linears if n.input[1].removesuffix(".weight") in gemm.layers]
         x = graph.node("Reshape", [node.input[0], graph.ints([-1, self._columns(layer)])], f"{name}/rows")
-        if graph.holds(f"{layer}.pre_quant_scale"):
-            x = graph.node("Mul", [x, graph.cast(graph.weight([f"{layer}.pre_quant_scale"]))], f"{name}/smoothed")
+        if graph.holds(f"{layer}.{PRE_QUANT_SCALE}"):
+            x = graph.node("Mul", [x, graph.cast(graph.weight(gemm.first(PRE_QUANT_SCALE)))], f"{name}/smoothed")
         y = forms.of(planned.format if planned else BF16, layer)(graph, gemm, x)
         if graph.holds(f"{layer}.{A}"):
             y = graph.node("Add", [y, self._low_rank(gemm, x)], f"{name}/corrected")
@@ -150,9 +151,8 @@ class _Lowering:
             entry = self._plan.get(name)
             if entry and entry.layer.group == planned.layer.group and other.input[0] == node.input[0]:
                 together.append(name)
-        factors = {self._rank(name) for name in together}
-        smoothed = any(self._nodes.holds(f"{name}.pre_quant_scale") for name in together)
-        is_one = len(together) > 1 and len(factors) == 1 and not smoothed
+        beside = {(self._rank(name), self._nodes.holds(f"{name}.{PRE_QUANT_SCALE}")) for name in together}
+        is_one = len(together) > 1 and len(beside) == 1
         return Gemm(planned.layer.group, tuple(together)) if is_one else alone
 
     def _rank(self, layer: str) -> int:

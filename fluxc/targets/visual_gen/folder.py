@@ -97,11 +97,12 @@ def check_visual_gen(
             f"{field}: VisualGen does not take {', '.join(sorted(unknown))}; plan {' or '.join(FORMATS_TAKEN)}, or leave "
             "this target out"
         )
-    smoothed = [entry.layer.name for entry in plan if entry.rank or "pre_quant_scale" in entry.parts]
+    smoothed = [entry.layer.name for entry in plan if entry.rank or entry.is_smoothed]
     if smoothed:
         raise RecipeError(
             f"{field}: VisualGen does not take layers with a pre_quant_scale or low-rank factors, as {smoothed[0]} has; "
-            "leave precision.transformer.low_rank out, or quantize from the unquantized checkpoint, or leave this target out"
+            "leave precision.transformer.low_rank and smoothing out, or quantize from the unquantized checkpoint, or leave "
+            "this target out"
         )
     for number in gpu_counts:
         faults = undivided(number, heads, text_length, tokens) or undivided(number, heads, WARM_UP_TOKENS, {})
