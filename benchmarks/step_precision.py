@@ -108,13 +108,13 @@ def costs_of_layers(work: Path) -> list[Any]:
     from fluxc.build.preflight import measuring
     from fluxc.build.runner import Results, run_steps
     from fluxc.build.stages import tuning_steps
+    from fluxc.calibrate.costs_stage import read_costs
     from fluxc.recipe.load import load_recipe
 
     loaded, results = load_recipe(RECIPE, changes_of(work)), Results()
     with measuring(loaded, work / "costs", StageProgress(), "tune-12") as (cache, job):
-        run_steps(cache, tuning_steps(job, FORMATS, STEPS), results)
-    found: list[Any] = results["tune-costs"]
-    return found
+        run_steps(cache, tuning_steps(job, FORMATS, STEPS, skips=False), results)
+    return read_costs(results["tune-costs"])
 
 
 def kind_of(layer: str) -> str:
