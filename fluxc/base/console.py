@@ -30,15 +30,16 @@ def new_table(*headers: str, title: str = "") -> Table:
 
 @contextmanager
 def stdout_apart() -> Iterator[None]:
-    """Within it what a library in C prints to standard output goes to standard error: the former is for results alone.
+    """Within it what a library in C prints to standard output is dropped: that is for results alone.
 
     Of HiGHS in scipy 1.18, which prints a line for itself now and then.
     """
     sys.stdout.flush()
-    kept = os.dup(1)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+        os.close(nowhere)

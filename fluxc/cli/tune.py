@@ -110,11 +110,12 @@ def tune(recipe: Path, changes: tuple[str, ...], out: Path | None, progress: Sho
         check_format(format, "--formats")
     loaded = load_recipe(recipe, changes)
     target = out or recipe.with_name(f"{recipe.stem}-tuned.yaml")
+    check_output(target, "a recipe")
     page = target.with_suffix(".html")
     if page == target:
         raise RecipeError(f"--out {target}: is the name of the page beside the recipe; give a name such as tuned.yaml")
-    for place, noun in ((target, "a recipe"), (page, "a page")):
-        check_output(place, noun)
+    check_output(page, "a page")
+    for place in (target, page):
         if place.exists():
             raise RecipeError(f"{place}: exists already, and is not overwritten; give another --out, or move it away")
     if target.resolve().parent != recipe.resolve().parent:
