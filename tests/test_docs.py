@@ -89,6 +89,14 @@ def messages() -> Iterator[str]:
             yield from filter(None, (text(node) for node in ast.walk(ast.parse(file.read_text()))))
 
 
+def test_every_benchmark_is_listed() -> None:
+    """But for those that are only parts of others, which are not run by themselves."""
+    folder = REPOSITORY / "benchmarks"
+    scripts = [path.name for path in folder.glob("*.py") if f"python benchmarks/{path.name}" in path.read_text("utf-8")]
+    assert len(scripts) > 20
+    assert [script for script in scripts if f"`{script}`" not in (folder / "README.md").read_text("utf-8")] == []
+
+
 def test_quoted_messages_are_what_the_code_says() -> None:
     page = REPOSITORY / "docs/troubleshooting.md"
     headings = [line[4:] for line in page.read_text().splitlines() if line.startswith("### ")]
