@@ -3,6 +3,7 @@
     python benchmarks/rounding.py                    # everything, about an hour on two idle cores
     python benchmarks/rounding.py --parts 1.5        # one table: guidance 1.5 or 3, calibration, or activations
     python benchmarks/rounding.py --work FOLDER      # keeps finished variants there, and goes on after an interruption
+    python benchmarks/rounding.py --parts --picture FILE.png     # images of four prompts, and what is wrong in them, alone
 
 Every variant is a whole build of flux2-nano, compared with one reference of diffusers in fp32 on 64 prompts that neither the
 model was trained on nor calibration saw, and on 16 that resemble none of them (benchmarks/calibration.py). Two targets each:
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -75,6 +77,7 @@ class Variant:
         )
 
 
+PICTURED, AMPLIFIED = 4, 8
 SCALES = ("max", "four-over-six", "mse")
 ATTENDING = ("*.to_[qkv]", "*.add_[qkv]_proj", "*.to_qkv_mlp_proj")
 OUTPUTS = ("*.to_out*", "*.to_add_out")
@@ -100,9 +103,10 @@ PARTS: dict[str, list[Variant]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="which tables")
+    parser.add_argument("--parts", nargs="*", choices=tuple(PARTS), default=list(PARTS), help="which tables")
     parser.add_argument("--steps", type=int, default=24, help="denoising steps of every image compared (default 24)")
     parser.add_argument("--work", type=Path, help="a folder for finished variants")
+    parser.add_argument("--picture", type=Path, help="where to write images of the prompts that lose most")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
@@ -111,6 +115,8 @@ def main() -> None:
         print(f"flux2-nano, 64x64, {options.steps} steps, on {cpu_name()}", flush=True)
         for part in (part for part in PARTS if part in options.parts):
             print_table(part, PARTS[part], work, options.steps)
+        if options.picture:
+            draw(options.picture, work, options.steps)
 
 
 def figures_of(variant: Named, work: Path, steps: int, calibrated: str = "calibration") -> dict[str, Any]:
@@ -138,9 +144,46 @@ def figures_of(variant: Named, work: Path, steps: int, calibrated: str = "calibr
                 for what, target in TARGETS.items()
             },
         }
+        shutil.copytree(bundle / "report" / "images", images_of(variant, work, steps), dirs_exist_ok=True)
         kept.write_text(json.dumps(found))
     read: dict[str, Any] = json.loads(kept.read_text())
     return read
+
+
+def images_of(variant: Named, work: Path, steps: int) -> Path:
+    """Where its images are kept."""
+    return work / f"{variant.name}-images-in-{steps}"
+
+
+def draw(path: Path, work: Path, steps: int) -> None:
+    """Write a picture: for each guidance the PICTURED held-out prompts that lose most of their images where inputs are rounded
+    and weights rounded to nearest under `max`. From above: diffusers; NVFP4 weights rounded so, then solved under `mse`; the
+    same with inputs rounded. On the right how far they are from diffusers, AMPLIFIED times."""
+    from PIL import Image
+
+    columns: list[np.ndarray] = []
+    for guidance in (1.5, 3.0):
+        nearest, solved = Variant("max", "nearest", guidance), Variant("mse", "gptq", guidance)
+        for variant in (nearest, solved):
+            if not images_of(variant, work, steps).exists():
+                (work / f"{variant.name}-compared-in-{steps}.json").unlink(missing_ok=True)
+        lost = figures_of(nearest, work, steps)["and activations"]["prompts"][:HELD_OUT]
+        figures_of(solved, work, steps)
+        numbers = sorted(range(HELD_OUT), key=lambda number: lost[number]["image_psnr_db"])[:PICTURED]
+        rows = [(nearest, "reference"), *((one, target) for target in TARGETS.values() for one in (nearest, solved))]
+        images = [
+            [
+                np.asarray(Image.open(images_of(one, work, steps) / f"{who}-{number}.png"), np.float32)
+                for one, who in rows
+            ]
+            for number in numbers
+        ]
+        wrong = [[np.abs(image - of_prompt[0]) * AMPLIFIED for image in of_prompt] for of_prompt in images]
+        columns += [np.concatenate(of_prompt) for of_prompt in (*images, *wrong)]
+    pixels = np.clip(np.concatenate(columns, axis=1), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).resize((pixels.shape[1] * 3 // 2, pixels.shape[0] * 3 // 2), Image.Resampling.NEAREST).save(
+        path
+    )
 
 
 def followed(bundle: Path, target: str) -> int:
