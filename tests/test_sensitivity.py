@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,19 @@ def nano_transformer(pieces: str) -> Iterator[tuple[PlacedModel, list[State]]]:
         yield transformer, record_states(model, transformer, texts, empty, generations)
 
 
+def counted(transformer: PlacedModel) -> list[int]:
+    """How many calls go through `transformer` together, of each run from now on."""
+    found: list[int] = []
+    run = transformer.run
+
+    def noting(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        found.append(len(calls))
+        return run(calls)
+
+    transformer.run = noting  # type: ignore[method-assign]
+    return found
+
+
 def test_layer_by_layer_the_error_of_a_quantized_group_is_the_same() -> None:
     checkpoint = open_checkpoint(str(NANO), None, NANO)
     component = checkpoint.components["transformer"]
@@ -91,6 +104,7 @@ def test_layer_by_layer_the_error_of_a_quantized_group_is_the_same() -> None:
     for pieces in ("component", "layer"):
         with nano_transformer(pieces) as (transformer, states):
             assert len(states) == 6
+            together = counted(transformer)
             before = state_errors(transformer, states, GENERATION.guidance)
             with simulation.of(transformer, group):
                 changed = state_errors(transformer, states, GENERATION.guidance)
@@ -98,6 +112,9 @@ def test_layer_by_layer_the_error_of_a_quantized_group_is_the_same() -> None:
                 reused = state_errors(transformer, states, GENERATION.guidance, [0, 0, 2, 3, 3, 5])
             after = state_errors(transformer, states, GENERATION.guidance)
             errors[pieces] = [found.tolist() for found in (before, changed, reused, after)]
+            # Layer by layer all calls of a run keep their activations: those of four states, and of the fifth, which reuses the
+            # fourth's; two branches each.
+            assert max(together) == (12 if pieces == "component" else 10)
     assert errors["component"] == errors["layer"]
     before, changed, reused, after = (np.array(found) for found in errors["layer"])
     assert not before.any()

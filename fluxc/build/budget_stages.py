@@ -44,7 +44,7 @@ from fluxc.fidelity.causes_stage import with_causes
 from fluxc.formats.bf16 import BF16
 from fluxc.models.flux2_vae import Flux2VAE
 from fluxc.predict.work import work_of
-from fluxc.quantize.plan import to_quantize
+from fluxc.quantize.plan import fusion_groups, to_quantize
 from fluxc.quantize.source import solvable
 from fluxc.quantize.source_memory import memory_by_component as weights_by_component
 from fluxc.quantize.steps import bodies_of
@@ -298,7 +298,7 @@ class Needs:
         """Costs: a pass of every state for each fusion group; the choice: for each of some budgets."""
         request = calibration_request(self.job.loaded, self.job.is_large)
         asked, dtype = self._asked(request, self.job.rows(request["guidance"]), self.recipe.fidelity.reference)
-        groups = {entry.layer.group or entry.layer.name for entry in to_quantize(self.source.plans["transformer"])}
+        groups = fusion_groups(to_quantize(self.source.plans["transformer"]))
         states = min(PROMPTS, asked.prompts) * min(STEPS, asked.steps) * asked.rows
         recorded = min(PROMPTS, asked.prompts) * asked.steps * asked.rows
         times = len(groups) if rest == "costs" else SEARCHES + 2

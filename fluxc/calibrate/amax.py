@@ -9,7 +9,7 @@ import numpy as np
 
 from fluxc.calibrate.records import LayerInputs, bin_edges, merge
 from fluxc.formats.registry import FORMATS
-from fluxc.quantize.plan import LayerPlan, to_quantize
+from fluxc.quantize.plan import LayerPlan, fusion_groups, to_quantize
 from fluxc.recipe.structs import Calibration
 
 CANDIDATES = 17
@@ -32,12 +32,9 @@ def input_amax(
     magnitudes do not exceed. `mse`: see least_error. Each is multiplied by margin_of the format. Layers that calibration never
     saw are left out.
     """
-    groups: dict[str, list[LayerPlan]] = {}
-    for entry in to_quantize(plan):
-        if entry.layer.name in records and FORMATS[entry.format].calibrated:
-            groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
     found: dict[str, float] = {}
-    for members in groups.values():
+    seen = (e for e in to_quantize(plan) if e.layer.name in records and FORMATS[e.format].calibrated)
+    for members in fusion_groups(seen):
         inputs, first = [records[entry.layer.name] for entry in members], members[0]
         factor = (smoothing or {}).get(first.layer.name) if first.is_smoothed else None
         if factor is not None:

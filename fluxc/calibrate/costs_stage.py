@@ -21,7 +21,7 @@ from fluxc.calibrate.simulated import Rounded, simulation_of
 from fluxc.calibrate.states import at_every_step, evenly
 from fluxc.checkpoint.files import CheckpointFiles
 from fluxc.formats.registry import FORMATS
-from fluxc.quantize.plan import LayerPlan, to_quantize
+from fluxc.quantize.plan import LayerPlan, fusion_groups, to_quantize
 from fluxc.recipe.structs import Calibration, Scales
 
 if TYPE_CHECKING:
@@ -71,12 +71,9 @@ class Costs:
 
 def run(inputs: FormatInputs, folder: Path, report: Report) -> None:
     """Write every group's costs as JSON."""
-    groups: dict[str, list[LayerPlan]] = {}
-    for entry in to_quantize(inputs.measured.plan):
-        groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
     asked = [
         (members, format)
-        for members in groups.values()
+        for members in fusion_groups(to_quantize(inputs.measured.plan))
         for format in inputs.formats or (members[0].format,)
         if all(entry.layer.in_features % FORMATS[format].block == 0 for entry in members)
     ]

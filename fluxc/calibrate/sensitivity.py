@@ -26,7 +26,7 @@ from fluxc.checkpoint.source import Checkpoint
 from fluxc.formats import cpu
 from fluxc.formats.base import Format
 from fluxc.formats.registry import FORMATS
-from fluxc.quantize.plan import LayerPlan, to_quantize
+from fluxc.quantize.plan import LayerPlan, fusion_groups, to_quantize
 from fluxc.quantize.solved import Layer, Solved
 from fluxc.recipe.structs import Scales
 from fluxc.running.lockstep import CALL
@@ -189,7 +189,7 @@ class Simulation:
         every run are quantized whenever they were read. What the checkpoint holds quantized keeps its weights and the scales
         of its inputs.
         """
-        model, groups = transformer.module, self._groups(to_quantize(entries)) if self.round_weights else []
+        model, groups = transformer.module, fusion_groups(to_quantize(entries)) if self.round_weights else []
         handles: list[Any] = []
         at_step = _Exact(self.schedule)
         if self.round_inputs:
@@ -215,13 +215,6 @@ class Simulation:
             for entry in [] if transformer.reads_layers else [entry for members in groups for entry in members]:
                 exact = cpu.values(*self._weight(entry))
                 model.get_submodule(entry.layer.name).get_parameter("weight").data.copy_(torch.from_numpy(exact))
-
-    @staticmethod
-    def _groups(entries: list[LayerPlan]) -> list[list[LayerPlan]]:
-        groups: dict[str, list[LayerPlan]] = {}
-        for entry in entries:
-            groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
-        return list(groups.values())
 
     def _quantize(self, model: torch.nn.Module, groups: list[list[LayerPlan]], part: str | None = None) -> None:
         """Put rounded weights in place, of one part of the model or of all."""

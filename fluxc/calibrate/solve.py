@@ -23,7 +23,7 @@ from fluxc.calibrate.smoothing import Ranges
 from fluxc.calibrate.solve_group import Solver
 from fluxc.calibrate.solve_member import Found, Group
 from fluxc.formats.registry import FORMATS
-from fluxc.quantize.plan import LayerPlan, to_quantize
+from fluxc.quantize.plan import LayerPlan, fusion_groups, to_quantize
 from fluxc.quantize.solved import read_roundings, write_solved
 from fluxc.recipe.structs import RoundingMethod, Scales
 from fluxc.running.model import PlacedModel
@@ -31,11 +31,7 @@ from fluxc.running.model import PlacedModel
 
 def solvable(plan: list[LayerPlan]) -> list[Group]:
     """The fusion groups of `plan` that can be solved, in its order."""
-    groups: dict[str, Group] = {}
-    for entry in to_quantize(plan):
-        if FORMATS[entry.format].solves:
-            groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
-    return list(groups.values())
+    return fusion_groups(entry for entry in to_quantize(plan) if FORMATS[entry.format].solves)
 
 
 @dataclass(frozen=True)

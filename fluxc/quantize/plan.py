@@ -20,7 +20,7 @@ whole fusion group. An entry that no such layer matches is an error, unless `rul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -265,6 +265,14 @@ def needs_calibration(plan: list[LayerPlan]) -> bool:
 def to_quantize(plan: list[LayerPlan]) -> list[LayerPlan]:
     """The layers that the build quantizes itself: those neither kept nor quantized in the checkpoint."""
     return [entry for entry in plan if entry.format != "bf16" and not entry.quantized_in_source]
+
+
+def fusion_groups(entries: Iterable[LayerPlan]) -> list[list[LayerPlan]]:
+    """These layers by fusion group, in their order; a layer of no group is one by itself."""
+    groups: dict[str, list[LayerPlan]] = {}
+    for entry in entries:
+        groups.setdefault(entry.layer.group or entry.layer.name, []).append(entry)
+    return list(groups.values())
 
 
 def summary_by_format(plan: list[LayerPlan]) -> dict[str, tuple[int, int, int, int]]:

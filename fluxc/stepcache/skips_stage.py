@@ -31,11 +31,14 @@ def run(inputs: CostInputs, folder: Path, report: Report) -> None:
     import torch
 
     from fluxc.calibrate.stage import asked_of, generation_of
+    from fluxc.checkpoint.needs import models_of
     from fluxc.running.placement import find_placement
     from fluxc.stepcache.record import skip_costs
+    from fluxc.stepcache.trace_stage import traced
 
     checkpoint, request = inputs.files.checkpoint, inputs.request
-    placement = find_placement(checkpoint, "auto", getattr(torch, inputs.dtype), asked_of(request, inputs.rows))
+    asked = traced(models_of(checkpoint), asked_of(request, inputs.rows), [])
+    placement = find_placement(checkpoint, "auto", getattr(torch, inputs.dtype), asked)
     generation, numbers = generation_of(request, inputs.text_layers), evenly(len(request["prompts"]), PROMPTS)
     found = skip_costs(checkpoint, request["prompts"], numbers, generation, inputs.rows, placement, report)
     plain = {name: np.where(np.isfinite(of), of, -1.0).tolist() for name, of in found.items()}
